@@ -1,0 +1,334 @@
+"""Configurations of the MS-Resampler model and its projector, and the geometry of patches and tokens.
+
+Everything that depends on counts (patches of an image, visual tokens of a budget) is computed here, once,
+for the model and the processor alike. See the dimension legend in the README.
+"""
+
+# `from __future__ import annotations` would silently switch off the validation that @strict does.
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PretrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+# Keys that transformers and its tools put into any config.json, beside the declared fields.
+_FOREIGN_KEYS = frozenset(
+    "adapter_layers attn_implementation auto_map base_model_ep_plan base_model_tp_plan compression_config "
+    "custom_pipelines experts_implementation model_type name_or_path num_labels output_attentions "
+    "processor_class quantization_config tf_legacy_loss torch_dtype torchscript use_cache".split()
+)
+
+# Tokens that a vision tower puts in front of its patches. A name counts that many times the field it names.
+_PREFIX_TOKENS: dict[str, tuple[int, str | None]] = {
+    "clip_vision_model": (1, None),
+    "siglip_vision_model": (0, None),
+    "siglip2_vision_model": (0, None),
+    "dinov2": (1, None),
+    "dinov2_with_registers": (1, "num_register_tokens"),
+    "dinov3_vit": (1, "num_register_tokens"),
+    "vit": (1, None),
+    "convnext": (0, None),
+    "convnextv2": (0, None),
+}
+# Towers that return a feature map (B, C, H, W), halved in height and width by every stage but the first.
+FEATURE_MAP_TOWERS = frozenset({"convnext", "convnextv2"})
+
+# Where the Auto classes find this code: beside the weights, in the same folder or repository, always.
+_GENERATIVE = "modeling_ms_resampler.MSResamplerForConditionalGeneration"
+AUTO_MAP = {
+    "AutoConfig": "configuration_ms_resampler.MSResamplerConfig",
+    "AutoModel": "modeling_ms_resampler.MSResamplerModel",
+    "AutoModelForImageTextToText": _GENERATIVE,
+    "AutoModelForMultimodalLM": _GENERATIVE,
+    "AutoModelForCausalLM": _GENERATIVE,
+    "AutoProcessor": "processing_ms_resampler.MSResamplerProcessor",
+}
+
+# Language models whose output head is more than a product with a matrix.
+_BIASED_HEADS = frozenset({"phi", "gptj", "codegen", "phimoe"})
+
+
+def token_grid(visual_tokens: int | Sequence[int] | None, patch_grid: tuple[int, int]) -> tuple[int, int]:
+    """The rows and columns (Mh, Mw) in which a budget of visual tokens is laid over an image.
+
+    `visual_tokens` is a grid, a count, or None for one token a patch; `patch_grid` is (H, W) in patches.
+    A count becomes the grid whose proportions are nearest to the image's:
+
+        36 over (24, 24) -> (6, 6)        8 over (24, 24) -> (2, 4)        8 over (12, 24) -> (2, 4)
+
+    Raises ValueError if the budget is larger than the patches or has no grid of at most 1:2 relative to them.
+    """
+    patches = patch_grid[0] * patch_grid[1]
+    if visual_tokens is None:
+        return patch_grid
+    if isinstance(visual_tokens, int):
+        _check_budget(visual_tokens, patch_grid)
+        grid = _nearest_grid(visual_tokens, patch_grid)
+        if grid is None:
+            near = [n for n in range(1, patches + 1) if _nearest_grid(n, patch_grid)]
+            near = sorted(near, key=lambda n: abs(n - visual_tokens))[:3]
+            raise ValueError(
+                f"{visual_tokens} visual tokens cannot be laid out as a grid over {patch_grid[0]} x "
+                f"{patch_grid[1]} patches; use a count such as {', '.join(map(str, sorted(near)))}, or give "
+                "the grid as (rows, columns)."
+            )
+        return grid
+    if len(visual_tokens) != 2 or not all(isinstance(n, int) and n > 0 for n in visual_tokens):
+        raise ValueError(f"A grid of visual tokens is (rows, columns), two positive integers, got {visual_tokens}.")
+    rows, columns = visual_tokens
+    _check_budget(rows * columns, patch_grid)
+    return rows, columns
+
+
+def _check_budget(count: int, patch_grid: tuple[int, int]) -> None:
+    if not 1 <= count <= patch_grid[0] * patch_grid[1]:
+        raise ValueError(
+            f"A budget of {count} visual tokens is impossible for {patch_grid[0]} x {patch_grid[1]} = "
+            f"{patch_grid[0] * patch_grid[1]} patches; use 1 to {patch_grid[0] * patch_grid[1]} tokens."
+        )
+
+
+def _nearest_grid(count: int, patch_grid: tuple[int, int]) -> tuple[int, int] | None:
+    """The factor pair of `count` nearest in proportion to the patch grid, None if all are off by more than 2."""
+    pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+    target = math.log(patch_grid[1] / patch_grid[0])
+    distance, grid = min((abs(math.log(pair[1] / pair[0]) - target), pair) for pair in pairs)
+    return grid if distance <= math.log(2) + 1e-9 else None
+
+
+def _reject_unknown_keys(config: PretrainedConfig, keys: Sequence[str]) -> None:
+    known = sorted(name for name in config.__dataclass_fields__ if not name.startswith("_"))
+    generation = {"max_length", "temperature", "top_k", "top_p", "bos_token_id", "eos_token_id", "pad_token_id"}
+    for key in keys:
+        if key.startswith("_") or key in _FOREIGN_KEYS | generation:
+            continue
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"known fields are {', '.join(known)}."
+        raise ValueError(f"`{key}` is not a field of {type(config).__name__}; {hint}")
+
+
+@strict
+class MSResamplerProjectorConfig(PretrainedConfig):
+    """The multi-scope resampler: its width, its scopes, and how they are fused (design: README, "How it works").
+
+    Fields:
+        hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: D, h, depth, width of the FFN.
+        query_grid: rows and columns of the learned base queries; interpolated to any token grid.
+        visual_tokens: the default budget, a count or [rows, columns].
+        scope_sigmas: one entry a scope, in units of the anchor pitch; None is the global scope.
+        scope_prior: "gaussian", "window" (a disc of radius 2 sigma, which has the same variance), or "none".
+        learn_scopes: whether the Gaussian sigmas are learned, per scope and head, in log space.
+        scope_layout: "branches" (every scope has its own queries) or "heads" (scopes share out the heads).
+        fusion: "head", "token", "static" or "mean"; the layout "heads" has no "head".
+        share_kv: one set of keys and values for all scopes, or one each (layout "branches" only).
+        query_init: "learned", or "content" to add the mean of the patches in a token's cell.
+        prior_form: "channels" (appended to queries and keys) or "bias" (added to the scores); same function.
+    """
+
+    model_type = "ms_resampler_projector"
+    base_config_key = "projector_config"
+
+    projector_type: Literal["ms_resampler"] = "ms_resampler"
+    hidden_size: int = 1024
+    num_attention_heads: int = 16
+    num_hidden_layers: int = 1
+    intermediate_size: int = 2048
+    query_grid: list[int] | tuple[int, ...] = (12, 12)
+    visual_tokens: int | list[int] | tuple[int, ...] = 144
+    scope_sigmas: list[float | None] | tuple[float | None, ...] = (0.5, 1.5, None)
+    scope_prior: Literal["gaussian", "window", "none"] = "gaussian"
+    learn_scopes: bool = True
+    scope_layout: Literal["branches", "heads"] = "branches"
+    fusion: Literal["head", "token", "static", "mean"] = "head"
+    share_kv: bool = True
+    query_init: Literal["learned", "content"] = "learned"
+    prior_form: Literal["channels", "bias"] = "channels"
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        _reject_unknown_keys(self, list(kwargs))
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self) -> None:
+        sizes = {
+            name: getattr(self, name)
+            for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {size}.")
+        if self.hidden_size % self.num_attention_heads or self.hidden_size % 4:
+            raise ValueError(
+                f"`hidden_size` must be a multiple of 4 (2-D positions) and of `num_attention_heads`, got "
+                f"{self.hidden_size} and {self.num_attention_heads} heads."
+            )
+
+    def validate_grids(self) -> None:
+        grids = {"query_grid": self.query_grid}
+        if isinstance(self.visual_tokens, int):
+            if self.visual_tokens < 1:
+                raise ValueError(f"`visual_tokens` must be at least 1, got {self.visual_tokens}.")
+        else:
+            grids["visual_tokens"] = self.visual_tokens
+        for name, grid in grids.items():
+            if len(grid) != 2 or min(grid) < 1:
+                raise ValueError(f"`{name}` must be [rows, columns], two positive integers, got {list(grid)}.")
+
+    def validate_scopes(self) -> None:
+        if not self.scope_sigmas:
+            raise ValueError("`scope_sigmas` needs at least one scope; [None] is one global scope.")
+        for sigma in self.scope_sigmas:
+            if sigma is not None and not (0 < sigma < math.inf):
+                raise ValueError(f"A scope's sigma must be positive, or None for the global scope, got {sigma}.")
+        if self.scope_layout == "heads":
+            self._validate_heads_layout()
+
+    def _validate_heads_layout(self) -> None:
+        if self.num_attention_heads < self.num_scopes:
+            raise ValueError(
+                f'`scope_layout="heads"` shares {self.num_attention_heads} heads among {self.num_scopes} scopes: '
+                "use at least one head a scope."
+            )
+        if self.fusion == "head":
+            raise ValueError(
+                '`fusion="head"` weighs every scope in every head, but in `scope_layout="heads"` a head belongs '
+                'to one scope: use fusion "token", "static" or "mean".'
+            )
+        if not self.share_kv:
+            raise ValueError('`share_kv=False` needs `scope_layout="branches"`: heads have their own keys already.')
+
+    @property
+    def num_scopes(self) -> int:
+        """S."""
+        return len(self.scope_sigmas)
+
+    @property
+    def scope_names(self) -> list[str]:
+        """A word for each scope, for people: local under one pitch, regional from there on, or global."""
+        words = ["global" if s is None else "local" if s < 1 else "regional" for s in self.scope_sigmas]
+        return [
+            word if words.count(word) == 1 else f"{word} {number}" if sigma is None else f"{word} {sigma:g}"
+            for number, (word, sigma) in enumerate(zip(words, self.scope_sigmas, strict=True), start=1)
+        ]
+
+
+@strict
+class MSResamplerConfig(PretrainedConfig):
+    """A vision tower, a projector and a language model: all that is needed to rebuild the model.
+
+    Fields:
+        vision_config, text_config: any tower and causal LM that AutoModel builds (and this file knows, below).
+        projector_config: see MSResamplerProjectorConfig.
+        image_token_id: the placeholder in the text; one for every visual token.
+        vision_feature_layer: the tower layer to read, or a list of layers (joined in width).
+        vision_prefix_tokens: tokens in front of the patches (CLS, registers); None looks the tower's kind up.
+    """
+
+    model_type = "ms_resampler"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="clip_vision_model",
+            init_kwargs={
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "image_size": 336,
+                "patch_size": 14,
+                "projection_dim": 768,
+            },
+        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "projector_config": SubConfigSpec(config_class=MSResamplerProjectorConfig),
+    }
+
+    vision_config: dict | PretrainedConfig | None = None
+    text_config: dict | PretrainedConfig | None = None
+    projector_config: dict | PretrainedConfig | None = None
+    image_token_id: int = 31999
+    vision_feature_layer: int | list[int] = -2
+    vision_prefix_tokens: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        _reject_unknown_keys(self, list(kwargs))
+        super().__post_init__(**kwargs)
+        # Loading from the Hub rewrites auto_map to name that repository, and a later save would keep it.
+        self.auto_map = dict(AUTO_MAP)
+        # transformers ties the head by the root's value: the language model's own choice decides.
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+
+    def validate_tower(self) -> None:
+        kind = self.vision_config.model_type
+        if self.vision_prefix_tokens is None and kind not in _PREFIX_TOKENS:
+            raise ValueError(
+                f"How many tokens the vision tower `{kind}` puts in front of its patches is not known here; set "
+                f"`vision_prefix_tokens` (known towers: {', '.join(sorted(_PREFIX_TOKENS))})."
+            )
+        layers = len(getattr(self.vision_config, "depths", ())) or self.vision_config.num_hidden_layers
+        for layer in self.feature_layers:
+            if not -layers - 1 <= layer <= layers:
+                raise ValueError(f"`vision_feature_layer` {layer} does not exist: the tower has {layers} layers.")
+
+    def validate_text(self) -> None:
+        if self.text_config.model_type in _BIASED_HEADS:
+            raise ValueError(
+                f"The language model `{self.text_config.model_type}` has an output head with a bias, which this "
+                "model does not carry; use one without (llama, mistral, qwen2, qwen3, phi3, gemma, ...)."
+            )
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"`image_token_id` {self.image_token_id} is outside the language model's vocabulary of "
+                f"{self.text_config.vocab_size}: add the token to the tokenizer and resize the embeddings."
+            )
+
+    @property
+    def feature_layers(self) -> list[int]:
+        """The tower layers that are read, as a list."""
+        layers = self.vision_feature_layer
+        return [layers] if isinstance(layers, int) else list(layers)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens to drop in front of the patches."""
+        if self.vision_prefix_tokens is not None:
+            return self.vision_prefix_tokens
+        fixed, field = _PREFIX_TOKENS[self.vision_config.model_type]
+        return fixed + (getattr(self.vision_config, field) if field else 0)
+
+    @property
+    def feature_width(self) -> int:
+        """C: channels of a patch, all layers that are read together."""
+        tower = self.vision_config
+        width = tower.hidden_sizes[-1] if tower.model_type in FEATURE_MAP_TOWERS else tower.hidden_size
+        return width * len(self.feature_layers)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels, as the projector sees it."""
+        tower = self.vision_config
+        halvings = len(tower.depths) - 1 if tower.model_type in FEATURE_MAP_TOWERS else 0
+        return tower.patch_size * 2**halvings
+
+    def patch_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Patch rows and columns (H, W) of an image of (height, width) pixels."""
+        return image_size[0] // self.patch_size, image_size[1] // self.patch_size
+
+    def token_grid(
+        self, image_size: tuple[int, int], visual_tokens: int | Sequence[int] | None = None
+    ) -> tuple[int, int]:
+        """Token rows and columns (Mh, Mw) for an image of (height, width) pixels; see `token_grid` above."""
+        budget = self.projector_config.visual_tokens if visual_tokens is None else visual_tokens
+        return token_grid(budget, self.patch_grid(image_size))
+
+
+MSResamplerConfig.register_for_auto_class()
+# `transformers serve` picks the model class by name from this table, for remote code too.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("ms_resampler", "MSResamplerForConditionalGeneration")
+
+__all__ = ["MSResamplerConfig", "MSResamplerProjectorConfig", "token_grid"]

@@ -1,0 +1,343 @@
+"""The MS-Resampler model: vision tower -> projector -> language model.
+
+    pixel_values (B, 3, height, width) -> tower -> (B, N, C) -> projector -> (B, M, T), which take the places
+    of the image tokens in the text -> language model -> logits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import select_hidden_states
+
+from .configuration_ms_resampler import FEATURE_MAP_TOWERS, MSResamplerConfig, token_grid
+from .resampler_ms_resampler import MultiScopeResampler, init_resampler_weights
+
+# Towers whose position table fits one image size unless they are asked to interpolate it.
+_FIXED_SIZE_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model", "vit"})
+
+
+@dataclass
+class MSResamplerImageFeatures(BaseModelOutputWithPooling):
+    """What `get_image_features` returns: one entry an image, in the order of the images.
+
+    pooler_output: visual tokens (M, T); patch_grids, token_grids: (rows, columns).
+    scope_weights (S, M) and scope_attentions (S, M, N): with `output_scopes=True`, see ScopeMaps.
+    """
+
+    patch_grids: list[tuple[int, int]] | None = None
+    token_grids: list[tuple[int, int]] | None = None
+    scope_weights: list[Tensor] | None = None
+    scope_attentions: list[Tensor] | None = None
+
+
+@dataclass
+class MSResamplerModelOutputWithPast(BaseModelOutputWithPast):
+    """The language model's output, and the visual tokens of all images in one row: (sum of M, T)."""
+
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class MSResamplerCausalLMOutputWithPast(ModelOutput):
+    """Loss (if there are labels), logits (batch, L, vocabulary), and what the base model returns."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+class MSResamplerPreTrainedModel(PreTrainedModel):
+    """What all MS-Resampler models share: configuration, initialisation and abilities."""
+
+    config: MSResamplerConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MultiScopeResampler"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MultiScopeResampler):
+            for part in module.modules():
+                init_resampler_weights(part)
+
+
+class MSResamplerModel(MSResamplerPreTrainedModel):
+    """Vision tower, projector and language model, without the language model's head."""
+
+    def __init__(self, config: MSResamplerConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.projector = MultiScopeResampler(
+            config.projector_config, config.feature_width, config.text_config.hidden_size
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    @select_hidden_states(lambda self: self.config.feature_layers)
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        token_grids: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        output_scopes: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | MSResamplerImageFeatures:
+        """Visual tokens of images, for `forward` or `generate` (`mm_encoder_outputs={"image": features}`).
+
+        pixel_values is (B, 3, height, width), or SigLIP 2's patches with their mask and spatial_shapes (B, 2);
+        token_grids (B, 2) asks for a grid for every image, and None means the configured budget.
+        """
+        tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
+        if spatial_shapes is None:
+            patch_grids = [self.config.patch_grid(tuple(pixel_values.shape[-2:]))] * len(pixel_values)
+        else:
+            patch_grids = [tuple(shape) for shape in spatial_shapes.tolist()]
+        if token_grids is None:
+            budget = self.config.projector_config.visual_tokens
+            wanted = [token_grid(budget, patch_grid) for patch_grid in patch_grids]
+        else:
+            wanted = [tuple(grid) for grid in token_grids.tolist()]
+        tokens, maps = self._project(self._patch_features(tower), patch_grids, wanted, output_scopes)
+        return MSResamplerImageFeatures(
+            last_hidden_state=tower.last_hidden_state,
+            pooler_output=tokens,
+            hidden_states=tower.hidden_states,
+            patch_grids=patch_grids,
+            token_grids=wanted,
+            scope_weights=[weights for weights, _ in maps] if output_scopes else None,
+            scope_attentions=[attentions for _, attentions in maps] if output_scopes else None,
+        )
+
+    def _run_tower(self, pixel_values: Tensor, mask: Tensor | None, shapes: Tensor | None, **kwargs: Any):
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
+        kind = self.config.vision_config.model_type
+        if kind == "siglip2_vision_model":
+            if shapes is None:
+                pixel_values, mask, shapes = flatten_patches(pixel_values, self.config.patch_size)
+            return self.vision_tower(
+                pixel_values, attention_mask=mask, spatial_shapes=shapes, return_dict=True, **kwargs
+            )
+        if kind in _FIXED_SIZE_TOWERS and tuple(pixel_values.shape[-2:]) != (self.config.vision_config.image_size,) * 2:
+            kwargs["interpolate_pos_encoding"] = True
+        return self.vision_tower(pixel_values, return_dict=True, **kwargs)
+
+    def _patch_features(self, tower: ModelOutput) -> Tensor:
+        """Patches (B, N, C) of the configured layers side by side, without the tower's prefix tokens."""
+        layers = [tower.hidden_states[layer] for layer in self.config.feature_layers]
+        if self.config.vision_config.model_type in FEATURE_MAP_TOWERS:
+            layers = [layer.flatten(2).mT for layer in layers]
+        return torch.cat([layer[:, self.config.num_prefix_tokens :] for layer in layers], dim=-1)
+
+    def _project(
+        self,
+        x_BNC: Tensor,
+        patch_grids: list[tuple[int, int]],
+        token_grids: list[tuple[int, int]],
+        output_scopes: bool,
+    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Visual tokens and scope maps of every image; images of the same grids go through together."""
+        x_BNC = x_BNC.to(self.projector.input_proj.weight.dtype)
+        grids = list(zip(patch_grids, token_grids, strict=True))
+        tokens, maps = [None] * len(grids), [None] * len(grids)
+        for patches, wanted in dict.fromkeys(grids):
+            rows = [row for row, grid in enumerate(grids) if grid == (patches, wanted)]
+            x = x_BNC if len(rows) == len(grids) else x_BNC[rows]
+            if x.shape[1] > patches[0] * patches[1] and self.config.vision_config.model_type == "siglip2_vision_model":
+                x = x[:, : patches[0] * patches[1]]  # SigLIP 2 pads every image to the largest of the batch
+            y_BMT, scopes = self.projector(x, patches, wanted, output_scopes)
+            for row, index in enumerate(rows):
+                tokens[index] = y_BMT[row]
+                maps[index] = (scopes.weights_BSM[row], scopes.attentions_BSMN[row]) if output_scopes else None
+        return tokens, maps
+
+    def _placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor) -> Tensor:
+        """Where the visual tokens go (batch, L, 1). Raises ValueError if the counts differ."""
+        if input_ids is None:
+            image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        torch_compilable_check(
+            mask.sum() == features.shape[0],
+            lambda: f"The text has {int(mask.sum())} image tokens, but the images make {features.shape[0]} visual "
+            "tokens: process text and images together, with the same `visual_tokens`.",
+        )
+        return mask.unsqueeze(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_grids: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        mm_encoder_outputs: dict[str, MSResamplerImageFeatures] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | MSResamplerModelOutputWithPast:
+        """Runs text (batch, L), as ids or embeddings, with the images of its image tokens, if there are any.
+
+        Images come as pixels or, encoded before, as `mm_encoder_outputs={"image": get_image_features(...)}`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        images = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and images is not None:
+            raise ValueError("Give images once: as `pixel_values` or as `mm_encoder_outputs`, not as both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            images = self.get_image_features(
+                pixel_values, token_grids, pixel_attention_mask, spatial_shapes, return_dict=True
+            )
+        features = None
+        if images is not None:
+            features = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self._placeholder_mask(input_ids, inputs_embeds, features)
+            inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return MSResamplerModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=features,
+        )
+
+
+def flatten_patches(pixel_values: Tensor, patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (B, 3, height, width) as SigLIP 2 reads them: patches (B, N, 3 * size^2), their mask and grids."""
+    rows, columns = (side // patch_size for side in pixel_values.shape[-2:])
+    patches = pixel_values[..., : rows * patch_size, : columns * patch_size]
+    patches = patches.unflatten(-1, (columns, patch_size)).unflatten(-3, (rows, patch_size))
+    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=patches.device)
+    shapes = torch.tensor([[rows, columns]], device=patches.device).expand(len(patches), 2)
+    return patches, mask, shapes
+
+
+class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, GenerationMixin):
+    """The model that answers: MSResamplerModel and the language model's head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: MSResamplerConfig):
+        super().__init__(config)
+        self.model = MSResamplerModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> tuple | MSResamplerImageFeatures:
+        """See MSResamplerModel.get_image_features."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_grids: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        mm_encoder_outputs: dict[str, MSResamplerImageFeatures] | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | MSResamplerCausalLMOutputWithPast:
+        """Next-token logits of MSResamplerModel's text; loss where `labels` (batch, L) are not -100."""
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            token_grids=token_grids,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            vocabulary = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+        return MSResamplerCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        """The head and what some families do after it: granite divides, cohere multiplies, gemma 2 caps."""
+        logits, text = self.lm_head(hidden_states), self.config.text_config
+        if getattr(text, "logits_scaling", None) is not None:
+            logits = logits / text.logits_scaling
+        if getattr(text, "logit_scale", None) is not None:
+            logits = logits * text.logit_scale
+        if (cap := getattr(text, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+
+MSResamplerModel.register_for_auto_class("AutoModel")
+MSResamplerForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["MSResamplerForConditionalGeneration", "MSResamplerModel", "MSResamplerPreTrainedModel"]

@@ -1,0 +1,335 @@
+"""The multi-scope resampler: patch features (B, N, C) to visual tokens (B, M, T), in pure torch.
+
+    u   = LN(x) W_in                                     patches, at the resampler's width
+    q^s = z + e_s                                        queries of scope s; z starts as base grid + pos(a)
+    o^s = softmax(W_q LN(q^s) . W_k(u + pos(p)) / sqrt(d) + B^s) W_v u
+    B^s_ij = -|| (a_i - p_j) / c ||^2 / (2 sigma_s^2)    scope prior; c is the anchor pitch, B = 0 for global
+    z   = sum_s g^s (W_o o^s + q^s)                      adaptive fusion over the scopes
+    z   = z + FFN(LN(z));   y = W_out LN(z)
+
+Dimensions, as name suffixes: B images, N patches, M visual tokens, S scopes, G query sets (S in the layout
+"branches", 1 in "heads"), C vision width, D resampler width, T text width, h heads, d head width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+@dataclass
+class ScopeMaps:
+    """What a person wants to see: how much each token trusted each scope, and where each scope looked.
+
+    weights_BSM sums to one over the scopes; attentions_BSMN sums to one over the patches (mean over heads).
+    """
+
+    weights_BSM: Tensor
+    attentions_BSMN: Tensor
+
+
+def cell_centres(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Centres (y, x) of the cells of a grid over the unit square, in raster order: (rows * columns, 2)."""
+    rows, columns = ((torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n for n in grid)
+    return torch.cartesian_prod(rows, columns)
+
+
+def sincos_positions(points_P2: Tensor, width: int) -> Tensor:
+    """Unit-scale 2-D sin-cos codes (P, width) of points in [0, 1]^2.
+
+    Wavelengths run geometrically from two images to 1/32 of an image, so that codes do not depend on a grid.
+    """
+    octaves = torch.linspace(0, 6, width // 4, device=points_P2.device)
+    angles = points_P2[:, :, None] * (math.pi * 2**octaves)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1) * math.sqrt(2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(..., P, h*d) -> (..., h, P, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(..., h, P, d) -> (..., P, h*d)."""
+    return x.transpose(-3, -2).flatten(-2)
+
+
+def high_and_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x as a sum of two numbers of a narrower dtype: twice its digits."""
+    high = x.to(dtype)
+    return high, (x - high.to(x.dtype)).to(dtype)
+
+
+class ScopePrior(nn.Module):
+    """Where each query set and head may look: B^s of the module's equations.
+
+    "gaussian" is learned in log space around the configured sigmas (if `learn_scopes`); "window" is a disc of
+    radius 2 sigma, at least as wide as the nearest patch, outside which the score is -inf; "none" is no prior.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind, self.form, self.learned = config.scope_prior, config.prior_form, config.learn_scopes
+        self.config = config
+        self.register_buffer("sigma_Gh", self.configured_sigma_Gh())
+        if self.kind == "gaussian" and self.learned:
+            self.log_scale_Gh = nn.Parameter(torch.zeros(self.sigma_Gh.shape))
+
+    def configured_sigma_Gh(self) -> Tensor:
+        """The configuration's sigma of every head of every query set; infinite for the global scope."""
+        sigma_S = torch.tensor([math.inf if sigma is None else sigma for sigma in self.config.scope_sigmas])
+        return sigma_S[scope_of_heads(self.config)]
+
+    def precision_Gh(self) -> Tensor:
+        """1 / sigma^2 in float32, zero for the global scope."""
+        precision_Gh = self.sigma_Gh.float() ** -2
+        return precision_Gh * torch.exp(-2 * self.log_scale_Gh.float()) if self.learned else precision_Gh
+
+    def bias_GhMN(self, anchors_M2: Tensor, patches_N2: Tensor) -> Tensor:
+        """The prior as an additive bias; anchors and patches (y, x) in units of the anchor pitch."""
+        squared_MN = (anchors_M2[:, None] - patches_N2).square().sum(-1)
+        if self.kind == "gaussian":
+            return -0.5 * self.precision_Gh()[:, :, None, None] * squared_MN
+        nearest_M1 = squared_MN.amin(dim=1, keepdim=True)
+        reach_GhM1 = torch.maximum((2 * self.sigma_Gh.float()).square()[:, :, None, None], nearest_M1 + 1e-6)
+        return torch.zeros_like(squared_MN).masked_fill(squared_MN > reach_GhM1, -math.inf)
+
+    def channels(self, anchors_M2: Tensor, patches_N2: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The Gaussian prior as a dot product: channels to append to queries (G, h, M, e) and keys (N, e).
+
+        -|a - p|^2 / 2 sigma^2 = (a . p - |p|^2 / 2) / sigma^2 up to a term of the row, which softmax ignores.
+        Half precision takes every factor in a high and a low part, or the prior would lose its digits.
+        """
+        centre_2 = patches_N2.mean(dim=0)
+        anchors_M2, patches_N2 = anchors_M2 - centre_2, patches_N2 - centre_2
+        precision_Gh11 = self.precision_Gh()[:, :, None, None]
+        query_GhM3 = precision_Gh11 * F.pad(anchors_M2, (0, 1), value=1.0)
+        key_N3 = torch.cat([patches_N2, -0.5 * patches_N2.square().sum(-1, keepdim=True)], dim=-1)
+        if dtype == torch.float32 or dtype == torch.float64:
+            return query_GhM3.to(dtype), key_N3.to(dtype)
+        query_high, query_low = high_and_low(query_GhM3, dtype)
+        key_high, key_low = high_and_low(key_N3, dtype)
+        return torch.cat([query_high, query_high, query_low], -1), torch.cat([key_high, key_low, key_high], -1)
+
+
+def scope_of_heads(config) -> Tensor:
+    """The scope (index) of every head of every query set: (G, h)."""
+    heads, scopes = config.num_attention_heads, config.num_scopes
+    if config.scope_layout == "branches":
+        return torch.arange(scopes)[:, None].expand(scopes, heads)
+    return (torch.arange(heads) * scopes // heads)[None]
+
+
+class ScopeLayer(GradientCheckpointingLayer):
+    """One round of resampling and fusion: tokens z (B, M, D) read patches u (B, N, D) in every scope."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden_size
+        self.heads, self.scopes = config.num_attention_heads, config.num_scopes
+        self.layout, self.fusion = config.scope_layout, config.fusion
+        self.query_sets = self.scopes if self.layout == "branches" else 1
+        self.key_sets = 1 if config.share_kv else self.scopes
+
+        self.scope_embedding_GD = nn.Parameter(torch.zeros(self.query_sets, width))
+        self.query_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width * self.key_sets)
+        self.v_proj = nn.Linear(width, width * self.key_sets)
+        self.o_proj = nn.Linear(width, width)
+        self.prior = ScopePrior(config)
+        self._init_gate(config)
+        self.ffn_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(width, config.intermediate_size), nn.GELU(), nn.Linear(config.intermediate_size, width)
+        )
+
+    def _init_gate(self, config) -> None:
+        if self.fusion == "static":
+            self.gate_S = nn.Parameter(torch.zeros(self.scopes))
+        if self.fusion in ("token", "head"):
+            self.gate_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            one_query_set = self.layout == "heads"
+            outputs = self.scopes if one_query_set else self.heads if self.fusion == "head" else 1
+            self.gate = nn.Linear(config.hidden_size, outputs)
+
+    def forward(
+        self, z_BMD: Tensor, u_BND: Tensor, pos_ND: Tensor, anchors_M2: Tensor, patches_N2: Tensor, output_scopes: bool
+    ) -> tuple[Tensor, ScopeMaps | None]:
+        q_BGMD = z_BMD[:, None] + self.scope_embedding_GD[:, None]
+        query_BGhMd = split_heads(self.q_proj(self.query_norm(q_BGMD)), self.heads)
+        key_BKhNd = self._per_key_set(self.k_proj(u_BND + pos_ND))
+        value_BKhNd = self._per_key_set(self.v_proj(u_BND))
+
+        o_BGhMd = self._attend(query_BGhMd, key_BKhNd, value_BKhNd, anchors_M2, patches_N2)
+        z_BMD, weights_BSM = self._fuse(o_BGhMd, q_BGMD)
+        z_BMD = z_BMD + self.ffn(self.ffn_norm(z_BMD))
+        if not output_scopes:
+            return z_BMD, None
+        attentions_BSMN = self._attention_maps(query_BGhMd, key_BKhNd, anchors_M2, patches_N2)
+        return z_BMD, ScopeMaps(weights_BSM, attentions_BSMN)
+
+    def _per_key_set(self, x: Tensor) -> Tensor:
+        """(B, N, K*h*d) -> (B, K, h, N, d), K key sets: one, or one a scope."""
+        return split_heads(x.unflatten(-1, (self.key_sets, -1)).transpose(1, 2), self.heads)
+
+    def _attend(self, query, key, value, anchors_M2: Tensor, patches_N2: Tensor) -> Tensor:
+        """o (B, G, h, M, d): one attention call for all scopes that share keys and values."""
+        width, bias, scale = query.shape[-1], None, query.shape[-1] ** -0.5
+        if self.prior.kind == "gaussian" and self.prior.form == "channels":
+            query, key, value = self._with_prior_channels(query, key, value, anchors_M2, patches_N2)
+        elif self.prior.kind != "none":
+            bias = self.prior.bias_GhMN(anchors_M2, patches_N2).to(query.dtype)
+        query_sets = self.query_sets
+        if self.key_sets == 1:  # fold the scopes into the rows of one call
+            query, bias = fold_scopes(query), None if bias is None else fold_scopes(bias[None])
+            out = F.scaled_dot_product_attention(query, key[:, 0], value[:, 0], attn_mask=bias, scale=scale)
+            return out[..., :width].unflatten(2, (query_sets, -1)).transpose(1, 2)
+        bias = None if bias is None else bias[None]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)[..., :width]
+
+    def _with_prior_channels(self, query, key, value, anchors_M2, patches_N2) -> tuple[Tensor, Tensor, Tensor]:
+        """Appends the prior to queries and keys, and zeros up to a multiple of 8 channels, which kernels like."""
+        extra_q, extra_k = self.prior.channels(anchors_M2, patches_N2, query.dtype)
+        extra_q = (extra_q * math.sqrt(query.shape[-1])).to(query.dtype)
+        padding = -(query.shape[-1] + extra_q.shape[-1]) % 8
+        extra_q, extra_k = F.pad(extra_q, (0, padding)), F.pad(extra_k, (0, padding))
+        query = torch.cat([query, extra_q.expand(*query.shape[:-1], -1)], dim=-1)
+        key = torch.cat([key, extra_k.expand(*key.shape[:-1], -1)], dim=-1)
+        return query, key, F.pad(value, (0, extra_k.shape[-1]))
+
+    def _fuse(self, o_BGhMd: Tensor, q_BGMD: Tensor) -> tuple[Tensor, Tensor]:
+        """Step 5: the tokens z (B, M, D) and the weights g (B, S, M) that made them."""
+        if self.layout == "heads":
+            return self._fuse_heads(merge_heads(o_BGhMd)[:, 0], q_BGMD[:, 0])
+        if self.fusion == "head":
+            logits_BSMh = self.gate(self.gate_norm(merge_heads(o_BGhMd) + q_BGMD))
+            g_BShM1 = logits_BSMh.softmax(dim=1).transpose(2, 3).unsqueeze(-1)
+            g_BSM = g_BShM1.mean(dim=(2, -1))
+            o_BMD = merge_heads((g_BShM1 * o_BGhMd).sum(dim=1))
+            return self.o_proj(o_BMD) + (g_BSM[..., None] * q_BGMD).sum(dim=1), g_BSM
+        z_BSMD = self.o_proj(merge_heads(o_BGhMd)) + q_BGMD
+        if self.fusion == "token":
+            g_BSM = self.gate(self.gate_norm(z_BSMD)).squeeze(-1).softmax(dim=1)
+        else:
+            g_BSM = self._fixed_weights_S()[:, None].expand(z_BSMD.shape[:3]).to(z_BSMD.dtype)
+        return (g_BSM[..., None] * z_BSMD).sum(dim=1), g_BSM
+
+    def _fuse_heads(self, o_BMD: Tensor, q_BMD: Tensor) -> tuple[Tensor, Tensor]:
+        """Layout "heads": every head group is scaled by S g_s, so that even weights change nothing."""
+        if self.fusion == "token":
+            g_BMS = self.gate(self.gate_norm(o_BMD + q_BMD)).softmax(dim=-1)
+        else:
+            g_BMS = self._fixed_weights_S().expand(*o_BMD.shape[:2], -1).to(o_BMD.dtype)
+        scope_h = torch.arange(self.heads, device=o_BMD.device) * self.scopes // self.heads
+        g_BMh1 = self.scopes * g_BMS[..., scope_h, None]
+        o_BMD = (g_BMh1 * o_BMD.unflatten(-1, (self.heads, -1))).flatten(-2)
+        return self.o_proj(o_BMD) + q_BMD, g_BMS.transpose(1, 2)
+
+    def _fixed_weights_S(self) -> Tensor:
+        if self.fusion == "static":
+            return self.gate_S.softmax(dim=0)
+        return self.o_proj.weight.new_full((self.scopes,), 1 / self.scopes)
+
+    def _attention_maps(self, query, key, anchors_M2: Tensor, patches_N2: Tensor) -> Tensor:
+        """A (B, S, M, N): the attention of every scope, mean over its heads, computed plainly in float32."""
+        scores_BGhMN = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
+        if self.prior.kind != "none":
+            scores_BGhMN = scores_BGhMN + self.prior.bias_GhMN(anchors_M2, patches_N2)
+        maps_BGhMN = scores_BGhMN.softmax(dim=-1)
+        if self.layout == "branches":
+            return maps_BGhMN.mean(dim=2)
+        scope_h = torch.arange(self.heads) * self.scopes // self.heads
+        return torch.stack([maps_BGhMN[:, 0, scope_h == s].mean(dim=1) for s in range(self.scopes)], dim=1)
+
+
+def fold_scopes(x_BGhMe: Tensor) -> Tensor:
+    """(B, G, h, M, e) -> (B, h, G*M, e): the query sets become rows of one attention call."""
+    return x_BGhMe.transpose(1, 2).flatten(2, 3)
+
+
+class MultiScopeResampler(nn.Module):
+    """Patch features of any grid to visual tokens of any grid; see the equations at the top of this file."""
+
+    def __init__(self, config, vision_width: int, text_width: int):
+        super().__init__()
+        width = config.hidden_size
+        self.config = config
+        self.input_norm = nn.LayerNorm(vision_width, eps=config.layer_norm_eps)
+        self.input_proj = nn.Linear(vision_width, width)
+        self.query_1DHW = nn.Parameter(torch.zeros(1, width, *config.query_grid))
+        self.layers = nn.ModuleList(ScopeLayer(config) for _ in range(config.num_hidden_layers))
+        self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.output_proj = nn.Linear(width, text_width)
+
+    def forward(
+        self,
+        x_BNC: Tensor,
+        patch_grid: tuple[int, int],
+        token_grid: tuple[int, int],
+        output_scopes: bool = False,
+    ) -> tuple[Tensor, ScopeMaps | None]:
+        """Visual tokens (B, M, T) in raster order of `token_grid`, and the last layer's maps if asked for.
+
+        Raises ValueError if the features are not a patch grid of the shape given.
+        """
+        if x_BNC.shape[1] != patch_grid[0] * patch_grid[1]:
+            raise ValueError(
+                f"Got {x_BNC.shape[1]} patch features for a grid of {patch_grid[0]} x {patch_grid[1]} patches: "
+                "the vision tower's prefix tokens or the image size do not fit the configuration."
+            )
+        u_BND = self.input_proj(self.input_norm(x_BNC))
+        anchors_M2 = cell_centres(token_grid, x_BNC.device)
+        patches_N2 = cell_centres(patch_grid, x_BNC.device)
+        pos_ND = sincos_positions(patches_N2, u_BND.shape[-1]).to(u_BND.dtype)
+        pitch_2 = torch.tensor(token_grid, device=x_BNC.device)  # multiplying by it counts in anchor pitches
+
+        z_BMD, maps = self._first_queries(u_BND, patch_grid, token_grid), None
+        for layer in self.layers:
+            z_BMD, maps = layer(z_BMD, u_BND, pos_ND, anchors_M2 * pitch_2, patches_N2 * pitch_2, output_scopes)
+        return self.output_proj(self.output_norm(z_BMD)), maps
+
+    def _first_queries(self, u_BND: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int]) -> Tensor:
+        """z before the first layer: the base grid at the anchors + pos(a), + the mean of the cell if asked for."""
+        base_1DHW = F.interpolate(self.query_1DHW.float(), size=token_grid, mode="bilinear", align_corners=False)
+        anchors_MD = sincos_positions(cell_centres(token_grid, u_BND.device), u_BND.shape[-1])
+        z_BMD = (base_1DHW.flatten(2).mT + anchors_MD).to(u_BND.dtype).expand(len(u_BND), -1, -1)
+        if self.config.query_init == "content":
+            u_BDHW = u_BND.mT.unflatten(2, patch_grid)
+            z_BMD = z_BMD + F.adaptive_avg_pool2d(u_BDHW, token_grid).flatten(2).mT
+        return z_BMD
+
+
+@torch.no_grad()
+def init_resampler_weights(module: nn.Module) -> None:
+    """The initialisation, as a table; every sum of random terms keeps the variance of its inputs.
+
+    Linear          normal, std 1 / sqrt(inputs); bias 0          Linear "gate"    0: even weights at the start
+    LayerNorm       weight 1, bias 0                               base queries     normal, std 0.02
+    scope embedding normal, std 1: scopes differ from the start    log scale, gate  0: the configured scopes
+    """
+    if isinstance(module, nn.Linear):
+        init.normal_(module.weight, std=module.in_features**-0.5)
+        init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, MultiScopeResampler):
+        init.normal_(module.query_1DHW, std=0.02)
+    elif isinstance(module, ScopeLayer):
+        init.normal_(module.scope_embedding_GD, std=1.0 if module.query_sets > 1 else 0.02)
+        if module.fusion == "static":
+            init.zeros_(module.gate_S)
+        if module.fusion in ("token", "head"):
+            init.zeros_(module.gate.weight)
+    elif isinstance(module, ScopePrior):
+        init.copy_(module.sigma_Gh, module.configured_sigma_Gh())
+        if hasattr(module, "log_scale_Gh"):
+            init.zeros_(module.log_scale_Gh)
+
+
+__all__ = ["MultiScopeResampler", "ScopeMaps", "init_resampler_weights"]
