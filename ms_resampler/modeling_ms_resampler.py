@@ -1,7 +1,7 @@
 """The MS-Resampler model: vision tower -> projector -> language model.
 
-    pixel_values (B, 3, height, width) -> tower -> (B, N, C) -> projector -> (B, M, T), which take the places
-    of the image tokens in the text -> language model -> logits.
+Pixels (B, 3, height, width) -> tower -> patches (B, N, C) -> projector -> visual tokens (B, M, T), which take the
+places of the image tokens in the text -> language model -> logits.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,9 @@ from .resampler_ms_resampler import MultiScopeResampler, init_resampler_weights
 
 # Towers whose position table fits one image size unless they are asked to interpolate it.
 _FIXED_SIZE_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model", "vit"})
+
+# Families that multiply their logits, by another field than cohere's `logit_scale`.
+_MULTIPLIERS = {"falcon_h1": "lm_head_multiplier", "hyperclovax": "logits_scaling"}
 
 
 @dataclass
@@ -91,6 +94,11 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             config.projector_config, config.feature_width, config.text_config.hidden_size
         )
         self.language_model = AutoModel.from_config(config.text_config)
+        if not hasattr(self.language_model, "embed_tokens"):
+            raise ValueError(
+                f"The language model `{config.text_config.model_type}` is not built like today's decoders (it has no "
+                "`embed_tokens`); use one that is, such as llama, mistral, qwen2, qwen3, phi3 or gemma."
+            )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -113,19 +121,17 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
     ) -> tuple | MSResamplerImageFeatures:
         """Visual tokens of images, for `forward` or `generate` (`mm_encoder_outputs={"image": features}`).
 
-        pixel_values is (B, 3, height, width), or SigLIP 2's patches with their mask and spatial_shapes (B, 2);
-        token_grids (B, 2) asks for a grid for every image, and None means the configured budget.
+        pixel_values is (B, 3, height, width), or SigLIP 2's patches with their mask and spatial_shapes (B, 2).
+        token_grids (B, 2) asks for a grid for every image, and None means the configured budget. They come out
+        as the projector made them: Gemma's multiplier is a part of its word embeddings and is not applied,
+        Granite's is a part of its decoder and is.
         """
         tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         if spatial_shapes is None:
             patch_grids = [self.config.patch_grid(tuple(pixel_values.shape[-2:]))] * len(pixel_values)
         else:
             patch_grids = [tuple(shape) for shape in spatial_shapes.tolist()]
-        if token_grids is None:
-            budget = self.config.projector_config.visual_tokens
-            wanted = [token_grid(budget, patch_grid) for patch_grid in patch_grids]
-        else:
-            wanted = [tuple(grid) for grid in token_grids.tolist()]
+        wanted = self._token_grids(token_grids, patch_grids)
         tokens, maps = self._project(self._patch_features(tower), patch_grids, wanted, output_scopes)
         return MSResamplerImageFeatures(
             last_hidden_state=tower.last_hidden_state,
@@ -144,11 +150,21 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             if shapes is None:
                 pixel_values, mask, shapes = flatten_patches(pixel_values, self.config.patch_size)
             return self.vision_tower(
-                pixel_values, attention_mask=mask, spatial_shapes=shapes, return_dict=True, **kwargs
+                pixel_values, pixel_attention_mask=mask, spatial_shapes=shapes, return_dict=True, **kwargs
             )
-        if kind in _FIXED_SIZE_TOWERS and tuple(pixel_values.shape[-2:]) != (self.config.vision_config.image_size,) * 2:
-            kwargs["interpolate_pos_encoding"] = True
+        if kind in _FIXED_SIZE_TOWERS:
+            native = self.config.vision_config.image_size
+            kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != (native, native)
         return self.vision_tower(pixel_values, return_dict=True, **kwargs)
+
+    def _token_grids(self, token_grids: Tensor | None, patch_grids: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The token grid (Mh, Mw) of every image: as asked for, or the configured budget laid over its patches."""
+        if token_grids is None:
+            budget = self.config.projector_config.visual_tokens
+            return [token_grid(budget, patch_grid) for patch_grid in patch_grids]
+        if len(token_grids) != len(patch_grids):
+            raise ValueError(f"Got {len(token_grids)} token grids for {len(patch_grids)} images; give one an image.")
+        return [tuple(grid) for grid in token_grids.tolist()]
 
     def _patch_features(self, tower: ModelOutput) -> Tensor:
         """Patches (B, N, C) of the configured layers side by side, without the tower's prefix tokens."""
@@ -166,20 +182,21 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
     ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Visual tokens and scope maps of every image; images of the same grids go through together."""
         x_BNC = x_BNC.to(self.projector.input_proj.weight.dtype)
+        padded = self.config.vision_config.model_type == "siglip2_vision_model"  # to the batch's largest image
         grids = list(zip(patch_grids, token_grids, strict=True))
         tokens, maps = [None] * len(grids), [None] * len(grids)
         for patches, wanted in dict.fromkeys(grids):
             rows = [row for row, grid in enumerate(grids) if grid == (patches, wanted)]
             x = x_BNC if len(rows) == len(grids) else x_BNC[rows]
-            if x.shape[1] > patches[0] * patches[1] and self.config.vision_config.model_type == "siglip2_vision_model":
-                x = x[:, : patches[0] * patches[1]]  # SigLIP 2 pads every image to the largest of the batch
+            x = x[:, : patches[0] * patches[1]] if padded else x
             y_BMT, scopes = self.projector(x, patches, wanted, output_scopes)
             for row, index in enumerate(rows):
                 tokens[index] = y_BMT[row]
-                maps[index] = (scopes.weights_BSM[row], scopes.attentions_BSMN[row]) if output_scopes else None
+                if output_scopes:
+                    maps[index] = scopes.weights_BSM[row], scopes.attentions_BSMN[row]
         return tokens, maps
 
-    def _placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor) -> Tensor:
+    def _placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, visual_tokens: int) -> Tensor:
         """Where the visual tokens go (batch, L, 1). Raises ValueError if the counts differ."""
         if input_ids is None:
             image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
@@ -187,9 +204,11 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         else:
             mask = input_ids == self.config.image_token_id
         torch_compilable_check(
-            mask.sum() == features.shape[0],
-            lambda: f"The text has {int(mask.sum())} image tokens, but the images make {features.shape[0]} visual "
-            "tokens: process text and images together, with the same `visual_tokens`.",
+            mask.sum() == visual_tokens,
+            lambda: (
+                f"The text has {int(mask.sum())} image tokens, but the images make {visual_tokens} visual tokens: "
+                "process text and images together, with the same `visual_tokens`."
+            ),
         )
         return mask.unsqueeze(-1)
 
@@ -226,8 +245,10 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         features = None
         if images is not None:
             features = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self._placeholder_mask(input_ids, inputs_embeds, features)
+            mask = self._placeholder_mask(input_ids, inputs_embeds, len(features))
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
+        elif input_ids is not None and is_empty(past_key_values):
+            self._placeholder_mask(input_ids, inputs_embeds, 0)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -242,6 +263,11 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=features,
         )
+
+
+def is_empty(cache: Cache | None) -> bool:
+    """Whether a text begins here, as far as that can be told without breaking a compiled graph."""
+    return cache is None or (not torch.compiler.is_compiling() and int(cache.get_seq_length()) == 0)
 
 
 def flatten_patches(pixel_values: Tensor, patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,12 +352,14 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         )
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
-        """The head and what some families do after it: granite divides, cohere multiplies, gemma 2 caps."""
+        """The head, and what families do after it: granite divides, cohere multiplies, gemma 2 caps."""
         logits, text = self.lm_head(hidden_states), self.config.text_config
-        if getattr(text, "logits_scaling", None) is not None:
-            logits = logits / text.logits_scaling
-        if getattr(text, "logit_scale", None) is not None:
-            logits = logits * text.logit_scale
+        divisor = None if text.model_type in _MULTIPLIERS else getattr(text, "logits_scaling", None)
+        if divisor is not None:
+            logits = logits / divisor
+        factor = getattr(text, _MULTIPLIERS.get(text.model_type, "logit_scale"), None)
+        if factor is not None:
+            logits = logits * factor
         if (cap := getattr(text, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits

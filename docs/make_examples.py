@@ -1,0 +1,49 @@
+"""Makes the Space's example pictures, with a question each: scenes of the test split, never seen in training.
+
+    python docs/make_examples.py
+
+They were chosen for variety of papers, things and question families, before any model had answered them.
+"""
+
+import json
+from pathlib import Path
+
+from ms_resampler.training.scenes import ask, make_scene
+
+FOLDER = Path(__file__).resolve().parent.parent / "space_app" / "examples"
+# Scene number, question family, and which of the questions of that family.
+CHOSEN = [
+    (218, "read", 1),
+    (48, "colour", 2),
+    (154, "relation", 1),
+    (228, "count", 0),
+    (166, "majority", 0),
+    (93, "describe", 1),
+]
+NOTE = (
+    "The model that answers here is small and was trained on drawn scenes only. It reads a digit or a word at a "
+    "place, names colours and shapes, says what is where, counts, finds the most common colour, relates and "
+    "compares two things, and describes a scene. Of photographs it knows nothing."
+)
+
+
+def make_example(index: int, family: str, number: int) -> dict[str, str]:
+    """Draws a scene into the folder; returns its file, question and alternative text."""
+    scene = make_scene("test", index)
+    name = f"scene_{index}.png"
+    scene.image.save(FOLDER / name, optimize=True)
+    question = ask(scene, "test", index, number + 1, [family])[number].question
+    things = ", ".join(f"{thing.colour} {thing.name} ({thing.place})" for thing in scene.things)
+    return {"file": name, "question": question, "alt": f"A drawn scene: {things}"}
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for old in FOLDER.glob("scene_*.png"):
+        old.unlink()
+    examples = {"note": NOTE, "scenes": [make_example(*chosen) for chosen in CHOSEN]}
+    (FOLDER / "examples.json").write_text(json.dumps(examples, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The command `ms-resampler`. A subcommand is a module that is imported when it runs, not before.
+
+Such a module offers `add_arguments(parser)` and `run(arguments) -> exit code`, and its name goes into COMMANDS.
+What is wrong with the input it raises as ValueError or OSError: that becomes one sentence on stderr.
+
+Exit codes: 0 done, 1 an unexpected error, 2 wrong usage or bad input, 130 interrupted.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+
+# Name: module and help, one line each.
+COMMANDS = {
+    "demo": ("ms_resampler.demo", "open a page on which you ask about a picture and see where the model looked"),
+    "chat": ("ms_resampler.chat", "ask about one or several pictures, here in the terminal"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = build_parser(argv).parse_args(argv)
+    try:
+        return import_module(COMMANDS[arguments.command][0]).run(arguments)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` say, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        sentence = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        print(f"ms-resampler {arguments.command}: {sentence}", file=sys.stderr)
+        return 2
+
+
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands, with the arguments of those that `argv` names: the others stay unimported."""
+    from . import __version__
+
+    parser = argparse.ArgumentParser(prog="ms-resampler", description="The multi-scope visual resampler.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, help_line) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
+        if name in argv:
+            import_module(module).add_arguments(command)
+    return parser
+
+
+def model_or_embedded(model: str | None) -> str:
+    """A folder or repository as it is; None is the checkpoint in this package. Raises ValueError if it cannot be."""
+    folder = Path(str(files("ms_resampler") / "checkpoints" / "tiny")) if model is None else Path(model)
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if model is None:
+        raise ValueError("The embedded checkpoint is missing: make it with `make train-tiny`, or name a --model.")
+    if folder.is_dir():
+        raise ValueError(f"There is no model in the folder {model!r}: it has no config.json.")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        raise ValueError(f"{model!r} is neither a folder nor the name of a Hub repository.")
+    return model
+
+
+if __name__ == "__main__":
+    sys.exit(main())

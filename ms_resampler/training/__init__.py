@@ -1,0 +1,1 @@
+"""Training: scenes and conversations as data, recipes, and the run itself."""
