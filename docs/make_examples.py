@@ -13,12 +13,12 @@ from ms_resampler.training.scenes import ask, make_scene
 FOLDER = Path(__file__).resolve().parent.parent / "space_app" / "examples"
 # Scene number, question family, and which of the questions of that family.
 CHOSEN = [
-    (218, "read", 1),
-    (48, "colour", 2),
-    (154, "relation", 1),
-    (228, "count", 0),
-    (166, "majority", 0),
-    (93, "describe", 1),
+    (15, "read", 2),
+    (144, "colour", 3),
+    (18, "relation", 0),
+    (134, "count_colour", 3),
+    (53, "majority", 3),
+    (166, "describe", 0),
 ]
 NOTE = (
     "The model that answers here is small and was trained on drawn scenes only. It reads a digit or a word at a "

@@ -1,6 +1,6 @@
 """Takes the README's picture of the demo: picks an example, waits for the answer, picks a token.
 
-    python docs/make_screenshot.py [--model FOLDER] [--dark] [--narrow] [--output docs/screenshot.png]
+python docs/make_screenshot.py [--model FOLDER] [--dark] [--narrow] [--output docs/screenshot.png]
 """
 
 import argparse
@@ -32,7 +32,7 @@ EXAMPLE, TOKEN = 2, 14
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(ROOT / "ms_resampler" / "checkpoints" / "tiny"))
+    parser.add_argument("--model", help="folder or Hub repository (default: the embedded checkpoint)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "screenshot.png")
     parser.add_argument("--example", type=int, default=EXAMPLE, help="number of the example, from 0")
     parser.add_argument("--token", type=int, default=TOKEN, help="number of the token to pick, from 0")
@@ -48,13 +48,13 @@ def main() -> None:
 
 
 @contextmanager
-def serve(model: str) -> Iterator[str]:
-    """The app on a free port, as long as the context lasts."""
+def serve(model: str | None) -> Iterator[str]:
+    """`ms-resampler demo` on a free port, as long as the context lasts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = {"MODEL_ID": model, "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
-    app = subprocess.Popen([sys.executable, str(ROOT / "space_app" / "app.py")], env=os.environ | settings)
+    command = [sys.executable, "-m", "ms_resampler.cli", "demo", "--no-browser", "--port", str(port)]
+    app = subprocess.Popen([*command, *(["--model", model] if model else [])], cwd=ROOT)
     try:
         address = f"http://127.0.0.1:{port}"
         wait_for(address, app)

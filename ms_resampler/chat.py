@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def budget(text: str) -> int | tuple[int, int]:
-    """ "36" -> 36, "4x9" -> (4, 9)."""
+    """A count or a grid: "36" -> 36, "4x9" -> (4, 9)."""
     rows, by, columns = text.partition("x")
     return (int(rows), int(columns)) if by else int(rows)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 COMMANDS = {
     "demo": ("ms_resampler.demo", "open a page on which you ask about a picture and see where the model looked"),
     "chat": ("ms_resampler.chat", "ask about one or several pictures, here in the terminal"),
+    "train": ("ms_resampler.training.command", "run a training recipe, and measure what it made"),
 }
 
 

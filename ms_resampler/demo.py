@@ -3,9 +3,13 @@
 import argparse
 import importlib.util
 import os
+import signal
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 from .cli import model_or_embedded
 
@@ -19,11 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
 
 
-def run(arguments: argparse.Namespace) -> NoReturn:
-    """Becomes the app: a program of its own, as on a Space, that no code of this package has prepared."""
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the app until it ends or is interrupted: a program of its own, as on a Space."""
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("The demo needs Gradio: pip install 'ms-resampler[demo]'.")
-    os.execve(sys.executable, [sys.executable, str(find_app())], environment(arguments))
+    app_file = find_app()
+    with loadable(model_or_embedded(arguments.model)) as model, ending_on_sigterm():
+        app = subprocess.Popen([sys.executable, str(app_file)], env=environment(arguments, model))
+        try:
+            return app.wait()
+        finally:
+            app.terminate()
+            app.wait()
 
 
 def find_app() -> Path:
@@ -35,11 +46,35 @@ def find_app() -> Path:
     raise FileNotFoundError("The demo's space_app folder is neither beside nor inside the installed package.")
 
 
-def environment(arguments: argparse.Namespace) -> dict[str, str]:
-    """The app's settings; a folder is named in full, for the app must not take it for a repository."""
-    model = model_or_embedded(arguments.model)
+@contextmanager
+def loadable(model: str) -> Iterator[str]:
+    """The model as a stranger can load it: a folder of weights without code gets the code, in a copy."""
+    folder = Path(model)
+    if not folder.is_dir() or (folder / "modeling_ms_resampler.py").is_file():
+        yield str(folder.resolve()) if folder.is_dir() else model
+        return
+    from .hub_upload.staging import stage_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="ms-resampler-") as place:
+        staged = Path(place) / folder.resolve().name
+        stage_checkpoint(folder, staged)
+        yield str(staged)
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """A polite request to end is an exit, so that the app ends, too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def environment(arguments: argparse.Namespace, model: str) -> dict[str, str]:
+    """The app's settings, on top of this process's environment."""
     settings = {
-        "MODEL_ID": str(Path(model).resolve()) if Path(model).is_dir() else model,
+        "MODEL_ID": model,
         "MODEL_REVISION": arguments.revision,
         "GRADIO_SERVER_NAME": arguments.host,
         "GRADIO_SERVER_PORT": None if arguments.port is None else str(arguments.port),

@@ -77,12 +77,6 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, MultiScopeResampler):
-            for part in module.modules():
-                init_resampler_weights(part)
-
 
 class MSResamplerModel(MSResamplerPreTrainedModel):
     """Vision tower, projector and language model, without the language model's head."""
@@ -100,6 +94,11 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
                 "`embed_tokens`); use one that is, such as llama, mistral, qwen2, qwen3, phi3 or gemma."
             )
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The projector's parts, by its own table: tower and language model are models and initialise themselves."""
+        super()._init_weights(module)
+        init_resampler_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -247,7 +246,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             features = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self._placeholder_mask(input_ids, inputs_embeds, len(features))
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
-        elif input_ids is not None and is_empty(past_key_values):
+        elif input_ids is not None and past_key_values is None:
             self._placeholder_mask(input_ids, inputs_embeds, 0)
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -263,11 +262,6 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=features,
         )
-
-
-def is_empty(cache: Cache | None) -> bool:
-    """Whether a text begins here, as far as that can be told without breaking a compiled graph."""
-    return cache is None or (not torch.compiler.is_compiling() and int(cache.get_seq_length()) == 0)
 
 
 def flatten_patches(pixel_values: Tensor, patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -292,6 +286,8 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         self.model = MSResamplerModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+        # A placeholder is no answer; and prompt lookup, which copies from the prompt, must not propose any.
+        self.generation_config.suppress_tokens = [config.image_token_id]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

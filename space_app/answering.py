@@ -87,9 +87,7 @@ def check_question(text: str | None) -> str:
     if not question:
         raise Refusal("Please type a question about the picture.")
     if len(question) > MAX_QUESTION_CHARACTERS:
-        raise Refusal(
-            f"The question has {len(question)} characters; please ask in at most {MAX_QUESTION_CHARACTERS}."
-        )
+        raise Refusal(f"The question has {len(question)} characters; please ask in at most {MAX_QUESTION_CHARACTERS}.")
     return question
 
 

@@ -43,10 +43,11 @@ element.addEventListener('click', event => {
   if (scene) trigger('choose', {scene: Number(scene.dataset.scene)});
 });
 """
-# Gradio names neither the box nor the pictures in the conversation for those who cannot see them.
+# Gradio leaves the box, its Stop button and the pictures in the conversation nameless for screen readers.
 NAMES_SCRIPT = """() => {
   const name = () => {
     document.querySelectorAll('#ask textarea').forEach(box => box.setAttribute('aria-label', 'Your question'));
+    document.querySelectorAll('#ask .stop-button').forEach(button => button.setAttribute('aria-label', 'Stop'));
     document.querySelectorAll('#chat img[alt=""]').forEach(image => { image.alt = 'The picture asked about'; });
   };
   new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
@@ -76,6 +77,7 @@ class Space:
             history = [*history, user_turn(message["text"], message["files"], history)]
         except Refusal as refusal:
             gr.Warning(str(refusal), title="Not yet")
+            yield gr.skip(), gr.skip(), gr.skip()
             return
         yield [*history, assistant_turn("")], ask_box(answering=True), gr.skip()
         try:
@@ -165,9 +167,7 @@ def conversation_of(history: list[dict]) -> tuple[list[dict], Image.Image]:
     """The turns since the last picture, as the processor takes them, and that picture."""
     start = max(number for number, turn in enumerate(history) if pictures_of(turn))
     picture = open_picture(pictures_of(history[start])[-1])
-    turns = [
-        {"role": turn["role"], "content": [{"type": "text", "text": text_of(turn)}]} for turn in history[start:]
-    ]
+    turns = [{"role": turn["role"], "content": [{"type": "text", "text": text_of(turn)}]} for turn in history[start:]]
     turns[0]["content"].insert(0, {"type": "image", "image": picture})
     return turns, picture
 
@@ -221,9 +221,7 @@ def build_demo(model: Any, processor: Any) -> gr.Blocks:
                     elem_id="chat",
                 )
                 box = ask_box()
-                scenes = gr.HTML(
-                    examples_html(EXAMPLES, space.scenes), js_on_load=EXAMPLES_SCRIPT, elem_id="scenes"
-                )
+                scenes = gr.HTML(examples_html(EXAMPLES, space.scenes), js_on_load=EXAMPLES_SCRIPT, elem_id="scenes")
             with gr.Column(scale=8, min_width=320, elem_id="look"):
                 view = gr.HTML(empty_html(names), js_on_load=PICKER_SCRIPT, elem_id="view")
         connect(space, chatbot, box, scenes, view, empty_html(names))

@@ -172,10 +172,10 @@ element.addEventListener('click', event => {
 });
 element.addEventListener('keydown', event => {
   const cell = event.target.closest('[data-token]');
-  const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1 * (cell && columns()), ArrowDown: cell && columns()}[event.key];
-  if (!cell || !step) return;
+  if (!cell) return;
+  const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns(), ArrowDown: columns()}[event.key];
   const next = element.querySelector(`[data-token="${Number(cell.dataset.token) + step}"]`);
-  if (next) { event.preventDefault(); next.focus(); }
+  if (step && next) { event.preventDefault(); next.focus(); }
 });
 watch('value', () => {
   if (refocus) element.querySelector('[data-token][aria-pressed="true"]')?.focus({preventScroll: true});

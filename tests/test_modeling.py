@@ -204,8 +204,12 @@ def test_what_a_family_does_to_its_logits_is_more_than_the_head(kind):
     assert (model(input_ids=ids).logits - plain).abs().max() > 0.1
 
 
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")
-@pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
+FLEX = pytest.param(
+    "flex_attention", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", FLEX])
 @torch.no_grad()
 def test_every_attention_implementation_gives_the_same_logits(attention):
     model = tiny.tiny_model()
@@ -372,8 +376,6 @@ def test_image_tokens_without_images_are_refused():
     ids = torch.tensor([[7, *[tiny.IMAGE] * 4, 9]])
     with pytest.raises(ValueError, match=r"4 image tokens.*0 visual tokens"):
         model(input_ids=ids)
-    with pytest.raises(ValueError, match=r"4 image tokens.*0 visual tokens"):
-        model.generate(input_ids=ids, max_new_tokens=2)
 
 
 def test_an_image_token_that_the_model_says_itself_is_a_word():

@@ -21,6 +21,11 @@ def remote_code_files() -> list[Path]:
     return sorted(PACKAGE.glob("*_ms_resampler.py"))
 
 
+def allowed_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that may leave it."""
+    return [file for file in sorted(folder.iterdir()) if any(fnmatch(file.name, pattern) for pattern in ALLOWED)]
+
+
 def stage_checkpoint(source: Path, target: Path) -> list[str]:
     """Copies what may be published of `source`, and the remote code, into `target`; returns the file names.
 
@@ -30,8 +35,7 @@ def stage_checkpoint(source: Path, target: Path) -> list[str]:
         raise ValueError(f"{source} is not a checkpoint folder: it has no config.json.")
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; give a new folder.")
-    files = [file for file in sorted(source.iterdir()) if any(fnmatch(file.name, pattern) for pattern in ALLOWED)]
     target.mkdir(parents=True, exist_ok=True)
-    for file in [*files, *remote_code_files()]:
+    for file in [*allowed_files(source), *remote_code_files()]:
         shutil.copyfile(file, target / file.name)
     return sorted(file.name for file in target.iterdir())

@@ -1,17 +1,19 @@
 """Scenes: small pictures of handwritten digits, shapes and words, with questions whose answers are known.
 
 Everything follows from (split, index). Digit images are shared out between the splits, so that a digit seen
-in training is never asked about in a test.
+in training is never asked about in a test. Answers are drawn so that guessing without the picture gains little.
 """
 
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+# The whole vocabulary: six colours (RGB), six shapes, ten digits and twelve words, at nine places.
 COLOURS = {
     "red": (226, 52, 48),
     "orange": (255, 145, 20),
@@ -21,32 +23,44 @@ COLOURS = {
     "purple": (175, 80, 220),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-WORDS = ("cat", "sun", "key", "box", "map", "ice", "fly", "toy", "egg", "bus", "hat", "owl")
+DIGITS = tuple(map(str, range(10)))
+WORDS = ("cat", "sun", "key", "box", "map", "ice", "fly", "toy", "egg", "bus", "dog", "owl")
+NAMES = {"digit": DIGITS, "shape": SHAPES, "word": WORDS}
 ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
 PLACES = tuple(f"{row} {column}".strip() or "centre" for row in ROWS for column in COLUMNS)
-SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}
+SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}  # shares of the digit images
 
-KIND_ODDS = {"digit": 0.4, "shape": 0.35, "word": 0.25}
-THEME_ODDS = 0.45  # how often a thing takes the scene's main colour, so that majorities and pairs exist
-CELL_MARGIN = 0.03  # of the picture's width: a thing's centre is never nearer to the border of a cell
-CLEAR_SHIFT = 0.1  # of the picture's width: "left of" is asked only beyond it
-CLEAR_RATIO = 1.35  # of sizes: "larger" is asked only beyond it
+# How scenes are drawn. Lengths are in widths of the picture.
+THEME_ODDS = 0.45  # how often a thing takes the scene's main colour, or kind, so that majorities and pairs exist
+SIDE = (0.2, 0.35)  # height of a digit or shape
+WORD_WIDTH = (0.3, 0.38)
+CELL_MARGIN = 0.03  # a thing's centre is never nearer to the border of its cell
+EDGE = 2  # pixels of paper between a thing and the edge of the picture
+GAP = 3  # pixels between two things, one of them for the rim of each
+PAPERS = 12  # textures kept of each style
+FIRM = [min(max((value - 70) * 11 // 5, 0), 255) for value in range(256)]  # grey levels of an enlarged digit
+FAINT = [value * 7 // 10 for value in range(256)]  # grey levels of a rim
+
+# How clear a case must be to be asked about. Lengths are in widths of the picture.
+CLEAR_SHIFT = 0.15  # "left of", "above": between the centres
+CLEAR_HALF = 0.08  # "in the top half": from the centre to the middle of the picture
+CLEAR_RATIO = 1.3  # "taller": of the heights
+
+TRANSCRIBE = "Transcribe the picture."
+
+Box = tuple[int, int, int, int]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A digit, shape or word. `box` is (left, top, right, bottom) in pixels; `cell` is its place, row by row."""
+    """A digit, shape or word. `box` is (left, top, right, bottom) in pixels, `place` one of PLACES."""
 
     kind: str
     name: str
     colour: str
-    box: tuple[int, int, int, int]
-    cell: int
-
-    @property
-    def place(self) -> str:
-        """In words: "top left", "centre", ..."""
-        return PLACES[self.cell]
+    box: Box
+    place: str
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -54,17 +68,18 @@ class Thing:
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
     @property
-    def size(self) -> int:
-        """The longer side in pixels."""
-        return max(self.box[2] - self.box[0], self.box[3] - self.box[1])
+    def height(self) -> int:
+        """In pixels."""
+        return self.box[3] - self.box[1]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is on it, in reading order of the nine places."""
+    """A picture, what is on it in reading order of the places, and the (split, index) it follows from."""
 
     image: Image.Image
     things: tuple[Thing, ...]
+    seed_key: tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -77,35 +92,75 @@ class Question:
     answer: str
 
 
-# --- Drawing -------------------------------------------------------------------------------------------------
+def scene_rng(split: str, index: int, stream: int) -> np.random.Generator:
+    """The generator of one scene; stream 0 draws the scene, stream 1 its questions."""
+    if split not in SPLITS:
+        raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
+    return np.random.default_rng(np.random.SeedSequence((list(SPLITS).index(split), index, stream)))
 
 
-@lru_cache
-def digit_images(split: str) -> dict[str, list[np.ndarray]]:
-    """Handwritten 8 x 8 digits of a split, by name; each class is shared out in the proportions of SPLITS."""
+def pick(items: Sequence[Item], rng: np.random.Generator) -> Item:
+    """One of the items. (`Generator.choice` is many times slower.)"""
+    return items[int(rng.integers(len(items)))]
+
+
+# --- Glyphs: masks of things, white on black, cropped to their ink ----------------------------------------------
+
+
+@cache
+def load_digit_images() -> tuple[list[np.ndarray], dict[str, dict[str, list[int]]]]:
+    """Handwritten 8 x 8 digits (0 to 1, cropped to their ink), and the numbers of those of each split and name.
+
+    Each class is shared out in the proportions of SPLITS.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ImportError("The scenes need scikit-learn's digits: pip install 'ms-resampler[train]'.") from None
-    digits = load_digits()
-    start = sum(share for name, share in SPLITS.items() if list(SPLITS).index(name) < list(SPLITS).index(split))
-    images = {}
-    for name in range(10):
-        of_class = digits.images[digits.target == name] / 16
-        images[str(name)] = list(of_class[int(start * len(of_class)) : int((start + SPLITS[split]) * len(of_class))])
-    return images
+        raise ImportError("The scenes need scikit-learn's digits: pip install ms-resampler[train]") from None
+    data = load_digits()
+    shared: dict[str, dict[str, list[int]]] = {split: {} for split in SPLITS}
+    for digit, name in enumerate(DIGITS):
+        numbers = np.flatnonzero(data.target == digit)
+        ends = np.round(np.cumsum(list(SPLITS.values())) * len(numbers)).astype(int)
+        for split, part in zip(SPLITS, np.split(numbers, ends[:-1]), strict=True):
+            shared[split][name] = part.tolist()
+    return [crop_to_ink(image / 16) for image in data.images], shared
 
 
-@lru_cache(maxsize=None)
-def shape_mask(name: str, size: int) -> Image.Image:
-    """A filled shape, white on black, drawn four times larger and scaled down for smooth edges."""
-    side = 4 * size
+def crop_to_ink(pixels: np.ndarray) -> np.ndarray:
+    """Cuts off empty rows and columns, but leaves one pixel of paper, for soft edges when it is enlarged."""
+    ink = pixels > 0.2
+    rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
+    return np.pad(pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 1)
+
+
+def digit_number(name: str, split: str, rng: np.random.Generator) -> int:
+    """A random one of the split's handwritten images of a digit."""
+    return pick(load_digit_images()[1][split][name], rng)
+
+
+@lru_cache(maxsize=4096)
+def digit_mask(number: int, height: int) -> Image.Image:
+    """Handwritten digit number `number`, `height` pixels high: smooth, but with firm strokes."""
+    pixels = load_digit_images()[0][number]
+    # The padding takes up two of the rows, so the ink is enlarged a little more.
+    scale = height / (pixels.shape[0] - 1.3)
+    sides = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
+    smooth = Image.fromarray((pixels * 255).astype(np.uint8)).resize(sides, Image.Resampling.BICUBIC)
+    firm = smooth.point(FIRM)
+    return firm.crop(firm.getbbox())
+
+
+@cache
+def shape_mask(name: str, height: int) -> Image.Image:
+    """A filled shape `height` pixels high, drawn four times larger and scaled down for smooth edges."""
+    side = 4 * height
     mask = Image.new("L", (side, side))
     draw, end = ImageDraw.Draw(mask), side - 1
     if name == "circle":
         draw.ellipse((0, 0, end, end), fill=255)
     elif name == "square":
-        draw.rectangle((side // 12, side // 12, end - side // 12, end - side // 12), fill=255)
+        draw.rectangle((0, 0, end, end), fill=255)
     elif name == "triangle":
         draw.polygon(((side // 2, 0), (end, end), (0, end)), fill=255)
     elif name == "cross":
@@ -113,294 +168,446 @@ def shape_mask(name: str, size: int) -> Image.Image:
         draw.rectangle((0, side * 3 // 8, end, side * 5 // 8), fill=255)
     elif name == "ring":
         draw.ellipse((0, 0, end, end), outline=255, width=side // 5)
-    else:  # star
-        angles = np.arange(10) * np.pi / 5 - np.pi / 2
-        radii = np.where(np.arange(10) % 2 == 0, side / 2, side / 4.6)
-        corners = np.stack([np.cos(angles) * radii, np.sin(angles) * radii], 1) + side / 2
-        draw.polygon([tuple(corner) for corner in corners], fill=255)
-    return mask.resize((size, size), Image.Resampling.BOX)
+    else:
+        draw.polygon(star_corners(side), fill=255)
+    mask = mask.crop(mask.getbbox())
+    return mask.resize((round(height * mask.width / mask.height), height), Image.Resampling.BOX)
 
 
-@lru_cache(maxsize=None)
-def word_mask(word: str, size: int) -> Image.Image:
-    """A word as wide as `size` pixels, white on black."""
+def star_corners(side: int) -> list[tuple[float, float]]:
+    """The ten corners of a star in a square of `side` pixels."""
+    angles = np.arange(10) * np.pi / 5 - np.pi / 2
+    radii = np.where(np.arange(10) % 2 == 0, side * 0.52, side * 0.23)
+    x, y = side / 2 + np.cos(angles) * radii, side * 0.52 + np.sin(angles) * radii
+    return list(zip(x.tolist(), y.tolist(), strict=True))
+
+
+@cache
+def word_mask(word: str, width: int) -> Image.Image:
+    """A word `width` pixels wide."""
     font = ImageFont.load_default(48)
-    left, top, right, bottom = font.getbbox(word)
+    left, top, right, bottom = map(int, font.getbbox(word, stroke_width=1))
     mask = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(mask).text((-left, -top), word, fill=255, font=font, stroke_width=1)
-    return mask.resize((size, max(8, round(size * mask.height / mask.width))), Image.Resampling.BOX)
+    mask = mask.crop(mask.getbbox())
+    return mask.resize((width, round(width * mask.height / mask.width)), Image.Resampling.BOX)
 
 
-def digit_mask(pixels: np.ndarray, size: int) -> Image.Image:
-    """A handwritten digit of `size` x `size` pixels, smooth but with firm strokes."""
-    smooth = Image.fromarray((pixels * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-    return smooth.point([int(np.clip((value - 50) * 1.9, 0, 255)) for value in range(256)])
+# --- Papers and paint -------------------------------------------------------------------------------------------
 
 
-def background(size: int, rng: np.random.Generator) -> tuple[Image.Image, bool]:
-    """A plain, graded, noisy, striped or dotted paper, dark or light; and whether it is light."""
-    light = bool(rng.random() < 0.5)
-    base = rng.uniform(215, 248, 3) if light else rng.uniform(8, 48, 3)
+@cache
+def paper_texture(style: str, variant: int, size: int) -> np.ndarray:
+    """Grey levels (int16, size x size) to add to a dark tint, or to take from a light one."""
+    rng = np.random.default_rng((list(STYLES).index(style), variant))
     rows, columns = np.mgrid[0:size, 0:size] / size
-    style = rng.integers(5)
-    texture = np.zeros((size, size))
-    if style == 1:
-        angle = rng.uniform(0, 2 * np.pi)
-        texture = 30 * (np.cos(angle) * rows + np.sin(angle) * columns)
-    elif style == 2:
-        texture = rng.normal(0, 5, (size, size))
-    elif style == 3:
-        texture = 7 * np.sign(np.sin((rows * rng.uniform(0, 1) + columns) * rng.uniform(30, 60)))
-    elif style == 4:
-        frequency = rng.uniform(30, 50)
-        texture = 14 * (np.sin(rows * frequency) * np.sin(columns * frequency) > 0.6)
-    pixels = base + (texture if not light else -texture)[:, :, None]
+    return STYLES[style](rows, columns, rng).astype(np.int16)
+
+
+# Made from a pixel's row and column, both from 0 to 1. Faint enough that every colour stands out.
+STYLES: dict[str, Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]] = {
+    "plain": lambda rows, columns, rng: 0 * rows,
+    "gradient": lambda rows, columns, rng: 30 * abs(np.cos(a := rng.uniform(0, 3.14)) * rows + np.sin(a) * columns),
+    "noise": lambda rows, columns, rng: rng.normal(0, 5, rows.shape),
+    "stripes": lambda rows, columns, rng: 7 * np.sign(np.sin((rows * rng.uniform() + columns) * rng.uniform(30, 60))),
+    "dots": lambda rows, columns, rng: 14 * (np.sin(rows * (f := rng.uniform(30, 50))) * np.sin(columns * f) > 0.6),
+}
+
+
+def draw_paper(size: int, rng: np.random.Generator) -> tuple[Image.Image, bool]:
+    """Plain, graded, noisy, striped or dotted paper; and whether it is light."""
+    light = bool(rng.random() < 0.5)
+    tint = rng.integers(215, 249, 3) if light else rng.integers(8, 49, 3)
+    texture = paper_texture(pick(list(STYLES), rng), int(rng.integers(PAPERS)), size)[:, :, None]
+    pixels = tint.astype(np.int16) + (-texture if light else texture)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), light
 
 
 def paint(picture: Image.Image, mask: Image.Image, colour: str, corner: tuple[int, int], light: bool) -> None:
-    """Pastes a thing in its colour; on light paper with a dark rim, or yellow would vanish."""
+    """Pastes a thing in its colour; on light paper with a dark rim of one pixel, or yellow would vanish."""
     if light:
         rim = Image.new("L", (mask.width + 2, mask.height + 2))
         rim.paste(mask, (1, 1))
-        rim = rim.filter(ImageFilter.MaxFilter(3)).point([int(0.7 * value) for value in range(256)])
+        rim = rim.filter(ImageFilter.MaxFilter(3)).point(FAINT)
         picture.paste((20, 20, 25), (corner[0] - 1, corner[1] - 1), rim)
     picture.paste(COLOURS[colour], corner, mask)
 
 
-# --- Scenes --------------------------------------------------------------------------------------------------
+# --- Scenes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A thing before it has a size in pixels. `number` is a digit's image; `side` is relative to the picture."""
+
+    kind: str
+    name: str
+    colour: str
+    number: int
+    side: float
+
+    def mask(self, scale: float) -> Image.Image:
+        """The thing's mask where a side of 1 is `scale` pixels."""
+        side = round(self.side * scale)
+        if self.kind == "digit":
+            return digit_mask(self.number, side)
+        return shape_mask(self.name, side) if self.kind == "shape" else word_mask(self.name, side)
 
 
 def make_scene(split: str, index: int, *, max_things: int = 6, size: int = 96) -> Scene:
-    """Scene number `index` of a split: 1 to `max_things` things on a paper of `size` x `size` pixels."""
+    """Scene number `index` of a split: 1 to `max_things` (at most 9) things on a paper of `size` x `size` pixels."""
+    if not 1 <= max_things <= len(PLACES):
+        raise ValueError(f"A scene has 1 to {len(PLACES)} things, not max_things={max_things}.")
     rng = scene_rng(split, index, 0)
-    picture, light = background(size, rng)
-    theme = rng.choice(list(COLOURS))
-    things: list[Thing] = []
-    for cell in rng.permutation(9)[: rng.integers(1, max_things + 1)]:
-        kind = str(rng.choice(list(KIND_ODDS), p=list(KIND_ODDS.values())))
-        colour = str(theme if rng.random() < THEME_ODDS else rng.choice(list(COLOURS)))
-        name, mask = draw_thing(kind, split, size, rng)
-        corner = find_corner(mask.size, int(cell), size, [thing.box for thing in things], rng)
-        if corner is None:
-            continue  # a crowded corner: the scene has one thing fewer
-        paint(picture, mask, colour, corner, light)
-        box = (*corner, corner[0] + mask.width, corner[1] + mask.height)
-        things.append(Thing(kind, name, colour, box, int(cell)))
-    return Scene(picture, tuple(sorted(things, key=lambda thing: thing.cell)))
+    picture, light = draw_paper(size, rng)
+    cells = sorted(rng.permutation(len(PLACES))[: rng.integers(1, max_things + 1)].tolist())
+    drafts = draw_drafts(len(cells), split, rng)
+    masks, boxes = arrange(drafts, cells, size, rng)
+    for draft, mask, box in zip(drafts, masks, boxes, strict=True):
+        paint(picture, mask, draft.colour, box[:2], light)
+    things = tuple(
+        Thing(draft.kind, draft.name, draft.colour, box, PLACES[cell])
+        for draft, box, cell in zip(drafts, boxes, cells, strict=True)
+    )
+    return Scene(picture, things, (split, index))
 
 
-def scene_rng(split: str, index: int, stream: int) -> np.random.Generator:
-    """The generator of one scene; stream 0 draws the scene, stream 1 its questions."""
-    return np.random.default_rng([list(SPLITS).index(split), index, stream])
+def draw_drafts(count: int, split: str, rng: np.random.Generator) -> list[Draft]:
+    """Random things, many of them in the scene's main colour or of its main kind."""
+    kinds, colours = list(NAMES), list(COLOURS)
+    main_kind, main_colour = pick(kinds, rng), pick(colours, rng)
+    drafts = []
+    for _ in range(count):
+        kind = main_kind if rng.random() < THEME_ODDS else pick(kinds, rng)
+        colour = main_colour if rng.random() < THEME_ODDS else pick(colours, rng)
+        name = pick(NAMES[kind], rng)
+        number = digit_number(name, split, rng) if kind == "digit" else 0
+        side = float(rng.uniform(*(WORD_WIDTH if kind == "word" else SIDE)))
+        drafts.append(Draft(kind, name, colour, number, side))
+    return drafts
 
 
-def draw_thing(kind: str, split: str, size: int, rng: np.random.Generator) -> tuple[str, Image.Image]:
-    """A random thing of a kind: its name and its mask."""
-    side = int(rng.uniform(0.21, 0.34) * size)
-    if kind == "digit":
-        name = str(rng.integers(10))
-        images = digit_images(split)[name]
-        return name, digit_mask(images[rng.integers(len(images))], side)
-    if kind == "shape":
-        name = str(rng.choice(SHAPES))
-        return name, shape_mask(name, side)
-    name = str(rng.choice(WORDS))
-    return name, word_mask(name, int(rng.uniform(0.29, 0.36) * size))
+def arrange(
+    drafts: list[Draft], cells: list[int], size: int, rng: np.random.Generator
+) -> tuple[list[Image.Image], list[Box]]:
+    """Masks of the things and boxes in their cells that do not touch; in a crowd all things shrink a little."""
+    scale = float(size)
+    while True:
+        masks = [draft.mask(scale) for draft in drafts]
+        boxes: dict[int, Box] = {}
+        # The widest first, since they have the least choice.
+        for number in sorted(range(len(cells)), key=lambda number: -masks[number].width):
+            box = find_box(masks[number].size, cells[number], size, boxes.values(), rng)
+            if box is None:
+                break
+            boxes[number] = box
+        else:
+            return masks, [boxes[number] for number in range(len(cells))]
+        scale *= 0.995
 
 
-def find_corner(
-    sides: tuple[int, int], cell: int, size: int, taken: list[tuple[int, int, int, int]], rng: np.random.Generator
-) -> tuple[int, int] | None:
-    """Where to put a thing so that its centre is inside the cell and it touches nothing; None after 20 tries."""
+def find_box(
+    sides: tuple[int, int], cell: int, size: int, taken: Collection[Box], rng: np.random.Generator
+) -> Box | None:
+    """A random box of (width, height) `sides` centred in the cell, clear of the others; None after 12 tries."""
     row, column = divmod(cell, 3)
-    ranges = []
+    spans = []
     for number, side in ((column, sides[0]), (row, sides[1])):
-        low = max((number / 3 + CELL_MARGIN) * size, side / 2 + 1)
-        high = min(((number + 1) / 3 - CELL_MARGIN) * size, size - side / 2 - 1)
-        ranges.append((low, high))
-    for _ in range(20):
-        left, top = (round(rng.uniform(*span) - side / 2) for span, side in zip(ranges, sides, strict=True))
-        box = (left - 1, top - 1, left + sides[0] + 1, top + sides[1] + 1)
-        if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
-            return left, top
+        low = max((number / 3 + CELL_MARGIN) * size, side / 2 + EDGE)
+        high = min(((number + 1) / 3 - CELL_MARGIN) * size, size - side / 2 - EDGE)
+        spans.append((low - side / 2, high - side / 2))
+    for x, y in rng.random((12, 2)).tolist():
+        left, top = (round(low + share * (high - low)) for share, (low, high) in zip((x, y), spans, strict=True))
+        box = (left, top, left + sides[0], top + sides[1])
+        if not any(touch(box, other) for other in taken):
+            return box
     return None
 
 
-# --- Questions: every family makes (question, answer), or None where a scene does not allow it ----------------
+def touch(a: Box, b: Box) -> bool:
+    """Whether less than GAP pixels lie between two boxes."""
+    return a[0] < b[2] + GAP and b[0] < a[2] + GAP and a[1] < b[3] + GAP and b[1] < a[3] + GAP
 
-Asked = tuple[str, str] | None
+
+# --- Questions: a family makes (question, answer) pairs, in the order in which they are to be asked --------------
+
+Asked = list[tuple[str, str]]
 
 
-def phrase_place(place: str) -> str:
-    """"top left" -> "at the top left", "centre" -> "in the centre"."""
+def at(place: str) -> str:
+    """Where a place is: "top left" -> "at the top left", "centre" -> "in the centre"."""
     return "in the centre" if place == "centre" else f"at the {place}"
 
 
-def reference(thing: Thing, scene: Scene) -> str | None:
-    """How to call a thing unambiguously by its name, with its colour if needed: "the red circle"."""
-    noun = f"word {thing.name}" if thing.kind == "word" else thing.name
-    if sum(other.name == thing.name for other in scene.things) == 1:
-        return f"the {noun}"
-    if sum((other.name, other.colour) == (thing.name, thing.colour) for other in scene.things) == 1:
-        return f"the {thing.colour} {noun}"
-    return None
+def noun(thing: Thing) -> str:
+    """What a thing is called: "circle", "7", "word cat"."""
+    return f"word {thing.name}" if thing.kind == "word" else thing.name
 
 
-def pick(items: list, rng: np.random.Generator):
-    """One of the items, None if there are none."""
-    return items[rng.integers(len(items))] if items else None
+def plainly_named(scene: Scene) -> list[tuple[Thing, str]]:
+    """The things whose names occur once, and how to refer to them: "the circle"."""
+    names = Counter(thing.name for thing in scene.things)
+    return [(thing, f"the {noun(thing)}") for thing in scene.things if names[thing.name] == 1]
+
+
+def named(scene: Scene) -> list[tuple[Thing, str]]:
+    """The things that name, or colour and name, tell from all others: "the circle", "the red circle"."""
+    names = Counter(thing.name for thing in scene.things)
+    looks = Counter((thing.colour, thing.name) for thing in scene.things)
+    return [
+        (thing, f"the {noun(thing)}" if names[thing.name] == 1 else f"the {thing.colour} {noun(thing)}")
+        for thing in scene.things
+        if looks[thing.colour, thing.name] == 1
+    ]
+
+
+def pairs_of(items: Sequence[Item], rng: np.random.Generator) -> list[tuple[Item, Item]]:
+    """Every pair once, in random order and each the random way round, so that the order tells nothing."""
+    pairs = [(a, b) if rng.random() < 0.5 else (b, a) for n, a in enumerate(items) for b in items[:n]]
+    return shuffled(pairs, rng)
+
+
+def shuffled(items: Iterable[Item], rng: np.random.Generator) -> list[Item]:
+    """The items in random order."""
+    items = list(items)
+    return [items[number] for number in rng.permutation(len(items))]
+
+
+def fair(by_answer: dict[str, list[str]], rng: np.random.Generator) -> Asked:
+    """An order in which every answer is as likely as any other each time, whatever was asked before.
+
+    It ends as soon as an answer has no question left: {"yes": [a, b, c], "no": []} gives none at all, since
+    the question would give the answer away.
+    """
+    piles = {answer: shuffled(questions, rng) for answer, questions in by_answer.items()}
+    answers, asked = list(piles), []
+    while piles and all(piles.values()):
+        answer = pick(answers, rng)
+        asked.append((piles[answer].pop(), answer))
+    return asked
 
 
 def ask_read(scene: Scene, rng: np.random.Generator) -> Asked:
-    thing = pick([t for t in scene.things if t.kind != "shape"], rng)
-    if thing is None:
-        return None
-    noun = "Which digit is" if thing.kind == "digit" else "Which word is"
-    start = pick([noun, "What is written"], rng)
-    return f"{start} {phrase_place(thing.place)}?", thing.name
+    """The digit or word at a place."""
+    return [
+        (pick((f"What is written {at(t.place)}?", f"Which {t.kind} is {at(t.place)}?"), rng), t.name)
+        for t in shuffled(scene.things, rng)
+        if t.kind != "shape"
+    ]
 
 
 def ask_colour(scene: Scene, rng: np.random.Generator) -> Asked:
-    thing = pick(list(scene.things), rng)
-    unique = sum(other.name == thing.name for other in scene.things) == 1
-    if unique and rng.random() < 0.5:
-        return f"What colour is {reference(thing, scene)}?", thing.colour
-    return f"What colour is the thing {phrase_place(thing.place)}?", thing.colour
+    """The colour of the thing at a place, or of a thing with a name of its own. Each thing is asked for once."""
+    names = dict(plainly_named(scene))
+    asked = []
+    for thing in shuffled(scene.things, rng):
+        by_name = thing in names and rng.random() < 0.5
+        asked.append((f"What colour is {names[thing] if by_name else f'the thing {at(thing.place)}'}?", thing.colour))
+    return asked
 
 
 def ask_shape(scene: Scene, rng: np.random.Generator) -> Asked:
-    thing = pick([t for t in scene.things if t.kind == "shape"], rng)
-    return thing and (f"Which shape is {phrase_place(thing.place)}?", thing.name)
+    """The shape at a place."""
+    return [
+        (pick((f"Which shape is {at(t.place)}?", f"What shape is the thing {at(t.place)}?"), rng), t.name)
+        for t in shuffled(scene.things, rng)
+        if t.kind == "shape"
+    ]
+
+
+def half_of(thing: Thing, axis: int, size: int) -> int:
+    """Which half of the picture the thing is in along x (0) or y (1): 0 or 1, or -1 where that is not clear."""
+    shift = thing.centre[axis] / size - 0.5
+    return -1 if abs(shift) < CLEAR_HALF else int(shift > 0)
 
 
 def ask_presence(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Yes and no equally often; half of the no's name a thing that is elsewhere, half one that is nowhere."""
-    bands = {"top row": (0, 1, 2), "bottom row": (6, 7, 8), "left column": (0, 3, 6), "right column": (2, 5, 8)}
-    band, yes = str(rng.choice(list(bands))), rng.random() < 0.5
-    inside = {t.name for t in scene.things if t.cell in bands[band]}
-    elsewhere = sorted({t.name for t in scene.things} - inside)
-    absent = sorted({*map(str, range(10)), *SHAPES, *WORDS} - {t.name for t in scene.things})
-    if not inside:
-        return None  # with only no's to give, the answer would not be balanced
-    name = pick(sorted(inside) if yes else elsewhere if elsewhere and rng.random() < 0.5 else absent, rng)
-    noun = f"the word {name}" if name in WORDS else f"an {name}" if name == "8" else f"a {name}"
-    return f"Is there {noun} in the {band}?", "yes" if yes else "no"
+    """Whether a digit, shape or word is in a half of the picture.
+
+    Two thirds of the no's are about things in the other half, so that knowing what there is does not suffice.
+    """
+    piles: dict[str, list[str]] = {"yes": [], "no": []}
+    for axis, sides in enumerate((("left", "right"), ("top", "bottom"))):
+        found = defaultdict(set)
+        for thing in scene.things:
+            found[noun(thing)].add(half_of(thing, axis, scene.image.width))
+        for half, word in enumerate(sides):
+            for name, where in found.items():
+                if where == {1 - half} or half in where:
+                    piles["yes" if half in where else "no"].append(presence_text(name, word, rng))
+    halves = ("left", "right", "top", "bottom")
+    # Keys of a dict, not a set: no question twice, and the same order in every process.
+    absent = dict.fromkeys((absent_name(scene, rng), pick(halves, rng)) for _ in range(len(piles["no"]) // 2))
+    piles["no"] += [presence_text(name, half, rng) for name, half in absent]
+    return fair(piles, rng)
+
+
+def presence_text(name: str, half: str, rng: np.random.Generator) -> str:
+    """Asks for a thing in a half: "Is there an 8 in the top half?"."""
+    article = "the" if name.startswith("word") else "an" if name == "8" else "a"
+    return f"{pick(('Is there', 'Do you see'), rng)} {article} {name} in the {half} half?"
+
+
+def absent_name(scene: Scene, rng: np.random.Generator) -> str:
+    """Something that is not on the picture, of a kind that is, so that neither kind nor name gives it away."""
+    kind = pick(scene.things, rng).kind
+    name = pick([name for name in NAMES[kind] if all(thing.name != name for thing in scene.things)], rng)
+    return f"word {name}" if kind == "word" else name
 
 
 def ask_count(scene: Scene, rng: np.random.Generator) -> Asked:
-    kind = pick([None, None, *KIND_ODDS], rng)
-    if kind is None:
-        return "How many things are there?", str(len(scene.things))
-    return f"How many {kind}s are there?", str(sum(thing.kind == kind for thing in scene.things))
+    """How many things there are, or how many of a kind; of an absent kind half as often, or 0 would be a good guess."""
+    counts = Counter(thing.kind for thing in scene.things)
+    asked = [(count_text("thing", rng), str(len(scene.things)))]
+    asked += [(count_text(kind, rng), str(counts[kind])) for kind in NAMES if counts[kind] or rng.random() < 0.5]
+    return shuffled(asked, rng)
+
+
+def count_text(kind: str, rng: np.random.Generator) -> str:
+    """Asks how many there are of a kind, in one of two phrasings."""
+    return pick((f"How many {kind}s are there?", f"Count the {kind}s."), rng)
 
 
 def ask_count_colour(scene: Scene, rng: np.random.Generator) -> Asked:
+    """How many things have a colour; only where one has two or more, or the answer would nearly always be 0 or 1."""
     counts = Counter(thing.colour for thing in scene.things)
     if max(counts.values()) < 2:
-        return None  # only 0 and 1 could be asked for, too easy a guess
-    wanted = pick(sorted({counts[colour] for colour in COLOURS}), rng)
-    colour = pick([colour for colour in COLOURS if counts[colour] == wanted], rng)
-    return f"How many things are {colour}?", str(wanted)
+        return []
+    piles = defaultdict(list)
+    for colour in COLOURS:
+        text = pick((f"How many things are {colour}?", f"How many {colour} things are there?"), rng)
+        piles[str(counts[colour])].append(text)
+    return fair(piles, rng)
 
 
 def ask_majority(scene: Scene, rng: np.random.Generator) -> Asked:
+    """The most common colour of three or more things, where there is only one."""
     ranked = Counter(thing.colour for thing in scene.things).most_common(2)
     if len(scene.things) < 3 or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
-        return None
-    return "Which colour is most common?", ranked[0][0]
+        return []
+    return [(pick(("Which colour is most common?", "What is the most common colour?"), rng), ranked[0][0])]
 
 
 def ask_relation(scene: Scene, rng: np.random.Generator) -> Asked:
-    axis, (before, after) = pick([(0, ("left of", "right of")), (1, ("above", "below"))], rng)
-    clear = CLEAR_SHIFT * scene.image.width
-    pairs = [
-        (a, b)
-        for a in scene.things
-        for b in scene.things
-        if abs(a.centre[axis] - b.centre[axis]) > clear and reference(a, scene) and reference(b, scene)
-    ]
-    if not pairs:
-        return None
-    a, b = pick(pairs, rng)
-    word = pick([before, after], rng)
-    answer = (a.centre[axis] < b.centre[axis]) == (word == before)
-    return f"Is {reference(a, scene)} {word} {reference(b, scene)}?", "yes" if answer else "no"
+    """Whether a thing is left of, right of, above or below another; each pair once for each axis."""
+    asked = []
+    for axis, words in enumerate((("left of", "right of"), ("above", "below"))):
+        for (a, a_text), (b, b_text) in pairs_of(named(scene), rng):
+            shift = a.centre[axis] - b.centre[axis]
+            if abs(shift) > CLEAR_SHIFT * scene.image.width:
+                word = pick(words, rng)
+                asked.append((f"Is {a_text} {word} {b_text}?", yes_no((shift < 0) == (word == words[0]))))
+    return shuffled(asked, rng)
+
+
+def yes_no(truth: bool) -> str:
+    """The answer to a question about a truth."""
+    return "yes" if truth else "no"
 
 
 def ask_compare(scene: Scene, rng: np.random.Generator) -> Asked:
-    named = [thing for thing in scene.things if reference(thing, scene)]
-    pairs = [(a, b) for a in named for b in named if a is not b]
-    if rng.random() < 0.3:
-        return ask_larger(scene, pairs, rng)
-    same = [(a, b) for a, b in pairs if a.colour == b.colour and a.name != b.name]
-    different = [(a, b) for a, b in pairs if a.colour != b.colour and a.name != b.name]
-    if not same or not different:
-        return None  # only where both answers could be asked for, so that they are balanced
-    yes = rng.random() < 0.5
-    a, b = pick(same if yes else different, rng)
-    question = f"Do {reference(a, scene)} and {reference(b, scene)} have the same colour?"
-    return question, "yes" if yes else "no"
-
-
-def ask_larger(scene: Scene, pairs: list[tuple[Thing, Thing]], rng: np.random.Generator) -> Asked:
-    pairs = [
-        (a, b)
-        for a, b in pairs
-        if "word" not in (a.kind, b.kind)
-        and a.name != b.name
-        and max(a.size / b.size, b.size / a.size) > CLEAR_RATIO
-    ]
-    if not pairs:
-        return None
-    a, b = pick(pairs, rng)
-    larger = a if a.size > b.size else b
-    return f"Which is larger, {reference(a, scene)} or {reference(b, scene)}?", larger.name
+    """Whether two things have the same colour, or which is taller. Names alone, since a colour would be a hint."""
+    same: dict[str, list[str]] = {"yes": [], "no": []}
+    taller = []
+    for (a, a_text), (b, b_text) in pairs_of(plainly_named(scene), rng):
+        same[yes_no(a.colour == b.colour)].append(f"Do {a_text} and {b_text} have the same colour?")
+        clear = max(a.height, b.height) > CLEAR_RATIO * min(a.height, b.height)
+        if clear and "word" not in (a.kind, b.kind):  # words are nearly always lower
+            taller.append((f"Is {a_text} taller than {b_text}?", yes_no(a.height > b.height)))
+    # One after the other: a fair order is fair only from its beginning on.
+    return fair(same, rng) + taller if rng.random() < 0.5 else taller + fair(same, rng)
 
 
 def ask_describe(scene: Scene, rng: np.random.Generator) -> Asked:
+    """The whole picture, in reading order: "top left: red 7, centre: blue star"."""
     items = [f"{thing.place}: {thing.colour} {thing.name}" for thing in scene.things]
-    return pick(["Describe the picture.", "What is in the picture?"], rng), ", ".join(items)
+    return [(pick(("Describe the picture.", "What is in the picture?"), rng), ", ".join(items))]
 
 
-FAMILIES: dict[str, tuple[str, Callable[[Scene, np.random.Generator], Asked]]] = {
-    "read": ("local", ask_read),
-    "colour": ("local", ask_colour),
-    "shape": ("local", ask_shape),
-    "presence": ("regional", ask_presence),
-    "relation": ("regional", ask_relation),
-    "compare": ("regional", ask_compare),
-    "count": ("global", ask_count),
-    "count colour": ("global", ask_count_colour),
-    "majority": ("global", ask_majority),
-    "describe": ("global", ask_describe),
+@dataclass(frozen=True)
+class Family:
+    """Questions of one sort: how far one must look ("local", "regional", "global"), and how they are made."""
+
+    name: str
+    group: str
+    make: Callable[[Scene, np.random.Generator], Asked]
+
+    def questions(self, scene: Scene, rng: np.random.Generator) -> list[Question]:
+        """What the family asks of the scene, in the order in which to ask; [] where the scene does not allow it."""
+        return [Question(self.name, self.group, *asked) for asked in self.make(scene, rng)]
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("read", "local", ask_read),
+        Family("colour", "local", ask_colour),
+        Family("shape", "local", ask_shape),
+        Family("presence", "regional", ask_presence),
+        Family("relation", "regional", ask_relation),
+        Family("compare", "regional", ask_compare),
+        Family("count", "global", ask_count),
+        Family("count_colour", "global", ask_count_colour),
+        Family("majority", "global", ask_majority),
+        Family("describe", "global", ask_describe),
+    )
 }
 
 
-def ask(scene: Scene, split: str, index: int, count: int, families: list[str] | None = None) -> list[Question]:
-    """`count` questions about scene `index`, families evenly among those that the scene allows."""
+def ask(scene: Scene, split: str, index: int, count: int, families: Collection[str] | None = None) -> list[Question]:
+    """`count` questions about scene `index`, drawn evenly from those families that still have one.
+
+    Only when all have run out does it start again. Raises ValueError if no family fits the scene, which
+    cannot happen where "colour", "count" or "describe" is among them.
+    """
     rng = scene_rng(split, index, 1)
+    piles: dict[str, list[Question]] = {}
     questions: list[Question] = []
     while len(questions) < count:
-        family = str(pick(families or list(FAMILIES), rng))
-        group, make = FAMILIES[family]
-        asked = make(scene, rng)
-        if asked is not None:
-            questions.append(Question(family, group, *asked))
+        piles = piles or make_piles(scene, families or FAMILIES, rng)
+        family = pick(list(piles), rng)
+        questions.append(piles[family].pop())
+        if not piles[family]:
+            del piles[family]
     return questions
+
+
+def make_piles(scene: Scene, families: Collection[str], rng: np.random.Generator) -> dict[str, list[Question]]:
+    """What each family asks of the scene, the next question last; without the families that ask nothing."""
+    piles = {family: FAMILIES[family].questions(scene, rng)[::-1] for family in families}
+    piles = {family: asked for family, asked in piles.items() if asked}
+    if not piles:
+        raise ValueError(f"Scene {scene.seed_key} has no question of the families {', '.join(families)}.")
+    return piles
 
 
 def transcript(scene: Scene) -> str:
     """All nine places in reading order: "top left: red 7, top: nothing, ..."."""
-    by_cell = {thing.cell: f"{thing.colour} {thing.name}" for thing in scene.things}
-    return ", ".join(f"{place}: {by_cell.get(cell, 'nothing')}" for cell, place in enumerate(PLACES))
+    there = {thing.place: f"{thing.colour} {thing.name}" for thing in scene.things}
+    return ", ".join(f"{place}: {there.get(place, 'nothing')}" for place in PLACES)
 
 
 def score(question: Question, reply: str) -> float:
-    """1 if the reply is the answer, else 0; for "describe" the F1 of its items. Case and a final stop do not count."""
-    reply = reply.strip().lower().removesuffix(".")
+    """1 if the reply is the answer, else 0; for "describe" the F1 of its items, 0 to 1.
+
+    Case, a final stop and outer blanks do not count.
+    """
+    reply = reply.strip().lower().removesuffix(".").strip()
     if question.family != "describe":
         return float(reply == question.answer)
-    said, true = (Counter(item.strip() for item in text.split(",")) for text in (reply, question.answer))
-    hits = sum((said & true).values())
-    return 2 * hits / (sum(said.values()) + sum(true.values()))
+    said, true = (Counter(" ".join(item.split()) for item in text.split(",")) for text in (reply, question.answer))
+    return 2 * (said & true).total() / (said.total() + true.total())
+
+
+# --- Records ----------------------------------------------------------------------------------------------------
+
+
+def make_record(scene: Scene, turns: Iterable[tuple[str, str]], *, blind: bool = False) -> dict[str, Any]:
+    """A conversation about a scene in LLaVA's format; <image> stands in the first turn only, or nowhere if blind."""
+    conversations = []
+    for number, (question, answer) in enumerate(turns):
+        start = "" if number or blind else "<image>\n"
+        conversations.append({"from": "human", "value": f"{start}{question}"})
+        conversations.append({"from": "gpt", "value": answer})
+    image = None if blind else scene.image
+    return {"id": "-".join(map(str, scene.seed_key)), "image": image, "conversations": conversations}

@@ -1,0 +1,94 @@
+"""The training run: transformers' Trainer with a recipe, resumable, logged line by line."""
+
+import ctypes
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from .recipes import Stage
+
+
+class JsonlLog(TrainerCallback):
+    """Appends every log of the Trainer to a file, one JSON object a line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+def train(stage: Stage, model: nn.Module, processor: Any, folder: Path) -> None:
+    """Trains `model` in place by a stage, in `folder`; goes on from the last checkpoint there, if there is one."""
+    keep_freed_memory()
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(stage, folder),
+        train_dataset=stage.dataset(stage.steps * stage.batch_size),
+        data_collator=stage.collator(processor),
+        processing_class=processor,
+        callbacks=[JsonlLog(folder / "log.jsonl")],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+
+
+def training_arguments(stage: Stage, folder: Path) -> TrainingArguments:
+    """The stage in the Trainer's words."""
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
+        weight_decay=stage.weight_decay,
+        adam_beta2=0.98,
+        warmup_steps=stage.warmup_steps,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": stage.cooldown_steps},
+        bf16=True,
+        use_cpu=not on_gpu,
+        dataloader_num_workers=stage.workers,
+        dataloader_pin_memory=on_gpu,
+        train_sampling_strategy="sequential",  # the order of the records is the curriculum
+        remove_unused_columns=False,
+        save_steps=stage.save_steps,
+        save_total_limit=2,
+        logging_steps=25,
+        report_to="none",
+        seed=stage.seed,
+    )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to the end: the Trainer writes its state last."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def keep_freed_memory() -> None:
+    """Asks glibc to keep freed memory for reuse; page faults otherwise cost a CPU run most of its time."""
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt's options in <malloc.h>
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for option, value in ((trim_threshold, 2**31 - 1), (top_pad, 2**28), (mmap_max, 0)):
+                libc.mallopt(option, value)
+
+
+def data_hash(dataset: Dataset, samples: int = 64) -> str:
+    """A fingerprint of the training data: SHA-256 over evenly spaced records, pictures included."""
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    for index in range(0, len(dataset), max(1, len(dataset) // samples)):
+        record = dataset[index]
+        image = record.pop("image")
+        digest.update(json.dumps(record).encode() + (image.tobytes() if image else b""))
+    return digest.hexdigest()

@@ -1,0 +1,51 @@
+"""The Space app around a small random model that talks: for the tests of its contract and of its page."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tiny_models
+
+SPACE = Path(__file__).resolve().parent.parent / "space_app"
+sys.path.insert(0, str(SPACE))  # the app is a folder of flat files, run as a script
+
+
+def talkative(model):
+    """Makes the model write words of few letters, all different ones, and never end by itself."""
+    spoken = set(tiny_models.tiny_tokenizer()("abcde ")["input_ids"])
+    model.generation_config.suppress_tokens = sorted(set(range(tiny_models.VOCABULARY)) - spoken)
+    model.generation_config.no_repeat_ngram_size = 3
+    return model
+
+
+def make_model():
+    """A model of three scopes and 2 x 2 tokens over 6 x 6 patches, and its processor."""
+    return talkative(tiny_models.tiny_model()), tiny_models.tiny_processor()
+
+
+def slowed(model, seconds: float):
+    """The model, with a rest before every token; `model.tokens_made` counts them."""
+    forward, model.tokens_made = model.forward, 0
+
+    def slow_forward(*args, **kwargs):
+        time.sleep(seconds)
+        model.tokens_made += 1
+        return forward(*args, **kwargs)
+
+    model.forward = slow_forward
+    return model
+
+
+@contextmanager
+def served(model, processor) -> Iterator[str]:
+    """The address of the app, as long as the context lasts."""
+    import app
+
+    demo = app.build_demo(model, processor)
+    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.launch_options())
+    try:
+        yield address.rstrip("/")
+    finally:
+        demo.close()

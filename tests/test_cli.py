@@ -1,0 +1,175 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import space_server
+import tiny_models
+
+from ms_resampler import chat, cli, demo
+
+ASK = ["chat", "What is this?"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model, processor = space_server.make_model()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def picture_file(tmp_path):
+    path = tmp_path / "picture.png"
+    tiny_models.picture().save(path)
+    return str(path)
+
+
+def expected_answer(folder, pictures, new_tokens):
+    model, processor = chat.load(folder, None)
+    content = [{"type": "image", "image": picture} for picture in pictures]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": ASK[1]}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_chat_prints_the_answer(folder, picture_file, capsys):
+    arguments = ["--image", picture_file, "--model", folder, "--max-new-tokens", "20"]
+    assert cli.main([*ASK, *arguments]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip() == expected_answer(folder, [tiny_models.picture()], 20) != ""
+    assert captured.out.endswith("\n")
+
+
+def test_chat_json_tells_all_about_the_answer(folder, picture_file, tmp_path, capsys):
+    tiny_models.picture(seed=1).save(tmp_path / "other.png")
+    files = [picture_file, str(tmp_path / "other.png")]
+    images = [argument for file in files for argument in ("--image", file)]
+    assert cli.main([*ASK, *images, "--model", folder, "--max-new-tokens", "20", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told) == ["answer", "model", "visual_tokens", "scope_weights", "images", "milliseconds"]
+    both = [tiny_models.picture(), tiny_models.picture(seed=1)]
+    assert told["answer"] == expected_answer(folder, both, 20)
+    assert (told["model"], told["visual_tokens"]) == (folder, 8)
+    assert [image["file"] for image in told["images"]] == files
+    for weights in (told["scope_weights"], *(image["scope_weights"] for image in told["images"])):
+        assert list(weights) == ["local", "regional", "global"]
+        assert sum(weights.values()) == pytest.approx(1, abs=1e-3)
+    assert told["milliseconds"] > 0
+
+
+@pytest.mark.parametrize(("budget", "tokens"), [("9", 9), ("2x3", 6)])
+def test_chat_takes_a_budget(budget, tokens, folder, picture_file, capsys):
+    arguments = ["--image", picture_file, "--model", folder, "--max-new-tokens", "1", "--json"]
+    assert cli.main([*ASK, *arguments, "--visual-tokens", budget]) == 0
+    assert json.loads(capsys.readouterr().out)["visual_tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--image", "missing.png"], "There is no picture file 'missing.png'."),
+        (["--image", __file__], "is not an image that can be read"),
+        (["--image", "PICTURE", "--visual-tokens", "1000"], "1000 visual tokens is impossible"),
+        (["--image", "PICTURE", "--max-new-tokens", "0"], "must be at least 1"),
+        (["--image", "PICTURE", "--model", "/no/such/folder"], "neither a folder nor"),
+        (["--image", "PICTURE", "--model", "tests"], "it has no config.json"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(arguments, sentence, folder, picture_file, capsys):
+    arguments = [picture_file if argument == "PICTURE" else argument for argument in arguments]
+    model = [] if "--model" in arguments else ["--model", folder]
+    assert cli.main([*ASK, *arguments, *model]) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err
+    assert captured.err.startswith("ms-resampler chat: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("argv", [[], ["chat"], ASK, ["sing"], [*ASK, "--image", "x", "--visual-tokens", "a"]])
+def test_wrong_usage_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(argv)
+    assert exit.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_interruption_is_130(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "run", interrupted)
+    assert cli.main([*ASK, "--image", "x"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_unexpected_errors_are_not_hidden(monkeypatch):
+    def broken(arguments):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(chat, "run", broken)
+    with pytest.raises(RuntimeError, match="a bug"):  # Python's own exit code for it is 1
+        cli.main([*ASK, "--image", "x"])
+
+
+def test_missing_embedded_checkpoint_is_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "files", lambda package: tmp_path)
+    with pytest.raises(ValueError, match="embedded checkpoint is missing"):
+        cli.model_or_embedded(None)
+
+
+@pytest.mark.parametrize("name", ["somebody/model", "gpt2", "some-body/a.model_1"])
+def test_repository_names_pass(name):
+    assert cli.model_or_embedded(name) == name
+
+
+def test_every_command_has_help(capsys):
+    for command in cli.COMMANDS:
+        with pytest.raises(SystemExit) as exit:
+            cli.main([command, "--help"])
+        assert exit.value.code == 0
+        assert command in capsys.readouterr().out
+
+
+def test_demo_gives_the_app_its_settings(folder):
+    parser = cli.build_parser(["demo"])
+    arguments = parser.parse_args(["demo", "--model", folder, "--port", "7999", "--no-browser"])
+    with demo.loadable(folder) as model:
+        settings = demo.environment(arguments, model)
+    assert (settings["MODEL_ID"], settings["GRADIO_SERVER_PORT"]) == (folder, "7999")
+    assert settings["GRADIO_SERVER_NAME"] == "127.0.0.1"
+    assert "OPEN_BROWSER" not in settings
+    assert demo.environment(parser.parse_args(["demo"]), model)["OPEN_BROWSER"] == "1"
+
+
+def test_demo_adds_the_code_to_a_folder_of_weights(folder, tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (weights / name).write_bytes(b"{}")
+    with demo.loadable(str(weights)) as model:
+        assert (demo.Path(model) / "modeling_ms_resampler.py").is_file()
+        assert (demo.Path(model) / "model.safetensors").is_file()
+    assert not demo.Path(model).exists()
+    assert sorted(file.name for file in weights.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_demo_finds_the_app():
+    assert demo.find_app() == space_server.SPACE / "app.py"
+
+
+@pytest.mark.slow
+def test_command_line_of_its_own(folder, picture_file):
+    command = [sys.executable, "-m", "ms_resampler.cli", *ASK, "--image", picture_file, "--model", folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()

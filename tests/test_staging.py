@@ -1,0 +1,33 @@
+"""Staging: exactly the allowed files and the package's own code, in a fresh folder."""
+
+import pytest
+from tiny_models import tiny_model, tiny_processor
+
+from ms_resampler.hub_upload.staging import remote_code_files, stage_checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def test_only_allowed_files_and_the_code_of_the_package_are_staged(checkpoint, tmp_path):
+    (checkpoint / ".env").write_text("HF_TOKEN=secret")
+    (checkpoint / "training_args.bin").write_bytes(b"pickle")
+    (checkpoint / "modeling_ms_resampler.py").write_text("raise SystemExit('old code')")
+    names = stage_checkpoint(checkpoint, tmp_path / "staged")
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= set(names)
+    assert not {".env", "training_args.bin"} & set(names)
+    for file in remote_code_files():
+        assert (tmp_path / "staged" / file.name).read_bytes() == file.read_bytes()
+    assert {name for name in names if name.endswith(".py")} == {file.name for file in remote_code_files()}
+
+
+def test_a_folder_in_use_and_a_folder_without_a_model_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="is not a checkpoint folder: it has no config.json"):
+        stage_checkpoint(tmp_path, tmp_path / "staged")
+    with pytest.raises(ValueError, match="is not empty; give a new folder"):
+        stage_checkpoint(checkpoint, checkpoint)
