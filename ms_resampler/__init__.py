@@ -4,6 +4,8 @@ Importing this package registers its classes with transformers' Auto classes, so
 or without `trust_remote_code`.
 """
 
+from pathlib import Path
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,7 +26,11 @@ for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoMo
 AutoProcessor.register(MSResamplerConfig, MSResamplerProcessor)
 
 __version__ = "0.1.0"
+TINY = str(Path(__file__).parent / "checkpoints" / "tiny")
+"""The folder of the embedded checkpoint."""
+
 __all__ = [
+    "TINY",
     "MSResamplerConfig",
     "MSResamplerForConditionalGeneration",
     "MSResamplerModel",

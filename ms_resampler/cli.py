@@ -19,6 +19,7 @@ from pathlib import Path
 COMMANDS = {
     "demo": ("ms_resampler.demo", "open a page on which you ask about a picture and see where the model looked"),
     "chat": ("ms_resampler.chat", "ask about one or several pictures, here in the terminal"),
+    "export": ("ms_resampler.hub_upload.export", "copy a checkpoint with its code into a folder that loads anywhere"),
     "train": ("ms_resampler.training.command", "run a training recipe, and measure what it made"),
 }
 

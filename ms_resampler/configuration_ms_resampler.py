@@ -96,7 +96,7 @@ def _nearest_grid(count: int, patch_grid: tuple[int, int]) -> tuple[int, int] | 
     """The factor pair of `count` nearest in proportion to the patch grid, None if all are off by more than 2."""
     pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
     target = math.log(patch_grid[1] / patch_grid[0])
-    distance, grid = min((abs(math.log(pair[1] / pair[0]) - target), pair) for pair in pairs)
+    distance, grid = min([(abs(math.log(pair[1] / pair[0]) - target), pair) for pair in pairs])
     return grid if distance <= math.log(2) + 1e-9 else None
 
 

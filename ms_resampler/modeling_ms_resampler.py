@@ -121,9 +121,9 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         """Visual tokens of images, for `forward` or `generate` (`mm_encoder_outputs={"image": features}`).
 
         pixel_values is (B, 3, height, width), or SigLIP 2's patches with their mask and spatial_shapes (B, 2).
-        token_grids (B, 2) asks for a grid for every image, and None means the configured budget. They come out
-        as the projector made them: Gemma's multiplier is a part of its word embeddings and is not applied,
-        Granite's is a part of its decoder and is.
+        token_grids (B, 2) asks for a grid for every image, and None means the configured budget. The language
+        model gets the tokens as the projector made them: Gemma's multiplier belongs to its table of words and
+        does not reach them, Granite's belongs to its decoder and does.
         """
         tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         if spatial_shapes is None:
@@ -136,6 +136,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             last_hidden_state=tower.last_hidden_state,
             pooler_output=tokens,
             hidden_states=tower.hidden_states,
+            attentions=getattr(tower, "attentions", None),
             patch_grids=patch_grids,
             token_grids=wanted,
             scope_weights=[weights for weights, _ in maps] if output_scopes else None,

@@ -84,6 +84,15 @@ class ScopePrior(nn.Module):
         sigma_S = torch.tensor([math.inf if sigma is None else sigma for sigma in self.config.scope_sigmas])
         return sigma_S[scope_of_heads(self.config)]
 
+    # Called as a module, not by these names: what moves offloaded weights around hooks into the call.
+    def forward(
+        self, anchors_M2: Tensor, patches_N2: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The prior as channels for queries and keys of a dtype, or without one as an additive bias."""
+        if dtype is None:
+            return self.bias_GhMN(anchors_M2, patches_N2)
+        return self.channels(anchors_M2, patches_N2, dtype)
+
     def precision_Gh(self) -> Tensor:
         """1 / sigma^2 in float32, zero for the global scope."""
         precision_Gh = self.sigma_Gh.float() ** -2
@@ -183,7 +192,7 @@ class ScopeLayer(GradientCheckpointingLayer):
         if self.prior.kind == "gaussian" and self.prior.form == "channels":
             query, key, value = self._with_prior_channels(query, key, value, anchors_M2, patches_N2)
         elif self.prior.kind != "none":
-            bias = self.prior.bias_GhMN(anchors_M2, patches_N2).to(query.dtype)
+            bias = self.prior(anchors_M2, patches_N2).to(query.dtype)
         query_sets = self.query_sets
         if self.key_sets == 1:  # fold the scopes into the rows of one call
             query, bias = fold_scopes(query), None if bias is None else fold_scopes(bias[None])
@@ -194,7 +203,7 @@ class ScopeLayer(GradientCheckpointingLayer):
 
     def _with_prior_channels(self, query, key, value, anchors_M2, patches_N2) -> tuple[Tensor, Tensor, Tensor]:
         """Appends the prior to queries and keys, and zeros up to a multiple of 8 channels, which kernels like."""
-        extra_q, extra_k = self.prior.channels(anchors_M2, patches_N2, query.dtype)
+        extra_q, extra_k = self.prior(anchors_M2, patches_N2, query.dtype)
         extra_q = (extra_q * math.sqrt(query.shape[-1])).to(query.dtype)
         padding = -(query.shape[-1] + extra_q.shape[-1]) % 8
         extra_q, extra_k = F.pad(extra_q, (0, padding)), F.pad(extra_k, (0, padding))
@@ -233,13 +242,13 @@ class ScopeLayer(GradientCheckpointingLayer):
     def _fixed_weights_S(self) -> Tensor:
         if self.fusion == "static":
             return self.gate_S.softmax(dim=0)
-        return self.o_proj.weight.new_full((self.scopes,), 1 / self.scopes)
+        return self.scope_embedding_GD.new_full((self.scopes,), 1 / self.scopes)
 
     def _attention_maps(self, query, key, anchors_M2: Tensor, patches_N2: Tensor) -> Tensor:
         """A (B, S, M, N): the attention of every scope, mean over its heads, computed plainly in float32."""
         scores_BGhMN = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
         if self.prior.kind != "none":
-            scores_BGhMN = scores_BGhMN + self.prior.bias_GhMN(anchors_M2, patches_N2)
+            scores_BGhMN = scores_BGhMN + self.prior(anchors_M2, patches_N2)
         maps_BGhMN = scores_BGhMN.softmax(dim=-1)
         if self.layout == "branches":
             return maps_BGhMN.mean(dim=2)

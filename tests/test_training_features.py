@@ -98,14 +98,14 @@ def test_gradient_of_the_projector_is_the_slope_of_the_loss():
     with torch.no_grad():
         for name in ("layers.0.prior.log_scale_Gh", "query_1DHW", "input_proj.weight"):
             parameter, gradient = model.model.projector.get_parameter(name), slope[f"model.projector.{name}"]
-            step = 1e-3 * gradient / gradient.norm()
+            step = 1e-2 * gradient / gradient.norm()
             losses = []
             for sign in (1, -1):
                 parameter.add_(sign * step)
                 scores = model(**batch).logits[:, :-1].flatten(0, 1)  # in float64; model.loss is in float32
                 losses.append(F.cross_entropy(scores, labels[:, 1:].flatten()))
                 parameter.sub_(sign * step)
-            assert_close((losses[0] - losses[1]) / 2, (gradient * step).sum(), rtol=1e-3, atol=1e-12)
+            assert_close((losses[0] - losses[1]) / 2, (gradient * step).sum(), rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -156,9 +156,8 @@ def test_lora_of_the_language_model_with_a_whole_projector(tmp_path):
     adapted, batch = lora(tiny.tiny_model()), labelled_batch()
     assert_same_logits(adapted, tiny.tiny_model())
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    assert all("language_model" in name and "lora_" in name or "projector.modules_to_save" in name for name in trained)
-    assert any("projector" in name for name in trained)
-    assert any("lora_" in name for name in trained)
+    assert {"lora_" if "lora_" in name else "projector" for name in trained} == {"lora_", "projector"}
+    assert all("language_model" in name if "lora_" in name else "modules_to_save" in name for name in trained)
 
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.5)
     adapted(**batch).loss.backward()
@@ -268,13 +267,23 @@ def test_shards(tmp_path, tied):
         assert_same_weights(again, model)
 
 
-def test_weights_that_wait_on_disk(tmp_path):
-    """device_map may leave the big parts on disk; they are read when their turn comes."""
+ON_DISK = [
+    ["vision_tower", "language_model"],
+    pytest.param(
+        ["vision_tower", "projector", "language_model"],
+        marks=pytest.mark.xfail(reason="ScopePrior is used by its methods, past the hook on its call"),
+    ),
+]
+
+
+@pytest.mark.parametrize("on_disk", ON_DISK, ids="-".join)
+def test_weights_that_wait_on_disk(tmp_path, on_disk):
+    """device_map may leave parts on disk; they are read when their turn comes."""
     model = tiny.tiny_model()
     model.save_pretrained(tmp_path / "model")
-    parts = {"model.vision_tower": "disk", "model.projector": "cpu", "model.language_model": "disk", "lm_head": "cpu"}
+    parts = {f"model.{name}": "disk" if name in on_disk else "cpu" for name, _ in model.model.named_children()}
     again = MSResamplerForConditionalGeneration.from_pretrained(
-        tmp_path / "model", device_map=parts, offload_folder=tmp_path / "offload"
+        tmp_path / "model", device_map=parts | {"lm_head": "cpu"}, offload_folder=tmp_path / "offload"
     )
     assert next(again.model.language_model.parameters()).device.type == "meta"
     assert_same_logits(again, model)
@@ -299,9 +308,10 @@ def test_names_in_the_file(tmp_path):
         "layers.0.scope_embedding_GD",
         "layers.0.prior.sigma_Gh",
         "layers.0.prior.log_scale_Gh",
+        *(f"layers.0.{gate}.{leaf}" for gate in ("gate_norm", "gate") for leaf in ("weight", "bias")),
         *(
             f"layers.0.{part}.{leaf}"
-            for part in "query_norm q_proj k_proj v_proj o_proj gate_norm gate ffn_norm ffn.0 ffn.2".split()
+            for part in ("query_norm", "q_proj", "k_proj", "v_proj", "o_proj", "ffn_norm", "ffn.0", "ffn.2")
             for leaf in ("weight", "bias")
         ),
     }

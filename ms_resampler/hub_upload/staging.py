@@ -5,7 +5,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
-TINY = PACKAGE / "checkpoints" / "tiny"
 
 # The only files that leave a folder. Code is never taken from the folder: the package's is the only copy.
 ALLOWED = (

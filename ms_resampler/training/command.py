@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.scenes import FamilyScore, evaluate_scenes, markdown_table
-from ..hub_upload.staging import TINY, allowed_files
+from .. import TINY
+from ..hub_upload.staging import allowed_files
 from .curriculum import Looking
 from .recipes import Stage, tiny_blind, tiny_look, tiny_read
 from .record import plot_curves, training_record, write_card
@@ -72,10 +73,11 @@ def evaluate_once(model: Any, processor: Any, path: Path, scenes: int, blind: bo
 
 def embed(folder: Path) -> None:
     """Replaces the checkpoint in this package; its code stays where it is, one folder up."""
-    fresh = TINY.with_name("tiny.new")
+    old = Path(TINY)
+    fresh = old.with_name("tiny.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     for file in allowed_files(folder):
         shutil.copyfile(file, fresh / file.name)
-    shutil.rmtree(TINY, ignore_errors=True)
-    fresh.rename(TINY)
+    shutil.rmtree(old, ignore_errors=True)
+    fresh.rename(old)

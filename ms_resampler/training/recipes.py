@@ -27,7 +27,7 @@ class Stage:
     warmup_steps: int
     cooldown_steps: int
     weight_decay: float = 0.02
-    save_steps: int = 200
+    save_steps: int = 100
     workers: int = 1
     seed: int = 0
 
@@ -46,9 +46,9 @@ def tiny_look(steps: int = 700) -> Stage:
     )
 
 
-def tiny_read(steps: int = 2400) -> Stage:
+def tiny_read(steps: int = 1500) -> Stage:
     """The whole model learns to transcribe scenes, then to answer questions about them."""
-    transcripts = steps // 6 * 32
+    transcripts = min(400, steps // 3) * 32
     return Stage(
         name="read",
         dataset=lambda records: SceneConversations(records, transcripts, turns=10),
@@ -61,7 +61,7 @@ def tiny_read(steps: int = 2400) -> Stage:
     )
 
 
-def tiny_blind(steps: int = 400) -> Stage:
+def tiny_blind(steps: int = 200) -> Stage:
     """The same language model without images, which shows what can be had by guessing."""
     return Stage(
         name="blind",

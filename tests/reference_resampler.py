@@ -1,0 +1,179 @@
+"""The multi-scope resampler once more: float64, in loops over images, scopes, tokens and patches.
+
+Written from the equations, reading nothing but a state dict and a configuration, so that the real one can be
+held against it.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+Weights = dict[str, np.ndarray]
+
+
+def resample(weights: Weights, config: Any, x_BNC: np.ndarray, patch_grid, token_grid) -> tuple[np.ndarray, ...]:
+    """y (B, M, T), g (B, S, M) and A (B, S, M, N) of the last layer."""
+    results = [resample_image(weights, config, x_NC, patch_grid, token_grid) for x_NC in x_BNC]
+    return tuple(np.stack(parts) for parts in zip(*results, strict=True))
+
+
+def resample_image(weights: Weights, config: Any, x_NC: np.ndarray, patch_grid, token_grid):
+    width = config.hidden_size
+    patches, anchors = centres(patch_grid), centres(token_grid)
+    u = [linear(weights, "input_proj", layer_norm(weights, "input_norm", x, config)) for x in x_NC]
+    z = [
+        base_query(weights["query_1DHW"][0], token_grid, i) + positions(anchor, width)
+        for i, anchor in enumerate(anchors)
+    ]
+    if config.query_init == "content":
+        z = [query + cell_mean(u, patch_grid, token_grid, i) for i, query in enumerate(z)]
+    for layer in range(config.num_hidden_layers):
+        z, gates, maps = scope_layer(weights, f"layers.{layer}.", config, z, u, anchors, patches, token_grid)
+    y = [linear(weights, "output_proj", layer_norm(weights, "output_norm", token, config)) for token in z]
+    return np.stack(y), gates, maps
+
+
+def scope_layer(weights: Weights, at: str, config: Any, z, u, anchors, patches, token_grid):
+    """One layer: tokens, gates (S, M) and maps (S, M, N)."""
+    heads, scopes = config.num_attention_heads, config.num_scopes
+    branches = config.scope_layout == "branches"
+    tokens, gates, maps = [], np.zeros((scopes, len(z))), np.zeros((scopes, len(z), len(u)))
+    for i, token in enumerate(z):
+        outputs, queries = [], []
+        for s in range(scopes if branches else 1):
+            query = token + weights[at + "scope_embedding_GD"][s]
+            q = np.split(linear(weights, at + "q_proj", layer_norm(weights, at + "query_norm", query, config)), heads)
+            heard = []
+            for head in range(heads):
+                scope = s if branches else head * scopes // heads
+                a = attend(weights, at, config, q[head], head, s, scope, u, anchors[i], patches, token_grid)
+                heard.append(sum(a[j] * value(weights, at, config, u[j], head, s) for j in range(len(u))))
+                sharing = heads if branches else sum(h * scopes // heads == scope for h in range(heads))
+                maps[scope, i] += a / sharing
+            outputs.append(heard)
+            queries.append(query)
+        token, gates[:, i] = fuse(weights, at, config, outputs, queries)
+        hidden = linear(weights, at + "ffn.0", layer_norm(weights, at + "ffn_norm", token, config))
+        tokens.append(token + linear(weights, at + "ffn.2", np.array([gelu(v) for v in hidden])))
+    return tokens, gates, maps
+
+
+def attend(weights, at, config, q, head, query_set, scope, u, anchor, patches, token_grid) -> np.ndarray:
+    """The attention of one query and head over all patches."""
+    scores = []
+    for u_j, patch in zip(u, patches, strict=True):
+        key = linear(weights, at + "k_proj", u_j + positions(patch, config.hidden_size))
+        key = pick_head(key, config, head, query_set)
+        scores.append(q @ key / math.sqrt(len(q)) + prior(weights, at, config, query_set, head, scope, anchor, patch, patches, token_grid))
+    scores = np.array(scores)
+    odds = np.exp(scores - scores.max())
+    return odds / odds.sum()
+
+
+def prior(weights, at, config, query_set, head, scope, anchor, patch, patches, token_grid) -> float:
+    """B of one anchor and patch."""
+    sigma = config.scope_sigmas[scope]
+    if config.scope_prior == "none" or sigma is None:
+        return 0.0
+    squared = squared_pitches(anchor, patch, token_grid)
+    if config.scope_prior == "gaussian":
+        if config.learn_scopes:
+            sigma = sigma * math.exp(weights[at + "prior.log_scale_Gh"][query_set, head])
+        return -squared / (2 * sigma**2)
+    nearest = min(squared_pitches(anchor, other, token_grid) for other in patches)
+    return 0.0 if squared <= max((2 * sigma) ** 2, nearest + 1e-6) else -math.inf
+
+
+def squared_pitches(anchor, patch, token_grid) -> float:
+    return sum(((a - p) * n) ** 2 for a, p, n in zip(anchor, patch, token_grid, strict=True))
+
+
+def value(weights, at, config, u_j, head, query_set) -> np.ndarray:
+    return pick_head(linear(weights, at + "v_proj", u_j), config, head, query_set)
+
+
+def pick_head(x, config, head, query_set) -> np.ndarray:
+    """The part of a key or value that a head of a query set reads."""
+    if not config.share_kv:
+        x = np.split(x, config.num_scopes)[query_set]
+    return np.split(x, config.num_attention_heads)[head]
+
+
+def fuse(weights, at, config, outputs, queries) -> tuple[np.ndarray, np.ndarray]:
+    """z of one token, and its weight for each scope."""
+    heads, scopes = config.num_attention_heads, config.num_scopes
+
+    def gate(x):
+        return linear(weights, at + "gate", layer_norm(weights, at + "gate_norm", x, config))
+
+    if config.scope_layout == "heads":
+        together = np.concatenate(outputs[0])
+        if config.fusion == "token":
+            g = softmax(gate(together + queries[0]))
+        else:
+            g = softmax(weights[at + "gate_S"]) if config.fusion == "static" else np.full(scopes, 1 / scopes)
+        scaled = np.concatenate([scopes * g[head * scopes // heads] * outputs[0][head] for head in range(heads)])
+        return linear(weights, at + "o_proj", scaled) + queries[0], g
+    joined = [np.concatenate(output) for output in outputs]
+    if config.fusion == "head":
+        logits = np.stack([gate(o + q) for o, q in zip(joined, queries, strict=True)])
+        g = np.stack([softmax(logits[:, head]) for head in range(heads)], axis=1)
+        mixed = [sum(g[s, head] * outputs[s][head] for s in range(scopes)) for head in range(heads)]
+        mean = g.mean(axis=1)
+        return linear(weights, at + "o_proj", np.concatenate(mixed)) + sum(w * q for w, q in zip(mean, queries, strict=True)), mean
+    z = [linear(weights, at + "o_proj", o) + q for o, q in zip(joined, queries, strict=True)]
+    if config.fusion == "token":
+        g = softmax(np.array([gate(z_s)[0] for z_s in z]))
+    else:
+        g = softmax(weights[at + "gate_S"]) if config.fusion == "static" else np.full(scopes, 1 / scopes)
+    return sum(w * z_s for w, z_s in zip(g, z, strict=True)), g
+
+
+def centres(grid) -> list[tuple[float, float]]:
+    return [((row + 0.5) / grid[0], (column + 0.5) / grid[1]) for row in range(grid[0]) for column in range(grid[1])]
+
+
+def positions(point, width) -> np.ndarray:
+    """Unit-scale sin-cos code: for y, then for x, all sines, then all cosines, from wavelength 2 to 1/32."""
+    code = []
+    for coordinate in point:
+        angles = [coordinate * math.pi * 2 ** (6 * k / (width // 4 - 1)) for k in range(width // 4)]
+        code += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+    return math.sqrt(2) * np.array(code)
+
+
+def base_query(base_DHW: np.ndarray, token_grid, i: int) -> np.ndarray:
+    """The learned grid at token i, bilinear between its points, constant beyond them."""
+    weights_and_places = []
+    for index, tokens, points in zip(divmod(i, token_grid[1]), token_grid, base_DHW.shape[1:], strict=True):
+        place = min(max((index + 0.5) * points / tokens - 0.5, 0), points - 1)
+        low = int(place)
+        weights_and_places.append([(1 - place + low, low), (place - low, min(low + 1, points - 1))])
+    return sum(wy * wx * base_DHW[:, y, x] for wy, y in weights_and_places[0] for wx, x in weights_and_places[1])
+
+
+def cell_mean(u, patch_grid, token_grid, i: int) -> np.ndarray:
+    """The mean of the patches that a token's cell touches."""
+    spans = []
+    for index, tokens, patches in zip(divmod(i, token_grid[1]), token_grid, patch_grid, strict=True):
+        spans.append(range(index * patches // tokens, math.ceil((index + 1) * patches / tokens)))
+    return np.mean([u[row * patch_grid[1] + column] for row in spans[0] for column in spans[1]], axis=0)
+
+
+def linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
+    return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+
+
+def layer_norm(weights: Weights, name: str, x: np.ndarray, config: Any) -> np.ndarray:
+    centred = x - x.mean()
+    return centred / math.sqrt((centred**2).mean() + config.layer_norm_eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def gelu(x: float) -> float:
+    return x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    odds = np.exp(x - x.max())
+    return odds / odds.sum()

@@ -1,0 +1,61 @@
+"""The README: every line of it that can run is run, and its numbers are those of the training record."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ms_resampler import TINY
+from ms_resampler.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_runs_as_printed(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    scope: dict = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), scope)
+    answer, weights, shape = capsys.readouterr().out.splitlines()[:3]
+    assert re.search(r"(left|right|top|bottom|centre): \w+ \w+", answer)
+    assert set(eval(weights)) == {"local", "regional", "global"}
+    assert shape == "torch.Size([3, 36, 144])"
+
+
+def test_the_chat_and_export_commands_run_as_printed(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("ms-resampler")]
+    chat = next(shlex.split(line)[1:] for line in commands if " chat " in line)
+    assert main(chat) == 0
+    assert re.search(r"(left|right|top|bottom|centre): \w+ \w+", capsys.readouterr().out)
+    export = next(shlex.split(line)[1:] for line in commands if " export " in line)
+    monkeypatch.chdir(tmp_path)
+    assert main(export) == 0
+    assert (tmp_path / export[-1] / "modeling_ms_resampler.py").is_file()
+
+
+def test_every_command_named_exists():
+    for command in re.findall(r"^ms-resampler (\w+)", README, flags=re.MULTILINE):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\S+)", README, flags=re.MULTILINE):
+        assert f"\n{target}:" in makefile
+
+
+def test_the_links_and_pictures_are_there():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
+
+
+def test_the_accuracy_is_that_of_the_embedded_checkpoint():
+    card = (Path(TINY) / "README.md").read_text()
+    table = re.search(r"^\| family \|.*?\*\*.*?$", card, flags=re.DOTALL | re.MULTILINE)[0]
+    assert f"<!-- accuracy -->\n{table}\n<!-- /accuracy -->" in README
