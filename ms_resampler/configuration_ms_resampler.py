@@ -17,9 +17,26 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 
 # Keys that transformers and its tools put into any config.json, beside the declared fields.
 _FOREIGN_KEYS = frozenset(
-    "adapter_layers attn_implementation auto_map base_model_ep_plan base_model_tp_plan compression_config "
-    "custom_pipelines experts_implementation model_type name_or_path num_labels output_attentions "
-    "processor_class quantization_config tf_legacy_loss torch_dtype torchscript use_cache".split()
+    [
+        "adapter_layers",
+        "attn_implementation",
+        "auto_map",
+        "base_model_ep_plan",
+        "base_model_tp_plan",
+        "compression_config",
+        "custom_pipelines",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "processor_class",
+        "quantization_config",
+        "tf_legacy_loss",
+        "torch_dtype",
+        "torchscript",
+        "use_cache",
+    ]
 )
 
 # Tokens that a vision tower puts in front of its patches. A name counts that many times the field it names.

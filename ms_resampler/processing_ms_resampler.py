@@ -1,6 +1,6 @@
 """The MS-Resampler processor: images and text to model inputs, one image token for every visual token.
 
-    "<image>What is this?" and a budget of 4  ->  "<image><image><image><image>What is this?"
+"<image>What is this?" and a budget of 4  ->  "<image><image><image><image>What is this?"
 """
 
 import base64
@@ -23,7 +23,8 @@ URL_TIMEOUT_SECONDS = 20
 
 class MSResamplerImagesKwargs(ImagesKwargs, total=False):
     """Image options at call time: `visual_tokens` is a count, a (rows, columns) tuple, or a list with one of
-    these an image."""
+    these an image.
+    """
 
     visual_tokens: int | tuple[int, int] | list
 

@@ -65,7 +65,10 @@ def attend(weights, at, config, q, head, query_set, scope, u, anchor, patches, t
     for u_j, patch in zip(u, patches, strict=True):
         key = linear(weights, at + "k_proj", u_j + positions(patch, config.hidden_size))
         key = pick_head(key, config, head, query_set)
-        scores.append(q @ key / math.sqrt(len(q)) + prior(weights, at, config, query_set, head, scope, anchor, patch, patches, token_grid))
+        scores.append(
+            q @ key / math.sqrt(len(q))
+            + prior(weights, at, config, query_set, head, scope, anchor, patch, patches, token_grid)
+        )
     scores = np.array(scores)
     odds = np.exp(scores - scores.max())
     return odds / odds.sum()
@@ -121,7 +124,9 @@ def fuse(weights, at, config, outputs, queries) -> tuple[np.ndarray, np.ndarray]
         g = np.stack([softmax(logits[:, head]) for head in range(heads)], axis=1)
         mixed = [sum(g[s, head] * outputs[s][head] for s in range(scopes)) for head in range(heads)]
         mean = g.mean(axis=1)
-        return linear(weights, at + "o_proj", np.concatenate(mixed)) + sum(w * q for w, q in zip(mean, queries, strict=True)), mean
+        return linear(weights, at + "o_proj", np.concatenate(mixed)) + sum(
+            w * q for w, q in zip(mean, queries, strict=True)
+        ), mean
     z = [linear(weights, at + "o_proj", o) + q for o, q in zip(joined, queries, strict=True)]
     if config.fusion == "token":
         g = softmax(np.array([gate(z_s)[0] for z_s in z]))
@@ -167,7 +172,10 @@ def linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
 
 def layer_norm(weights: Weights, name: str, x: np.ndarray, config: Any) -> np.ndarray:
     centred = x - x.mean()
-    return centred / math.sqrt((centred**2).mean() + config.layer_norm_eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+    return (
+        centred / math.sqrt((centred**2).mean() + config.layer_norm_eps) * weights[f"{name}.weight"]
+        + weights[f"{name}.bias"]
+    )
 
 
 def gelu(x: float) -> float:

@@ -32,8 +32,7 @@ RENDERED = {
         "<|im_start|>assistant\nIts dust.<|im_end|>\n"
     ),
     "vicuna": (
-        "Be brief. USER: <image>\n<image>\nWhich is older? ASSISTANT: The first.</s>"
-        "USER: Why? ASSISTANT: Its dust.</s>"
+        "Be brief. USER: <image>\n<image>\nWhich is older? ASSISTANT: The first.</s>USER: Why? ASSISTANT: Its dust.</s>"
     ),
 }
 PROMPT = {"chatml": "<|im_start|>assistant\n", "vicuna": "ASSISTANT:"}

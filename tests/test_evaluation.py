@@ -6,23 +6,29 @@ import torch
 from tiny_models import picture, tiny_model, tiny_processor
 
 from ms_resampler.evaluation.scenes import FamilyScore, answer, bootstrap_interval, evaluate_scenes, markdown_table
-from ms_resampler.training.curriculum import conversation
-from ms_resampler.training.scenes import FAMILIES, ask, make_scene
+from ms_resampler.training.scenes import FAMILIES, ask, make_scene, scene_rng
 
 
 def test_answers_in_a_batch_are_those_of_single_questions():
     model, processor = tiny_model(), tiny_processor()
     records = [
-        {**conversation(str(n), picture(n), [("What is this? " * (n + 1), "")]), "id": n} for n in range(3)
+        {
+            "id": n,
+            "image": picture(n),
+            "conversations": [{"from": "human", "value": "<image>\n" + "What is this? " * (n + 1)}],
+        }
+        for n in range(3)
     ]
-    for record in records:
-        record["conversations"] = record["conversations"][:1]
     together = answer(model, processor, records)
     assert together == [answer(model, processor, [record])[0] for record in records]
+    content = [{"type": "image", "image": picture(0)}, {"type": "text", "text": "What is this? "}]
     prompt = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image", "image": picture(0)}, {"type": "text", "text": "What is this? "}]}],
-        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-    )  # fmt: skip
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
     ids = prompt["input_ids"]
     for _ in range(5):
         with torch.no_grad():
@@ -33,35 +39,36 @@ def test_answers_in_a_batch_are_those_of_single_questions():
 
 
 class Oracle:
-    """Stands in for a model by answering what the scenes say; `wrong` families are answered with "?"."""
-
-    def __init__(self, wrong):
-        self.wrong = wrong
+    """Stands in for a model: what it is asked is answered by `answer_from_the_scene`."""
 
     def eval(self):
         return self
 
 
 def test_an_oracle_scores_one_and_a_mute_family_zero(monkeypatch):
-    answers = {}
-    for index in range(30):
-        for family in FAMILIES:
-            scene = make_scene("test", index)
-            try_rng = np.random.default_rng([index, 3])
-            if any(FAMILIES[family][1](scene, try_rng) is not None for _ in range(10)):
-                question = ask(scene, "test", index, 1, [family])[0]
-                answers[str(index), question.question] = question
-    oracle = Oracle(wrong={"colour"})
+    scenes = {f"test-{index}": make_scene("test", index) for index in range(30)}
+    colour_words = ("What colour",)
 
-    def answer_from_the_table(model, processor, records):
-        questions = [answers[r["id"], r["conversations"][0]["value"].removeprefix("<image>\n")] for r in records]
-        assert all(record["image"] is not None for record in records)
-        return ["?" if question.family in model.wrong else question.answer for question in questions]
+    def answer_from_the_scene(model, processor, records):
+        replies = []
+        for record in records:
+            assert record["image"] is not None
+            scene, asked = scenes[record["id"]], record["conversations"][0]["value"].removeprefix("<image>\n")
+            assert len(record["conversations"]) == 1
+            known = {
+                question.question: question.answer
+                for family in FAMILIES
+                if FAMILIES[family].questions(scene, scene_rng(*scene.seed_key, 1))
+                for question in ask(scene, *scene.seed_key, 1, [family])
+            }
+            replies.append("?" if asked.startswith(colour_words) else known[asked])
+        return replies
 
-    monkeypatch.setattr("ms_resampler.evaluation.scenes.answer", answer_from_the_table)
-    rows = {row.family: row for row in evaluate_scenes(oracle, None, scenes=30)}
+    monkeypatch.setattr("ms_resampler.evaluation.scenes.answer", answer_from_the_scene)
+    rows = {row.family: row for row in evaluate_scenes(Oracle(), None, scenes=30)}
     assert {family: row.mean for family, row in rows.items()} == {f: 0.0 if f == "colour" else 1.0 for f in FAMILIES}
-    assert rows["read"].questions <= 30
+    assert rows["describe"].questions == 30
+    assert rows["majority"].questions < 30
 
 
 def test_the_bootstrap_interval_covers_the_mean_and_shrinks():

@@ -237,16 +237,11 @@ def test_scores_are_those_of_forward(model):
 # --- torch.compile (the first call of a model is left to eager: there transformers installs its hooks, behind a lock)
 
 
-# torch.compile cannot follow the `min` over a generator by which the configuration finds a token grid.
-UNTRACEABLE = pytest.mark.xfail(raises=torch._dynamo.exc.Unsupported, reason="configuration: min over a generator")
-
-
 def prompt_of(words: int, images: int = 1) -> dict[str, torch.Tensor]:
     rows = [[7] * words + [tiny.IMAGE] * 4 + [9, 8]] * images
     return {"input_ids": torch.tensor(rows), "pixel_values": tiny.pixels(images)}
 
 
-@UNTRACEABLE
 @pytest.mark.slow
 @pytest.mark.parametrize("tower", ["clip_vision_model", "siglip2_vision_model", "dinov3_vit", "convnext"])
 @torch.no_grad()
@@ -262,7 +257,6 @@ def test_forward_is_one_graph_and_a_budget_seen_before_is_not_compiled_again(tow
     assert frames == [1, 1, 2, 2, 2]
 
 
-@UNTRACEABLE
 @pytest.mark.slow
 @torch.no_grad()
 def test_sizes_and_budgets_are_compiled_once_each(model):
@@ -277,7 +271,6 @@ def test_sizes_and_budgets_are_compiled_once_each(model):
     assert counter.frame_count == len(set(sizes))
 
 
-@UNTRACEABLE
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about torch
 @torch.no_grad()

@@ -86,7 +86,9 @@ def test_impossible_budgets(budget, sentence):
 
 
 def test_a_tokenizer_without_the_image_token():
-    with pytest.raises(ValueError, match="does not know the image token '<picture>': add it with tokenizer.add_tokens"):
+    with pytest.raises(
+        ValueError, match=r"does not know the image token '<picture>': add it with tokenizer\.add_tokens"
+    ):
         tiny_processor(image_token="<picture>")
 
 
@@ -96,7 +98,11 @@ def png_header(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(20_000, 6_000), (60_000, 60_000)])

@@ -16,8 +16,9 @@ from ms_resampler.resampler_ms_resampler import MultiScopeResampler, cell_centre
 VISION, TEXT = 6, 10
 SMALL = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 12, "query_grid": [2, 3]}
 
+FUSIONS = ("head", "token", "static", "mean")
 ARRANGEMENTS = [
-    *({"fusion": f, "scope_prior": p} for f, p in product(("head", "token", "static", "mean"), ("gaussian", "window", "none"))),
+    *({"fusion": f, "scope_prior": p} for f, p in product(FUSIONS, ("gaussian", "window", "none"))),
     *({"scope_layout": "heads", "fusion": f} for f in ("token", "static", "mean")),
     {"scope_layout": "heads", "fusion": "mean", "scope_prior": "window"},
     {"share_kv": False},
@@ -151,7 +152,9 @@ def test_one_global_scope_is_plain_cross_attention():
         plain.in_proj_bias.copy_(torch.cat([layer.q_proj.bias, layer.k_proj.bias, layer.v_proj.bias]))
         plain.out_proj.load_state_dict(layer.o_proj.state_dict())
         u = resampler.input_proj(resampler.input_norm(x))
-        position = torch.tensor(np.stack([reference_resampler.positions(p, 16) for p in reference_resampler.centres((4, 4))]))
+        position = torch.tensor(
+            np.stack([reference_resampler.positions(p, 16) for p in reference_resampler.centres((4, 4))])
+        )
         q = resampler._first_queries(u, (4, 4), (2, 2)) + layer.scope_embedding_GD[0]
         z = plain(layer.query_norm(q), u + position.float(), u)[0] + q
         z = z + layer.ffn(layer.ffn_norm(z))
@@ -244,7 +247,9 @@ def test_checkpointing_changes_no_gradient():
         resampler = make(num_hidden_layers=2).train()
         for layer in resampler.layers:
             layer.gradient_checkpointing = checkpointing
-            layer._gradient_checkpointing_func = lambda f, *args: torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False)
+            layer._gradient_checkpointing_func = lambda f, *args: torch.utils.checkpoint.checkpoint(
+                f, *args, use_reentrant=False
+            )
         resampler(features((4, 4)), (4, 4), (2, 2))[0].square().sum().backward()
         gradients.append({n: p.grad for n, p in resampler.named_parameters()})
     for name, expected in gradients[0].items():

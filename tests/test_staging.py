@@ -27,7 +27,7 @@ def test_only_allowed_files_and_the_code_of_the_package_are_staged(checkpoint, t
 
 
 def test_a_folder_in_use_and_a_folder_without_a_model_are_refused(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="is not a checkpoint folder: it has no config.json"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint folder: it has no config\.json"):
         stage_checkpoint(tmp_path, tmp_path / "staged")
     with pytest.raises(ValueError, match="is not empty; give a new folder"):
         stage_checkpoint(checkpoint, checkpoint)

@@ -13,9 +13,16 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import picture, tiny_processor
 
-from ms_resampler.training.curriculum import conversation
 from ms_resampler.training.data import IGNORED, ConversationCollator, messages_of
 from ms_resampler.training.train import last_checkpoint
+
+
+def conversation(name, image, turns):
+    """A record in LLaVA's format."""
+    said = [{"from": who, "value": value} for turn in turns for who, value in zip(("human", "gpt"), turn, strict=True)]
+    if image is not None:
+        said[0]["value"] = f"<image>\n{said[0]['value']}"
+    return {"id": name, "image": image, "conversations": said}
 
 
 def test_messages_before_and_after():
@@ -49,9 +56,7 @@ def test_labels_are_the_answers_and_their_end_and_nothing_else():
         conversation("two", picture(1), [("Who?", "me")]),
     ]
     batch = ConversationCollator(processor, max_length=500)(records)
-    learned = [
-        processor.tokenizer.decode(row[row != IGNORED].tolist()).replace(" ", "") for row in batch["labels"]
-    ]
+    learned = [processor.tokenizer.decode(row[row != IGNORED].tolist()).replace(" ", "") for row in batch["labels"]]
     assert learned == ["acat<|im_end|>onthemat<|im_end|>", "me<|im_end|>"]
     kept = batch["labels"] != IGNORED
     assert torch.equal(batch["labels"][kept], batch["input_ids"][kept])
@@ -94,24 +99,27 @@ def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
 
 
 RUN = """
-import dataclasses, sys
+import dataclasses, sys, torch
 from pathlib import Path
-from ms_resampler.training.curriculum import SceneCurriculum
-from ms_resampler.training.recipes import tiny
+from ms_resampler.training.curriculum import SceneConversations
+from ms_resampler.training.recipes import tiny_read
+from ms_resampler.training.tiny_model import assemble_tiny
 from ms_resampler.training.train import train
-import torch
 torch.set_num_threads(1)
-recipe = dataclasses.replace(
-    tiny(steps=6), batch_size=2, save_steps=2, warmup_steps=1, cooldown_steps=2, workers=0,
-    dataset=lambda records: SceneCurriculum(records, transcripts=4, turns=2),
+stage = dataclasses.replace(
+    tiny_read(steps=6), batch_size=2, save_steps=2, warmup_steps=1, cooldown_steps=2, workers=0,
+    dataset=lambda records: SceneConversations(records, transcripts=4, turns=2),
 )
-model, _ = train(recipe, Path(sys.argv[1]))
+model, processor = assemble_tiny(seed=0)
+train(stage, model, processor, Path(sys.argv[1]))
 model.save_pretrained(sys.argv[2])
 """
 
 
 def start_run(*arguments: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", RUN, *map(str, arguments)], env=os.environ, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, *map(str, arguments)], env=os.environ, stderr=subprocess.DEVNULL
+    )
 
 
 @pytest.mark.slow
@@ -140,18 +148,18 @@ def test_the_train_command_leaves_a_model_a_record_and_a_card(tmp_path, capsys):
     from ms_resampler.cli import main
 
     out = tmp_path / "run"
-    arguments = ["train", "tiny", "--steps", "2", "--scenes", "3", "--out", str(out)]
+    arguments = ["train", "tiny", "--steps", "2", "--scenes", "12", "--out", str(out)]
     assert main(arguments) == 0
     record = json.loads((out / "model" / "training_record.json").read_text())
-    assert record["recipe"]["steps"] == 2
-    assert len(record["data_sha256"]) == 64
+    assert [(stage["name"], stage["steps"]) for stage in record["stages"]] == [("look", 2), ("read", 2), ("blind", 2)]
+    assert all(len(stage["data_sha256"]) == 64 for stage in record["stages"])
     assert sum(record["parameters"].values()) > 1_000_000
     assert {row["family"] for row in record["scores"]} == {row["family"] for row in record["blind_scores"]}
     assert (out / "model" / "curves.png").stat().st_size > 1000
     assert "## What it cannot do" in (out / "model" / "README.md").read_text()
-    steps = [json.loads(line) for line in (out / "sighted" / "log.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (out / "read" / "log.jsonl").read_text().splitlines()]
     assert all("step" in row for row in steps)
 
-    scores = (out / "sighted" / "scores.json").read_text()
+    scores = (out / "scores.json").read_text()
     assert main(arguments) == 0  # a finished run runs again at once, with the same results
-    assert (out / "sighted" / "scores.json").read_text() == scores
+    assert (out / "scores.json").read_text() == scores

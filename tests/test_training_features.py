@@ -267,13 +267,7 @@ def test_shards(tmp_path, tied):
         assert_same_weights(again, model)
 
 
-ON_DISK = [
-    ["vision_tower", "language_model"],
-    pytest.param(
-        ["vision_tower", "projector", "language_model"],
-        marks=pytest.mark.xfail(reason="ScopePrior is used by its methods, past the hook on its call"),
-    ),
-]
+ON_DISK = [["vision_tower", "language_model"], ["vision_tower", "projector", "language_model"]]
 
 
 @pytest.mark.parametrize("on_disk", ON_DISK, ids="-".join)

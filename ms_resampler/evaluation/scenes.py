@@ -95,5 +95,7 @@ def markdown_table(rows: list[FamilyScore], blind: list[FamilyScore]) -> str:
             f"| {guess.mean:.1%} | {100 * (row.mean - guess.mean):+.1f} |"
         )
     mean, guess_mean = (float(np.mean([row.mean for row in table])) for table in (rows, blind))
-    lines.append(f"| **mean of families** | | | **{mean:.1%}** | | {guess_mean:.1%} | {100 * (mean - guess_mean):+.1f} |")
+    lines.append(
+        f"| **mean of families** | | | **{mean:.1%}** | | {guess_mean:.1%} | {100 * (mean - guess_mean):+.1f} |"
+    )
     return "\n".join(lines)

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.scenes import FamilyScore, evaluate_scenes, markdown_table
 from .. import TINY
+from ..evaluation.scenes import FamilyScore, evaluate_scenes, markdown_table
 from ..hub_upload.staging import allowed_files
 from .curriculum import Looking
 from .recipes import Stage, tiny_blind, tiny_look, tiny_read

@@ -1,7 +1,7 @@
-"""Conversations about images, in LLaVA's format, as batches with labels on the answers only.
+r"""Conversations about images, in LLaVA's format, as batches with labels on the answers only.
 
 A record is `{"id": ..., "image": PIL image or path (or a list), "conversations": [{"from": "human" | "gpt",
-"value": "<image>\\nWhat is this?"}, ...]}`; `<image>` marks where an image goes.
+"value": "<image>\nWhat is this?"}, ...]}`; `<image>` marks where an image goes.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
 def messages_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record's conversation as chat messages. Raises ValueError, with the record's id, if images do not fit.
+    r"""A record's conversation as chat messages. Raises ValueError, with the record's id, if images do not fit.
 
-    "<image>\\nWhat?" -> [{"type": "image"}, {"type": "text", "text": "What?"}]
+    "<image>\nWhat?" -> [{"type": "image"}, {"type": "text", "text": "What?"}]
     """
     messages = []
     for turn in record["conversations"]:

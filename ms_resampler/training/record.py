@@ -114,8 +114,8 @@ It knows a few hundred words, has no common sense, and takes questions worded as
 
 ## Accuracy
 
-On held-out scenes with handwritten digits that were not in training; every question asked on its own. "Blind" is the same
-language model trained on the same questions without images. Describing is scored by the F1 of its items,
+On held-out scenes with handwritten digits that were not in training; every question asked on its own. "Blind" is
+the same language model trained on the same questions without images. Describing is scored by the F1 of its items,
 everything else by exact match; intervals are 95% bootstrap intervals over questions.
 
 {table}
@@ -123,9 +123,9 @@ everything else by exact match; intervals are 95% bootstrap intervals over quest
 ## How it was made
 
 `ms-resampler train tiny`, seed {read["seed"]}. First tower and projector look: for {look["steps"]:,} steps of
-{look["batch_size"]} scenes every visual token is asked, through linear heads that are thrown away, what is at its place.
-Then the whole model reads: {read["steps"]:,} steps of {read["batch_size"]} scenes, at first transcribed in full, later with
-ten questions each. The blind model trained for {blind["steps"]:,} steps, until its loss no longer fell.
+{look["batch_size"]} scenes every visual token is asked, through linear heads that are thrown away, what is at its
+place. Then the whole model reads: {read["steps"]:,} steps of {read["batch_size"]} scenes, at first transcribed in
+full, later with ten questions each. The blind model trained for {blind["steps"]:,} steps.
 `training_record.json` holds the rest.
 The digits are those of scikit-learn (UCI, "Optical Recognition of Handwritten Digits"), shared out by image.
 

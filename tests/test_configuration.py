@@ -1,0 +1,148 @@
+"""The configuration: the geometry of patches and tokens, and a sentence for everything that cannot be."""
+
+import json
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModel, GPTJConfig, PvtConfig
+
+from ms_resampler import MSResamplerConfig, MSResamplerProjectorConfig
+from ms_resampler.configuration_ms_resampler import AUTO_MAP, token_grid
+
+
+@pytest.mark.parametrize(
+    ("budget", "patches", "grid"),
+    [
+        (36, (24, 24), (6, 6)),
+        (8, (24, 24), (2, 4)),
+        (8, (12, 24), (2, 4)),
+        (8, (24, 12), (4, 2)),
+        (144, (24, 24), (12, 12)),
+        ((3, 5), (24, 24), (3, 5)),
+        ([3, 5], (24, 24), (3, 5)),
+        (None, (7, 9), (7, 9)),
+        (1, (24, 24), (1, 1)),
+    ],
+)
+def test_budgets_before_and_after(budget, patches, grid):
+    assert token_grid(budget, patches) == grid
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 900))
+def test_a_budget_is_met_exactly_in_the_proportions_of_the_image_or_refused(rows, columns, budget):
+    try:
+        grid = token_grid(budget, (rows, columns))
+    except ValueError as error:
+        assert str(budget) in str(error)  # noqa: PT017 (both outcomes are right)
+        return
+    assert grid[0] * grid[1] == budget <= rows * columns
+    assert (grid[1] / grid[0]) / (columns / rows) * (1 + 1e-9) >= 1 / 2
+    assert (grid[1] / grid[0]) / (columns / rows) <= 2 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("budget", "sentence"),
+    [
+        (577, "A budget of 577 visual tokens is impossible for 24 x 24 = 576 patches; use 1 to 576 tokens"),
+        (0, "A budget of 0 visual tokens is impossible"),
+        (37, "37 visual tokens cannot be laid out as a grid over 24 x 24 patches; use a count such as 35, 36, 40"),
+        ((2, 0), r"two positive integers, got \(2, 0\)"),
+        ((2, 3, 4), "two positive integers"),
+        ((30, 30), "A budget of 900 visual tokens is impossible"),
+    ],
+)
+def test_impossible_budgets(budget, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        token_grid(budget, (24, 24))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"vision_feature_layers": -2}, "`vision_feature_layers` is not a field of MSResamplerConfig; did you mean `vision_fe"),
+        ({"projector_config": {"fussion": "head"}}, "did you mean `fusion`?"),
+        ({"projector_config": {"zzzz": 1}}, "known fields are "),
+        ({"image_token_id": 32000}, "`image_token_id` 32000 is outside the language model's vocabulary of 32000"),
+        ({"vision_feature_layer": 30}, "`vision_feature_layer` 30 does not exist: the tower has 24 layers"),
+        ({"vision_config": PvtConfig()}, "the vision tower `pvt` puts in front of its patches is not known here"),
+        ({"text_config": GPTJConfig()}, "The language model `gptj` has an output head with a bias"),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_be(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        MSResamplerConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"scope_sigmas": []}, "`scope_sigmas` needs at least one scope"),
+        ({"scope_sigmas": [0.5, -1.0]}, "sigma must be positive, or None for the global scope, got -1.0"),
+        ({"hidden_size": 30}, "must be a multiple of 4"),
+        ({"hidden_size": 32, "num_attention_heads": 5}, "of `num_attention_heads`, got 32 and 5 heads"),
+        ({"num_hidden_layers": 0}, "`num_hidden_layers` must be at least 1, got 0"),
+        ({"query_grid": [4]}, r"`query_grid` must be \[rows, columns\]"),
+        ({"visual_tokens": 0}, "`visual_tokens` must be at least 1"),
+        ({"scope_layout": "heads"}, '"heads"` a head belongs to one scope: use fusion "token", "static" or "mean"'),
+        ({"scope_layout": "heads", "fusion": "mean", "share_kv": False}, '`share_kv=False` needs `scope_layout="branches"`'),
+        (
+            {"scope_layout": "heads", "fusion": "mean", "num_attention_heads": 2, "hidden_size": 32},
+            "shares 2 heads among 3 scopes",
+        ),
+        ({"fusion": "sum"}, "expected one of"),
+        ({"hidden_size": "64"}, "hidden_size"),
+    ],
+)  # fmt: skip
+def test_projectors_that_cannot_be(fields, sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        MSResamplerProjectorConfig(**fields)
+
+
+def test_fields_are_checked_when_they_are_set_too():
+    with pytest.raises((ValueError, TypeError), match="fusion"):
+        MSResamplerProjectorConfig().fusion = "sum"
+
+
+def test_config_json_alone_rebuilds_the_configuration(tmp_path):
+    config = tiny_models.tiny_config(projector={"scope_sigmas": [0.4, None, 2.0, None], "visual_tokens": [2, 3]})
+    config.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*.py"):
+        file.unlink()
+    again = MSResamplerConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == config.to_dict()
+    assert again.projector_config.scope_sigmas == [0.4, None, 2.0, None]
+    assert again.projector_config.scope_names == ["local", "global 2", "regional", "global 4"]
+
+
+def test_auto_map_is_local_whatever_a_repository_wrote(tmp_path):
+    tiny_models.tiny_config().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["auto_map"] = {name: f"someone/else--{where}" for name, where in AUTO_MAP.items()}
+    assert MSResamplerConfig.from_dict(written).auto_map == AUTO_MAP
+
+
+@pytest.mark.parametrize("tower", tiny_models.TOWERS)
+def test_prefix_tokens_and_patch_size_are_those_of_the_tower(tower):
+    config = tiny_models.tiny_config(tower)
+    if tower == "siglip2_vision_model":
+        return  # reads patches, not pixels; the model's tests hold its features against the tower's
+    model = AutoModel.from_config(config.vision_config)
+    with torch.no_grad():
+        features = model(torch.zeros(1, 3, 24, 24)).last_hidden_state
+    rows, columns = config.patch_grid((24, 24))
+    if features.ndim == 4:
+        assert features.shape[2:] == (rows, columns)
+    else:
+        assert features.shape[1] == config.num_prefix_tokens + rows * columns
+
+
+def test_one_place_counts_tokens():
+    config = MSResamplerConfig()
+    assert config.patch_grid((336, 672)) == (24, 48)
+    assert config.token_grid((336, 336)) == (12, 12)
+    assert config.token_grid((336, 672), 32) == (4, 8)
+    assert config.feature_width == 1024
+    assert MSResamplerConfig(vision_feature_layer=[-2, 5]).feature_width == 2048
