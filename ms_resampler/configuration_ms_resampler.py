@@ -169,8 +169,12 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         _reject_unknown_keys(self, list(kwargs))
         super().__post_init__(**kwargs)
+        # Not as `validate_*` methods: those raise an error of @strict's own, which is no ValueError.
+        self._check_sizes()
+        self._check_grids()
+        self._check_scopes()
 
-    def validate_sizes(self) -> None:
+    def _check_sizes(self) -> None:
         sizes = {
             name: getattr(self, name)
             for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
@@ -184,7 +188,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
                 f"{self.hidden_size} and {self.num_attention_heads} heads."
             )
 
-    def validate_grids(self) -> None:
+    def _check_grids(self) -> None:
         grids = {"query_grid": self.query_grid}
         if isinstance(self.visual_tokens, int):
             if self.visual_tokens < 1:
@@ -195,16 +199,16 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             if len(grid) != 2 or min(grid) < 1:
                 raise ValueError(f"`{name}` must be [rows, columns], two positive integers, got {list(grid)}.")
 
-    def validate_scopes(self) -> None:
+    def _check_scopes(self) -> None:
         if not self.scope_sigmas:
             raise ValueError("`scope_sigmas` needs at least one scope; [None] is one global scope.")
         for sigma in self.scope_sigmas:
             if sigma is not None and not (0 < sigma < math.inf):
                 raise ValueError(f"A scope's sigma must be positive, or None for the global scope, got {sigma}.")
         if self.scope_layout == "heads":
-            self._validate_heads_layout()
+            self._check_heads_layout()
 
-    def _validate_heads_layout(self) -> None:
+    def _check_heads_layout(self) -> None:
         if self.num_attention_heads < self.num_scopes:
             raise ValueError(
                 f'`scope_layout="heads"` shares {self.num_attention_heads} heads among {self.num_scopes} scopes: '
@@ -279,8 +283,10 @@ class MSResamplerConfig(PretrainedConfig):
         self.auto_map = dict(AUTO_MAP)
         # transformers ties the head by the root's value: the language model's own choice decides.
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        self._check_tower()
+        self._check_text()
 
-    def validate_tower(self) -> None:
+    def _check_tower(self) -> None:
         kind = self.vision_config.model_type
         if self.vision_prefix_tokens is None and kind not in _PREFIX_TOKENS:
             raise ValueError(
@@ -292,7 +298,7 @@ class MSResamplerConfig(PretrainedConfig):
             if not -layers - 1 <= layer <= layers:
                 raise ValueError(f"`vision_feature_layer` {layer} does not exist: the tower has {layers} layers.")
 
-    def validate_text(self) -> None:
+    def _check_text(self) -> None:
         if self.text_config.model_type in _BIASED_HEADS:
             raise ValueError(
                 f"The language model `{self.text_config.model_type}` has an output head with a bias, which this "

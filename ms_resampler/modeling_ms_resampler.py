@@ -127,7 +127,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         """
         tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         if spatial_shapes is None:
-            patch_grids = [self.config.patch_grid(tuple(pixel_values.shape[-2:]))] * len(pixel_values)
+            height, width = pixel_values.shape[-2:]
+            patch_grids = [self.config.patch_grid((height, width))] * len(pixel_values)
         else:
             patch_grids = [tuple(shape) for shape in spatial_shapes.tolist()]
         wanted = self._token_grids(token_grids, patch_grids)
@@ -184,7 +185,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         x_BNC = x_BNC.to(self.projector.input_proj.weight.dtype)
         padded = self.config.vision_config.model_type == "siglip2_vision_model"  # to the batch's largest image
         grids = list(zip(patch_grids, token_grids, strict=True))
-        tokens, maps = [None] * len(grids), [None] * len(grids)
+        tokens: dict[int, Tensor] = {}
+        maps: dict[int, tuple[Tensor, Tensor]] = {}
         for patches, wanted in dict.fromkeys(grids):
             rows = [row for row, grid in enumerate(grids) if grid == (patches, wanted)]
             x = x_BNC if len(rows) == len(grids) else x_BNC[rows]
@@ -194,7 +196,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
                 tokens[index] = y_BMT[row]
                 if output_scopes:
                     maps[index] = scopes.weights_BSM[row], scopes.attentions_BSMN[row]
-        return tokens, maps
+        return [tokens[index] for index in sorted(tokens)], [maps[index] for index in sorted(maps)]
 
     def _placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, visual_tokens: int) -> Tensor:
         """Where the visual tokens go (batch, L, 1). Raises ValueError if the counts differ."""

@@ -4,10 +4,15 @@
 """
 
 import base64
-import binascii
+import contextlib
+import http.client
 import io
+import math
 import os
+import struct
+import urllib.error
 import urllib.request
+import warnings
 from typing import Any
 
 import numpy as np
@@ -26,7 +31,7 @@ class MSResamplerImagesKwargs(ImagesKwargs, total=False):
     these an image.
     """
 
-    visual_tokens: int | tuple[int, int] | list
+    visual_tokens: int | tuple[int, int] | list[int | tuple[int, int] | list[int] | None] | None
 
 
 class MSResamplerProcessingKwargs(ProcessingKwargs, total=False):
@@ -61,6 +66,7 @@ class MSResamplerProcessor(ProcessorMixin):
         max_pixels=100_000_000,
         chat_template=None,
     ):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.patch_size = patch_size
         self.visual_tokens = visual_tokens
         self.image_token = image_token
@@ -72,45 +78,80 @@ class MSResamplerProcessor(ProcessorMixin):
                 f"The tokenizer does not know the image token {image_token!r}: add it with tokenizer.add_tokens("
                 f"[{image_token!r}], special_tokens=True), then resize the model's embeddings."
             )
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs: Any):
         """Opens every image (file, URL, base64, bytes, array, PIL) upright and in RGB, keeping any nesting."""
-        images = None if images is None else _map_nested(images, self._open)
+        images = None if _is_empty(images) else _map_nested(images, self._open)
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs: Any) -> None:
         """Raises ValueError, with both counts, if placeholders and images differ, per prompt if images are nested."""
         if videos is not None or audio is not None:
             raise ValueError("MS-Resampler reads images and text; it takes no videos and no audio.")
-        nested = isinstance(images, (list, tuple)) and images and isinstance(images[0], (list, tuple))
-        if text is not None and nested:
-            if len(images) != len(text):
-                raise ValueError(f"Got {len(images)} lists of images for {len(text)} prompts; give one list a prompt.")
-            for number, (prompt, group) in enumerate(zip(text, images, strict=True), start=1):
-                if prompt.count(self.image_token) != len(group):
-                    raise ValueError(
-                        f"Prompt {number} has {prompt.count(self.image_token)} {self.image_token} placeholders, "
-                        f"but {len(group)} images were given for it."
-                    )
+        if text == []:
+            raise ValueError("Give at least one prompt, or leave `text` out.")
+        groups = [isinstance(item, list) for item in images] if isinstance(images, list) else []
+        if any(groups) and not all(groups):
+            raise ValueError("Images are one flat list, or one list a prompt, not a mixture of the two.")
+        if any(groups) and text is not None and all(isinstance(prompt, str) for prompt in text):
+            self._check_groups(images, text)
         super().validate_inputs(images=images, text=text, **kwargs)
+
+    def _check_groups(self, groups: list[list], text: list[str]) -> None:
+        if len(groups) != len(text):
+            raise ValueError(f"Got {len(groups)} lists of images for {len(text)} prompts; give one list a prompt.")
+        for number, (prompt, group) in enumerate(zip(text, groups, strict=True), start=1):
+            if prompt.count(self.image_token) != len(group):
+                raise ValueError(
+                    f"Prompt {number} has {prompt.count(self.image_token)} {self.image_token} placeholders, "
+                    f"but {len(group)} images were given for it."
+                )
 
     def _process_images(self, images, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         budgets = kwargs.pop("visual_tokens", None)
-        images = [self._without_invisible_margins(image) for image in make_flat_list_of_images(images)]
-        inputs = self.image_processor(images, **kwargs)
-        grids = self._token_grids(inputs, budgets)
-        if budgets is not None:
+        inputs = self._look(make_flat_list_of_images(images), **kwargs)
+        grids = self._token_grids(budgets, self._patch_grids(inputs))
+        if budgets is not None or self.visual_tokens is None:
             inputs["token_grids"] = np.array(grids)
         return inputs, [self.image_token * (rows * columns) for rows, columns in grids]
 
-    def _token_grids(self, image_inputs: BatchFeature, budgets: Any) -> list[tuple[int, int]]:
-        """The token grid of every image: its patch grid, as the image processor made it, and its budget."""
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
+        """Visual tokens of images of (height, width) pixels, found by processing blank ones (asked for by vLLM)."""
+        if image_sizes is None:
+            return MultiModalData()
+        budgets = kwargs.pop("visual_tokens", None)
+        blanks = (Image.new("RGB", (width, height)) for height, width in image_sizes)
+        patch_grids = [self._patch_grids(self._look([blank], **kwargs))[0] for blank in blanks]
+        return MultiModalData(
+            num_image_tokens=[rows * columns for rows, columns in self._token_grids(budgets, patch_grids)],
+            num_image_patches=[1] * len(patch_grids),
+        )
+
+    def _look(self, images: list, **kwargs: Any) -> BatchFeature:
+        """What the image processor makes of the images."""
+        changed = {"size", "crop_size", "do_resize", "do_center_crop"} & set(kwargs)
+        reach = None if changed else self._visible_reach()
+        return self.image_processor([_crop_to_reach(image, reach) for image in images], **kwargs)
+
+    def _visible_reach(self) -> int | None:
+        """How long a picture may be, in units of its short side, before a centre crop drops its ends; None: any."""
+        tool = self.image_processor
+        edge = (getattr(tool, "size", None) or {}).get("shortest_edge")
+        if not edge or not getattr(tool, "do_resize", True):
+            return None
+        if getattr(tool, "do_center_crop", False):
+            return 4 * math.ceil(max(tool.crop_size["height"], tool.crop_size["width"]) / edge)
+        return 4 if getattr(tool, "crop_pct", None) and edge < 384 else None  # ConvNeXt's crops small sizes only
+
+    def _patch_grids(self, image_inputs: BatchFeature) -> list[tuple[int, int]]:
+        """The patch grid of every image, as the image processor made it."""
         if "spatial_shapes" in image_inputs:
-            patch_grids = [tuple(int(n) for n in shape) for shape in image_inputs["spatial_shapes"]]
-        else:
-            sizes = [image.shape[-2:] for image in image_inputs["pixel_values"]]
-            patch_grids = [(height // self.patch_size, width // self.patch_size) for height, width in sizes]
+            return [(int(rows), int(columns)) for rows, columns in image_inputs["spatial_shapes"]]
+        sizes = [image.shape[-2:] for image in image_inputs["pixel_values"]]
+        return [(height // self.patch_size, width // self.patch_size) for height, width in sizes]
+
+    def _token_grids(self, budgets: Any, patch_grids: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The token grid of every image: the budget asked for, or else the default, laid over its patches."""
         budgets = budgets if isinstance(budgets, list) else [budgets] * len(patch_grids)
         if len(budgets) != len(patch_grids):
             raise ValueError(
@@ -120,58 +161,56 @@ class MSResamplerProcessor(ProcessorMixin):
         budgets = [self.visual_tokens if budget is None else budget for budget in budgets]
         return [token_grid(budget, patches) for budget, patches in zip(budgets, patch_grids, strict=True)]
 
-    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
-        """Visual tokens of images of (height, width) pixels, found by processing blank ones (asked for by vLLM)."""
-        if image_sizes is None:
-            return MultiModalData()
-        budgets = kwargs.pop("visual_tokens", None)
-        blanks = [self._without_invisible_margins(Image.new("RGB", (width, height))) for height, width in image_sizes]
-        grids = [self._token_grids(self.image_processor([blank], **kwargs), budgets)[0] for blank in blanks]
-        return MultiModalData(
-            num_image_tokens=[rows * columns for rows, columns in grids], num_image_patches=[1] * len(grids)
-        )
+    def _open(self, source: Any) -> Any:
+        """An RGB image, upright. Raises ValueError if it is no image, damaged, or larger than `max_pixels`.
 
-    def _without_invisible_margins(self, image: Image.Image) -> Image.Image:
-        """Crops what a centre crop would drop anyway, or scaling a 1 x 5000 image by its short side takes gigabytes."""
-        size = getattr(self.image_processor, "size", None) or {}
-        cropped = getattr(self.image_processor, "do_center_crop", False) and "shortest_edge" in size
-        width, height = image.size
-        keep_width, keep_height = (min(side, 4 * min(width, height)) for side in (width, height))
-        if not cropped or (keep_width, keep_height) == (width, height):
-            return image
-        left, top = (width - keep_width) // 2, (height - keep_height) // 2
-        return image.crop((left, top, left + keep_width, top + keep_height))
-
-    def _open(self, source: Any) -> Image.Image:
-        """An RGB image, upright. Raises ValueError if it is no image, damaged, or larger than `max_pixels`."""
+        Arrays and tensors of other forms than (height, width) or (height, width, 3 or 4) in 8 bits are left to the
+        image processor as they are.
+        """
+        if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] in ((), (3,), (4,)):
+            source = Image.fromarray(source)
         if isinstance(source, np.ndarray) or hasattr(source, "detach"):
-            return source  # arrays and tensors are decoded already: the image processor takes them as they are
+            return source
+        if not isinstance(source, (Image.Image, str, os.PathLike, bytes, bytearray)):
+            kind = type(source).__name__
+            raise ValueError(f"An image is a PIL image, an array, a path, a URL, base64 or bytes, got {kind}.")
         try:
-            image = source if isinstance(source, Image.Image) else Image.open(_bytes_of(source))
-            self._check_pixels(image)
-            image.load()
+            width, height, image = self._read(source)
         except UnidentifiedImageError as error:
             raise ValueError(f"{_describe(source)} is not an image that can be read; use PNG or JPEG.") from error
+        except FileNotFoundError as error:
+            raise ValueError(f"There is no image file at {_describe(source)}.") from error
         except Image.DecompressionBombError as error:
-            raise ValueError(f"{_describe(source)} is too large: {error}.") from error
-        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{_describe(source)} is too large: {error}") from error
+        except (OSError, SyntaxError, ValueError, http.client.HTTPException) as error:
             raise ValueError(f"{_describe(source)} could not be read as an image: {error}.") from error
-        return to_rgb(ImageOps.exif_transpose(image))
-
-    def _check_pixels(self, image: Image.Image) -> None:
-        width, height = image.size
-        if width * height > self.max_pixels:
+        if image is None:
             raise ValueError(
-                f"The image has {width} x {height} = {width * height:,} pixels, more than the limit of "
+                f"{_describe(source)} has {width} x {height} = {width * height:,} pixels, more than the limit of "
                 f"{self.max_pixels:,}; scale it down first."
             )
+        return image
+
+    def _read(self, source: Any) -> tuple[int, int, Image.Image | None]:
+        """Width, height and, unless they are too much, the picture."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is `max_pixels` that decides
+            given = isinstance(source, Image.Image)
+            with contextlib.nullcontext(source) if given else Image.open(_file_of(source)) as image:
+                if math.prod(image.size) > self.max_pixels:
+                    return *image.size, None
+                image.load()
+                with contextlib.suppress(SyntaxError, ValueError, struct.error):  # damaged EXIF data say nothing
+                    image = ImageOps.exif_transpose(image)
+                return *image.size, to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as RGB: transparency over white, 16-bit and float greys scaled to 8 bits."""
-    if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
-        grey = np.asarray(image, dtype=np.float32)
-        top = 1.0 if image.mode == "F" and grey.max() <= 1 else 65535.0 if grey.max() > 255 else 255.0
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        top = 65535 if image.mode not in ("I", "F") or grey.max() > 255 else 255  # 32 bits do not tell their range
+        top = 1 if image.mode == "F" and grey.max() <= 1 else top
         image = Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -180,30 +219,56 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _crop_to_reach(image: Any, reach: int | None) -> Any:
+    """Drops ends that a centre crop drops anyway: to scale 1 x 5000 pixels by the short side takes gigabytes."""
+    if reach is None or not isinstance(image, Image.Image):
+        return image
+    width, height = image.size
+    longest = reach * min(width, height) + 8  # what the resizing filter sees beyond an edge
+    # An even number of pixels goes, or the middle would move.
+    left, top = (max(0, side - longest) // 2 for side in (width, height))
+    if (left, top) == (0, 0):
+        return image
+    return Image.fromarray(np.asarray(image)[top : height - top, left : width - left])
+
+
+def _is_empty(images: Any) -> bool:
+    return images is None or (isinstance(images, (list, tuple)) and all(_is_empty(item) for item in images))
+
+
 def _map_nested(items: Any, function) -> Any:
     return [_map_nested(item, function) for item in items] if isinstance(items, (list, tuple)) else function(items)
 
 
-def _bytes_of(source: Any) -> Any:
+def _file_of(source: str | os.PathLike | bytes | bytearray) -> Any:
     """What PIL can open: a file's path, or the bytes behind a URL or a base64 string."""
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source)
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        with urllib.request.urlopen(source, timeout=URL_TIMEOUT_SECONDS) as answer:
-            return io.BytesIO(answer.read())
-    if isinstance(source, os.PathLike) or (isinstance(source, str) and os.path.exists(source)):
+        return _download(source)
+    if isinstance(source, os.PathLike) or os.path.exists(source):
         return source
-    if not isinstance(source, str):
-        raise ValueError(f"An image is a PIL image, an array, a path, a URL, base64 or bytes, got {type(source)}.")
     try:
-        return io.BytesIO(base64.b64decode(source.split(",")[-1], validate=True))
-    except (binascii.Error, ValueError):
-        raise ValueError(f"There is no image file at {_describe(source)}.") from None
+        return io.BytesIO(base64.b64decode("".join(source.rpartition("base64,")[2].split()), validate=True))
+    except ValueError:
+        raise FileNotFoundError(source) from None
+
+
+def _download(url: str) -> io.BytesIO:
+    request = urllib.request.Request(url, headers={"User-Agent": "ms-resampler"})  # many sites refuse urllib's own
+    try:
+        with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as answer:
+            return io.BytesIO(answer.read())
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
 
 
 def _describe(source: Any) -> str:
-    name = source if isinstance(source, (str, os.PathLike)) else type(source).__name__
-    return repr(str(name)[:80])
+    """How an error names an image: by its path, URL or text, or by its kind."""
+    if isinstance(source, (str, os.PathLike)):
+        return repr(str(source)[:80])
+    return f"The given {type(source).__name__}"
 
 
 MSResamplerProcessor.register_for_auto_class("AutoProcessor")

@@ -71,6 +71,9 @@ class ScopePrior(nn.Module):
     radius 2 sigma, at least as wide as the nearest patch, outside which the score is -inf; "none" is no prior.
     """
 
+    sigma_Gh: Tensor
+    log_scale_Gh: Tensor
+
     def __init__(self, config):
         super().__init__()
         self.kind, self.form, self.learned = config.scope_prior, config.prior_form, config.learn_scopes

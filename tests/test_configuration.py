@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny_models
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModel, GPTJConfig, PvtConfig
@@ -62,7 +63,7 @@ def test_impossible_budgets(budget, sentence):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"vision_feature_layers": -2}, "`vision_feature_layers` is not a field of MSResamplerConfig; did you mean `vision_fe"),
+        ({"vision_feature_layers": -2}, "is not a field of MSResamplerConfig; did you mean `vision_feature_layer`"),
         ({"projector_config": {"fussion": "head"}}, "did you mean `fusion`?"),
         ({"projector_config": {"zzzz": 1}}, "known fields are "),
         ({"image_token_id": 32000}, "`image_token_id` 32000 is outside the language model's vocabulary of 32000"),
@@ -87,7 +88,10 @@ def test_models_that_cannot_be(fields, sentence):
         ({"query_grid": [4]}, r"`query_grid` must be \[rows, columns\]"),
         ({"visual_tokens": 0}, "`visual_tokens` must be at least 1"),
         ({"scope_layout": "heads"}, '"heads"` a head belongs to one scope: use fusion "token", "static" or "mean"'),
-        ({"scope_layout": "heads", "fusion": "mean", "share_kv": False}, '`share_kv=False` needs `scope_layout="branches"`'),
+        (
+            {"scope_layout": "heads", "fusion": "mean", "share_kv": False},
+            '`share_kv=False` needs `scope_layout="branches"`',
+        ),
         (
             {"scope_layout": "heads", "fusion": "mean", "num_attention_heads": 2, "hidden_size": 32},
             "shares 2 heads among 3 scopes",
@@ -97,12 +101,12 @@ def test_models_that_cannot_be(fields, sentence):
     ],
 )  # fmt: skip
 def test_projectors_that_cannot_be(fields, sentence):
-    with pytest.raises((ValueError, TypeError), match=sentence):
+    with pytest.raises((ValueError, StrictDataclassError), match=sentence):
         MSResamplerProjectorConfig(**fields)
 
 
 def test_fields_are_checked_when_they_are_set_too():
-    with pytest.raises((ValueError, TypeError), match="fusion"):
+    with pytest.raises((ValueError, StrictDataclassError), match="fusion"):
         MSResamplerProjectorConfig().fusion = "sum"
 
 

@@ -2,49 +2,143 @@
 
 import base64
 import io
+import json
+import os
 import struct
 import threading
+import tracemalloc
 import zlib
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import IMAGE, picture, tiny_model, tiny_processor, tiny_tokenizer
-from transformers import AutoProcessor, CLIPImageProcessorPil
+from tiny_models import IMAGE, np_pixels, picture, tiny_model, tiny_processor, tiny_tokenizer
+from transformers import (
+    AutoProcessor,
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    ConvNextImageProcessorPil,
+    Siglip2ImageProcessorPil,
+    SiglipImageProcessorPil,
+    ViTImageProcessorPil,
+)
 
-from ms_resampler import MSResamplerProcessor
+from ms_resampler import MSResamplerProcessor, processing_ms_resampler
 from ms_resampler.processing_ms_resampler import to_rgb
 
+SIDE = {"height": 24, "width": 24}
+IMAGE_PROCESSORS = {
+    "clip": lambda: CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=SIDE),
+    "siglip": lambda: SiglipImageProcessorPil(size=SIDE),
+    "siglip2": lambda: Siglip2ImageProcessorPil(patch_size=4, max_num_patches=36),
+    "convnext": lambda: ConvNextImageProcessorPil(size={"shortest_edge": 24}),
+    "dinov2": lambda: BitImageProcessorPil(size={"shortest_edge": 28}, crop_size=SIDE),
+    "vit": lambda: ViTImageProcessorPil(size=SIDE),
+}
+SIZES = [(30, 40), (24, 24), (40, 30), (1, 1), (7, 13), (100, 60), (333, 200)]
 
-def count_images_tokens(inputs) -> list[int]:
-    return [row.count(IMAGE) for row in inputs["input_ids"]]
+
+@pytest.fixture
+def processor():
+    return tiny_processor()
 
 
-def test_a_placeholder_becomes_one_token_for_every_visual_token():
-    inputs = tiny_processor()(images=[picture()], text="a<image>b")
-    plain = tiny_tokenizer()("ab")["input_ids"]
-    assert inputs["input_ids"] == [[plain[0], *[IMAGE] * 4, plain[1]]]
+@pytest.fixture(params=IMAGE_PROCESSORS)
+def any_processor(request):
+    image_processor = IMAGE_PROCESSORS[request.param]()
+    return MSResamplerProcessor(image_processor, tiny_tokenizer(), patch_size=4, visual_tokens=9)
+
+
+def image_tokens(inputs) -> list[int]:
+    return [list(row).count(IMAGE) for row in inputs["input_ids"]]
+
+
+def pixel_values(processor, source) -> torch.Tensor:
+    return processor(images=[source], text="<image>", return_tensors="pt")["pixel_values"]
+
+
+def as_file(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+# Placeholders and budgets
+
+
+def test_a_placeholder_becomes_one_token_for_every_visual_token(processor):
+    one, two = picture(0), picture(1)
+    a, b, c = tiny_tokenizer()("abc")["input_ids"]
+    assert processor(images=[one], text="a<image>b")["input_ids"] == [[a, *[IMAGE] * 4, b]]
+    inputs = processor(images=[one, two], text=["<image>a<image>"], visual_tokens=[1, (1, 2)])
+    assert inputs["input_ids"] == [[IMAGE, a, IMAGE, IMAGE]]
+    assert processor(text=["abc"])["input_ids"] == [[a, b, c]]
+
+
+def test_images_keep_their_order_over_prompts(processor):
+    images = [picture(n) for n in range(3)]
+    each = torch.cat([pixel_values(processor, image) for image in images])
+    flat = processor(images=images, text=["<image>", "<image>a<image>"], return_tensors="pt")
+    nested = processor(images=[[images[0]], images[1:]], text=["<image>", "<image>a<image>"], return_tensors="pt")
+    assert torch.equal(flat["pixel_values"], each)
+    assert torch.equal(nested["pixel_values"], each)
+    assert torch.equal(flat["input_ids"], nested["input_ids"])
 
 
 @pytest.mark.parametrize(
     ("budget", "grids"),
-    [(9, [(3, 3), (3, 3)]), ((2, 3), [(2, 3), (2, 3)]), ([1, (3, 2)], [(1, 1), (3, 2)]), ([None, 9], [(2, 2), (3, 3)])],
+    [
+        (9, [(3, 3), (3, 3)]),
+        ((2, 3), [(2, 3), (2, 3)]),
+        ([1, (3, 2)], [(1, 1), (3, 2)]),
+        ([[1, 2], 4], [(1, 2), (2, 2)]),
+        ([None, 9], [(2, 2), (3, 3)]),
+    ],
 )
-def test_budgets_at_call_time(budget, grids):
-    processor, model = tiny_processor(), tiny_model()
+def test_budgets_at_call_time(processor, budget, grids):
     inputs = processor(
         images=[picture(0), picture(1)], text=["<image>one", "two<image>"], visual_tokens=budget, return_tensors="pt"
     )
     assert [tuple(grid) for grid in inputs["token_grids"].tolist()] == grids
-    assert (inputs["input_ids"] == IMAGE).sum(-1).tolist() == [rows * columns for rows, columns in grids]
+    assert image_tokens(inputs) == [rows * columns for rows, columns in grids]
     with torch.no_grad():
-        assert torch.isfinite(model(**inputs).logits).all()
+        assert torch.isfinite(tiny_model()(**inputs).logits).all()
 
 
-def test_the_default_budget_adds_no_input():
-    assert "token_grids" not in tiny_processor()(images=[picture()], text="<image>")
+@pytest.mark.parametrize("options", [{}, {"visual_tokens": None}])
+def test_the_default_budget_adds_no_input(processor, options):
+    inputs = processor(images=[picture()], text="<image>", **options)
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+    assert image_tokens(inputs) == [4]
+
+
+def test_a_processor_without_a_budget_asks_for_one_token_a_patch():
+    inputs = tiny_processor(visual_tokens=None)(images=[picture()], text="<image>", return_tensors="pt")
+    assert inputs["token_grids"].tolist() == [[6, 6]]
+    with torch.no_grad():
+        assert torch.isfinite(tiny_model()(**inputs).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("budget", "sentence"),
+    [
+        (37, "A budget of 37 visual tokens is impossible for 6 x 6 = 36 patches"),
+        ((7, 6), "A budget of 42 visual tokens is impossible for 6 x 6 = 36 patches"),
+        (0, "A budget of 0 visual tokens is impossible"),
+        ((0, 3), r"A grid of visual tokens is \(rows, columns\), two positive integers, got \(0, 3\)"),
+        (31, "31 visual tokens cannot be laid out as a grid over 6 x 6 patches; use a count such as 28, 30, 32"),
+        ([4, 4, 4], "Got 3 entries in `visual_tokens` for 1 images"),
+    ],
+)
+def test_impossible_budgets(processor, budget, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        processor(images=[picture()], text="<image>", visual_tokens=budget)
+
+
+# Counts of images, prompts and placeholders
 
 
 @pytest.mark.parametrize(
@@ -52,236 +146,465 @@ def test_the_default_budget_adds_no_input():
     [
         (2, ["<image>"], "Found total 1 <image> tokens and 2 images"),
         (1, ["<image><image>"], "Found total 2 <image> tokens and 1 images"),
+        (1, "no placeholder", "Found total 0 <image> tokens and 1 images"),
         (0, ["<image>"], "Found 1 <image> tokens in the text but no images were passed"),
     ],
 )
-def test_more_or_fewer_images_than_placeholders(images, text, sentence):
+def test_more_or_fewer_images_than_placeholders(processor, images, text, sentence):
     with pytest.raises(ValueError, match=sentence):
-        tiny_processor()(images=[picture(n) for n in range(images)] or None, text=text)
+        processor(images=[picture(n) for n in range(images)], text=text)
 
 
-def test_nested_images_are_counted_prompt_by_prompt():
-    processor = tiny_processor()
+def test_nested_images_are_counted_prompt_by_prompt(processor):
     one, two, three = (picture(n) for n in range(3))
-    inputs = processor(images=[[one, two], [three]], text=["<image><image>", "<image>"])
-    assert count_images_tokens(inputs) == [8, 4]
-    with pytest.raises(ValueError, match="Prompt 1 has 1 <image> placeholders, but 2 images were given"):
-        processor(images=[[one, two], [three]], text=["<image>", "<image><image>"])
-    with pytest.raises(ValueError, match="Got 2 lists of images for 1 prompts"):
-        processor(images=[[one], [two]], text=["<image><image>"])
-
-
-@pytest.mark.parametrize(
-    ("budget", "sentence"),
-    [
-        (37, "A budget of 37 visual tokens is impossible for 6 x 6 = 36 patches"),
-        (0, "A budget of 0 visual tokens is impossible"),
-        (31, "31 visual tokens cannot be laid out as a grid over 6 x 6 patches; use a count such as 28, 30, 32"),
-        ([4, 4, 4], "Got 3 entries in `visual_tokens` for 1 images"),
-    ],
-)
-def test_impossible_budgets(budget, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        tiny_processor()(images=[picture()], text="<image>", visual_tokens=budget)
-
-
-def test_a_tokenizer_without_the_image_token():
-    with pytest.raises(
-        ValueError, match=r"does not know the image token '<picture>': add it with tokenizer\.add_tokens"
+    inputs = processor(images=[[one, two], [three], []], text=["<image><image>", "<image>", "none"])
+    assert image_tokens(inputs) == [8, 4, 0]
+    assert image_tokens(processor(images=[[one, two]], text="<image><image>")) == [8]
+    assert image_tokens(processor(images=((one,), (two,)), text=("<image>", "<image>"))) == [4, 4]
+    for images, text, sentence in (
+        ([[one, two], [three]], ["<image>", "<image><image>"], "Prompt 1 has 1 <image> placeholders, but 2 images"),
+        ([[one], [two, three]], ["<image>", "<image>"], "Prompt 2 has 1 <image> placeholders, but 2 images"),
+        ([[], [one]], ["<image>", "none"], "Prompt 1 has 1 <image> placeholders, but 0 images"),
+        ([[one], [two]], ["<image><image>"], "Got 2 lists of images for 1 prompts"),
+        ([one, [two]], ["<image>", "<image>"], "one flat list, or one list a prompt, not a mixture"),
     ):
-        tiny_processor(image_token="<picture>")
+        with pytest.raises(ValueError, match=sentence):
+            processor(images=images, text=text)
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size, with no pixels behind it."""
+@pytest.mark.parametrize("images", [None, [], [[]], [[], []]])
+def test_no_image_is_the_same_in_every_form(processor, images):
+    inputs = processor(images=images, text=["a", "bc"], return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert inputs["input_ids"].shape == (2, 2)
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-        + chunk(b"IEND", b"")
+def test_images_need_no_text(processor):
+    assert set(processor(images=[picture()])) == {"pixel_values"}
+    assert torch.equal(
+        processor(images=picture(), return_tensors="pt")["pixel_values"], pixel_values(processor, picture())
     )
 
 
-@pytest.mark.parametrize(("width", "height"), [(20_000, 6_000), (60_000, 60_000)])
-def test_too_many_pixels_are_refused_from_the_header(tmp_path, width, height):
-    (tmp_path / "bomb.png").write_bytes(png_header(width, height))
-    with pytest.raises(ValueError, match=r"too large|more than the limit of 100,000,000"):
-        tiny_processor()(images=[str(tmp_path / "bomb.png")], text="<image>")
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({}, "You need to provide at least one input"),
+        ({"images": []}, "You need to provide at least one input"),
+        ({"text": []}, "Give at least one prompt"),
+        ({"images": [[picture()]], "text": [["a", "b"]]}, "`text` must be a string or list of strings"),
+        ({"text": "a", "videos": [np.zeros((2, 8, 8, 3), dtype=np.uint8)]}, "takes no videos and no audio"),
+        ({"text": "a", "audio": np.zeros(10)}, "takes no videos and no audio"),
+        ({"text": "<image>", "images": [3]}, "a path, a URL, base64 or bytes, got int"),
+        (
+            {"text": "<image>long", "images": [picture()], "truncation": True, "max_length": 3},
+            r"Mismatch in `image` token count .* ids=\[3\] and text=\[4\]",
+        ),
+    ],
+)
+def test_inputs_that_make_no_sense(processor, inputs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        processor(**inputs)
 
 
-def test_files_that_are_no_images(tmp_path):
-    processor = tiny_processor()
-    (tmp_path / "text.png").write_text("not a picture")
-    picture().save(tmp_path / "whole.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
-    for source, sentence in (
-        (str(tmp_path / "text.png"), "is not an image that can be read"),
-        (str(tmp_path / "half.png"), "could not be read as an image"),
-        (str(tmp_path / "missing.png"), "There is no image file at"),
-        (b"also no picture", "is not an image that can be read"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            processor(images=[source], text="<image>")
+def test_a_tokenizer_without_the_image_token():
+    with pytest.raises(ValueError, match="does not know the image token '<picture>': add it with"):
+        tiny_processor(image_token="<picture>")
+
+
+# Image processors and servers
+
+
+def test_counts_are_those_of_every_image_processor(any_processor):
+    for size in SIZES:
+        inputs = any_processor(images=[picture(0, size)], text="<image>", return_tensors="pt")
+        if "spatial_shapes" in inputs:
+            (rows, columns), mask = inputs["spatial_shapes"][0].tolist(), inputs["pixel_attention_mask"][0]
+            assert mask.tolist() == [1] * (rows * columns) + [0] * (36 - rows * columns)
+            assert inputs["pixel_values"].shape == (1, 36, 4 * 4 * 3)
+        else:
+            assert inputs["pixel_values"].shape == (1, 3, 24, 24)
+        assert image_tokens(inputs) == [9]
+        whole = any_processor(images=[picture(0, size)], text="<image>", visual_tokens=(1, 2), return_tensors="pt")
+        assert whole["token_grids"].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("budget", [None, 9, (2, 3), [4, (1, 2), None, 6, 8, (3, 3), 2]], ids=str)
+def test_counts_that_servers_ask_for_are_those_of_processing(any_processor, budget):
+    counts = any_processor._get_num_multimodal_tokens(image_sizes=tuple(map(list, SIZES)), visual_tokens=budget)
+    budgets = budget if isinstance(budget, list) else [budget] * len(SIZES)
+    real = [
+        image_tokens(any_processor(images=[picture(0, size)], text="<image>", visual_tokens=[each]))[0]
+        for size, each in zip(SIZES, budgets, strict=True)
+    ]
+    assert counts["num_image_tokens"] == real
+    assert counts["num_image_patches"] == [1] * len(SIZES)
+    assert "num_image_tokens" not in any_processor._get_num_multimodal_tokens()
+
+
+def test_one_token_a_patch_follows_the_proportions_of_siglip_2():
+    processor = tiny_processor("siglip2_vision_model", visual_tokens=None)
+    sizes = [(24, 24), (12, 48), (48, 12)]
+    inputs = processor(images=[picture(0, size) for size in sizes], text="<image>" * 3, return_tensors="pt")
+    assert inputs["token_grids"].tolist() == inputs["spatial_shapes"].tolist() == [[6, 6], [3, 12], [12, 3]]
+    assert processor._get_num_multimodal_tokens(sizes).num_image_tokens == [36, 36, 36]
+
+
+def test_token_types_mark_the_images(processor):
+    assert processor.image_token_ids == [IMAGE]
+    inputs = processor(images=[[picture()], []], text=["a<image>b", "c"], return_mm_token_type_ids=True)
+    assert inputs["mm_token_type_ids"] == [[0, 1, 1, 1, 1, 0], [0] * 6]
+    assert [[int(token == IMAGE) for token in row] for row in inputs["input_ids"]] == inputs["mm_token_type_ids"]
+
+
+def test_save_and_load(any_processor, tmp_path):
+    any_processor.visual_tokens, any_processor.max_pixels = [2, 3], 12345
+    any_processor.chat_template = "{{ messages[0]['content'] }}"
+    any_processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is MSResamplerProcessor
+    assert loaded.to_dict() == any_processor.to_dict()
+    assert loaded.chat_template == (tmp_path / "chat_template.jinja").read_text() == any_processor.chat_template
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    written = json.loads((tmp_path / "processor_config.json").read_text())
+    assert written["auto_map"] == {"AutoProcessor": "processing_ms_resampler.MSResamplerProcessor"}
+    assert {name: written[name] for name in ("patch_size", "visual_tokens", "image_token", "max_pixels")} == {
+        "patch_size": 4, "visual_tokens": [2, 3], "image_token": "<image>", "max_pixels": 12345,
+    }  # fmt: skip
+    assert "chat_template" not in written
+    before, after = (
+        each(images=[picture()], text="<image>What?", return_tensors="pt") for each in (any_processor, loaded)
+    )
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert AutoProcessor.from_pretrained(tmp_path, visual_tokens=4).visual_tokens == 4
+
+
+# Where images come from
 
 
 class Server(BaseHTTPRequestHandler):
+    """Pictures, a page, a missing file, a broken answer, and one that never comes."""
+
+    never = threading.Event()
+
     def do_GET(self):
-        found = self.path == "/picture.png"
-        self.send_response(200 if found else 404)
+        if self.path == "/slow":
+            self.never.wait(30)
+            return
+        kind, body = {
+            "/picture": ("image/png", as_file(picture(5))),
+            "/page": ("text/html", b"<!doctype html><title>Not a picture</title>"),
+            "/short": ("image/png", as_file(picture(5))),
+        }.get(self.path, ("text/plain", b"nothing here"))
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/picture")
+        else:
+            self.send_response(404 if kind == "text/plain" else 200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body) + 100 * (self.path == "/short")))
         self.end_headers()
-        self.wfile.write(as_png(picture(5)) if found else b"nothing here")
+        self.wfile.write(body)
 
     def log_message(self, *arguments):
         pass
 
 
-def as_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server():
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "*")
+        yield f"http://127.0.0.1:{server.server_port}"
+    Server.never.set()
     server.shutdown()
     server.server_close()
     thread.join()
 
 
-def test_pictures_come_from_anywhere(tmp_path, server):
-    processor, original = tiny_processor(), picture(5)
-    original.save(tmp_path / "picture.png")
-    encoded = base64.b64encode(as_png(original)).decode()
-    expected = processor(images=[original], text="<image>", return_tensors="pt")["pixel_values"]
-    for source in (
-        str(tmp_path / "picture.png"), tmp_path / "picture.png", f"{server}/picture.png",
-        encoded, f"data:image/png;base64,{encoded}", as_png(original), np.asarray(original),
-    ):  # fmt: skip
-        assert torch.equal(processor(images=[source], text="<image>", return_tensors="pt")["pixel_values"], expected)
-    with pytest.raises(ValueError, match="could not be read as an image"):
-        processor(images=[f"{server}/other.png"], text="<image>")
-
-
-@pytest.mark.parametrize("key", ["image", "path", "base64", "url"])
-def test_chat_messages_bring_their_pictures(tmp_path, server, key):
-    processor, original = tiny_processor(), picture(5)
-    original.save(tmp_path / "picture.png")
-    value = {
-        "image": original,
+@pytest.fixture
+def sources(tmp_path, server, monkeypatch):
+    """The same picture in every form in which it can be given."""
+    monkeypatch.chdir(tmp_path)
+    data = as_file(picture(5))
+    Path("picture.png").write_bytes(data)
+    encoded = base64.b64encode(data).decode()
+    return {
+        "PIL": picture(5),
+        "open file": Image.open(io.BytesIO(data)),
         "path": str(tmp_path / "picture.png"),
-        "base64": base64.b64encode(as_png(original)).decode(),
-        "url": f"{server}/picture.png",
-    }[key]
-    content = [{"type": "image", key: value}, {"type": "text", "text": "What?"}]
+        "relative path": "picture.png",
+        "Path": Path("picture.png"),
+        "URL": f"{server}/picture",
+        "moved URL": f"{server}/moved",
+        "base64": encoded,
+        "base64 in lines": base64.encodebytes(data).decode(),
+        "data URL": f"data:image/png;base64,{encoded}",
+        "bytes": data,
+        "bytearray": bytearray(data),
+        "array": np.asarray(picture(5)),
+        "channels first": np.asarray(picture(5)).transpose(2, 0, 1),
+        "tensor": torch.tensor(np.asarray(picture(5))),
+    }
+
+
+def test_pictures_come_from_anywhere(processor, sources):
+    expected = pixel_values(processor, picture(5))
+    for name, source in sources.items():
+        assert torch.equal(pixel_values(processor, source), expected), name
+
+
+def test_chat_messages_bring_pictures_from_anywhere(processor, sources):
+    content = [{"type": "image", "image": sources[name]} for name in ("PIL", "bytes", "relative path", "Path", "array")]
+    content += [{"type": "image", "path": sources["path"]}, {"type": "image", "url": sources["URL"]}]
+    content += [{"type": "image", "url": sources["data URL"]}, {"type": "image", "base64": sources["base64"]}]
+    content += [{"type": "image_url", "image_url": {"url": sources["data URL"]}}]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    expected = processor(images=[original], text="<image>", return_tensors="pt")["pixel_values"]
-    assert torch.equal(inputs["pixel_values"], expected)
+        [{"role": "user", "content": [*content, {"type": "text", "text": "What?"}]}],
+        tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"visual_tokens": (1, 2)},
+    )  # fmt: skip
+    expected = pixel_values(processor, picture(5))
+    assert torch.equal(inputs["pixel_values"], expected.expand(len(content), -1, -1, -1))
+    assert image_tokens(inputs) == [2 * len(content)]
 
 
-RAMP = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
-
-
-def with_alpha() -> Image.Image:
-    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    image.putpixel((1, 0), (0, 0, 0, 0))
-    return image
-
-
-def palette_with_transparency() -> Image.Image:
-    image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), "P") if False else Image.new("P", (2, 1))
-    image.putpalette([255, 0, 0, 0, 0, 255])
-    image.putdata([0, 1])
-    image.info["transparency"] = 1
-    return image
+def test_a_grey_array_and_one_with_alpha_are_pictures(processor):
+    values = np.asarray(picture(5))
+    grey = pixel_values(processor, values[..., 0])
+    assert torch.equal(grey, pixel_values(processor, values[..., :1].repeat(3, -1)))
+    opaque = np.concatenate([values, np.full_like(values[..., :1], 255)], axis=-1)
+    assert torch.equal(pixel_values(processor, opaque), pixel_values(processor, values))
 
 
 @pytest.mark.parametrize(
-    ("image", "expected"),
+    ("source", "sentence"),
     [
-        (Image.fromarray(RAMP), RAMP[..., None].repeat(3, -1)),
-        (Image.fromarray(RAMP.astype(np.uint16) * 257), RAMP[..., None].repeat(3, -1)),
-        (Image.fromarray(RAMP.astype(np.float32) / 255), RAMP[..., None].repeat(3, -1)),
-        (Image.fromarray(RAMP.astype(np.int32) * 257), RAMP[..., None].repeat(3, -1)),
-        (with_alpha(), [[[255, 0, 0], [255, 255, 255]]]),
-        (palette_with_transparency(), [[[255, 0, 0], [255, 255, 255]]]),
-        (Image.new("CMYK", (1, 1), (0, 255, 255, 0)), [[[255, 0, 0]]]),
-        (Image.new("LA", (1, 1), (10, 0)), [[[255, 255, 255]]]),
-        (Image.new("1", (1, 1), 1), [[[255, 255, 255]]]),
+        ("{server}/missing", "'http://.*/missing' could not be read as an image: HTTP Error 404: Not Found"),
+        ("{server}/page", "'http://.*/page' is not an image that can be read; use PNG or JPEG"),
+        ("{server}/short", "could not be read as an image: .*IncompleteRead"),
+        ("{server}/slow", "'http://.*/slow' could not be read as an image: timed out"),
+        ("http://127.0.0.1:1/refused", "could not be read as an image: .*[Rr]efused"),
+        ("http://127.0.0.1:1/with spaces", "could not be read as an image: URL can't contain control characters"),
+        ("missing.png", "There is no image file at 'missing.png'"),
+        ("größer", "There is no image file at 'größer'"),
+        ("text.png", "'text.png' is not an image that can be read; use PNG or JPEG"),
+        ("empty.png", "'empty.png' is not an image that can be read"),
+        ("half.png", "'half.png' could not be read as an image: .*truncated"),
+        ("wrong.ppm", "'wrong.ppm' could not be read as an image: "),
+        (".", "'.' could not be read as an image: .*directory"),
+        (b"no picture", "The given bytes is not an image that can be read"),
+        ("data:image/png;base64,AAAA", "'data:image/png;base64,AAAA' is not an image that can be read"),
     ],
-    ids=["grey", "16-bit", "float", "32-bit", "alpha", "palette", "CMYK", "grey with alpha", "1-bit"],
 )
-def test_every_mode_becomes_rgb(image, expected):
+def test_what_is_no_picture_gets_one_sentence(processor, tmp_path, monkeypatch, server, source, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(processing_ms_resampler, "URL_TIMEOUT_SECONDS", 0.5)
+    Path("text.png").write_text("not a picture")
+    Path("empty.png").touch()
+    Path("half.png").write_bytes(as_file(picture())[:500])
+    Path("wrong.ppm").write_bytes(b"P3\n2 1\n255\n0 0 0 0 0 x\n")
+    source = source.format(server=server) if isinstance(source, str) else source
+    with pytest.raises(ValueError, match=sentence) as caught:
+        processor(images=[source], text="<image>")
+    assert type(caught.value) is ValueError
+    content = [{"type": "image", "image": source}]
+    with pytest.raises(ValueError, match=sentence):
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
+
+
+# The pixel limit
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that claims a size, with next to no pixels behind it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "sentence"),
+    [
+        (12_000, 10_000, "has 12000 x 10000 = 120,000,000 pixels, more than the limit of 100,000,000; scale it down"),
+        (60_000, 60_000, r"too large: Image size \(3600000000 pixels\) exceeds limit"),
+    ],
+)
+def test_too_many_pixels_are_refused_from_the_header(processor, tmp_path, monkeypatch, width, height, sentence):
+    (tmp_path / "bomb.png").write_bytes(png_of(width, height))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    for source in (str(tmp_path / "bomb.png"), tmp_path / "bomb.png", png_of(width, height)):
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=sentence):
+            processor(images=[source], text="<image>")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.stop()
+
+
+def test_the_limit_is_a_field_and_exact(tmp_path):
+    processor = tiny_processor(max_pixels=1200)
+    for source in (picture(0, (30, 40)), as_file(picture(0, (30, 40)))):
+        pixel_values(processor, source)
+    for source, name in (
+        (picture(0, (30, 41)), "The given Image"), (as_file(picture(0, (41, 30))), "The given bytes"),
+        (np.asarray(picture(0, (30, 41))), "The given Image"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} has .* = 1,230 pixels, more than the limit of 1,200"):
+            processor(images=[source], text="<image>")
+
+
+def test_pictures_between_two_limits_come_without_a_warning(processor, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert torch.equal(pixel_values(processor, as_file(picture())), pixel_values(processor, picture()))
+    assert pixel_values(processor, as_file(picture(0, (10, 190)))).shape == (1, 3, 24, 24)
+    with pytest.raises(ValueError, match="too large: Image size"):
+        processor(images=[as_file(picture(0, (50, 50)))], text="<image>")
+
+
+# Modes, orientation and proportions
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+GREY = RAMP[..., None].repeat(3, -1)
+DARK = Image.fromarray((RAMP // 2).astype(np.uint16))
+ONE_BIT = Image.fromarray(RAMP > 127)
+BLUE_IS_CLEAR = Image.new("P", (2, 1))
+BLUE_IS_CLEAR.putpalette([255, 0, 0, 0, 0, 255])
+BLUE_IS_CLEAR.putpixel((1, 0), 1)
+MODES = {
+    "grey": (Image.fromarray(RAMP), GREY),
+    "16 bits": (Image.fromarray(RAMP.astype(np.uint16) * 257), GREY),
+    "16 bits, nearly black": (DARK, np.zeros_like(GREY)),
+    "32 bits": (Image.fromarray(RAMP.astype(np.int32) * 257), GREY),
+    "32 bits, small values": (Image.fromarray(RAMP.astype(np.int32)), GREY),
+    "float to 1": (Image.fromarray(RAMP.astype(np.float32) / 255), GREY),
+    "float to 255": (Image.fromarray(RAMP.astype(np.float32)), GREY),
+    "float with a hole": (Image.fromarray(np.where(RAMP == 0, np.nan, RAMP / 255).astype(np.float32)), GREY),
+    "1 bit": (ONE_BIT, np.where(GREY > 127, 255, 0)),
+    "palette": (Image.fromarray(GREY).quantize(256), GREY),
+    "alpha": (Image.fromarray(np.dstack([GREY * 0, RAMP])), 255 - GREY),
+    "grey with alpha": (Image.merge("LA", [Image.new("L", (16, 16)), Image.fromarray(RAMP)]), 255 - GREY),
+    "CMYK": (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), np.full((2, 2, 3), [255, 0, 0])),
+    "YCbCr": (Image.fromarray(GREY).convert("YCbCr"), GREY),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb(mode):
+    image, expected = MODES[mode]
     result = to_rgb(image)
     assert result.mode == "RGB"
-    assert np.abs(np.asarray(result).astype(int) - np.asarray(expected)).max() <= 1
+    assert np.abs(np.asarray(result).astype(int) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(tmp_path, orientation):
-    upright = picture(2, (20, 30))
-    turned = {
-        1: [], 2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
-        4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90],
-        7: [Image.Transpose.TRANSVERSE], 8: [Image.Transpose.ROTATE_270],
-    }  # fmt: skip
-    stored = upright
-    for step in turned[orientation]:
-        stored = stored.transpose(step)
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("16 bits", {"form": "PNG"}, GREY),
+        ("16 bits", {"form": "TIFF"}, GREY),
+        ("float to 1", {"form": "TIFF"}, GREY),
+        ("1 bit", {"form": "PNG"}, MODES["1 bit"][1]),
+        ("palette", {"form": "GIF"}, GREY),
+        ("grey", {"form": "PNG", "transparency": 0}, np.where(GREY == 0, 255, GREY)),
+        ("alpha", {"form": "WEBP", "lossless": True, "exact": True}, MODES["alpha"][1]),
+        ("CMYK", {"form": "JPEG"}, MODES["CMYK"][1]),
+        ("CMYK", {"form": "TIFF"}, MODES["CMYK"][1]),
+    ],
+    ids=str,
+)
+def test_every_mode_survives_its_file(processor, name, options, expected):
+    opened = processor._open(as_file(MODES[name][0], **options))
+    assert np.abs(np.asarray(opened).astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("transparency", [1, bytes([255, 0])])
+def test_a_clear_palette_entry_is_white(processor, transparency):
+    data = as_file(BLUE_IS_CLEAR, transparency=transparency)
+    assert np.asarray(processor._open(data)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+
+
+# How a scene is stored under an EXIF orientation: where its row 0 and column 0 lie (the EXIF standard's table).
+STORED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a.transpose(1, 0, 2)[::-1],
+    7: lambda a: a.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda a: a.transpose(1, 0, 2)[:, ::-1],
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("options", [{"form": "PNG"}, {"form": "WEBP", "lossless": True}, {"form": "TIFF"}], ids=str)
+def test_pictures_are_turned_upright(processor, orientation, options):
+    upright = np.asarray(picture(2, (20, 30)))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(tiny_processor()._open(str(tmp_path / "turned.png")), upright)
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    data = as_file(stored, exif=exif, **options)
+    assert np.array_equal(processor._open(data), upright)
+    assert np.array_equal(processor._open(Image.open(io.BytesIO(data))), upright)
+
+
+@pytest.mark.parametrize("exif", [b"garbage", b"Exif\0\0garbage!", b"Exif\0\0MM\0*", b"Exif\0\0"])
+def test_damaged_exif_data_do_not_spoil_a_picture(processor, exif):
+    assert np.array_equal(processor._open(as_file(picture(), exif=exif)), picture())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 200)])
-def test_extreme_proportions(size):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
-    inputs = tiny_processor()(images=[image], text="<image>", return_tensors="pt")
-    assert inputs["pixel_values"].shape == (1, 3, 24, 24)
+def test_extreme_proportions(any_processor, size):
+    image = picture(0, size)
+    inputs = any_processor(images=[image], text="<image>", visual_tokens=(1, 1), return_tensors="pt")
     assert torch.isfinite(inputs["pixel_values"]).all()
+    assert any_processor._get_num_multimodal_tokens([size], visual_tokens=(1, 1)).num_image_tokens == [1]
 
 
-def test_cropping_invisible_margins_changes_no_pixel():
-    side = {"height": 24, "width": 24}
-    plain = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=side)
-    image = picture(0, (40, 400))
-    ours = tiny_processor()(images=[image], text="<image>", return_tensors="pt")["pixel_values"]
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (24, 24), (31, 77)])
+def test_the_files_of_extreme_pictures_open(processor, size):
+    for form in ("PNG", "BMP", "TIFF"):
+        assert np.array_equal(processor._open(as_file(picture(0, size), form)), picture(0, size))
+
+
+def test_a_long_picture_is_not_scaled_whole(processor):
+    """A picture of 1 x 5000 scaled to a short side of 24 would have 24 x 120,000 pixels."""
+    tracemalloc.start()
+    pixel_values(processor, picture(0, (1, 5000)))
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2", "convnext"])
+@pytest.mark.parametrize("size", [(2, 100), (100, 2), (3, 99), (48, 480), (24, 241)])
+def test_cropping_invisible_ends_changes_no_pixel(kind, size):
+    plain, image = IMAGE_PROCESSORS[kind](), picture(0, size)
+    ours = pixel_values(MSResamplerProcessor(IMAGE_PROCESSORS[kind](), tiny_tokenizer(), patch_size=4), image)
     theirs = plain([image], return_tensors="pt")["pixel_values"]
-    assert (ours - theirs).abs().max() < 0.05  # the crop moves the resampling grid by less than a pixel
+    assert (ours - theirs).abs().max() < 0.05
 
 
-def test_counts_that_servers_ask_for_are_those_of_processing():
-    for tower in ("clip_vision_model", "siglip2_vision_model"):
-        processor = tiny_processor(tower)
-        sizes = [(30, 40), (100, 20), (24, 24), (7, 90)]
-        counts = processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
-        real = [count_images_tokens(processor(images=[picture(0, size)], text="<image>"))[0] for size in sizes]
-        assert counts == real
-    kinds = processor(images=[picture()], text="a<image>b", return_mm_token_type_ids=True)["mm_token_type_ids"]
-    assert kinds == [[0, 1, 1, 1, 1, 0]]
+def test_nothing_is_cropped_where_the_caller_changes_the_size(processor):
+    image = picture(0, (24, 240))
+    inputs = processor(images=[image], do_center_crop=False, visual_tokens=(1, 10), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 24, 240)
+    mean, std = (np.array(processor.image_processor.to_dict()[name]) for name in ("image_mean", "image_std"))
+    expected = (np_pixels(image) / 255 - mean[:, None, None]) / std[:, None, None]
+    np.testing.assert_allclose(inputs["pixel_values"][0], expected, atol=1e-5)
 
 
-def test_save_and_load(tmp_path):
-    processor = tiny_processor(visual_tokens=[2, 3], max_pixels=1234)
-    processor.save_pretrained(tmp_path)
-    loaded = AutoProcessor.from_pretrained(tmp_path)
-    assert isinstance(loaded, MSResamplerProcessor)
-    assert loaded.to_dict() == processor.to_dict()
-    assert (loaded.visual_tokens, loaded.max_pixels, loaded.chat_template) == ([2, 3], 1234, processor.chat_template)
-    assert (tmp_path / "chat_template.jinja").read_text() == processor.chat_template
-    text = "<image>What?"
-    assert loaded(images=[picture()], text=text)["input_ids"] == processor(images=[picture()], text=text)["input_ids"]
-
-
-def test_video_and_audio_are_refused():
-    with pytest.raises(ValueError, match="reads images and text; it takes no videos and no audio"):
-        tiny_processor()(text="a", videos=[np.zeros((2, 8, 8, 3), dtype=np.uint8)])
+def test_files_are_closed(processor, tmp_path):
+    for form in ("GIF", "TIFF", "PNG"):
+        (tmp_path / form).write_bytes(as_file(picture(), form))
+        pixel_values(processor, tmp_path / form)
+    (tmp_path / "bomb").write_bytes(png_of(12_000, 10_000))
+    with pytest.raises(ValueError, match="more than the limit"):
+        processor(images=[tmp_path / "bomb"], text="<image>")
+    open_files = {os.path.realpath(link) for link in Path("/proc/self/fd").glob("*")} if Path("/proc").exists() else ()
+    assert not [name for name in open_files if name.startswith(str(tmp_path))]

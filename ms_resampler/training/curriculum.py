@@ -57,7 +57,7 @@ class Looking(nn.Module):
     in for the pretrained tower that other models start from. The heads are thrown away.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.vision_tower, self.projector = model.vision_tower, model.projector
         self.features_of = [model.get_image_features]  # in a list: the language model is not to be trained here

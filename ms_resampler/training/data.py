@@ -18,7 +18,7 @@ def messages_of(record: dict[str, Any]) -> list[dict[str, Any]]:
 
     "<image>\nWhat?" -> [{"type": "image"}, {"type": "text", "text": "What?"}]
     """
-    messages = []
+    messages: list[dict[str, Any]] = []
     for turn in record["conversations"]:
         content: list[dict[str, str]] = []
         for number, text in enumerate(turn["value"].split("<image>")):

@@ -46,7 +46,7 @@ def tiny_look(steps: int = 700) -> Stage:
     )
 
 
-def tiny_read(steps: int = 1500) -> Stage:
+def tiny_read(steps: int = 1200) -> Stage:
     """The whole model learns to transcribe scenes, then to answer questions about them."""
     transcripts = min(400, steps // 3) * 32
     return Stage(
@@ -61,7 +61,7 @@ def tiny_read(steps: int = 1500) -> Stage:
     )
 
 
-def tiny_blind(steps: int = 200) -> Stage:
+def tiny_blind(steps: int = 150) -> Stage:
     """The same language model without images, which shows what can be had by guessing."""
     return Stage(
         name="blind",

@@ -20,7 +20,7 @@ PAPER = "https://arxiv.org/abs/2606.31383"
 
 def training_record(
     stages: Sequence[Stage],
-    model: torch.nn.Module,
+    model: Any,
     folder: Path,
     scores: list[FamilyScore],
     blind_scores: list[FamilyScore],

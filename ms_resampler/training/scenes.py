@@ -450,8 +450,10 @@ def presence_text(name: str, half: str, rng: np.random.Generator) -> str:
 
 def absent_name(scene: Scene, rng: np.random.Generator) -> str:
     """Something that is not on the picture, of a kind that is, so that neither kind nor name gives it away."""
-    kind = pick(scene.things, rng).kind
-    name = pick([name for name in NAMES[kind] if all(thing.name != name for thing in scene.things)], rng)
+    there = {thing.name for thing in scene.things}
+    kinds = [thing.kind for thing in scene.things if not there.issuperset(NAMES[thing.kind])]
+    kind = pick(kinds or ("digit", "word"), rng)  # a picture of all the shapes lacks none
+    name = pick([name for name in NAMES[kind] if name not in there], rng)
     return f"word {name}" if kind == "word" else name
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .recipes import Stage
@@ -84,7 +83,7 @@ def keep_freed_memory() -> None:
                 libc.mallopt(option, value)
 
 
-def data_hash(dataset: Dataset, samples: int = 64) -> str:
+def data_hash(dataset: Any, samples: int = 64) -> str:
     """A fingerprint of the training data: SHA-256 over evenly spaced records, pictures included."""
     digest = hashlib.sha256(str(len(dataset)).encode())
     for index in range(0, len(dataset), max(1, len(dataset) // samples)):

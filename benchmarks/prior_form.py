@@ -1,0 +1,93 @@
+"""The two forms of the Gaussian prior side by side: appended channels, or a bias on the scores.
+
+    python benchmarks/prior_form.py            576 x 1024 -> 144 -> 4096, float32 and bfloat16, batch 1 and 8
+
+Prints one markdown table: median milliseconds over interleaved repeats (and their spread), relative to one global
+scope without a prior in the same run, and the error of the output against float64.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+
+import torch
+
+from ms_resampler import MSResamplerProjectorConfig
+from ms_resampler.resampler_ms_resampler import MultiScopeResampler, init_resampler_weights
+
+FORMS = {
+    "one global scope": {"scope_sigmas": [None], "scope_prior": "none"},
+    "three, channels": {"prior_form": "channels"},
+    "three, bias": {"prior_form": "bias"},
+}
+PATCHES, TOKENS = (24, 24), (12, 12)
+
+
+def build(form: str) -> MultiScopeResampler:
+    """A resampler of a form, with the same weights for every form of three scopes."""
+    torch.manual_seed(0)
+    resampler = MultiScopeResampler(MSResamplerProjectorConfig(**FORMS[form]), 1024, 4096)
+    for module in resampler.modules():
+        init_resampler_weights(module)
+    return resampler
+
+
+def milliseconds(resampler: MultiScopeResampler, x: torch.Tensor, backward: bool) -> float:
+    """One run, forward alone or with the gradients of all parameters."""
+    start = time.perf_counter()
+    with torch.set_grad_enabled(backward):
+        y, _ = resampler(x, PATCHES, TOKENS)
+        if backward:
+            y.sum().backward()
+    return 1000 * (time.perf_counter() - start)
+
+
+def error(form: str, dtype: torch.dtype, x: torch.Tensor) -> float:
+    """Relative error of the output in a dtype against float64."""
+    with torch.no_grad():
+        exact, _ = build(form).double()(x.double(), PATCHES, TOKENS)
+        y, _ = build(form).to(dtype)(x.to(dtype), PATCHES, TOKENS)
+    return ((y.double() - exact).norm() / exact.norm()).item()
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    arguments = parser.parse_args()
+    print(
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+    )
+    print("| dtype | batch | pass | " + " | ".join(FORMS) + " | error, channels | error, bias |")
+    print("|---|---|---|" + "---|" * (len(FORMS) + 2))
+    for dtype in (torch.float32, torch.bfloat16):
+        errors = [error(form, dtype, torch.randn(1, 576, 1024)) for form in list(FORMS)[1:]]
+        for batch in arguments.batch:
+            for backward in (False, True):
+                row(dtype, batch, backward, arguments.repeats, errors)
+
+
+def row(dtype: torch.dtype, batch: int, backward: bool, repeats: int, errors: list[float]) -> None:
+    """One line of the table."""
+    x = torch.randn(batch, 576, 1024, dtype=dtype)
+    resamplers = {form: build(form).to(dtype) for form in FORMS}
+    times: dict[str, list[float]] = {form: [] for form in FORMS}
+    for repeat in range(repeats + 1):
+        for form, resampler in resamplers.items():
+            spent = milliseconds(resampler, x, backward)
+            if repeat:  # the first round warms up
+                times[form].append(spent)
+    base = statistics.median(times["one global scope"])
+    cells = [
+        f"{middle:.1f} ms ({min(spent):.1f} to {max(spent):.1f}), x{middle / base:.2f}"
+        for spent in times.values()
+        for middle in [statistics.median(spent)]
+    ]
+    name = f"| {str(dtype).removeprefix('torch.')} | {batch} | {'forward + backward' if backward else 'forward'} | "
+    print(name + " | ".join(cells) + " | " + " | ".join(f"{e:.1e}" for e in errors) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
