@@ -15,27 +15,21 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
-# Keys that transformers and its tools put into any config.json, beside the declared fields.
+# Keys that transformers itself writes into a config.json or hands to a configuration, beside the declared fields.
 _FOREIGN_KEYS = frozenset(
     [
-        "adapter_layers",
-        "attn_implementation",
-        "auto_map",
-        "base_model_ep_plan",
-        "base_model_tp_plan",
-        "compression_config",
-        "custom_pipelines",
+        "attn_implementation",  # from_pretrained, as are the next two
         "experts_implementation",
-        "model_type",
         "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "processor_class",
-        "quantization_config",
-        "tf_legacy_loss",
-        "torch_dtype",
-        "torchscript",
-        "use_cache",
+        "auto_map",  # save_pretrained of custom code
+        "custom_pipelines",  # save_pretrained of a custom pipeline
+        "fusion_config",  # from_pretrained, kept in the file
+        "model_type",  # every config.json
+        "num_labels",  # from_pretrained, as a shorthand for id2label
+        "output_attentions",  # every config.json
+        "quantization_config",  # quantizers
+        "torch_dtype",  # from_pretrained, the old name of dtype
+        "use_cache",  # Trainer
     ]
 )
 
@@ -77,6 +71,7 @@ def token_grid(visual_tokens: int | Sequence[int] | None, patch_grid: tuple[int,
 
         36 over (24, 24) -> (6, 6)        8 over (24, 24) -> (2, 4)        8 over (12, 24) -> (2, 4)
 
+    Of two equally near, such as (2, 4) and (4, 2), the wider one is taken.
     Raises ValueError if the budget is larger than the patches or has no grid of at most 1:2 relative to them.
     """
     patches = patch_grid[0] * patch_grid[1]
@@ -86,11 +81,11 @@ def token_grid(visual_tokens: int | Sequence[int] | None, patch_grid: tuple[int,
         _check_budget(visual_tokens, patch_grid)
         grid = _nearest_grid(visual_tokens, patch_grid)
         if grid is None:
-            near = [n for n in range(1, patches + 1) if _nearest_grid(n, patch_grid)]
-            near = sorted(near, key=lambda n: abs(n - visual_tokens))[:3]
+            possible = [n for n in range(1, patches + 1) if _nearest_grid(n, patch_grid)]
+            near = sorted(sorted(possible, key=lambda n: abs(n - visual_tokens))[:3])
             raise ValueError(
                 f"{visual_tokens} visual tokens cannot be laid out as a grid over {patch_grid[0]} x "
-                f"{patch_grid[1]} patches; use a count such as {', '.join(map(str, sorted(near)))}, or give "
+                f"{patch_grid[1]} patches; use a count such as {', '.join(map(str, near))}, or give "
                 "the grid as (rows, columns)."
             )
         return grid
@@ -102,10 +97,11 @@ def token_grid(visual_tokens: int | Sequence[int] | None, patch_grid: tuple[int,
 
 
 def _check_budget(count: int, patch_grid: tuple[int, int]) -> None:
-    if not 1 <= count <= patch_grid[0] * patch_grid[1]:
+    patches = patch_grid[0] * patch_grid[1]
+    if not 1 <= count <= patches:
         raise ValueError(
             f"A budget of {count} visual tokens is impossible for {patch_grid[0]} x {patch_grid[1]} = "
-            f"{patch_grid[0] * patch_grid[1]} patches; use 1 to {patch_grid[0] * patch_grid[1]} tokens."
+            f"{patches} patches; use 1 to {patches} tokens."
         )
 
 
@@ -113,15 +109,16 @@ def _nearest_grid(count: int, patch_grid: tuple[int, int]) -> tuple[int, int] | 
     """The factor pair of `count` nearest in proportion to the patch grid, None if all are off by more than 2."""
     pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
     target = math.log(patch_grid[1] / patch_grid[0])
-    distance, grid = min([(abs(math.log(pair[1] / pair[0]) - target), pair) for pair in pairs])
-    return grid if distance <= math.log(2) + 1e-9 else None
+    # Rounded, or the last digit of a logarithm would choose between 4 x 5 and 5 x 4.
+    distance, grid = min([(round(abs(math.log(pair[1] / pair[0]) - target), 9), pair) for pair in pairs])
+    return grid if distance <= round(math.log(2), 9) else None
 
 
 def _reject_unknown_keys(config: PretrainedConfig, keys: Sequence[str]) -> None:
+    """Raises ValueError for a key that is no field and not transformers' own; names the nearest field."""
     known = sorted(name for name in config.__dataclass_fields__ if not name.startswith("_"))
-    generation = {"max_length", "temperature", "top_k", "top_p", "bos_token_id", "eos_token_id", "pad_token_id"}
     for key in keys:
-        if key.startswith("_") or key in _FOREIGN_KEYS | generation:
+        if key.startswith("_") or key in _FOREIGN_KEYS:
             continue
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"known fields are {', '.join(known)}."
@@ -293,6 +290,10 @@ class MSResamplerConfig(PretrainedConfig):
                 f"How many tokens the vision tower `{kind}` puts in front of its patches is not known here; set "
                 f"`vision_prefix_tokens` (known towers: {', '.join(sorted(_PREFIX_TOKENS))})."
             )
+        if not self.feature_layers:
+            raise ValueError("`vision_feature_layer` names no layer of the tower; use one, or a list of them.")
+        if self.vision_prefix_tokens is not None and self.vision_prefix_tokens < 0:
+            raise ValueError(f"`vision_prefix_tokens` must not be negative, got {self.vision_prefix_tokens}.")
         layers = len(getattr(self.vision_config, "depths", ())) or self.vision_config.num_hidden_layers
         for layer in self.feature_layers:
             if not -layers - 1 <= layer <= layers:

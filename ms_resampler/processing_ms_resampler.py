@@ -193,10 +193,10 @@ class MSResamplerProcessor(ProcessorMixin):
 
     def _read(self, source: Any) -> tuple[int, int, Image.Image | None]:
         """Width, height and, unless they are too much, the picture."""
+        file = None if isinstance(source, Image.Image) else _file_of(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is `max_pixels` that decides
-            given = isinstance(source, Image.Image)
-            with contextlib.nullcontext(source) if given else Image.open(_file_of(source)) as image:
+            with contextlib.nullcontext(source) if file is None else Image.open(file) as image:
                 if math.prod(image.size) > self.max_pixels:
                     return *image.size, None
                 image.load()
@@ -224,9 +224,10 @@ def _crop_to_reach(image: Any, reach: int | None) -> Any:
     if reach is None or not isinstance(image, Image.Image):
         return image
     width, height = image.size
-    longest = reach * min(width, height) + 8  # what the resizing filter sees beyond an edge
-    # An even number of pixels goes, or the middle would move.
-    left, top = (max(0, side - longest) // 2 for side in (width, height))
+    short = min(width, height)
+    longest = reach * short + 8  # the resizing filter sees some pixels beyond an edge
+    # Whole squares go, the same number at both ends: scaled, they are whole pixels, and the middle stays where it is.
+    left, top = (max(0, side - longest) // 2 // short * short for side in (width, height))
     if (left, top) == (0, 0):
         return image
     return Image.fromarray(np.asarray(image)[top : height - top, left : width - left])

@@ -32,9 +32,16 @@ class ScopeMaps:
     attentions_BSMN: Tensor
 
 
-def cell_centres(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of geometry beside numbers of a dtype: never narrower than float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def cell_centres(
+    grid: tuple[int, int], device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Centres (y, x) of the cells of a grid over the unit square, in raster order: (rows * columns, 2)."""
-    rows, columns = ((torch.arange(n, device=device, dtype=torch.float32) + 0.5) / n for n in grid)
+    rows, columns = ((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in grid)
     return torch.cartesian_prod(rows, columns)
 
 
@@ -43,7 +50,7 @@ def sincos_positions(points_P2: Tensor, width: int) -> Tensor:
 
     Wavelengths run geometrically from two images to 1/32 of an image, so that codes do not depend on a grid.
     """
-    octaves = torch.linspace(0, 6, width // 4, device=points_P2.device)
+    octaves = torch.linspace(0, 6, width // 4, device=points_P2.device, dtype=points_P2.dtype)
     angles = points_P2[:, :, None] * (math.pi * 2**octaves)
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1) * math.sqrt(2)
 
@@ -84,8 +91,8 @@ class ScopePrior(nn.Module):
 
     def configured_sigma_Gh(self) -> Tensor:
         """The configuration's sigma of every head of every query set; infinite for the global scope."""
-        sigma_S = torch.tensor([math.inf if sigma is None else sigma for sigma in self.config.scope_sigmas])
-        return sigma_S[scope_of_heads(self.config)]
+        sigmas = [math.inf if sigma is None else sigma for sigma in self.config.scope_sigmas]
+        return torch.tensor([[sigmas[scope] for scope in scope_h] for scope_h in scopes_of_heads(self.config)])
 
     # Called as a module, not by these names: what moves offloaded weights around hooks into the call.
     def forward(
@@ -97,9 +104,10 @@ class ScopePrior(nn.Module):
         return self.channels(anchors_M2, patches_N2, dtype)
 
     def precision_Gh(self) -> Tensor:
-        """1 / sigma^2 in float32, zero for the global scope."""
-        precision_Gh = self.sigma_Gh.float() ** -2
-        return precision_Gh * torch.exp(-2 * self.log_scale_Gh.float()) if self.learned else precision_Gh
+        """1 / sigma^2 in float32 or wider, zero for the global scope."""
+        dtype = wide(self.sigma_Gh.dtype)
+        precision_Gh = self.sigma_Gh.to(dtype) ** -2
+        return precision_Gh * torch.exp(-2 * self.log_scale_Gh.to(dtype)) if self.learned else precision_Gh
 
     def bias_GhMN(self, anchors_M2: Tensor, patches_N2: Tensor) -> Tensor:
         """The prior as an additive bias; anchors and patches (y, x) in units of the anchor pitch."""
@@ -107,7 +115,8 @@ class ScopePrior(nn.Module):
         if self.kind == "gaussian":
             return -0.5 * self.precision_Gh()[:, :, None, None] * squared_MN
         nearest_M1 = squared_MN.amin(dim=1, keepdim=True)
-        reach_GhM1 = torch.maximum((2 * self.sigma_Gh.float()).square()[:, :, None, None], nearest_M1 + 1e-6)
+        radius_Gh11 = 2 * self.sigma_Gh.to(wide(self.sigma_Gh.dtype))[:, :, None, None]
+        reach_GhM1 = torch.maximum(radius_Gh11.square(), nearest_M1 + 1e-6)
         return torch.zeros_like(squared_MN).masked_fill(squared_MN > reach_GhM1, -math.inf)
 
     def channels(self, anchors_M2: Tensor, patches_N2: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -121,19 +130,22 @@ class ScopePrior(nn.Module):
         precision_Gh11 = self.precision_Gh()[:, :, None, None]
         query_GhM3 = precision_Gh11 * F.pad(anchors_M2, (0, 1), value=1.0)
         key_N3 = torch.cat([patches_N2, -0.5 * patches_N2.square().sum(-1, keepdim=True)], dim=-1)
-        if dtype == torch.float32 or dtype == torch.float64:
+        if dtype.itemsize >= 4:
             return query_GhM3.to(dtype), key_N3.to(dtype)
         query_high, query_low = high_and_low(query_GhM3, dtype)
         key_high, key_low = high_and_low(key_N3, dtype)
         return torch.cat([query_high, query_high, query_low], -1), torch.cat([key_high, key_low, key_high], -1)
 
 
-def scope_of_heads(config) -> Tensor:
-    """The scope (index) of every head of every query set: (G, h)."""
+def scopes_of_heads(config) -> list[list[int]]:
+    """The scope (its index) of every head of every query set: G lists of h.
+
+    Two scopes and three heads: [[0, 0, 0], [1, 1, 1]] in the layout "branches", [[0, 0, 1]] in "heads".
+    """
     heads, scopes = config.num_attention_heads, config.num_scopes
     if config.scope_layout == "branches":
-        return torch.arange(scopes)[:, None].expand(scopes, heads)
-    return (torch.arange(heads) * scopes // heads)[None]
+        return [[scope] * heads for scope in range(scopes)]
+    return [[head * scopes // heads for head in range(heads)]]
 
 
 class ScopeLayer(GradientCheckpointingLayer):
@@ -144,7 +156,8 @@ class ScopeLayer(GradientCheckpointingLayer):
         width = config.hidden_size
         self.heads, self.scopes = config.num_attention_heads, config.num_scopes
         self.layout, self.fusion = config.scope_layout, config.fusion
-        self.query_sets = self.scopes if self.layout == "branches" else 1
+        self.scope_Gh = scopes_of_heads(config)
+        self.query_sets = len(self.scope_Gh)
         self.key_sets = 1 if config.share_kv else self.scopes
 
         self.scope_embedding_GD = nn.Parameter(torch.zeros(self.query_sets, width))
@@ -161,17 +174,18 @@ class ScopeLayer(GradientCheckpointingLayer):
         )
 
     def _init_gate(self, config) -> None:
+        """What computes g: a parameter a scope, a linear map of each token, or nothing for the mean."""
         if self.fusion == "static":
             self.gate_S = nn.Parameter(torch.zeros(self.scopes))
         if self.fusion in ("token", "head"):
             self.gate_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            one_query_set = self.layout == "heads"
-            outputs = self.scopes if one_query_set else self.heads if self.fusion == "head" else 1
-            self.gate = nn.Linear(config.hidden_size, outputs)
+            logits = self.scopes if self.layout == "heads" else self.heads if self.fusion == "head" else 1
+            self.gate = nn.Linear(config.hidden_size, logits)
 
     def forward(
         self, z_BMD: Tensor, u_BND: Tensor, pos_ND: Tensor, anchors_M2: Tensor, patches_N2: Tensor, output_scopes: bool
     ) -> tuple[Tensor, ScopeMaps | None]:
+        """Steps 3 to 6 of the equations; anchors and patches (y, x) in units of the anchor pitch."""
         q_BGMD = z_BMD[:, None] + self.scope_embedding_GD[:, None]
         query_BGhMd = split_heads(self.q_proj(self.query_norm(q_BGMD)), self.heads)
         key_BKhNd = self._per_key_set(self.k_proj(u_BND + pos_ND))
@@ -195,14 +209,12 @@ class ScopeLayer(GradientCheckpointingLayer):
         if self.prior.kind == "gaussian" and self.prior.form == "channels":
             query, key, value = self._with_prior_channels(query, key, value, anchors_M2, patches_N2)
         elif self.prior.kind != "none":
-            bias = self.prior(anchors_M2, patches_N2).to(query.dtype)
-        query_sets = self.query_sets
-        if self.key_sets == 1:  # fold the scopes into the rows of one call
-            query, bias = fold_scopes(query), None if bias is None else fold_scopes(bias[None])
-            out = F.scaled_dot_product_attention(query, key[:, 0], value[:, 0], attn_mask=bias, scale=scale)
-            return out[..., :width].unflatten(2, (query_sets, -1)).transpose(1, 2)
-        bias = None if bias is None else bias[None]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)[..., :width]
+            bias = self.prior(anchors_M2, patches_N2)[None].to(query.dtype)
+        if self.key_sets > 1:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)[..., :width]
+        query, bias = fold_scopes(query), None if bias is None else fold_scopes(bias)
+        out = F.scaled_dot_product_attention(query, key[:, 0], value[:, 0], attn_mask=bias, scale=scale)
+        return out[..., :width].unflatten(2, (self.query_sets, -1)).transpose(1, 2)
 
     def _with_prior_channels(self, query, key, value, anchors_M2, patches_N2) -> tuple[Tensor, Tensor, Tensor]:
         """Appends the prior to queries and keys, and zeros up to a multiple of 8 channels, which kernels like."""
@@ -237,26 +249,27 @@ class ScopeLayer(GradientCheckpointingLayer):
             g_BMS = self.gate(self.gate_norm(o_BMD + q_BMD)).softmax(dim=-1)
         else:
             g_BMS = self._fixed_weights_S().expand(*o_BMD.shape[:2], -1).to(o_BMD.dtype)
-        scope_h = torch.arange(self.heads, device=o_BMD.device) * self.scopes // self.heads
-        g_BMh1 = self.scopes * g_BMS[..., scope_h, None]
+        g_BMh1 = self.scopes * g_BMS[..., self.scope_Gh[0], None]
         o_BMD = (g_BMh1 * o_BMD.unflatten(-1, (self.heads, -1))).flatten(-2)
         return self.o_proj(o_BMD) + q_BMD, g_BMS.transpose(1, 2)
 
     def _fixed_weights_S(self) -> Tensor:
+        """g of the fusions that do not look at the tokens: "static" and "mean"."""
         if self.fusion == "static":
             return self.gate_S.softmax(dim=0)
         return self.scope_embedding_GD.new_full((self.scopes,), 1 / self.scopes)
 
     def _attention_maps(self, query, key, anchors_M2: Tensor, patches_N2: Tensor) -> Tensor:
-        """A (B, S, M, N): the attention of every scope, mean over its heads, computed plainly in float32."""
-        scores_BGhMN = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
+        """A (B, S, M, N): the attention of every scope, mean over its heads, computed plainly."""
+        dtype = wide(query.dtype)
+        scores_BGhMN = query.to(dtype) @ key.to(dtype).mT * query.shape[-1] ** -0.5
         if self.prior.kind != "none":
             scores_BGhMN = scores_BGhMN + self.prior(anchors_M2, patches_N2)
         maps_BGhMN = scores_BGhMN.softmax(dim=-1)
         if self.layout == "branches":
             return maps_BGhMN.mean(dim=2)
-        scope_h = torch.arange(self.heads) * self.scopes // self.heads
-        return torch.stack([maps_BGhMN[:, 0, scope_h == s].mean(dim=1) for s in range(self.scopes)], dim=1)
+        heads_S = [[head for head, scope in enumerate(self.scope_Gh[0]) if scope == s] for s in range(self.scopes)]
+        return torch.stack([maps_BGhMN[:, 0, heads].mean(dim=1) for heads in heads_S], dim=1)
 
 
 def fold_scopes(x_BGhMe: Tensor) -> Tensor:
@@ -295,21 +308,25 @@ class MultiScopeResampler(nn.Module):
                 "the vision tower's prefix tokens or the image size do not fit the configuration."
             )
         u_BND = self.input_proj(self.input_norm(x_BNC))
-        anchors_M2 = cell_centres(token_grid, x_BNC.device)
-        patches_N2 = cell_centres(patch_grid, x_BNC.device)
+        anchors_M2 = cell_centres(token_grid, u_BND.device, wide(u_BND.dtype))
+        patches_N2 = cell_centres(patch_grid, u_BND.device, wide(u_BND.dtype))
         pos_ND = sincos_positions(patches_N2, u_BND.shape[-1]).to(u_BND.dtype)
-        pitch_2 = torch.tensor(token_grid, device=x_BNC.device)  # multiplying by it counts in anchor pitches
+        z_BMD, maps = self._first_queries(u_BND, anchors_M2, patch_grid, token_grid), None
 
-        z_BMD, maps = self._first_queries(u_BND, patch_grid, token_grid), None
+        pitches_2 = torch.tensor(token_grid, device=u_BND.device)  # in an image: the prior counts in them
+        anchors_M2, patches_N2 = anchors_M2 * pitches_2, patches_N2 * pitches_2
         for layer in self.layers:
-            z_BMD, maps = layer(z_BMD, u_BND, pos_ND, anchors_M2 * pitch_2, patches_N2 * pitch_2, output_scopes)
+            z_BMD, maps = layer(z_BMD, u_BND, pos_ND, anchors_M2, patches_N2, output_scopes)
         return self.output_proj(self.output_norm(z_BMD)), maps
 
-    def _first_queries(self, u_BND: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int]) -> Tensor:
+    def _first_queries(
+        self, u_BND: Tensor, anchors_M2: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int]
+    ) -> Tensor:
         """z before the first layer: the base grid at the anchors + pos(a), + the mean of the cell if asked for."""
-        base_1DHW = F.interpolate(self.query_1DHW.float(), size=token_grid, mode="bilinear", align_corners=False)
-        anchors_MD = sincos_positions(cell_centres(token_grid, u_BND.device), u_BND.shape[-1])
-        z_BMD = (base_1DHW.flatten(2).mT + anchors_MD).to(u_BND.dtype).expand(len(u_BND), -1, -1)
+        query_1DHW = self.query_1DHW.to(anchors_M2.dtype)
+        base_1DHW = F.interpolate(query_1DHW, size=token_grid, mode="bilinear", align_corners=False)
+        base_1MD = base_1DHW.flatten(2).mT + sincos_positions(anchors_M2, u_BND.shape[-1])
+        z_BMD = base_1MD.to(u_BND.dtype).expand(len(u_BND), -1, -1)
         if self.config.query_init == "content":
             u_BDHW = u_BND.mT.unflatten(2, patch_grid)
             z_BMD = z_BMD + F.adaptive_avg_pool2d(u_BDHW, token_grid).flatten(2).mT
@@ -322,7 +339,8 @@ def init_resampler_weights(module: nn.Module) -> None:
 
     Linear          normal, std 1 / sqrt(inputs); bias 0          Linear "gate"    0: even weights at the start
     LayerNorm       weight 1, bias 0                               base queries     normal, std 0.02
-    scope embedding normal, std 1: scopes differ from the start    log scale, gate  0: the configured scopes
+    scope embedding normal, std 1: scopes differ from the start    log scale        0: the configured scopes
+                    (std 0.02 where there is one query set)        static weights   0: even at the start
     """
     if isinstance(module, nn.Linear):
         init.normal_(module.weight, std=module.in_features**-0.5)

@@ -286,11 +286,9 @@ def test_save_and_load(any_processor, tmp_path):
 class Server(BaseHTTPRequestHandler):
     """Pictures, a page, a missing file, a broken answer, and one that never comes."""
 
-    never = threading.Event()
-
     def do_GET(self):
         if self.path == "/slow":
-            self.never.wait(30)
+            self.server.closing.wait(30)
             return
         kind, body = {
             "/picture": ("image/png", as_file(picture(5))),
@@ -314,12 +312,13 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.closing = threading.Event()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("no_proxy", "*")
         yield f"http://127.0.0.1:{server.server_port}"
-    Server.never.set()
+    server.closing.set()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -401,7 +400,8 @@ def test_a_grey_array_and_one_with_alpha_are_pictures(processor):
 )
 def test_what_is_no_picture_gets_one_sentence(processor, tmp_path, monkeypatch, server, source, sentence):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(processing_ms_resampler, "URL_TIMEOUT_SECONDS", 0.5)
+    if "slow" in str(source):
+        monkeypatch.setattr(processing_ms_resampler, "URL_TIMEOUT_SECONDS", 0.3)
     Path("text.png").write_text("not a picture")
     Path("empty.png").touch()
     Path("half.png").write_bytes(as_file(picture())[:500])
@@ -585,9 +585,9 @@ def test_a_long_picture_is_not_scaled_whole(processor):
 @pytest.mark.parametrize("size", [(2, 100), (100, 2), (3, 99), (48, 480), (24, 241)])
 def test_cropping_invisible_ends_changes_no_pixel(kind, size):
     plain, image = IMAGE_PROCESSORS[kind](), picture(0, size)
-    ours = pixel_values(MSResamplerProcessor(IMAGE_PROCESSORS[kind](), tiny_tokenizer(), patch_size=4), image)
+    ours = pixel_values(MSResamplerProcessor(plain, tiny_tokenizer(), patch_size=4, visual_tokens=4), image)
     theirs = plain([image], return_tensors="pt")["pixel_values"]
-    assert (ours - theirs).abs().max() < 0.05
+    assert (ours - theirs).abs().max() < 0.05  # three of 256 levels: where the scaled length is not a whole number
 
 
 def test_nothing_is_cropped_where_the_caller_changes_the_size(processor):

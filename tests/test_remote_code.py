@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +12,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import picture, tiny_model, tiny_processor
+from torch import Tensor
+from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import ms_resampler
 from ms_resampler.hub_upload.staging import remote_code_files, stage_checkpoint
 
+CODE = remote_code_files()
 ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"} | set(sys.stdlib_module_names)
+# Who may import whom: modeling and processing do not know each other.
+SIBLINGS = {
+    "configuration_ms_resampler": set(),
+    "resampler_ms_resampler": {"configuration_ms_resampler"},
+    "modeling_ms_resampler": {"configuration_ms_resampler", "resampler_ms_resampler"},
+    "processing_ms_resampler": {"configuration_ms_resampler"},
+}
+QUESTION = "What is this?"
 
-# Runs in a fresh interpreter that refuses to import the package, even where it is installed.
+# What a stranger runs first: the package cannot be imported, even where it is installed.
 STRANGER = """
-import importlib.abc, json, sys
+import importlib.abc, sys
 class Nowhere(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "ms_resampler":
@@ -27,9 +39,10 @@ class Nowhere(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Nowhere())
 try:
     import ms_resampler
-    raise SystemExit("the package can be imported")
 except ModuleNotFoundError:
-    pass
+    folder, *arguments = sys.argv[1:]
+else:
+    raise SystemExit("the package can be imported")
 """
 LOAD = (
     STRANGER
@@ -37,126 +50,187 @@ LOAD = (
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
-                          AutoModelForMultimodalLM, AutoProcessor)
-folder, image, out = sys.argv[1:4]
-trust = {"trust_remote_code": True}
-config = AutoConfig.from_pretrained(folder, **trust)
-processor = AutoProcessor.from_pretrained(folder, **trust)
-model = AutoModelForImageTextToText.from_pretrained(folder, **trust).eval()
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-content = [{"type": "image", "image": Image.open(image)}, {"type": "text", "text": "What is this?"}]
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
+                          AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer)
+def load(auto):
+    return auto.from_pretrained(folder, trust_remote_code=True)
+image, question, out, *tuned = arguments
+config, processor, model = load(AutoConfig), load(AutoProcessor), load(AutoModelForImageTextToText)
+for ours in (config, processor, model):
+    assert type(ours).__module__.startswith("transformers_modules."), type(ours)
+content = [{"type": "image", "path": image}, {"type": "text", "text": question}]
 inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
                                        tokenize=True, return_dict=True, return_tensors="pt")
-with torch.no_grad():
-    result = {"logits": model(**inputs).logits}
-    result["generated"] = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+text = processor.tokenizer.decode(inputs["input_ids"][0])
+assert load(AutoTokenizer).decode(inputs["input_ids"][0]) == text
+picture = Image.open(image)
+assert torch.equal(load(AutoImageProcessor)(picture, return_tensors="pt")["pixel_values"], inputs["pixel_values"])
+def tensors(kind, model):
+    named = [*model.named_buffers(), *model.named_parameters()]
+    return {f"{kind}:{name}": tensor.detach().clone() for name, tensor in named}
+def logits(model):
     with torch.no_grad():
-        assert torch.equal(auto.from_pretrained(folder, **trust).eval()(**inputs).logits, result["logits"])
-base = AutoModel.from_pretrained(folder, **trust)
-assert type(base).__name__ == "MSResamplerModel" and config.model_type == "ms_resampler"
-result |= {"buffer:" + name: tensor.clone() for name, tensor in model.named_buffers()}
-result |= {"parameter:" + name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-if len(sys.argv) > 4:  # one training step, then saved
-    model.train()
+        return model.eval()(**inputs).logits
+result = {"logits": logits(model), **tensors("loaded", model), **{f"input:{name}": inputs[name] for name in inputs}}
+result["generated"] = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+    assert torch.equal(logits(load(auto)), result["logits"]), auto
+base = load(AutoModel)
+assert type(base).__name__ == "MSResamplerModel"
+for name, tensor in base.state_dict().items():
+    assert torch.equal(tensor, model.model.state_dict()[name]), name
+if tuned:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     optimizer.step()
-    model.eval().save_pretrained(sys.argv[4])
-    processor.save_pretrained(sys.argv[4])
-    with torch.no_grad():
-        result["logits_after"] = model(**inputs).logits
+    result.update(tensors("trained", model), logits_trained=logits(model))
+    model.save_pretrained(tuned[0])
+    processor.save_pretrained(tuned[0])
+assert not [name for name in sys.modules if name.split(".")[0] == "ms_resampler"]
 save_file({name: tensor.contiguous() for name, tensor in result.items()}, out)
+"""
+)
+REFUSED = (
+    STRANGER
+    + """
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+for auto in (AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor):
+    try:
+        auto.from_pretrained(folder)
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error), error
+    else:
+        raise SystemExit(f"{auto} ran code without consent")
+assert not [name for name in sys.modules if name.startswith("transformers_modules.")]
 """
 )
 
 
-def run_as_stranger(code: str, *arguments: Path, home: Path) -> subprocess.CompletedProcess:
-    """Runs code in an interpreter of its own, in an empty folder, offline, with an empty cache."""
-    keep = {name: os.environ[name] for name in ("PATH", "LANG", "HOME") if name in os.environ}
-    environment = keep | {"HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    home.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def run_as_stranger(code: str, *arguments: Path | str, home: Path) -> None:
+    """Runs code in an isolated interpreter, in an empty folder, offline, with nothing cached and nobody to ask."""
+    keep = {name: os.environ[name] for name in ("PATH", "LANG", "SYSTEMROOT") if name in os.environ}
+    environment = keep | {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    home.mkdir()
+    command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
+    done = subprocess.run(
+        command, check=False, cwd=home, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.fixture
-def image_file(tmp_path):
-    picture(3).save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+@pytest.fixture(scope="module")
+def image_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("picture") / "picture.png"
+    picture(3).save(file)
+    return file
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
     """A model and processor, as `save_pretrained` leaves them."""
-    tiny_model().save_pretrained(tmp_path / "saved")
-    tiny_processor().save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
 
 
 def code_in(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.glob("*.py")}
+    return {file.name: file.read_bytes() for file in folder.rglob("*.py")}
+
+
+def inputs_of(processor, image_file: Path):
+    content = [{"type": "image", "path": str(image_file)}, {"type": "text", "text": QUESTION}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+
+
+def assert_same(theirs: dict[str, Tensor], kind: str, model) -> None:
+    """Every buffer and parameter, by name, to the last bit."""
+    ours = {f"{kind}:{name}": tensor for name, tensor in [*model.named_buffers(), *model.named_parameters()]}
+    assert {name for name in theirs if name.startswith(f"{kind}:")} == set(ours)
+    for name, tensor in ours.items():
+        assert torch.equal(theirs[name], tensor), name
+
+
+def assert_computes_the_same(theirs: dict[str, Tensor], model, inputs) -> None:
+    assert {name for name in theirs if name.startswith("input:")} == {f"input:{name}" for name in inputs}
+    for name in inputs:
+        assert torch.equal(theirs[f"input:{name}"], inputs[name]), name
+    with torch.no_grad():
+        torch.testing.assert_close(theirs["logits"], model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(theirs["generated"], model.generate(**inputs, max_new_tokens=5, do_sample=False))
 
 
 def test_a_saved_folder_holds_exactly_the_remote_code(saved):
-    assert code_in(saved) == {file.name: file.read_bytes() for file in remote_code_files()}
-    auto_map = json.loads((saved / "config.json").read_text())["auto_map"]
-    assert {reference.split(".")[0] + ".py" for reference in auto_map.values()} <= set(code_in(saved))
+    assert {file.stem for file in CODE} == set(SIBLINGS)
+    assert code_in(saved) == {file.name: file.read_bytes() for file in CODE}
+    for file in ("config.json", "processor_config.json"):
+        for reference in json.loads((saved / file).read_text())["auto_map"].values():
+            module, name = reference.split(".")  # no "--": it would name another repository
+            tree = ast.parse((saved / f"{module}.py").read_text())
+            assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def test_model_and_processor_each_bring_their_code(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "processor")
+    everything = {file.stem for file in CODE}
+    assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - {"processing_ms_resampler"}}
+    assert set(code_in(tmp_path / "processor")) == {"configuration_ms_resampler.py", "processing_ms_resampler.py"}
 
 
 @pytest.mark.slow
 def test_a_stranger_loads_computes_trains_and_saves_the_same(saved, image_file, tmp_path):
-    first = run_as_stranger(LOAD, saved, image_file, tmp_path / "a.st", tmp_path / "tuned", home=tmp_path / "one")
-    assert first.returncode == 0, first.stderr
-    theirs = load_file(tmp_path / "a.st")
+    tuned, arguments = tmp_path / "tuned", (image_file, QUESTION)
+    run_as_stranger(LOAD, saved, *arguments, tmp_path / "first", tuned, home=tmp_path / "one")
+    run_as_stranger(LOAD, tuned, *arguments, tmp_path / "second", home=tmp_path / "two")
+    first, second = load_file(tmp_path / "first"), load_file(tmp_path / "second")
 
-    model, processor = tiny_model(), tiny_processor()
-    content = [{"type": "image", "image": picture(3)}, {"type": "text", "text": "What is this?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-    )  # fmt: skip
+    model, inputs = tiny_model(), inputs_of(tiny_processor(), image_file)
+    assert_same(first, "loaded", model)
+    assert_computes_the_same(first, model, inputs)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    optimizer.step()
     with torch.no_grad():
-        torch.testing.assert_close(theirs["logits"], model(**inputs).logits, rtol=1e-5, atol=1e-5)
-    ours = {f"buffer:{name}": tensor for name, tensor in model.named_buffers()}
-    ours |= {f"parameter:{name}": tensor for name, tensor in model.named_parameters()}
-    assert {name for name in theirs if ":" in name} == set(ours)
-    for name, tensor in ours.items():
-        assert torch.equal(theirs[name], tensor), name
+        torch.testing.assert_close(first["logits_trained"], model(**inputs).logits, rtol=1e-3, atol=1e-4)
+    assert (first["logits_trained"] - first["logits"]).abs().max() > 1e-3
 
-    assert code_in(tmp_path / "tuned") == code_in(saved)
-    second = run_as_stranger(LOAD, tmp_path / "tuned", image_file, tmp_path / "b.st", home=tmp_path / "two")
-    assert second.returncode == 0, second.stderr
-    again = load_file(tmp_path / "b.st")
-    torch.testing.assert_close(again["logits"], theirs["logits_after"], rtol=1e-5, atol=1e-5)
-    assert (again["logits"] - theirs["logits"]).abs().max() > 1e-3  # the step did something
+    names = {name.removeprefix("trained:") for name in first if name.startswith("trained:")}
+    assert names == {name.removeprefix("loaded:") for name in second if name.startswith("loaded:")}
+    for name in names:
+        assert torch.equal(first[f"trained:{name}"], second[f"loaded:{name}"]), name
+    torch.testing.assert_close(second["logits"], first["logits_trained"], rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(first[f"input:{name}"], second[f"input:{name}"]) for name in inputs)
+
+    assert code_in(tuned) == code_in(saved)
+    for file in ("config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tuned / file).read_text()) == json.loads((saved / file).read_text()), file
+    assert (tuned / "chat_template.jinja").read_bytes() == (saved / "chat_template.jinja").read_bytes()
 
 
 @pytest.mark.slow
 def test_the_embedded_checkpoint_loads_for_a_stranger(image_file, tmp_path):
     stage_checkpoint(Path(ms_resampler.TINY), tmp_path / "tiny")
-    done = run_as_stranger(LOAD, tmp_path / "tiny", image_file, tmp_path / "out.st", home=tmp_path / "home")
-    assert done.returncode == 0, done.stderr
-    theirs = load_file(tmp_path / "out.st")
-    ours = ms_resampler.MSResamplerForConditionalGeneration.from_pretrained(ms_resampler.TINY)
-    for name, tensor in ours.named_buffers():
-        assert torch.equal(theirs[f"buffer:{name}"], tensor), name
-    for name, tensor in ours.named_parameters():
-        assert torch.equal(theirs[f"parameter:{name}"], tensor), name
+    run_as_stranger(LOAD, tmp_path / "tiny", image_file, QUESTION, tmp_path / "out", home=tmp_path / "home")
+    theirs = load_file(tmp_path / "out")
+    model = ms_resampler.MSResamplerForConditionalGeneration.from_pretrained(ms_resampler.TINY)
+    processor = ms_resampler.MSResamplerProcessor.from_pretrained(ms_resampler.TINY)
+    assert_same(theirs, "loaded", model)
+    assert_computes_the_same(theirs, model, inputs_of(processor, image_file))
 
 
 @pytest.mark.slow
-def test_loading_without_consent_fails_with_a_sentence(saved, tmp_path):
-    code = STRANGER + "from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1])"
-    done = run_as_stranger(code, saved, home=tmp_path / "home")
-    assert done.returncode != 0
-    assert "trust_remote_code=True" in done.stderr
+def test_nothing_runs_without_consent(saved, tmp_path):
+    run_as_stranger(REFUSED, saved, home=tmp_path / "home")
 
 
-@pytest.mark.parametrize("file", remote_code_files(), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", CODE, ids=lambda file: file.name)
 def test_remote_code_imports_only_what_every_reader_has(file):
-    siblings = {other.stem for other in remote_code_files()}
+    siblings = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= ALLOWED
@@ -164,7 +238,19 @@ def test_remote_code_imports_only_what_every_reader_has(file):
             assert node.module, "`from . import x` does not survive saving"
             if node.level:
                 assert node.level == 1
-                assert node.module in siblings
-            else:
-                assert node.module.split(".")[0] in ALLOWED
-                assert node.module != "__future__", "it would switch off the validation of configurations"
+                siblings.add(node.module)
+                continue
+            root = node.module.split(".")[0]
+            assert root in ALLOWED
+            assert node.module != "__future__", "it would switch off the validation of configurations"
+            assert root != "huggingface_hub" or node.module == "huggingface_hub.dataclasses"
+            assert not [a.name for a in node.names if root in ALLOWED - sys.stdlib_module_names and a.name[0] == "_"]
+    assert siblings <= SIBLINGS[file.stem]
+
+
+@pytest.mark.parametrize("file", CODE, ids=lambda file: file.name)
+def test_the_import_scan_of_transformers_finds_the_same(file):
+    """It reads lines, not syntax: an import in a docstring counts, and must not be there."""
+    assert set(get_relative_imports(file)) == SIBLINGS[file.stem]
+    assert set(get_imports(file)) <= ALLOWED
+    assert not re.search(r"^\s*(from|import)\s+ms_resampler\b", file.read_text(), re.MULTILINE)
