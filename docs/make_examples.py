@@ -15,15 +15,15 @@ FOLDER = Path(__file__).resolve().parent.parent / "space_app" / "examples"
 CHOSEN = [
     (15, "read", 2),
     (144, "colour", 3),
-    (18, "relation", 0),
+    (18, "shape", 0),
     (134, "count_colour", 3),
     (53, "majority", 3),
     (166, "describe", 0),
 ]
 NOTE = (
     "The model that answers here is small and was trained on drawn scenes only. It reads a digit or a word at a "
-    "place, names colours and shapes, says what is where, counts, finds the most common colour, relates and "
-    "compares two things, and describes a scene. Of photographs it knows nothing."
+    "place, names colours and shapes, counts, finds the most common colour, and describes a scene; whether one thing is "
+    "above or like another it mostly guesses. Of photographs it knows nothing."
 )
 
 

@@ -153,7 +153,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     intermediate_size: int = 2048
     query_grid: list[int] | tuple[int, ...] = (12, 12)
     visual_tokens: int | list[int] | tuple[int, ...] = 144
-    scope_sigmas: list[float | None] | tuple[float | None, ...] = (0.5, 1.5, None)
+    scope_sigmas: list[float | int | None] | tuple[float | int | None, ...] = (0.5, 1.5, None)
     scope_prior: Literal["gaussian", "window", "none"] = "gaussian"
     learn_scopes: bool = True
     scope_layout: Literal["branches", "heads"] = "branches"

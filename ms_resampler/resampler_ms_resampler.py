@@ -91,7 +91,7 @@ class ScopePrior(nn.Module):
 
     def configured_sigma_Gh(self) -> Tensor:
         """The configuration's sigma of every head of every query set; infinite for the global scope."""
-        sigmas = [math.inf if sigma is None else sigma for sigma in self.config.scope_sigmas]
+        sigmas = [math.inf if sigma is None else float(sigma) for sigma in self.config.scope_sigmas]
         return torch.tensor([[sigmas[scope] for scope in scope_h] for scope_h in scopes_of_heads(self.config)])
 
     # Called as a module, not by these names: what moves offloaded weights around hooks into the call.

@@ -238,7 +238,9 @@ def connect(space: Space, chatbot, box, scenes, view, empty_view: str) -> None:
         scenes.choose(space.choose, [chatbot], **page, **one_at_a_time),
     ]
     box.stop(ask_box, None, box, cancels=asked, show_progress="hidden", api_visibility="private")
-    chatbot.clear(lambda: ([], ask_box(), empty_view), None, **page, cancels=asked)
+    # First the answer is cancelled, then all is emptied: its last words must not arrive afterwards.
+    cleared = chatbot.clear(None, cancels=asked)
+    cleared.then(lambda: ([], ask_box(), empty_view), None, **page)
     view.pick(space.pick, [chatbot], view, show_progress="hidden", api_visibility="private")
 
 

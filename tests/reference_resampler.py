@@ -47,7 +47,7 @@ def scope_layer(weights: Weights, at: str, config: Any, z, u, anchors, patches, 
             heard = []
             for head in range(heads):
                 scope = s if branches else head * scopes // heads
-                a = attend(weights, at, config, q[head], head, s, scope, u, anchors[i], patches, token_grid)
+                a = attend(weights, at, config, q[head], head, s, u, anchors[i], patches, token_grid)
                 heard.append(sum(a[j] * value(weights, at, config, u[j], head, s) for j in range(len(u))))
                 sharing = heads if branches else sum(h * scopes // heads == scope for h in range(heads))
                 maps[scope, i] += a / sharing
@@ -59,7 +59,7 @@ def scope_layer(weights: Weights, at: str, config: Any, z, u, anchors, patches, 
     return tokens, gates, maps
 
 
-def attend(weights, at, config, q, head, query_set, scope, u, anchor, patches, token_grid) -> np.ndarray:
+def attend(weights, at, config, q, head, query_set, u, anchor, patches, token_grid) -> np.ndarray:
     """The attention of one query and head over all patches."""
     scores = []
     for u_j, patch in zip(u, patches, strict=True):
@@ -67,17 +67,17 @@ def attend(weights, at, config, q, head, query_set, scope, u, anchor, patches, t
         key = pick_head(key, config, head, query_set)
         scores.append(
             q @ key / math.sqrt(len(q))
-            + prior(weights, at, config, query_set, head, scope, anchor, patch, patches, token_grid)
+            + prior(weights, at, config, query_set, head, anchor, patch, patches, token_grid)
         )
     scores = np.array(scores)
     odds = np.exp(scores - scores.max())
     return odds / odds.sum()
 
 
-def prior(weights, at, config, query_set, head, scope, anchor, patch, patches, token_grid) -> float:
+def prior(weights, at, config, query_set, head, anchor, patch, patches, token_grid) -> float:
     """B of one anchor and patch."""
-    sigma = config.scope_sigmas[scope]
-    if config.scope_prior == "none" or sigma is None:
+    sigma = weights[at + "prior.sigma_Gh"][query_set, head]
+    if config.scope_prior == "none" or math.isinf(sigma):
         return 0.0
     squared = squared_pitches(anchor, patch, token_grid)
     if config.scope_prior == "gaussian":
@@ -143,7 +143,8 @@ def positions(point, width) -> np.ndarray:
     """Unit-scale sin-cos code: for y, then for x, all sines, then all cosines, from wavelength 2 to 1/32."""
     code = []
     for coordinate in point:
-        angles = [coordinate * math.pi * 2 ** (6 * k / (width // 4 - 1)) for k in range(width // 4)]
+        last = max(width // 4 - 1, 1)
+        angles = [coordinate * math.pi * 2 ** (6 * k / last) for k in range(width // 4)]
         code += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
     return math.sqrt(2) * np.array(code)
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import reference_resampler
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -29,7 +31,9 @@ ARRANGEMENTS = [
     {"prior_form": "bias"},
     {"scope_sigmas": [None]},
     {"scope_sigmas": [0.3]},
-    {"scope_sigmas": [0.4, 0.9, 2.0, None, None]},
+    {"scope_sigmas": [0.4, 0.9, 2, None, None]},
+    {"hidden_size": 4, "num_attention_heads": 1},
+    {"scope_layout": "heads", "fusion": "token", "scope_sigmas": [0.4, 1, None], "num_hidden_layers": 2},
 ]  # fmt: skip
 GRIDS = [((4, 4), (2, 2)), ((3, 5), (2, 3)), ((5, 2), (3, 1)), ((4, 6), (4, 5)), ((1, 7), (1, 3))]
 
@@ -73,6 +77,17 @@ def test_outputs_and_maps_are_those_of_the_equations(changes):
         assert relative_error(maps.attentions_BSMN, expected_a) < 1e-5
 
 
+@pytest.mark.parametrize("changes", ARRANGEMENTS, ids=str)
+def test_a_float64_module_counts_in_float64(changes):
+    resampler, x = make(**changes).double(), features((3, 5)).double()
+    with torch.no_grad():
+        y, maps = resampler(x, (3, 5), (2, 3), output_scopes=True)
+    actual = (y, maps.weights_BSM, maps.attentions_BSMN)
+    for tensor, expected in zip(actual, by_reference(resampler, x, (3, 5), (2, 3)), strict=True):
+        assert tensor.dtype == torch.float64
+        assert relative_error(tensor, expected) < 1e-12
+
+
 def test_random_arrangements():
     rng = np.random.default_rng(0)
     for number in range(12):
@@ -84,63 +99,86 @@ def test_random_arrangements():
         assert relative_error(y, by_reference(resampler, x, patch_grid, token_grid)[0]) < 1e-5, (scopes, patch_grid)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-12)], ids=str)
 @pytest.mark.parametrize(("patch_grid", "token_grid"), GRIDS)
 @pytest.mark.parametrize("changes", [{}, {"scope_layout": "heads", "fusion": "token"}, {"share_kv": False}], ids=str)
-def test_both_forms_of_the_prior_agree_gradients_included(patch_grid, token_grid, changes):
-    channels, bias = make(prior_form="channels", **changes), make(prior_form="bias", **changes)
+def test_both_forms_of_the_prior_agree_gradients_included(patch_grid, token_grid, changes, dtype, tolerance):
+    channels, bias = (make(prior_form=form, **changes).to(dtype) for form in ("channels", "bias"))
     bias.load_state_dict(channels.state_dict())
     gradients = []
     for resampler in (channels, bias):
-        x = features(patch_grid).requires_grad_()
+        x = features(patch_grid).to(dtype).requires_grad_()
         y, _ = resampler(x, patch_grid, token_grid)
-        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        (y * torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)).sum().backward()
         gradients.append({"x": x.grad, "y": y.detach()} | {n: p.grad for n, p in resampler.named_parameters()})
-    for name, expected in gradients[1].items():
-        error = (gradients[0][name] - expected).norm() / expected.norm().clamp(min=1e-3)
-        assert error < 1e-4, (name, error)
+    loudest = max(gradient.norm() for gradient in gradients[1].values())
+    for name, expected in gradients[1].items():  # that of a key's bias is zero but for rounding: softmax ignores it
+        error = (gradients[0][name] - expected).norm() / expected.norm().clamp(min=1e-3 * loudest)
+        assert error < tolerance, (name, error)
 
 
-def test_gradients_are_those_of_finite_differences():
-    resampler, x = make(scope_sigmas=[0.5, None]).double(), features((3, 3), batch=1).double()
-    direction = {n: torch.randn_like(p) for n, p in resampler.named_parameters()}
+SLOPES = [
+    {"scope_sigmas": [0.5, None]},
+    {"scope_sigmas": [0.5, None], "prior_form": "bias", "share_kv": False},
+    {"fusion": "token", "query_init": "content", "num_hidden_layers": 2},
+    {"fusion": "static", "scope_layout": "heads"},
+    {"fusion": "token", "scope_layout": "heads", "scope_prior": "window"},
+]
 
-    def loss_at(step: float) -> torch.Tensor:
-        moved = {n: p + step * direction[n] for n, p in resampler.named_parameters()}
+
+@pytest.mark.parametrize("changes", SLOPES, ids=str)
+def test_gradients_are_those_of_finite_differences(changes):
+    resampler, x = make(**changes).double(), features((3, 3), batch=1).double()
+
+    def loss_with(moved: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.func.functional_call(resampler, moved, (x, (3, 3), (2, 2)))[0].square().sum()
 
-    loss = resampler(x, (3, 3), (2, 2))[0].square().sum()
-    loss.backward()
-    slope = sum((p.grad * direction[n]).sum() for n, p in resampler.named_parameters()).item()
-    numeric = ((loss_at(1e-4) - loss_at(-1e-4)) / 2e-4).item()
-    assert slope == pytest.approx(numeric, rel=1e-3)
-    assert resampler.layers[0].prior.log_scale_Gh.grad[0].abs().min() > 0
-    assert resampler.layers[0].prior.log_scale_Gh.grad[1].abs().max() == 0  # a global scope has no size to learn
+    loss_with({}).backward()
+    for name, parameter in resampler.named_parameters():
+        direction = torch.randn_like(parameter)
+        with torch.no_grad():
+            ahead, behind = (loss_with({name: parameter + step * direction}).item() for step in (1e-5, -1e-5))
+        slope = (parameter.grad * direction).sum().item()
+        assert slope == pytest.approx((ahead - behind) / 2e-5, rel=1e-5, abs=1e-5), name
+
+
+def test_only_a_scope_that_ends_has_a_size_to_learn():
+    resampler = make(scope_sigmas=[0.5, None])
+    resampler(features((3, 3)), (3, 3), (2, 2))[0].square().sum().backward()
+    gradient_Gh = resampler.layers[0].prior.log_scale_Gh.grad
+    assert gradient_Gh[0].abs().min() > 0
+    assert gradient_Gh[1].abs().max() == 0
 
 
 @pytest.mark.parametrize("mode", ["module in bfloat16", "autocast"])
 @pytest.mark.parametrize("form", ["channels", "bias"])
-def test_bfloat16_stays_within_three_percent(mode, form):
-    resampler, x = make(prior_form=form), features((8, 8))
-    expected = by_reference(resampler, x, (8, 8), (4, 4))[0]
-    if mode == "autocast":
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            y, _ = resampler(x, (8, 8), (4, 4))
-    else:
-        with torch.no_grad():
-            y, _ = resampler.to(torch.bfloat16)(x.to(torch.bfloat16), (8, 8), (4, 4))
-    assert relative_error(y.float(), expected) < 0.03
+def test_bfloat16_stays_within_two_percent(mode, form):
+    """Outputs, gates and maps; 0.4 to 1% here, which is two digits of bfloat16."""
+    resampler, x = make(prior_form=form, scope_sigmas=[0.5, 1.5, None]), features((8, 8))
+    expected = by_reference(resampler, x, (8, 8), (4, 4))
+    if mode == "module in bfloat16":
+        resampler, x = resampler.to(torch.bfloat16), x.to(torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        y, maps = resampler(x, (8, 8), (4, 4), output_scopes=True)
+    assert y.dtype == torch.bfloat16
+    for actual, wanted in zip((y, maps.weights_BSM, maps.attentions_BSMN), expected, strict=True):
+        assert relative_error(actual, wanted) < 0.02
 
 
-def test_the_prior_in_bfloat16_channels_keeps_its_digits():
-    """At 24 x 24 patches a prior in plain bfloat16 would be off by whole units; split in two it is not."""
-    prior = make(scope_sigmas=[0.5]).layers[0].prior
+COARSE = pytest.mark.xfail(reason="the channels are split before the factor sqrt(d), which rounds them again")
+
+
+@pytest.mark.parametrize("width", [16, 64, *(pytest.param(width, marks=COARSE) for width in (8, 32, 80, 128))])
+def test_attention_by_the_prior_alone_keeps_its_digits_in_bfloat16(width):
+    """For every head width, not for powers of four alone."""
+    layer = make(hidden_size=width, num_attention_heads=1, scope_sigmas=[0.5]).layers[0]
     anchors, patches = cell_centres((12, 12)) * 12, cell_centres((24, 24)) * 12
-    query, key = prior.channels(anchors, patches, torch.bfloat16)
-    scores = query.float()[0, 0] @ key.float().T
-    exact = prior.bias_GhMN(anchors, patches)[0, 0]
-    near = exact > -8  # beyond it a patch has no weight
-    shift = (scores - exact)[:, :1] * 0 + (scores - exact).gather(1, exact.argmax(1, keepdim=True))
-    assert ((scores - exact - shift)[near]).abs().max() < 0.05
+    query, key = torch.zeros(1, 1, 1, 144, width), torch.zeros(1, 1, 1, 576, width)
+    with torch.no_grad():
+        query, key, _ = layer._with_prior_channels(query.bfloat16(), key.bfloat16(), key.bfloat16(), anchors, patches)
+        attention = (query.float() @ key.float().mT * width**-0.5)[0, 0, 0].softmax(-1)
+        gaussian = layer.prior(anchors, patches)[0, 0].softmax(-1)
+    assert (attention - gaussian).abs().sum(-1).max() < 1e-3
 
 
 def test_one_global_scope_is_plain_cross_attention():
@@ -152,14 +190,16 @@ def test_one_global_scope_is_plain_cross_attention():
         plain.in_proj_bias.copy_(torch.cat([layer.q_proj.bias, layer.k_proj.bias, layer.v_proj.bias]))
         plain.out_proj.load_state_dict(layer.o_proj.state_dict())
         u = resampler.input_proj(resampler.input_norm(x))
-        position = torch.tensor(
-            np.stack([reference_resampler.positions(p, 16) for p in reference_resampler.centres((4, 4))])
+        position, anchor = (
+            torch.tensor(np.stack([reference_resampler.positions(p, 16) for p in reference_resampler.centres(grid)]))
+            for grid in ((4, 4), (2, 3))
         )
-        q = resampler._first_queries(u, (4, 4), (2, 2)) + layer.scope_embedding_GD[0]
+        base = resampler.query_1DHW.flatten(2).mT  # its grid is the one asked for
+        q = (base + anchor.float() + layer.scope_embedding_GD[0]).expand(2, -1, -1)
         z = plain(layer.query_norm(q), u + position.float(), u)[0] + q
         z = z + layer.ffn(layer.ffn_norm(z))
         expected = resampler.output_proj(resampler.output_norm(z))
-        torch.testing.assert_close(resampler(x, (4, 4), (2, 2))[0], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(resampler(x, (4, 4), (2, 3))[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_scope_that_grows_becomes_the_global_one():
@@ -170,30 +210,83 @@ def test_a_scope_that_grows_becomes_the_global_one():
         torch.testing.assert_close(wide(x, (4, 4), (2, 2))[0], unbounded(x, (4, 4), (2, 2))[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("sigma", [0.5, 0.8])
-def test_a_local_scope_puts_outside_three_sigmas_what_the_gaussian_says(sigma):
-    """Without content the attention is the Gaussian itself; in two dimensions exp(-9/2) of it lies outside."""
+def mass_outside_three_sigmas(sigma: float, patch_grid, token: int) -> tuple[float, float]:
+    """Of a token of a 6 x 6 grid without content: in the resampler's map, and summed by hand."""
     resampler = make(scope_sigmas=[sigma], learn_scopes=False)
     with torch.no_grad():
         resampler.layers[0].q_proj.weight.zero_()
         resampler.layers[0].q_proj.bias.zero_()
-        _, maps = resampler(features((48, 48), batch=1), (48, 48), (6, 6), output_scopes=True)
-    anchors, patches = cell_centres((6, 6)) * 6, cell_centres((48, 48)) * 6
-    middle = 2 * 6 + 2  # a token whose scope does not reach the border
-    distance = (anchors[middle] - patches).norm(dim=-1)
-    gaussian = torch.exp(-(distance**2) / (2 * sigma**2))
-    expected = gaussian[distance > 3 * sigma].sum() / gaussian.sum()
-    outside = maps.attentions_BSMN[0, 0, middle][distance > 3 * sigma].sum()
-    assert outside == pytest.approx(expected.item(), rel=1e-4)
-    assert outside == pytest.approx(math.exp(-4.5), rel=0.5 if sigma > 0.5 else 0.15)
+        _, maps = resampler(features(patch_grid, batch=1), patch_grid, (6, 6), output_scopes=True)
+    anchor = reference_resampler.centres((6, 6))[token]
+    patches = reference_resampler.centres(patch_grid)
+    squared = np.array([reference_resampler.squared_pitches(anchor, patch, (6, 6)) for patch in patches])
+    gaussian, outside = np.exp(-squared / (2 * sigma**2)), squared > 9 * sigma**2
+    in_map = maps.attentions_BSMN[0, 0, token][torch.tensor(outside)].sum().item()
+    return in_map, gaussian[outside].sum() / gaussian.sum()
 
 
-def test_weights_and_maps_are_distributions():
+@pytest.mark.parametrize("token", [0, 14, 35])
+@pytest.mark.parametrize(("sigma", "patch_grid"), [(0.5, (12, 12)), (0.8, (30, 18)), (0.3, (24, 24))])
+def test_a_local_scope_puts_outside_three_sigmas_what_the_gaussian_says(sigma, patch_grid, token):
+    in_map, by_hand = mass_outside_three_sigmas(sigma, patch_grid, token)
+    assert in_map == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_over_many_patches_that_is_what_a_gaussian_in_the_plane_says():
+    in_map, _ = mass_outside_three_sigmas(0.5, (96, 96), token=14)  # no border within five sigmas
+    assert in_map == pytest.approx(math.exp(-9 / 2), rel=0.03)
+
+
+@pytest.mark.xfail(reason="patches at just two sigmas are in or out by the last digit of their distance")
+@pytest.mark.parametrize("side", [19, 27])
+def test_a_window_is_the_same_disc_around_every_token(side):
+    prior = make(scope_prior="window", scope_sigmas=[0.5]).layers[0].prior
+    cells = cell_centres((side, side)) * side
+    seen_M = (prior(cells, cells)[0, 0] == 0).sum(-1).view(side, side)
+    assert (seen_M[1:-1, 1:-1] == 5).all()  # the token's own patch and its four neighbours
+
+
+@pytest.mark.parametrize("changes", ARRANGEMENTS[::2], ids=str)
+def test_weights_and_maps_are_distributions(changes):
     with torch.no_grad():
-        _, maps = make()(features((4, 6)), (4, 6), (2, 3), output_scopes=True)
-    torch.testing.assert_close(maps.weights_BSM.sum(1), torch.ones(2, 6))
-    torch.testing.assert_close(maps.attentions_BSMN.sum(-1), torch.ones(2, 3, 6))
-    assert maps.weights_BSM.std() > 0
+        _, maps = make(**changes)(features((4, 6)), (4, 6), (2, 3), output_scopes=True)
+    for distributions in (maps.weights_BSM.sum(1), maps.attentions_BSMN.sum(-1)):
+        torch.testing.assert_close(distributions, torch.ones_like(distributions))
+    assert maps.weights_BSM.min() >= 0 <= maps.attentions_BSMN.min()
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "window", "none"])
+@pytest.mark.parametrize("form", ["channels", "bias"])
+def test_maps_are_the_attention_that_was_paid(prior, form):
+    """With one head, the values weighted by the map returned are what reached W_o."""
+    resampler = make(num_attention_heads=1, fusion="token", scope_prior=prior, prior_form=form)
+    seen = {}
+    resampler.layers[0].v_proj.register_forward_hook(lambda _, __, value: seen.update(value=value))
+    resampler.layers[0].o_proj.register_forward_pre_hook(lambda _, inputs: seen.update(read=inputs[0]))
+    with torch.no_grad():
+        _, maps = resampler(features((4, 5)), (4, 5), (2, 3), output_scopes=True)
+    torch.testing.assert_close(maps.attentions_BSMN @ seen["value"][:, None], seen["read"], rtol=1e-5, atol=1e-6)
+
+
+def test_scopes_are_trusted_alike_before_training():
+    resampler = MultiScopeResampler(MSResamplerProjectorConfig(**SMALL), VISION, TEXT)
+    for module in resampler.modules():
+        init_resampler_weights(module)
+    with torch.no_grad():
+        y, maps = resampler(features((4, 4)), (4, 4), (2, 2), output_scopes=True)
+    torch.testing.assert_close(maps.weights_BSM, torch.full((2, 3, 4), 1 / 3))
+    assert 0.5 < y.std() < 2
+    assert (maps.attentions_BSMN[:, 0] - maps.attentions_BSMN[:, 2]).abs().max() > 0.05
+
+
+@given(*(st.tuples(st.integers(1, 9), st.integers(1, 9)) for _ in range(2)), st.sampled_from(["learned", "content"]))
+def test_any_grids_with_one_set_of_weights(patch_grid, token_grid, query_init):
+    resampler, x = make(query_init=query_init), features(patch_grid)
+    with torch.no_grad():
+        y, maps = resampler(x, patch_grid, token_grid, output_scopes=True)
+    assert y.shape == (2, math.prod(token_grid), TEXT)
+    assert maps.attentions_BSMN.shape == (2, 3, math.prod(token_grid), math.prod(patch_grid))
+    assert y.isfinite().all()
 
 
 def test_images_of_a_batch_do_not_mix():
@@ -204,11 +297,32 @@ def test_images_of_a_batch_do_not_mix():
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_the_order_of_the_scopes_does_not_matter():
-    one, other = make(scope_sigmas=[0.5, 1.5, None]), make(scope_sigmas=[None, 0.5, 1.5])
-    order = [2, 0, 1]
-    state = {n: t[order] if n.endswith(("_GD", "_Gh")) else t for n, t in one.state_dict().items()}
-    other.load_state_dict(state)
+def by_scope(name: str, tensor: torch.Tensor, config, order: list[int]) -> torch.Tensor:
+    """A parameter or buffer with its parts of the scopes in another order."""
+    heads = config.scope_layout == "heads"
+    if heads and name.endswith("o_proj.weight"):
+        return tensor.unflatten(1, (3, -1))[:, order].flatten(1)
+    if heads and name.endswith("_Gh"):
+        return tensor.unflatten(1, (3, -1))[:, order].flatten(1)
+    parts = ("q_proj", "k_proj", "v_proj") if heads else () if config.share_kv else ("k_proj", "v_proj")
+    if any(part in name for part in parts):
+        return tensor.unflatten(0, (3, -1))[order].flatten(0, 1)
+    if name.endswith("gate_S") or (not heads and name.endswith(("_GD", "_Gh"))):
+        return tensor[order]
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [*({"fusion": f} for f in FUSIONS), {"share_kv": False}]
+    + [{"scope_layout": "heads", "fusion": f} for f in ("static", "mean")],
+    ids=str,
+)
+def test_the_order_of_the_scopes_does_not_matter(changes):
+    changes = changes | {"hidden_size": 24, "num_attention_heads": 6}
+    one = make(scope_sigmas=[0.5, 1.5, None], **changes)
+    other = make(seed=1, scope_sigmas=[None, 0.5, 1.5], **changes)
+    other.load_state_dict({n: by_scope(n, t, one.config, [2, 0, 1]) for n, t in one.state_dict().items()})
     x = features((4, 4))
     with torch.no_grad():
         torch.testing.assert_close(one(x, (4, 4), (2, 2))[0], other(x, (4, 4), (2, 2))[0], rtol=1e-4, atol=1e-5)
@@ -239,6 +353,12 @@ def test_initialisation_restores_the_scopes_from_garbage():
         init_resampler_weights(module)
     assert torch.equal(resampler.layers[0].prior.sigma_Gh, wanted)
     assert torch.equal(resampler.layers[0].prior.log_scale_Gh, torch.zeros(3, 4))
+
+
+def test_heads_are_shared_out_in_order():
+    assert make(scope_sigmas=[1, 2]).layers[0].prior.sigma_Gh.tolist() == [[1.0] * 4, [2.0] * 4]
+    heads = make(scope_sigmas=[0.5, 2, None], scope_layout="heads", fusion="mean")
+    assert heads.layers[0].prior.sigma_Gh.tolist() == [[0.5, 0.5, 2.0, math.inf]]
 
 
 def test_checkpointing_changes_no_gradient():

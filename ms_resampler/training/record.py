@@ -15,6 +15,7 @@ from .recipes import Stage
 from .scenes import COLOURS, SHAPES, WORDS
 from .train import data_hash
 
+CLEARLY = 25  # points above the blind model that count as having learned a family
 PAPER = "https://arxiv.org/abs/2606.31383"
 
 
@@ -80,6 +81,15 @@ def plot_curves(folder: Path, path: Path) -> None:
     pyplot.close(figure)
 
 
+def families_by_gain(record: dict[str, Any], clear: bool) -> str:
+    """The families on which the model is clearly better than the blind one, or those on which it is not."""
+    gains = {
+        row["family"]: 100 * (row["mean"] - blind["mean"])
+        for row, blind in zip(record["scores"], record["blind_scores"], strict=True)
+    }
+    return ", ".join(family for family, gain in gains.items() if (gain >= CLEARLY) == clear) or "none"
+
+
 def write_card(record: dict[str, Any], table: str, path: Path) -> None:
     """The model card of the embedded checkpoint, its numbers taken from the record."""
     parameters = sum(record["parameters"].values())
@@ -104,12 +114,14 @@ project's reading of it, and no number on this page is the paper's.
 ## What it can do
 
 Answer short English questions about 96 x 96 pixel scenes of one to six things: handwritten digits, shapes
-({", ".join(SHAPES)}) and words ({", ".join(WORDS)}) in six colours ({", ".join(COLOURS)}) on plain papers. It reads
-what is at a place, names colours and shapes, finds things in a row or column, counts, compares, and describes.
+({", ".join(SHAPES)}) and words ({", ".join(WORDS)}) in six colours ({", ".join(COLOURS)}) on plain papers. At least
+{CLEARLY} points better than its blind twin: {families_by_gain(record, clear=True)}.
 
 ## What it cannot do
 
-Anything else. It has never seen a photograph; shown one, it will describe digits and shapes that are not there.
+Hardly better than guessing: {families_by_gain(record, clear=False)}.
+
+Anything else: it has never seen a photograph; shown one, it will describe digits and shapes that are not there.
 It knows a few hundred words, has no common sense, and takes questions worded as in training.
 
 ## Accuracy
