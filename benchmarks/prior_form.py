@@ -12,6 +12,7 @@ import statistics
 import time
 
 import torch
+import transformers
 
 from ms_resampler import MSResamplerProjectorConfig
 from ms_resampler.resampler_ms_resampler import MultiScopeResampler, init_resampler_weights
@@ -27,10 +28,7 @@ PATCHES, TOKENS = (24, 24), (12, 12)
 def build(form: str) -> MultiScopeResampler:
     """A resampler of a form, with the same weights for every form of three scopes."""
     torch.manual_seed(0)
-    resampler = MultiScopeResampler(MSResamplerProjectorConfig(**FORMS[form]), 1024, 4096)
-    for module in resampler.modules():
-        init_resampler_weights(module)
-    return resampler
+    return MultiScopeResampler(MSResamplerProjectorConfig(**FORMS[form]), 1024, 4096).apply(init_resampler_weights)
 
 
 def milliseconds(resampler: MultiScopeResampler, x: torch.Tensor, backward: bool) -> float:
@@ -58,7 +56,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     arguments = parser.parse_args()
     print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+        f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}\n"
     )
     print("| dtype | batch | pass | " + " | ".join(FORMS) + " | error, channels | error, bias |")
     print("|---|---|---|" + "---|" * (len(FORMS) + 2))

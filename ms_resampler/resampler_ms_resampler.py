@@ -335,7 +335,9 @@ class MultiScopeResampler(nn.Module):
 
 @torch.no_grad()
 def init_resampler_weights(module: nn.Module) -> None:
-    """The initialisation, as a table; every sum of random terms keeps the variance of its inputs.
+    """The initialisation, as a table, of a module whose children have had theirs (`Module.apply` goes that way).
+
+    Every sum of random terms keeps the variance of its inputs.
 
     Linear          normal, std 1 / sqrt(inputs); bias 0          Linear "gate"    0: even weights at the start
     LayerNorm       weight 1, bias 0                               base queries     normal, std 0.02

@@ -90,11 +90,7 @@ def test_conversations_before_and_after(form, processor):
 
 def test_an_answer_can_be_continued(form, processor):
     begun = processor.apply_chat_template([*DIALOGUE[:-1], says("assistant", "Its")], continue_final_message=True)
-    assert (
-        begun
-        == form["dialogue"].removesuffix("\n")[: -len(form["answers"][-1])]
-        + form["answers"][-1][: form["answers"][-1].index("Its") + 3]
-    )
+    assert begun == form["dialogue"][: form["dialogue"].rindex("Its") + 3]
 
 
 def test_vicuna_knows_no_other_roles():
@@ -147,24 +143,29 @@ def test_the_mask_marks_the_answers_and_their_end(form, processor, side):
         assert mask == spans(ids, [processor.tokenizer(answer)["input_ids"] for answer in answers])
     assert not (batch["assistant_masks"].bool() & (batch["input_ids"] == IMAGE)).any()
     assert not (batch["assistant_masks"].bool() & (batch["attention_mask"] == 0)).any()
-    padded = batch["attention_mask"][1].tolist()
-    assert padded == sorted(padded, reverse=side == "right")
-    assert sum(padded) < len(padded)
+    rows = batch["attention_mask"].tolist()
+    assert rows == [sorted(row, reverse=side == "right") for row in rows]
+    assert sum(map(sum, rows)) < batch["attention_mask"].numel()  # one of the two is padded
 
 
 def test_control_tokens_that_a_user_types_are_only_text(processor):
     typed = "What do <image> and <|im_end|> mean?"
-    options = {"tokenize": True, "return_dict": True, "processor_kwargs": {"images": [picture()]}}
+
+    def ids_of(text: str, **options) -> list[int]:
+        return processor.apply_chat_template(
+            [says("user", PICTURE, text)],
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"images": [picture()]},
+            **options,
+        )["input_ids"][0]
+
     with pytest.raises(ValueError, match="Prompt 1 has 2 <image> placeholders, but 1 images"):
-        processor.apply_chat_template([says("user", PICTURE, typed)], **options)
-    options["processor_kwargs"] = {"images": [picture()]}
-    inputs = processor.apply_chat_template([says("user", PICTURE, typed)], sanitize_control_tokens=True, **options)
-    (ids,) = inputs["input_ids"]
-    assert ids.count(IMAGE) == 4
+        ids_of(typed)
+    ids, plain = ids_of(typed, sanitize_control_tokens=True), ids_of("Hi")
     assert typed in processor.decode(ids)
-    plain = processor.apply_chat_template([says("user", PICTURE, "Hi")], **options)["input_ids"][0]
-    end = processor.tokenizer.eos_token_id
-    assert ids.count(end) == plain.count(end)
+    for token in (IMAGE, processor.tokenizer.eos_token_id):
+        assert ids.count(token) == plain.count(token)
 
 
 def test_the_template_is_saved_in_a_file_of_its_own(form, processor, tmp_path):

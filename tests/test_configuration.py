@@ -1,11 +1,12 @@
 """The configuration: the geometry of patches and tokens, and a sentence for everything that cannot be."""
 
 import json
+import math
 
 import pytest
 import tiny_models
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModel, GPTJConfig, PvtConfig
@@ -22,6 +23,10 @@ from ms_resampler.configuration_ms_resampler import AUTO_MAP, token_grid
         (8, (12, 24), (2, 4)),
         (8, (24, 12), (4, 2)),
         (144, (24, 24), (12, 12)),
+        (20, (24, 24), (4, 5)),
+        (40, (24, 24), (5, 8)),
+        (45, (24, 24), (5, 9)),
+        (6, (1, 12), (1, 6)),
         ((3, 5), (24, 24), (3, 5)),
         ([3, 5], (24, 24), (3, 5)),
         (None, (7, 9), (7, 9)),
@@ -42,6 +47,36 @@ def test_a_budget_is_met_exactly_in_the_proportions_of_the_image_or_refused(rows
     assert grid[0] * grid[1] == budget <= rows * columns
     assert (grid[1] / grid[0]) / (columns / rows) * (1 + 1e-9) >= 1 / 2
     assert (grid[1] / grid[0]) / (columns / rows) <= 2 * (1 + 1e-9)
+
+
+@given(st.integers(1, 30), st.integers(1, 900))
+def test_square_images_get_wide_grids_and_squares_where_they_can(side, budget):
+    try:
+        rows, columns = token_grid(budget, (side, side))
+    except ValueError:
+        return
+    assert rows <= columns
+    assert (rows == columns) == (math.isqrt(budget) ** 2 == budget)
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 900))
+def test_turning_the_image_turns_the_grid(rows, columns, budget):
+    try:
+        grid = token_grid(budget, (rows, columns))
+        turned = token_grid(budget, (columns, rows))
+    except ValueError:
+        with pytest.raises(ValueError, match=str(budget)):
+            token_grid(budget, (columns, rows))
+        return
+    if turned != grid[::-1]:  # two grids are equally near, and the wider one is taken both times
+        assert grid[1] * turned[0] * rows**2 == grid[0] * turned[1] * columns**2
+        assert grid[1] >= turned[0]
+        assert turned[1] >= grid[0]
+
+
+@given(st.integers(1, 24), st.integers(1, 24))
+def test_every_patch_may_have_its_token(rows, columns):
+    assert token_grid(rows * columns, (rows, columns)) == (rows, columns)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +101,11 @@ def test_impossible_budgets(budget, sentence):
         ({"vision_feature_layers": -2}, "is not a field of MSResamplerConfig; did you mean `vision_feature_layer`"),
         ({"projector_config": {"fussion": "head"}}, "did you mean `fusion`?"),
         ({"projector_config": {"zzzz": 1}}, "known fields are "),
+        ({"temperature": 0.5}, "`temperature` is not a field of MSResamplerConfig"),
+        ({"vision_feature_layer": []}, "`vision_feature_layer` names no layer of the tower"),
+        ({"vision_feature_layer": [-2, -26]}, "`vision_feature_layer` -26 does not exist: the tower has 24 layers"),
+        ({"vision_prefix_tokens": -1}, "`vision_prefix_tokens` must not be negative, got -1"),
+        ({"image_token_id": -1}, "`image_token_id` -1 is outside the language model's vocabulary of 32000"),
         ({"image_token_id": 32000}, "`image_token_id` 32000 is outside the language model's vocabulary of 32000"),
         ({"vision_feature_layer": 30}, "`vision_feature_layer` 30 does not exist: the tower has 24 layers"),
         ({"vision_config": PvtConfig()}, "the vision tower `pvt` puts in front of its patches is not known here"),
@@ -96,18 +136,38 @@ def test_models_that_cannot_be(fields, sentence):
             {"scope_layout": "heads", "fusion": "mean", "num_attention_heads": 2, "hidden_size": 32},
             "shares 2 heads among 3 scopes",
         ),
-        ({"fusion": "sum"}, "expected one of"),
-        ({"hidden_size": "64"}, "hidden_size"),
+        ({"scope_sigmas": [0.5, math.inf]}, "sigma must be positive, or None for the global scope, got inf"),
+        ({"scope_sigmas": [0.0]}, "sigma must be positive"),
+        ({"visual_tokens": [3, 0]}, r"`visual_tokens` must be \[rows, columns\], two positive integers, got \[3, 0\]"),
+        ({"scope_sigma": [0.5]}, "`scope_sigma` is not a field of MSResamplerProjectorConfig; did you mean"),
     ],
 )  # fmt: skip
 def test_projectors_that_cannot_be(fields, sentence):
-    with pytest.raises((ValueError, StrictDataclassError), match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         MSResamplerProjectorConfig(**fields)
 
 
-def test_fields_are_checked_when_they_are_set_too():
-    with pytest.raises((ValueError, StrictDataclassError), match="fusion"):
-        MSResamplerProjectorConfig().fusion = "sum"
+WRONG_TYPES = [
+    (MSResamplerProjectorConfig, "fusion", "sum"),
+    (MSResamplerProjectorConfig, "hidden_size", "64"),
+    (MSResamplerProjectorConfig, "hidden_size", True),
+    (MSResamplerProjectorConfig, "scope_sigmas", [0.5, "global"]),
+    (MSResamplerProjectorConfig, "visual_tokens", [2.0, 2.0]),
+    (MSResamplerProjectorConfig, "learn_scopes", 1),
+    (MSResamplerConfig, "vision_feature_layer", -2.0),
+    (MSResamplerConfig, "vision_feature_layer", [-2, None]),
+    (MSResamplerConfig, "image_token_id", None),
+    (MSResamplerConfig, "projector_config", "ms_resampler"),
+]
+
+
+@pytest.mark.parametrize(("kind", "field", "value"), WRONG_TYPES)
+def test_types_are_checked_when_a_field_is_given_and_when_it_is_set(kind, field, value):
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"Validation error for field '{field}'"):
+        kind(**{field: value})
+    config = kind()
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"Validation error for field '{field}'"):
+        setattr(config, field, value)
 
 
 def test_config_json_alone_rebuilds_the_configuration(tmp_path):
@@ -117,8 +177,33 @@ def test_config_json_alone_rebuilds_the_configuration(tmp_path):
         file.unlink()
     again = MSResamplerConfig.from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict()
+    assert MSResamplerConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
     assert again.projector_config.scope_sigmas == [0.4, None, 2.0, None]
     assert again.projector_config.scope_names == ["local", "global 2", "regional", "global 4"]
+
+
+def test_what_transformers_writes_is_read_again(tmp_path):
+    config = tiny_models.tiny_config()
+    config.use_cache = False  # as Trainer does; transformers drops it again when it loads
+    config.quantization_config = {"quant_method": "hqq"}
+    config.custom_pipelines = {"image-to-answer": {"impl": "pipeline.Pipeline"}}
+    config.fusion_config = {}
+    config.save_pretrained(tmp_path)
+    options = {"attn_implementation": "eager", "output_attentions": False, "num_labels": 3, "dtype": torch.bfloat16}
+    again = MSResamplerConfig.from_pretrained(tmp_path, **options)
+    assert (again.fusion_config, again.num_labels) == ({}, 3)
+    assert again.quantization_config == {"quant_method": "hqq"}
+    assert again.custom_pipelines == config.custom_pipelines
+    assert again.text_config._attn_implementation == "eager"
+    assert again.dtype == torch.bfloat16
+
+
+def test_scopes_may_be_whole_numbers_and_keep_their_nulls():
+    config = MSResamplerProjectorConfig(scope_sigmas=[1, None, 0.25], num_attention_heads=8)
+    again = MSResamplerProjectorConfig.from_dict(config.to_dict())
+    assert again.scope_sigmas == [1, None, 0.25]
+    assert again.num_scopes == 3
+    assert again.scope_names == ["regional", "global", "local"]
 
 
 def test_auto_map_is_local_whatever_a_repository_wrote(tmp_path):
@@ -128,19 +213,25 @@ def test_auto_map_is_local_whatever_a_repository_wrote(tmp_path):
     assert MSResamplerConfig.from_dict(written).auto_map == AUTO_MAP
 
 
-@pytest.mark.parametrize("tower", tiny_models.TOWERS)
-def test_prefix_tokens_and_patch_size_are_those_of_the_tower(tower):
+@pytest.mark.parametrize("size", [(24, 24), (32, 16)])
+# SigLIP 2 reads patches, not pixels; the model's tests hold its features against the tower's.
+@pytest.mark.parametrize("tower", sorted(set(tiny_models.TOWERS) - {"siglip2_vision_model"}))
+@torch.no_grad()
+def test_prefix_tokens_and_patch_size_are_those_of_the_tower(tower, size):
     config = tiny_models.tiny_config(tower)
-    if tower == "siglip2_vision_model":
-        return  # reads patches, not pixels; the model's tests hold its features against the tower's
     model = AutoModel.from_config(config.vision_config)
-    with torch.no_grad():
-        features = model(torch.zeros(1, 3, 24, 24)).last_hidden_state
-    rows, columns = config.patch_grid((24, 24))
+    interpolated = tower in ("clip_vision_model", "siglip_vision_model", "vit")
+    options = {"interpolate_pos_encoding": True} if interpolated else {}
+    features = model(torch.zeros(1, 3, *size), **options).last_hidden_state
+    rows, columns = config.patch_grid(size)
     if features.ndim == 4:
-        assert features.shape[2:] == (rows, columns)
+        assert features.shape[1:] == (config.feature_width, rows, columns)
     else:
-        assert features.shape[1] == config.num_prefix_tokens + rows * columns
+        assert features.shape[1:] == (config.num_prefix_tokens + rows * columns, config.feature_width)
+
+
+def test_prefix_tokens_of_an_unknown_tower_may_be_told():
+    assert MSResamplerConfig(vision_config=PvtConfig(), vision_prefix_tokens=5, vision_feature_layer=-1)
 
 
 def test_one_place_counts_tokens():

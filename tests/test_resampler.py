@@ -42,9 +42,7 @@ def make(seed: int = 0, **changes) -> MultiScopeResampler:
     """A small resampler whose every parameter matters."""
     config = MSResamplerProjectorConfig(**SMALL | changes)
     torch.manual_seed(seed)
-    resampler = MultiScopeResampler(config, VISION, TEXT)
-    for module in resampler.modules():
-        init_resampler_weights(module)
+    resampler = MultiScopeResampler(config, VISION, TEXT).apply(init_resampler_weights)
     with torch.no_grad():
         for parameter in resampler.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -113,7 +111,7 @@ def test_both_forms_of_the_prior_agree_gradients_included(patch_grid, token_grid
         gradients.append({"x": x.grad, "y": y.detach()} | {n: p.grad for n, p in resampler.named_parameters()})
     loudest = max(gradient.norm() for gradient in gradients[1].values())
     for name, expected in gradients[1].items():  # that of a key's bias is zero but for rounding: softmax ignores it
-        error = (gradients[0][name] - expected).norm() / expected.norm().clamp(min=1e-3 * loudest)
+        error = (gradients[0][name] - expected).norm() / expected.norm().clamp(min=1e-2 * loudest)
         assert error < tolerance, (name, error)
 
 
@@ -153,7 +151,7 @@ def test_only_a_scope_that_ends_has_a_size_to_learn():
 @pytest.mark.parametrize("mode", ["module in bfloat16", "autocast"])
 @pytest.mark.parametrize("form", ["channels", "bias"])
 def test_bfloat16_stays_within_two_percent(mode, form):
-    """Outputs, gates and maps; 0.4 to 1% here, which is two digits of bfloat16."""
+    """Outputs, gates and maps: 0.3 to 1.5% over seeds, where a number of bfloat16 has a rounding error of 0.4%."""
     resampler, x = make(prior_form=form, scope_sigmas=[0.5, 1.5, None]), features((8, 8))
     expected = by_reference(resampler, x, (8, 8), (4, 4))
     if mode == "module in bfloat16":
@@ -269,9 +267,7 @@ def test_maps_are_the_attention_that_was_paid(prior, form):
 
 
 def test_scopes_are_trusted_alike_before_training():
-    resampler = MultiScopeResampler(MSResamplerProjectorConfig(**SMALL), VISION, TEXT)
-    for module in resampler.modules():
-        init_resampler_weights(module)
+    resampler = MultiScopeResampler(MSResamplerProjectorConfig(**SMALL), VISION, TEXT).apply(init_resampler_weights)
     with torch.no_grad():
         y, maps = resampler(features((4, 4)), (4, 4), (2, 2), output_scopes=True)
     torch.testing.assert_close(maps.weights_BSM, torch.full((2, 3, 4), 1 / 3))
@@ -349,8 +345,7 @@ def test_initialisation_restores_the_scopes_from_garbage():
     resampler = make()
     wanted = resampler.layers[0].prior.sigma_Gh.clone()
     resampler.layers[0].prior.sigma_Gh.fill_(float("nan"))
-    for module in resampler.modules():
-        init_resampler_weights(module)
+    resampler.apply(init_resampler_weights)
     assert torch.equal(resampler.layers[0].prior.sigma_Gh, wanted)
     assert torch.equal(resampler.layers[0].prior.log_scale_Gh, torch.zeros(3, 4))
 

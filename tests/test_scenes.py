@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ms_resampler.training import scenes
+from ms_resampler.training.curriculum import ALL_NAMES, SceneConversations, ScenePlaces
 from ms_resampler.training.scenes import (
     COLOURS,
     FAMILIES,
@@ -19,10 +20,9 @@ from ms_resampler.training.scenes import (
     SPLITS,
     WORDS,
     Question,
-    SceneDataset,
     ask,
+    make_record,
     make_scene,
-    scene_record,
     score,
     transcript,
 )
@@ -397,30 +397,52 @@ def test_every_true_answer_scores_one(asked):
 
 
 def test_a_record_is_a_conversation_with_one_image():
-    record = scene_record("train", 5, 4)
+    scene = make_scene("train", 5)
+    expected = ask(scene, "train", 5, 4)
+    record = make_record(scene, [(question.question, question.answer) for question in expected])
     assert record["id"] == "train-5"
-    assert record["image"].tobytes() == make_scene("train", 5).image.tobytes()
+    assert record["image"].tobytes() == scene.image.tobytes()
     turns = record["conversations"]
     assert [turn["from"] for turn in turns] == ["human", "gpt"] * 4
     assert turns[0]["value"].startswith("<image>\n")
     assert "".join(turn["value"] for turn in turns).count("<image>") == 1
-    expected = ask(make_scene("train", 5), "train", 5, 4)
     assert [turn["value"] for turn in turns[1::2]] == [question.answer for question in expected]
     assert turns[2]["value"] == expected[1].question
 
 
-def test_a_dataset_gives_the_records_from_its_start():
-    data = SceneDataset("train", 3, turns=2, max_things=3, start=10)
-    assert len(data) == 3
-    assert [record["id"] for record in data] == ["train-10", "train-11", "train-12"]
-    assert data[1]["conversations"] == scene_record("train", 11, 2, max_things=3)["conversations"]
-    with pytest.raises(IndexError):
-        data[3]
+def test_conversations_transcribe_first_and_then_ask():
+    data = SceneConversations(length=200, transcripts=100, turns=5)
+    assert len(data) == 200
+    for index in (0, 57, 99):
+        assert [turn["value"] for turn in data[index]["conversations"]] == [
+            "<image>\nTranscribe the picture.",
+            transcript(make_scene("train", index)),
+        ]
+    lengths = Counter(len(data[index]["conversations"]) for index in range(100, 200))
+    assert set(lengths) == {2, 10}
+    assert 0 < lengths[2] < 30
 
 
-def test_a_transcript_dataset_asks_for_the_whole_picture():
-    record = SceneDataset("validation", 2, transcript=True)[1]
-    assert [turn["value"] for turn in record["conversations"]] == [
-        "<image>\nTranscribe the picture.",
-        transcript(make_scene("validation", 1)),
-    ]
+def test_a_blind_conversation_has_no_image():
+    record = SceneConversations(length=9, transcripts=0, turns=2, blind=True)[8]
+    assert record["image"] is None
+    assert "<image>" not in record["conversations"][0]["value"]
+
+
+def test_labels_of_places_say_what_is_there():
+    for index in range(20):
+        scene, record = make_scene("train", index), ScenePlaces(20)[index]
+        told = {
+            place: (list(COLOURS)[colour - 1], ALL_NAMES[name - 1])
+            for place, colour, name in zip(PLACES, record["colours"], record["names"], strict=True)
+            if colour
+        }
+        assert told == {thing.place: (thing.colour, thing.name) for thing in scene.things}
+        assert [bool(colour) for colour in record["colours"]] == [bool(name) for name in record["names"]]
+
+
+def test_a_picture_of_all_the_shapes_can_be_asked_about():
+    """Scene 24599 of the training split has all six: what is absent must then be of another kind."""
+    scene = make_scene("train", 24599)
+    assert {thing.name for thing in scene.things} == set(SHAPES)
+    assert len(ask(scene, "train", 24599, 20)) == 20
