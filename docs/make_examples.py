@@ -2,7 +2,8 @@
 
     python docs/make_examples.py
 
-They were chosen for variety of papers, things and question families, before any model had answered them.
+The scenes were chosen for their looks before any model had answered them. The questions are of those families of
+which the embedded checkpoint's card says that it does more than guess; whether it is right here decided nothing.
 """
 
 import json
@@ -22,8 +23,8 @@ CHOSEN = [
 ]
 NOTE = (
     "The model that answers here is small and was trained on drawn scenes only. It reads a digit or a word at a "
-    "place, names colours and shapes, counts, finds the most common colour, and describes a scene; whether one thing is "
-    "above or like another it mostly guesses. Of photographs it knows nothing."
+    "place, names colours and shapes, counts, finds the most common colour, and describes a scene; whether one thing "
+    "is above or like another it mostly guesses. Of photographs it knows nothing."
 )
 
 

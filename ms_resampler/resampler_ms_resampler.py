@@ -75,7 +75,8 @@ class ScopePrior(nn.Module):
     """Where each query set and head may look: B^s of the module's equations.
 
     "gaussian" is learned in log space around the configured sigmas (if `learn_scopes`); "window" is a disc of
-    radius 2 sigma, at least as wide as the nearest patch, outside which the score is -inf; "none" is no prior.
+    radius 2 sigma, at least as wide as the nearest patch, outside which the score is -inf (a patch on its edge is
+    inside, whatever the last digit of its distance); "none" is no prior.
     """
 
     sigma_Gh: Tensor
@@ -116,19 +117,21 @@ class ScopePrior(nn.Module):
             return -0.5 * self.precision_Gh()[:, :, None, None] * squared_MN
         nearest_M1 = squared_MN.amin(dim=1, keepdim=True)
         radius_Gh11 = 2 * self.sigma_Gh.to(wide(self.sigma_Gh.dtype))[:, :, None, None]
-        reach_GhM1 = torch.maximum(radius_Gh11.square(), nearest_M1 + 1e-6)
+        reach_GhM1 = torch.maximum(radius_Gh11.square(), nearest_M1) + 1e-4
         return torch.zeros_like(squared_MN).masked_fill(squared_MN > reach_GhM1, -math.inf)
 
     def channels(self, anchors_M2: Tensor, patches_N2: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The Gaussian prior as a dot product: channels to append to queries (G, h, M, e) and keys (N, e).
 
         -|a - p|^2 / 2 sigma^2 = (a . p - |p|^2 / 2) / sigma^2 up to a term of the row, which softmax ignores.
+        Queries carry the factor sqrt(d) by which attention divides: after the split it would round them again.
         Half precision takes every factor in a high and a low part, or the prior would lose its digits.
         """
         centre_2 = patches_N2.mean(dim=0)
         anchors_M2, patches_N2 = anchors_M2 - centre_2, patches_N2 - centre_2
         precision_Gh11 = self.precision_Gh()[:, :, None, None]
-        query_GhM3 = precision_Gh11 * F.pad(anchors_M2, (0, 1), value=1.0)
+        head_width = self.config.hidden_size // self.config.num_attention_heads
+        query_GhM3 = precision_Gh11 * F.pad(anchors_M2, (0, 1), value=1.0) * math.sqrt(head_width)
         key_N3 = torch.cat([patches_N2, -0.5 * patches_N2.square().sum(-1, keepdim=True)], dim=-1)
         if dtype.itemsize >= 4:
             return query_GhM3.to(dtype), key_N3.to(dtype)
@@ -219,7 +222,6 @@ class ScopeLayer(GradientCheckpointingLayer):
     def _with_prior_channels(self, query, key, value, anchors_M2, patches_N2) -> tuple[Tensor, Tensor, Tensor]:
         """Appends the prior to queries and keys, and zeros up to a multiple of 8 channels, which kernels like."""
         extra_q, extra_k = self.prior(anchors_M2, patches_N2, query.dtype)
-        extra_q = (extra_q * math.sqrt(query.shape[-1])).to(query.dtype)
         padding = -(query.shape[-1] + extra_q.shape[-1]) % 8
         extra_q, extra_k = F.pad(extra_q, (0, padding)), F.pad(extra_k, (0, padding))
         query = torch.cat([query, extra_q.expand(*query.shape[:-1], -1)], dim=-1)

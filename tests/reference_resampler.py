@@ -85,7 +85,7 @@ def prior(weights, at, config, query_set, head, anchor, patch, patches, token_gr
             sigma = sigma * math.exp(weights[at + "prior.log_scale_Gh"][query_set, head])
         return -squared / (2 * sigma**2)
     nearest = min(squared_pitches(anchor, other, token_grid) for other in patches)
-    return 0.0 if squared <= max((2 * sigma) ** 2, nearest + 1e-6) else -math.inf
+    return 0.0 if squared <= max((2 * sigma) ** 2, nearest) + 1e-4 else -math.inf
 
 
 def squared_pitches(anchor, patch, token_grid) -> float:
