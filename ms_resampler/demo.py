@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the app until it ends or is interrupted: a program of its own, as on a Space."""
     if importlib.util.find_spec("gradio") is None:
         raise ValueError("The demo needs Gradio: pip install 'ms-resampler[demo]'.")
+    check_port(arguments.host, arguments.port)
     app_file = find_app()
     with loadable(model_or_embedded(arguments.model)) as model, ending_on_sigterm():
         app = subprocess.Popen([sys.executable, str(app_file)], env=environment(arguments, model))
@@ -38,12 +40,24 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find_app() -> Path:
-    """app.py of the Space: beside this package's folder in a checkout, inside it in a wheel."""
+    """app.py of the Space: inside this package's folder in a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parent
-    for folder in (package.parent / "space_app", package / "space_app"):
+    for folder in (package / "space_app", package.parent / "space_app"):
         if (folder / "app.py").is_file():
             return folder / "app.py"
-    raise FileNotFoundError("The demo's space_app folder is neither beside nor inside the installed package.")
+    raise FileNotFoundError("The demo's space_app folder is neither inside nor beside the installed package.")
+
+
+def check_port(host: str, port: int | None) -> None:
+    """Raises ValueError if the port that was asked for is taken; None is looked for by Gradio."""
+    if port is None:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"Cannot listen on {host}, port {port}: {error.strerror}.") from error
 
 
 @contextmanager

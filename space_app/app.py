@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -287,8 +287,12 @@ def main() -> None:
     if not model_id:
         raise SystemExit("Set MODEL_ID to a folder or a Hub repository with an MS-Resampler model.")
     model, processor = load(model_id, os.environ.get("MODEL_REVISION"))
-    build_demo(model, processor).launch(**launch_options())
+    demo = build_demo(model, processor)
+    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+    print(f"MS-Resampler answers at {address} (Ctrl+C ends it)", flush=True)
+    demo.block_thread()
 
 
 if __name__ == "__main__":
-    main()
+    with suppress(KeyboardInterrupt):
+        main()

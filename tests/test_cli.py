@@ -1,4 +1,5 @@
 import json
+import socket
 import subprocess
 import sys
 
@@ -161,6 +162,15 @@ def test_demo_adds_the_code_to_a_folder_of_weights(folder, tmp_path):
         assert (demo.Path(model) / "model.safetensors").is_file()
     assert not demo.Path(model).exists()
     assert sorted(file.name for file in weights.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_demo_says_that_a_port_is_taken(folder, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert cli.main(["demo", "--model", folder, "--port", port, "--no-browser"]) == 2
+    assert f"Cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
 
 
 def test_demo_finds_the_app():
