@@ -130,6 +130,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     """The multi-scope resampler: its width, its scopes, and how they are fused (design: README, "How it works").
 
     Fields:
+        projector_type: "ms_resampler", or one of the peers in projectors_ms_resampler.py, which use hidden_size,
+            num_attention_heads, num_hidden_layers, query_grid and visual_tokens where they have such a thing.
         hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: D, h, depth, width of the FFN.
         query_grid: rows and columns of the learned base queries; interpolated to any token grid.
         visual_tokens: the default budget, a count or [rows, columns].
@@ -146,7 +148,19 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     model_type = "ms_resampler_projector"
     base_config_key = "projector_config"
 
-    projector_type: Literal["ms_resampler"] = "ms_resampler"
+    projector_type: Literal[
+        "ms_resampler",
+        "mlp",
+        "avg_pool",
+        "pixel_shuffle",
+        "c_abstractor",
+        "ldp_v2",
+        "token_packer",
+        "mqt",
+        "saep",
+        "qwen_resampler",
+        "perceiver",
+    ] = "ms_resampler"
     hidden_size: int = 1024
     num_attention_heads: int = 16
     num_hidden_layers: int = 1
@@ -338,6 +352,14 @@ class MSResamplerConfig(PretrainedConfig):
         tower = self.vision_config
         halvings = len(tower.depths) - 1 if tower.model_type in FEATURE_MAP_TOWERS else 0
         return tower.patch_size * 2**halvings
+
+    @property
+    def native_patch_grid(self) -> tuple[int, int]:
+        """Patch rows and columns (H, W) of a square image of the tower's own size."""
+        if hasattr(self.vision_config, "num_patches"):  # SigLIP 2 counts patches, whatever their layout
+            side = math.isqrt(self.vision_config.num_patches)
+            return side, side
+        return self.patch_grid((self.vision_config.image_size, self.vision_config.image_size))
 
     def patch_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patch rows and columns (H, W) of an image of (height, width) pixels."""

@@ -20,7 +20,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_ms_resampler import FEATURE_MAP_TOWERS, MSResamplerConfig, token_grid
-from .resampler_ms_resampler import MultiScopeResampler, init_resampler_weights
+from .projectors_ms_resampler import PROJECTORS, build_projector, init_projector_weights
+from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
 
 # Towers whose position table fits one image size unless they are asked to interpolate it.
 _FIXED_SIZE_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model", "vit"})
@@ -69,7 +70,7 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MultiScopeResampler"]
+    _no_split_modules = ["MultiScopeResampler", *(projector.__name__ for projector in PROJECTORS.values())]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -84,9 +85,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
     def __init__(self, config: MSResamplerConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.projector = MultiScopeResampler(
-            config.projector_config, config.feature_width, config.text_config.hidden_size
-        )
+        self.projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         if not hasattr(self.language_model, "embed_tokens"):
             raise ValueError(
@@ -99,6 +98,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         """The projector's parts, by its own table: tower and language model are models and initialise themselves."""
         super()._init_weights(module)
         init_resampler_weights(module)
+        init_projector_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -174,6 +174,16 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             layers = [layer.flatten(2).mT for layer in layers]
         return torch.cat([layer[:, self.config.num_prefix_tokens :] for layer in layers], dim=-1)
 
+    def _run_projector(
+        self, x_BNC: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int], output_scopes: bool
+    ) -> tuple[Tensor, ScopeMaps | None]:
+        kind = self.config.projector_config.projector_type  # the module itself may be wrapped, by peft say
+        if kind == "ms_resampler":
+            return self.projector(x_BNC, patch_grid, token_grid, output_scopes)
+        if output_scopes:
+            raise ValueError(f"`output_scopes` needs a projector with scopes, and `{kind}` has none.")
+        return self.projector(x_BNC, patch_grid, token_grid), None
+
     def _project(
         self,
         x_BNC: Tensor,
@@ -182,7 +192,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         output_scopes: bool,
     ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Visual tokens and scope maps of every image; images of the same grids go through together."""
-        x_BNC = x_BNC.to(self.projector.input_proj.weight.dtype)
+        x_BNC = x_BNC.to(next(self.projector.parameters()).dtype)
         padded = self.config.vision_config.model_type == "siglip2_vision_model"  # to the batch's largest image
         grids = list(zip(patch_grids, token_grids, strict=True))
         tokens: dict[int, Tensor] = {}
@@ -191,7 +201,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             rows = [row for row, grid in enumerate(grids) if grid == (patches, wanted)]
             x = x_BNC if len(rows) == len(grids) else x_BNC[rows]
             x = x[:, : patches[0] * patches[1]] if padded else x
-            y_BMT, scopes = self.projector(x, patches, wanted, output_scopes)
+            y_BMT, scopes = self._run_projector(x, patches, wanted, output_scopes)
             for row, index in enumerate(rows):
                 tokens[index] = y_BMT[row]
                 if output_scopes:

@@ -348,7 +348,8 @@ def init_resampler_weights(module: nn.Module) -> None:
     """
     if isinstance(module, nn.Linear):
         init.normal_(module.weight, std=module.in_features**-0.5)
-        init.zeros_(module.bias)
+        if module.bias is not None:
+            init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
         init.ones_(module.weight)
         init.zeros_(module.bias)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import picture, tiny_model, tiny_processor
 from torch import Tensor
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 import ms_resampler
 from ms_resampler.configuration_ms_resampler import AUTO_MAP
 from ms_resampler.hub_upload.staging import remote_code_files, stage_checkpoint
+from ms_resampler.projectors_ms_resampler import PROJECTORS
 
 CODE = remote_code_files()
 ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"} | set(sys.stdlib_module_names)
@@ -25,7 +26,8 @@ ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"} | set(sys
 SIBLINGS = {
     "configuration_ms_resampler": set(),
     "resampler_ms_resampler": set(),
-    "modeling_ms_resampler": {"configuration_ms_resampler", "resampler_ms_resampler"},
+    "projectors_ms_resampler": {"configuration_ms_resampler", "resampler_ms_resampler"},
+    "modeling_ms_resampler": {"configuration_ms_resampler", "projectors_ms_resampler", "resampler_ms_resampler"},
     "processing_ms_resampler": {"configuration_ms_resampler"},
 }
 QUESTION = "What is this?"
@@ -255,3 +257,40 @@ def test_the_import_scan_of_transformers_finds_the_same(file):
     assert set(get_relative_imports(file)) == SIBLINGS[file.stem]
     assert set(get_imports(file)) <= ALLOWED
     assert not re.search(r"^\s*(from|import)\s+ms_resampler\b", file.read_text(), re.MULTILINE)
+
+
+PEERS = (
+    STRANGER
+    + """
+import torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+inputs, out = arguments
+inputs, logits = load_file(inputs), {}
+for peer in sorted(Path(folder).iterdir()):
+    model = AutoModelForImageTextToText.from_pretrained(peer, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    with torch.no_grad():
+        logits[peer.name] = model(**inputs).logits
+save_file(logits, out)
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_stranger_loads_every_peer(image_file, tmp_path):
+    """At 36 tokens, which they all can give."""
+    inputs = inputs_of(tiny_processor(visual_tokens=[6, 6]), image_file)
+    save_file({name: inputs[name].contiguous() for name in inputs}, tmp_path / "inputs")
+    models = {}
+    for kind in PROJECTORS:
+        projector = {"projector_type": kind, "query_grid": [6, 6], "visual_tokens": [6, 6]}
+        models[kind] = tiny_model(projector=projector | {"hidden_size": 16, "num_attention_heads": 4})
+        models[kind].save_pretrained(tmp_path / "peers" / kind)
+    run_as_stranger(PEERS, tmp_path / "peers", tmp_path / "inputs", tmp_path / "logits", home=tmp_path / "home")
+    theirs = load_file(tmp_path / "logits")
+    assert theirs.keys() == PROJECTORS.keys()
+    for kind, model in models.items():
+        with torch.no_grad():
+            torch.testing.assert_close(theirs[kind], model(**inputs).logits, rtol=1e-4, atol=1e-5, msg=kind)

@@ -1,0 +1,514 @@
+"""The peers of the multi-scope resampler: published projectors, all called alike.
+
+`projector(x_BNC, patch_grid, token_grid)` maps patch features (B, N, C) to visual tokens (B, M, T) in raster order.
+Each class is a function of the same inputs as its original, and `original_names` says what the original calls its
+weights, so that published ones load. Where the original is fixed to one grid and this one is not, the docstring says
+how it was made general. Shapes are named as in resampler_ms_resampler.py.
+"""
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_ms_resampler import token_grid
+from .resampler_ms_resampler import MultiScopeResampler
+
+Grid = tuple[int, int]
+
+
+def as_map(x_BNC: Tensor, grid: Grid) -> Tensor:
+    """(B, N, C) -> (B, C, H, W). Raises ValueError if the features are no such grid."""
+    if x_BNC.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f"Got {x_BNC.shape[1]} patch features for a grid of {grid[0]} x {grid[1]} patches: the vision tower's "
+            "prefix tokens or the image size do not fit the configuration."
+        )
+    return x_BNC.mT.unflatten(2, grid)
+
+
+def as_tokens(x_BCHW: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, N, C)."""
+    return x_BCHW.flatten(2).mT
+
+
+def cell_shape(name: str, patch_grid: Grid, token_grid: Grid) -> Grid:
+    """Patches in a token's cell (rows, columns). Raises ValueError if the cells are not equal."""
+    if patch_grid[0] % token_grid[0] or patch_grid[1] % token_grid[1]:
+        raise ValueError(
+            f"`{name}` joins whole patches: a grid of {patch_grid[0]} x {patch_grid[1]} patches cannot become "
+            f"{token_grid[0]} x {token_grid[1]} tokens; use a token grid that divides it."
+        )
+    return patch_grid[0] // token_grid[0], patch_grid[1] // token_grid[1]
+
+
+def require_cell(name: str, fixed: Grid, patch_grid: Grid, token_grid: Grid) -> None:
+    """Raises ValueError unless the cells are those for which the weights are made."""
+    cell = cell_shape(name, patch_grid, token_grid)
+    if cell != fixed:
+        raise ValueError(
+            f"`{name}` has weights for cells of {fixed[0]} x {fixed[1]} patches, not of {cell[0]} x {cell[1]}: for "
+            f"{patch_grid[0]} x {patch_grid[1]} patches set `visual_tokens` to "
+            f"[{patch_grid[0] // fixed[0]}, {patch_grid[1] // fixed[1]}]."
+        )
+
+
+def default_cell(name: str, config) -> Grid:
+    """The cell of the configured budget on the tower's native grid."""
+    patches = config.native_patch_grid
+    return cell_shape(name, patches, token_grid(config.projector_config.visual_tokens, patches))
+
+
+def attention(width: int, heads: int) -> nn.MultiheadAttention:
+    """Torch's multi-head attention, batches first. Raises ValueError if the heads do not share out the width."""
+    if width % heads:
+        raise ValueError(f"`num_attention_heads` {heads} does not divide the width {width} at which they attend.")
+    return nn.MultiheadAttention(width, heads, batch_first=True)
+
+
+def windows(x_BNC: Tensor, patch_grid: Grid, cell: Grid) -> Tensor:
+    """The patches of every cell, in raster order of cells and within them: (B, M, patches of a cell, C)."""
+    x_BHhWwC = x_BNC.unflatten(1, (patch_grid[0] // cell[0], cell[0], patch_grid[1] // cell[1], cell[1]))
+    return x_BHhWwC.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def mlp(inputs: int, outputs: int, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
+    """Linear, activation, Linear: the hidden width is that of the output."""
+    return nn.Sequential(nn.Linear(inputs, outputs), activation(), nn.Linear(outputs, outputs))
+
+
+def sincos_table(grid: Grid, width: int) -> Tensor:
+    """2-D sin-cos codes of a grid's indices (rows * columns, width): columns first, base 10000 (MAE's)."""
+    frequency = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequency for axis in (columns, rows)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1).float()
+
+
+def resize_table(table_PC: Tensor, grid: Grid, to: Grid) -> Tensor:
+    """A table of positions for another grid, by bicubic interpolation in float32."""
+    if grid == to:
+        return table_PC
+    table_1CHW = table_PC.float().mT.unflatten(1, grid)[None]
+    resized_1CHW = F.interpolate(table_1CHW, size=to, mode="bicubic", align_corners=False)
+    return as_tokens(resized_1CHW)[0].to(table_PC.dtype)
+
+
+class MLPProjector(nn.Module):
+    """LLaVA-1.5 (Liu et al., 2023): a token for every patch, through an MLP."""
+
+    original_names = {"mlp": ""}
+
+    def __init__(self, config):
+        super().__init__()
+        self.mlp = mlp(config.feature_width, config.text_config.hidden_size)
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        require_cell("mlp", (1, 1), patch_grid, token_grid)
+        return self.mlp(x_BNC)
+
+
+class AveragePoolProjector(nn.Module):
+    """The mean of each token's cell, through LLaVA's MLP; any grids."""
+
+    original_names = {"mlp": ""}
+
+    def __init__(self, config):
+        super().__init__()
+        self.mlp = mlp(config.feature_width, config.text_config.hidden_size)
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        return self.mlp(as_tokens(F.adaptive_avg_pool2d(as_map(x_BNC, patch_grid), token_grid)))
+
+
+class PixelShuffleProjector(nn.Module):
+    """InternVL 1.5 (Chen et al., 2024): the patches of a cell side by side, through a norm and an MLP."""
+
+    original_names = {"norm": "mlp1.0", "mlp.0": "mlp1.1", "mlp.2": "mlp1.3"}
+
+    def __init__(self, config):
+        super().__init__()
+        self.cell = default_cell("pixel_shuffle", config)
+        width = config.feature_width * self.cell[0] * self.cell[1]
+        self.norm = nn.LayerNorm(width)
+        self.mlp = mlp(width, config.text_config.hidden_size)
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        require_cell("pixel_shuffle", self.cell, patch_grid, token_grid)
+        return self.mlp(self.norm(windows(x_BNC, patch_grid, self.cell).flatten(2)))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a map (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class SqueezeExcite(nn.Module):
+    """Scales every channel by what the mean of the map says about it."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(width, hidden, 1), nn.Conv2d(hidden, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+class AbstractorBlock(nn.Module):
+    """A bottleneck of 1 x 1, depthwise 3 x 3, squeeze-and-excite and 1 x 1, beside a shortcut."""
+
+    def __init__(self, inputs: int, width: int):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(inputs, width, 1, bias=False), LayerNorm2d(width)
+        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False), LayerNorm2d(width)
+        self.se = SqueezeExcite(width, round(inputs / 4))
+        self.conv3, self.norm3 = nn.Conv2d(width, width, 1, bias=False), LayerNorm2d(width)
+        if inputs != width:
+            self.shortcut, self.shortcut_norm = nn.Conv2d(inputs, width, 1, bias=False), LayerNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.norm1(self.conv1(x)))
+        y = self.se(F.silu(self.norm2(self.conv2(y))))
+        y = self.norm3(self.conv3(y))
+        return F.silu(y + (self.shortcut_norm(self.shortcut(x)) if hasattr(self, "shortcut") else x))
+
+
+class CAbstractor(nn.Module):
+    """Honeybee's C-Abstractor (Cha et al., 2024): blocks of convolutions before and after average pooling.
+
+    The table of positions, fixed to the tower's native grid in the original, is resized to other grids.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        inputs, width = config.feature_width, config.projector_config.hidden_size
+        depth = config.projector_config.num_hidden_layers
+        self.grid = config.native_patch_grid
+        self.position_NC = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], inputs))
+        widths = [inputs] + [width] * (2 * depth)
+        blocks = [AbstractorBlock(*pair) for pair in pairwise(widths)]
+        self.before, self.after = nn.Sequential(*blocks[:depth]), nn.Sequential(*blocks[depth:])
+        self.readout = mlp(width, config.text_config.hidden_size, nn.SiLU)
+
+    @property
+    def original_names(self) -> dict[str, str]:
+        names = {"position_NC": "pos_emb", "readout": "readout"}
+        for ours, theirs in (("before", "net.0"), ("after", "net.2")):
+            for number in range(len(self.before)):
+                block, original = f"{ours}.{number}", f"{theirs}.b{number + 1}"
+                names[f"{block}.se"] = f"{original}.se"
+                for part in (1, 2, 3):
+                    names[f"{block}.conv{part}"] = f"{original}.conv{part}.conv"
+                    names[f"{block}.norm{part}"] = f"{original}.conv{part}.bn"
+                names[f"{block}.shortcut"] = f"{original}.downsample.conv"
+                names[f"{block}.shortcut_norm"] = f"{original}.downsample.bn"
+        return names
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        x = as_map(x_BNC + resize_table(self.position_NC, self.grid, patch_grid), patch_grid)
+        x = self.after(F.adaptive_avg_pool2d(self.before(x), token_grid))
+        return self.readout(as_tokens(x))
+
+
+class LDPv2(nn.Module):
+    """MobileVLM V2's projector (Chu et al., 2024): MLP, average pooling, and a depthwise convolution beside it.
+
+    The original's 12 x 12 tokens are any token grid here.
+    """
+
+    original_names = {"mlp": "mlp.mlp", "positions": "peg.peg.0"}
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.mlp = mlp(config.feature_width, width)
+        self.positions = nn.Conv2d(width, width, 3, padding=1, groups=width)
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        x = F.adaptive_avg_pool2d(as_map(self.mlp(x_BNC), patch_grid), token_grid)
+        return as_tokens(x + self.positions(x))
+
+
+class TokenPacker(nn.Module):
+    """TokenPacker (Li et al., 2024): every token is a bilinear sample of the last layer that attends its own cell.
+
+    Queries are of the last of the tower's layers, keys and values of all of them. The width, 1024 in the original,
+    is the configuration's; any cell will do.
+    """
+
+    original_names = {
+        "q_proj": "q_proj_1",
+        "q_norm": "ln_q_1",
+        "k_proj": "k_proj_1",
+        "k_norm": "ln_k_1",
+        "v_proj": "v_proj_1",
+        "v_norm": "ln_v_1",
+        "attention": "clip_attn",
+        "mlp": "mlp",
+    }
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.projector_config.hidden_size
+        self.query_width = config.feature_width // len(config.feature_layers)
+        self.q_proj, self.q_norm = nn.Linear(self.query_width, width, bias=False), nn.LayerNorm(width, eps=1e-6)
+        self.k_proj, self.k_norm = mlp(config.feature_width, width), nn.LayerNorm(width, eps=1e-6)
+        self.v_proj, self.v_norm = mlp(config.feature_width, width), nn.LayerNorm(width, eps=1e-6)
+        self.attention = attention(width, config.projector_config.num_attention_heads)
+        self.mlp = mlp(width, config.text_config.hidden_size)
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        return self.pack(x_BNC[..., -self.query_width :], x_BNC, patch_grid, token_grid)
+
+    def pack(self, last_BNC: Tensor, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        """Tokens that begin as samples of the one and read the other."""
+        cell = cell_shape("token_packer", patch_grid, token_grid)
+        last_BCHW = as_map(last_BNC, patch_grid)
+        sample_BCHW = F.interpolate(last_BCHW.float(), size=token_grid, mode="bilinear").to(x_BNC.dtype)
+        query = self.q_norm(self.q_proj(as_tokens(sample_BCHW)))
+        key = windows(self.k_norm(self.k_proj(x_BNC)), patch_grid, cell)
+        value = windows(self.v_norm(self.v_proj(x_BNC)), patch_grid, cell)
+        # Every cell is a sequence of its own, with one query.
+        out = self.attention(query.flatten(0, 1)[:, None], key.flatten(0, 1), value.flatten(0, 1), need_weights=False)[
+            0
+        ]
+        return self.mlp(out[:, 0].unflatten(0, query.shape[:2]))
+
+
+class MQTResampler(nn.Module):
+    """MQT (Hu et al., 2024): the first M learned queries of a raster; keys are positions alone, values the patches.
+
+    So where a token looks does not depend on the image. A budget that is no full grid takes the raster's first rows.
+    """
+
+    original_names = {
+        "query_QC": "query",
+        "position_QC": "pos_embed",
+        "q_norm": "ln_q",
+        "k_norm": "ln_k",
+        "v_norm": "ln_v",
+        "attention": "attn",
+        "output_CT": "proj",
+    }
+    position_QC: Tensor
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.grid = config.feature_width, tuple(config.projector_config.query_grid)
+        self.query_QC = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], width))
+        self.register_buffer("position_QC", sincos_table(self.grid, width))
+        self.q_norm, self.k_norm, self.v_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
+        self.attention = attention(width, config.projector_config.num_attention_heads)
+        self.output_CT = nn.Parameter(torch.zeros(width, config.text_config.hidden_size))
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        tokens = token_grid[0] * token_grid[1]
+        if tokens > len(self.query_QC):
+            raise ValueError(f"`mqt` has {len(self.query_QC)} queries (`query_grid`), so no more tokens than that.")
+        query = self.q_norm(self.query_QC[:tokens] + self.position_QC[:tokens])
+        key = self.k_norm(resize_table(self.position_QC, self.grid, patch_grid))
+        query, key = (t.expand(len(x_BNC), -1, -1) for t in (query, key))
+        return self.attention(query, key, self.v_norm(x_BNC), need_weights=False)[0] @ self.output_CT
+
+
+class QwenResampler(nn.Module):
+    """Qwen-VL's resampler (Bai et al., 2023): a fixed grid of learned queries attends all patches once."""
+
+    original_names = {
+        "query_MD": "query",
+        "position_MD": "pos_embed",
+        "kv_proj": "kv_proj",
+        "q_norm": "ln_q",
+        "kv_norm": "ln_kv",
+        "attention": "attn",
+        "output_norm": "ln_post",
+        "output_DT": "proj",
+    }
+    position_MD: Tensor
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.grid = config.projector_config.hidden_size, tuple(config.projector_config.query_grid)
+        self.query_MD = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], width))
+        self.register_buffer("position_MD", sincos_table(self.grid, width))
+        same = config.feature_width == width
+        self.kv_proj = nn.Identity() if same else nn.Linear(config.feature_width, width, bias=False)
+        self.q_norm, self.kv_norm, self.output_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
+        self.attention = attention(width, config.projector_config.num_attention_heads)
+        self.output_DT = nn.Parameter(torch.zeros(width, config.text_config.hidden_size))
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        require_queries("qwen_resampler", len(self.query_MD), token_grid)
+        x_BND = self.kv_norm(self.kv_proj(x_BNC))
+        query = (self.q_norm(self.query_MD) + self.position_MD).expand(len(x_BND), -1, -1)
+        key = x_BND + resize_table(self.position_MD, self.grid, patch_grid)
+        out_BMD = self.attention(query, key, x_BND, need_weights=False)[0]
+        return self.output_norm(out_BMD) @ self.output_DT
+
+
+def require_queries(name: str, queries: int, token_grid: Grid) -> None:
+    """Raises ValueError unless there is a query for every token."""
+    if token_grid[0] * token_grid[1] != queries:
+        raise ValueError(
+            f"`{name}` gives one token for each of its {queries} queries (`query_grid`), not {token_grid[0]} x "
+            f"{token_grid[1]}: its budget cannot be changed when it is called."
+        )
+
+
+class SAEP(nn.Module):
+    """SAEP (Qian et al., 2025): several layers joined, and a strided convolution beside average pooling."""
+
+    original_names = {
+        "input_proj": "point_conv",
+        "input_norm": "norm1",
+        "conv": "conv1",
+        "conv_norm": "norm2",
+        "pool_norm": "norm3",
+    }
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.cell = config.text_config.hidden_size, default_cell("saep", config)
+        self.input_proj, self.input_norm = nn.Linear(config.feature_width, width), nn.LayerNorm(width)
+        self.conv = nn.Conv2d(width, width, self.cell, stride=self.cell, groups=width)
+        self.conv_norm, self.pool_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        require_cell("saep", self.cell, patch_grid, token_grid)
+        x = as_map(self.input_norm(self.input_proj(x_BNC)), patch_grid)
+        return self.conv_norm(as_tokens(self.conv(x))) + self.pool_norm(as_tokens(F.avg_pool2d(x, self.cell)))
+
+
+class PerceiverLayer(nn.Module):
+    """Latents attend patches and themselves; then a feed-forward layer. No biases."""
+
+    def __init__(self, width: int, heads: int, head_width: int):
+        super().__init__()
+        self.heads, inner = heads, heads * head_width
+        self.x_norm, self.z_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.kv_proj = nn.Linear(width, 2 * inner, bias=False)
+        self.o_proj = nn.Linear(inner, width, bias=False)
+        self.ffn_norm = nn.LayerNorm(width)
+        self.ffn = nn.Sequential(
+            nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)
+        )
+
+    def forward(self, z_BMC: Tensor, x_BNC: Tensor) -> Tensor:
+        latents = self.z_norm(z_BMC)
+        key, value = self.kv_proj(torch.cat([self.x_norm(x_BNC), latents], dim=1)).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q_proj(latents), key, value))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        z_BMC = z_BMC + self.o_proj(out)
+        return z_BMC + self.ffn(self.ffn_norm(z_BMC))
+
+
+class PerceiverResampler(nn.Module):
+    """Flamingo's perceiver (Alayrac et al., 2022; OpenFlamingo): latents without positions, in several layers.
+
+    Heads are `hidden_size / num_attention_heads` wide. A linear layer follows where the widths differ.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width, text_width, projector = config.feature_width, config.text_config.hidden_size, config.projector_config
+        rows, columns = projector.query_grid
+        self.latents_MC = nn.Parameter(torch.zeros(rows * columns, width))
+        heads = projector.num_attention_heads
+        self.layers = nn.ModuleList(
+            PerceiverLayer(width, heads, projector.hidden_size // heads) for _ in range(projector.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.output_proj = nn.Identity() if width == text_width else nn.Linear(width, text_width)
+
+    @property
+    def original_names(self) -> dict[str, str]:
+        parts = {
+            "x_norm": "0.norm_media",
+            "z_norm": "0.norm_latents",
+            "q_proj": "0.to_q",
+            "kv_proj": "0.to_kv",
+            "o_proj": "0.to_out",
+            "ffn_norm": "1.0",
+            "ffn.0": "1.1",
+            "ffn.2": "1.3",
+        }
+        names = {"latents_MC": "latents", "norm": "norm"}
+        for n in range(len(self.layers)):
+            names |= {f"layers.{n}.{ours}": f"layers.{n}.{theirs}" for ours, theirs in parts.items()}
+        return names
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        require_queries("perceiver", len(self.latents_MC), token_grid)
+        z_BMC = self.latents_MC.expand(len(x_BNC), -1, -1)
+        for layer in self.layers:
+            z_BMC = layer(z_BMC, x_BNC)
+        return self.output_proj(self.norm(z_BMC))
+
+
+PROJECTORS: dict[str, type[nn.Module]] = {
+    "mlp": MLPProjector,
+    "avg_pool": AveragePoolProjector,
+    "pixel_shuffle": PixelShuffleProjector,
+    "c_abstractor": CAbstractor,
+    "ldp_v2": LDPv2,
+    "token_packer": TokenPacker,
+    "mqt": MQTResampler,
+    "saep": SAEP,
+    "qwen_resampler": QwenResampler,
+    "perceiver": PerceiverResampler,
+}
+
+
+def build_projector(config) -> nn.Module:
+    """The projector that a model's configuration names: ours, or a peer."""
+    projector = config.projector_config
+    if projector.projector_type == "ms_resampler":
+        return MultiScopeResampler(projector, config.feature_width, config.text_config.hidden_size)
+    return PROJECTORS[projector.projector_type](config)
+
+
+def rename(names: Iterable[str], table: dict[str, str]) -> dict[str, str]:
+    """Each of our names with the original's, by the longest prefix in the table. Raises ValueError if there is none."""
+    renamed = {}
+    for name in names:
+        prefixes = [prefix for prefix in table if name == prefix or name.startswith(f"{prefix}.")]
+        if not prefixes:
+            raise ValueError(f"The original of this projector has no weight like `{name}`.")
+        prefix = max(prefixes, key=len)
+        renamed[name] = (table[prefix] + name.removeprefix(prefix)).removeprefix(".")
+    return renamed
+
+
+@torch.no_grad()
+def init_projector_weights(module: nn.Module) -> None:
+    """How a peer's own parameters start; its linear layers start as ours do, or as their class does.
+
+    packed attention weights     Xavier uniform, bias 0
+    learned queries, positions   normal, std 0.02     Flamingo's latents   normal, std 1
+    output matrices              normal, std 1 / sqrt(inputs)              tables of positions   2-D sin-cos
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        init.xavier_uniform_(module.in_proj_weight)
+        init.zeros_(module.in_proj_bias)
+    elif isinstance(module, (MQTResampler, QwenResampler)):
+        query, output, table = (
+            (module.query_QC, module.output_CT, module.position_QC)
+            if isinstance(module, MQTResampler)
+            else (module.query_MD, module.output_DT, module.position_MD)
+        )
+        init.normal_(query, std=0.02)
+        init.normal_(output, std=output.shape[0] ** -0.5)
+        init.copy_(table, sincos_table(module.grid, table.shape[1]))
+    elif isinstance(module, CAbstractor):
+        init.normal_(module.position_NC, std=0.02)
+    elif isinstance(module, PerceiverResampler):
+        init.normal_(module.latents_MC, std=1.0)
+
+
+__all__ = ["PROJECTORS", "build_projector", "init_projector_weights"]

@@ -1,0 +1,219 @@
+"""The peers: each computes what its original computed, at any size, and works inside a whole model."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_models import picture, tiny_model, tiny_processor
+from transformers import AutoModelForImageTextToText
+
+from ms_resampler.projectors_ms_resampler import PROJECTORS, rename, resize_table, sincos_table
+
+ORIGINALS = Path(__file__).parent / "reference_projectors"
+
+
+def sizes(vision, text, patches, tokens, *, layers=1, width=64, heads=4, depth=1, queries=None):
+    """What a projector reads of a model's configuration."""
+    return SimpleNamespace(
+        feature_width=vision,
+        text_config=SimpleNamespace(hidden_size=text),
+        feature_layers=list(range(layers)),
+        native_patch_grid=patches,
+        projector_config=SimpleNamespace(
+            hidden_size=width,
+            num_attention_heads=heads,
+            num_hidden_layers=depth,
+            query_grid=queries or tokens,
+            visual_tokens=tokens,
+        ),
+    )
+
+
+# File of the original's tensors, its name here, sizes, patch grid and token grid.
+PARITY = {
+    "honeybee_cabs_small": ("c_abstractor", sizes(64, 96, (8, 8), (4, 4), depth=3), (8, 8), (4, 4)),
+    "internvl_pixelshuffle_small": ("pixel_shuffle", sizes(8, 24, (6, 6), (3, 3)), (6, 6), (3, 3)),
+    "llava_mlp2x_small": ("mlp", sizes(32, 48, (8, 8), (8, 8)), (8, 8), (8, 8)),
+    "mobilevlm_ldpv2_small": ("ldp_v2", sizes(32, 48, (24, 24), (12, 12)), (24, 24), (12, 12)),
+    "mqt_small_m16": ("mqt", sizes(64, 96, (8, 8), (4, 4)), (8, 8), (4, 4)),
+    "mqt_small_m9": ("mqt", sizes(64, 96, (8, 8), (3, 3), queries=(4, 4)), (8, 8), (3, 3)),
+    "open_flamingo_small": ("perceiver", sizes(64, 64, (8, 8), (3, 3), depth=2), (8, 8), (3, 3)),
+    "qwenvl_resampler_small": ("qwen_resampler", sizes(32, 64, (8, 8), (3, 3)), (8, 8), (3, 3)),
+    "saep_small": ("saep", sizes(80, 48, (8, 8), (4, 4), layers=5), (8, 8), (4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_a_peer_computes_what_its_original_computed(name):
+    kind, config, patches, tokens = PARITY[name]
+    with safe_open(ORIGINALS / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no dict
+        assert json.loads(file.metadata()["meta"])["commit"]
+    original = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
+    inputs = [tensors[key] for key in sorted(tensors) if key.startswith("in.")]
+    x_BNC = torch.cat(inputs, dim=-1).flatten(1, -2)
+
+    projector = PROJECTORS[kind](config)
+    own = projector.state_dict()
+    names = rename(own, projector.original_names)
+    assert sorted(names.values()) == sorted(original)  # one to one
+    projector.load_state_dict({ours: original[theirs].reshape(own[ours].shape) for ours, theirs in names.items()})
+    with torch.no_grad():
+        y_BMT = projector(x_BNC, patches, tokens)
+    assert y_BMT.shape == tensors["out"].shape
+    assert (y_BMT - tensors["out"]).abs().max() <= 1e-5 * tensors["out"].abs().max()
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_token_packer_is_attention_of_one_query_in_its_own_cell(scale):
+    """Token by token and cell by cell, by the published equations."""
+    torch.manual_seed(0)
+    patches, tokens = (2 * scale, 3 * scale), (2, 3)
+    projector = PROJECTORS["token_packer"](sizes(48, 20, patches, tokens, layers=3, width=32))
+    x_BNC = torch.randn(2, patches[0] * patches[1], 48)
+    with torch.no_grad():
+        got_BMT = projector(x_BNC, patches, tokens)
+        x = x_BNC.unflatten(1, patches)
+        for row in range(2):
+            for column in range(3):
+                cell = x[:, scale * row : scale * (row + 1), scale * column : scale * (column + 1)]
+                middle = cell[:, (scale - 1) // 2 : scale // 2 + 1, (scale - 1) // 2 : scale // 2 + 1, 32:].mean((1, 2))
+                query = projector.q_norm(projector.q_proj(middle))[:, None]
+                key = projector.k_norm(projector.k_proj(cell.flatten(1, 2)))
+                value = projector.v_norm(projector.v_proj(cell.flatten(1, 2)))
+                expected_BT = projector.mlp(projector.attention(query, key, value)[0][:, 0])
+                torch.testing.assert_close(got_BMT[:, 3 * row + column], expected_BT, rtol=1e-5, atol=1e-6)
+
+
+def test_average_pooling_is_the_mlp_of_the_mean_of_each_cell():
+    torch.manual_seed(0)
+    projector = PROJECTORS["avg_pool"](sizes(16, 20, (4, 6), (2, 3)))
+    x_BNC = torch.randn(2, 24, 16)
+    means = [
+        x_BNC.unflatten(1, (4, 6))[:, 2 * r : 2 * r + 2, 2 * c : 2 * c + 2].mean((1, 2))
+        for r in (0, 1)
+        for c in (0, 1, 2)
+    ]
+    torch.testing.assert_close(projector(x_BNC, (4, 6), (2, 3)), projector.mlp(torch.stack(means, dim=1)))
+
+
+@pytest.mark.parametrize("kind", ["avg_pool", "c_abstractor", "ldp_v2", "token_packer", "mqt"])
+def test_elastic_peers_take_other_and_oblong_grids(kind):
+    torch.manual_seed(0)
+    projector = PROJECTORS[kind](sizes(16, 20, (6, 6), (3, 3), width=16, queries=(4, 4)))
+    if kind == "c_abstractor":
+        torch.nn.init.normal_(projector.position_NC)
+    assert projector(torch.randn(2, 32, 16), (4, 8), (2, 4)).shape == (2, 8, 20)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "sentence"),
+    [
+        ("mlp", (3, 3), r"for 6 x 6 patches set `visual_tokens` to \[6, 6\]"),
+        ("pixel_shuffle", (2, 2), r"cells of 2 x 2 patches, not of 3 x 3"),
+        ("saep", (4, 4), "6 x 6 patches cannot become 4 x 4 tokens"),
+        ("token_packer", (4, 4), "6 x 6 patches cannot become 4 x 4 tokens"),
+        ("mqt", (4, 3), "`mqt` has 9 queries"),
+        ("qwen_resampler", (2, 3), "one token for each of its 9 queries"),
+        ("perceiver", (2, 3), "one token for each of its 9 queries"),
+    ],
+)
+def test_a_budget_that_a_peer_cannot_give_is_refused(kind, tokens, sentence):
+    projector = PROJECTORS[kind](sizes(16, 20, (6, 6), (3, 3), width=16))
+    with pytest.raises(ValueError, match=sentence):
+        projector(torch.randn(1, 36, 16), (6, 6), tokens)
+
+
+def test_heads_that_do_not_share_out_the_width_are_refused():
+    with pytest.raises(ValueError, match="`num_attention_heads` 4 does not divide the width 18"):
+        PROJECTORS["mqt"](sizes(18, 20, (6, 6), (3, 3)))
+
+
+def test_mqt_looks_at_the_same_places_in_every_image():
+    """Its keys are positions alone: the output is affine in the normed features."""
+    torch.manual_seed(0)
+    projector = PROJECTORS["mqt"](sizes(16, 20, (4, 4), (2, 2)))
+    torch.nn.init.normal_(projector.query_QC)
+    torch.nn.init.normal_(projector.output_CT)
+    projector.v_norm = torch.nn.Identity()
+    a, b = torch.randn(2, 1, 16, 16)
+    run = lambda x: projector(x, (4, 4), (2, 2))  # noqa: E731 - one formula
+    torch.testing.assert_close(run(0.3 * a + 0.7 * b), 0.3 * run(a) + 0.7 * run(b))
+
+
+def test_a_table_of_positions_tells_the_column_and_then_the_row():
+    table = sincos_table((3, 4), 8).unflatten(0, (3, 4))
+    for row in range(3):
+        for column in range(4):
+            waves = [
+                wave(index * rate) for index in (column, row) for wave in (math.sin, math.cos) for rate in (1, 0.01)
+            ]
+            torch.testing.assert_close(table[row, column], torch.tensor(waves))
+
+
+def test_a_table_is_resized_between_its_values_and_not_at_its_own_size():
+    table = torch.randn(12, 8)
+    assert torch.equal(resize_table(table, (3, 4), (3, 4)), table)
+    rising = torch.arange(8.0)[None, :, None].expand(6, 8, 2).flatten(0, 1)  # by one a column
+    inner = resize_table(rising, (6, 8), (6, 16)).unflatten(0, (6, 16))[:, 4:-4]
+    between = (torch.arange(4.0, 12)[None, :, None] / 2 - 0.25).expand(6, 8, 2)
+    torch.testing.assert_close(inner, between, rtol=0, atol=0.05)  # a cubic kernel bends straight lines a little
+
+
+BUDGETS = {"mlp": [6, 6]}
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_a_peer_in_a_whole_model_trains_saves_loads_and_generates(kind, tmp_path):
+    budget = BUDGETS.get(kind, [3, 3])
+    torch.manual_seed(0)
+    model = tiny_model(
+        projector={
+            "projector_type": kind,
+            "query_grid": [3, 3],
+            "visual_tokens": budget,
+            "hidden_size": 16,
+            "num_attention_heads": 4,
+        }
+    )
+    processor = tiny_processor(visual_tokens=budget)
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": picture(0)}, {"type": "text", "text": "What?"}]}
+    ]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(weight.grad is not None for weight in model.model.projector.parameters())
+    optimizer.step()
+
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert loaded.config.projector_config.projector_type == kind
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits, rtol=0, atol=0)
+    assert loaded.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+    with pytest.raises(ValueError, match=f"`{kind}` has none"):
+        loaded.get_image_features(inputs["pixel_values"], output_scopes=True)
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_a_peer_without_weights_in_the_checkpoint_starts_afresh(kind, tmp_path):
+    """As when a projector is put on a model that had none: every parameter is drawn, every table is there."""
+    projector = {"projector_type": kind, "query_grid": [3, 3], "visual_tokens": BUDGETS.get(kind, [3, 3])}
+    model = tiny_model(projector=projector | {"hidden_size": 16, "num_attention_heads": 4})
+    kept = {name: tensor for name, tensor in model.state_dict().items() if ".projector." not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert all(".projector." in name for name in report["missing_keys"])
+    for name, tensor in loaded.model.projector.state_dict().items():
+        assert tensor.isfinite().all(), name
+        if name.startswith("position_") and kind in ("mqt", "qwen_resampler"):
+            torch.testing.assert_close(tensor, sincos_table((3, 3), tensor.shape[1]))
+        elif tensor.dim() > 1:
+            assert 0 < tensor.std() < 2, name
