@@ -15,18 +15,14 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_ms_resampler import token_grid
-from .resampler_ms_resampler import MultiScopeResampler
+from .resampler_ms_resampler import MultiScopeResampler, check_patches
 
 Grid = tuple[int, int]
 
 
 def as_map(x_BNC: Tensor, grid: Grid) -> Tensor:
     """(B, N, C) -> (B, C, H, W). Raises ValueError if the features are no such grid."""
-    if x_BNC.shape[1] != grid[0] * grid[1]:
-        raise ValueError(
-            f"Got {x_BNC.shape[1]} patch features for a grid of {grid[0]} x {grid[1]} patches: the vision tower's "
-            "prefix tokens or the image size do not fit the configuration."
-        )
+    check_patches(x_BNC, grid)
     return x_BNC.mT.unflatten(2, grid)
 
 
@@ -111,14 +107,8 @@ class MLPProjector(nn.Module):
         return self.mlp(x_BNC)
 
 
-class AveragePoolProjector(nn.Module):
+class AveragePoolProjector(MLPProjector):
     """The mean of each token's cell, through LLaVA's MLP; any grids."""
-
-    original_names = {"mlp": ""}
-
-    def __init__(self, config):
-        super().__init__()
-        self.mlp = mlp(config.feature_width, config.text_config.hidden_size)
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         return self.mlp(as_tokens(F.adaptive_avg_pool2d(as_map(x_BNC, patch_grid), token_grid)))
@@ -361,7 +351,7 @@ def require_queries(name: str, queries: int, token_grid: Grid) -> None:
 
 
 class SAEP(nn.Module):
-    """SAEP (Qian et al., 2025): several layers joined, and a strided convolution beside average pooling."""
+    """SAEP (Qian et al., 2024): several layers joined, and a strided convolution beside average pooling."""
 
     original_names = {
         "input_proj": "point_conv",

@@ -55,6 +55,15 @@ def sincos_positions(points_P2: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1) * math.sqrt(2)
 
 
+def check_patches(x_BNC: Tensor, patch_grid: tuple[int, int]) -> None:
+    """Raises ValueError if the features are not as many as the grid has patches."""
+    if x_BNC.shape[1] != patch_grid[0] * patch_grid[1]:
+        raise ValueError(
+            f"Got {x_BNC.shape[1]} patch features for a grid of {patch_grid[0]} x {patch_grid[1]} patches: "
+            "the vision tower's prefix tokens or the image size do not fit the configuration."
+        )
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(..., P, h*d) -> (..., h, P, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
@@ -304,11 +313,7 @@ class MultiScopeResampler(nn.Module):
 
         Raises ValueError if the features are not a patch grid of the shape given.
         """
-        if x_BNC.shape[1] != patch_grid[0] * patch_grid[1]:
-            raise ValueError(
-                f"Got {x_BNC.shape[1]} patch features for a grid of {patch_grid[0]} x {patch_grid[1]} patches: "
-                "the vision tower's prefix tokens or the image size do not fit the configuration."
-            )
+        check_patches(x_BNC, patch_grid)
         u_BND = self.input_proj(self.input_norm(x_BNC))
         anchors_M2 = cell_centres(token_grid, u_BND.device, wide(u_BND.dtype))
         patches_N2 = cell_centres(patch_grid, u_BND.device, wide(u_BND.dtype))
