@@ -15,16 +15,16 @@ FOLDER = Path(__file__).resolve().parent.parent / "space_app" / "examples"
 # Scene number, question family, and which of the questions of that family.
 CHOSEN = [
     (15, "read", 2),
-    (144, "colour", 3),
-    (18, "shape", 0),
+    (144, "where", 1),
+    (18, "relation", 1),
     (134, "count_colour", 3),
     (53, "majority", 3),
     (166, "describe", 0),
 ]
 NOTE = (
-    "The model that answers here is small and was trained on drawn scenes only. It reads a digit or a word at a "
-    "place, names colours and shapes, counts, finds the most common colour, and describes a scene; whether one thing "
-    "is above or like another it mostly guesses. Of photographs it knows nothing."
+    "The model that answers here is small and was trained on drawn scenes only. It reads digits and words, names "
+    "colours and shapes, finds things and says how they lie to each other, counts, and describes a scene; it mostly "
+    "guesses which thing has another's colour. Of photographs it knows nothing."
 )
 
 

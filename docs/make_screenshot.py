@@ -27,7 +27,7 @@ BROWSER_OPTIONS = [
     "--disable-sync",
     "--no-first-run",
 ]
-EXAMPLE, TOKEN = 2, 27  # the example asks about the thing at the bottom, where this token has its place
+EXAMPLE, TOKEN = 2, 27  # the example asks about the green triangle, where this token has its place
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def picture_file(tmp_path):
 def test_an_example_is_answered_word_by_word(open_page):
     page = open_page()
     page.locator("[data-scene='1']").click()
-    expect(page.locator("#chat .user .message-content")).to_have_text("What colour is the thing at the right?")
+    expect(page.locator("#chat .user .message-content")).to_have_text("Where is the red star?")
     page.locator(".picker").wait_for()
     lengths = []
     while page.get_by_test_id("submit-button").count() == 0:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ms_resampler.training import scenes
-from ms_resampler.training.curriculum import ALL_NAMES, SceneConversations, ScenePlaces
+from ms_resampler.training.curriculum import ALL_NAMES, FINDING, SceneConversations, ScenePlaces
 from ms_resampler.training.scenes import (
     COLOURS,
     FAMILIES,
@@ -21,6 +21,7 @@ from ms_resampler.training.scenes import (
     WORDS,
     Question,
     ask,
+    index_by_name,
     make_record,
     make_scene,
     score,
@@ -28,7 +29,7 @@ from ms_resampler.training.scenes import (
 )
 
 SCENES, TURNS = 1000, 10
-YES_NO = {"presence", "relation", "compare"}
+YES_NO = {"presence", "relation"}
 
 
 @pytest.fixture(scope="module")
@@ -245,14 +246,20 @@ def check_relation(scene, text):
 
 
 def check_compare(scene, text):
-    if same := re.fullmatch(r"Do (the .+) and (the .+) have the same colour\?", text):
-        assert not set(text.split()) & set(COLOURS), "the question tells a colour"
-        a, b = (called(scene, name) for name in same.groups())
-        return "yes" if a.colour == b.colour else "no"
-    a, b = (called(scene, name) for name in re.fullmatch(r"Is (the .+) taller than (the .+)\?", text).groups())
-    heights = [t.box[3] - t.box[1] for t in (a, b)]
-    assert max(heights) > 1.25 * min(heights), "too similar to say"
-    return "yes" if heights[0] > heights[1] else "no"
+    assert not set(text.split()) & set(COLOURS), "the question tells a colour"
+    if alike := re.fullmatch(r"Which thing has the same colour as (the .+)\?", text):
+        model = called(scene, alike[1])
+        return one(t.name for t in scene.things if t.colour == model.colour and t is not model)
+    a, b = (called(scene, name) for name in re.fullmatch(r"Which is taller, (the .+) or (the .+)\?", text).groups())
+    heights = {t.name: t.box[3] - t.box[1] for t in (a, b)}
+    assert max(heights.values()) > 1.25 * min(heights.values()), "too similar to say"
+    return max(heights, key=heights.get)
+
+
+def check_where(scene, text):
+    name = re.fullmatch(r"Where is (the .+)\?", text)[1]
+    kind_and_name = name.removeprefix("the ").removeprefix("word ")
+    return called(scene, name).place if kind_and_name.split()[-1] in {t.name for t in scene.things} else "nowhere"
 
 
 def check_describe(scene, text):
@@ -278,7 +285,7 @@ def test_every_answer_is_true(asked, family):
 
 
 def test_answers_are_short_lower_case_words(asked):
-    known = {"yes", "no", *COLOURS, *SHAPES, *WORDS, *map(str, range(10))}
+    known = {"yes", "no", "nowhere", *PLACES, *COLOURS, *SHAPES, *WORDS, *map(str, range(10))}
     assert {question.answer for _, question in asked if question.family != "describe"} <= known
 
 
@@ -410,35 +417,65 @@ def test_a_record_is_a_conversation_with_one_image():
     assert turns[2]["value"] == expected[1].question
 
 
-def test_conversations_transcribe_first_and_then_ask():
-    data = SceneConversations(length=200, transcripts=100, turns=5)
+def test_an_index_finds_every_name_of_its_own_and_nothing_else(drawn):
+    for scene in drawn[:200]:
+        items = dict(item.split(" ", 1) for item in index_by_name(scene, np.random.default_rng(0)).split(", "))
+        names = Counter(thing.name for thing in scene.things)
+        there = {t.name: f"{t.place} {t.colour} {t.height // 3}" for t in scene.things if names[t.name] == 1}
+        absent = set(items) - set(there)
+        assert items == there | dict.fromkeys(absent, "nothing")
+        assert 1 <= len(absent) <= 3
+        assert not absent & set(names)
+
+
+def test_an_index_has_no_order_of_its_own(drawn):
+    scene = next(scene for scene in drawn if len({thing.name for thing in scene.things}) == 6)
+    first = Counter(index_by_name(scene, np.random.default_rng(seed)).split()[0] for seed in range(200))
+    assert all(first[thing.name] > 5 for thing in scene.things)
+
+
+def test_conversations_are_drills_first_and_then_ask():
+    data = SceneConversations(length=200, drills=100, turns=5)
     assert len(data) == 200
-    for index in (0, 57, 99):
-        assert [turn["value"] for turn in data[index]["conversations"]] == [
-            "<image>\nTranscribe the picture.",
-            transcript(make_scene("train", index)),
-        ]
+    drills = Counter()
+    for index in range(100):
+        question, answer = (turn["value"].removeprefix("<image>\n") for turn in data[index]["conversations"])
+        drills[question] += 1
+        if question == "Transcribe the picture.":
+            assert answer == transcript(make_scene("train", index, max_things=9))
+    assert set(drills) == {"Transcribe the picture.", "Index the picture."}
+    assert min(drills.values()) > 30
     lengths = Counter(len(data[index]["conversations"]) for index in range(100, 200))
     assert set(lengths) == {2, 10}
-    assert 0 < lengths[2] < 30
+    assert 5 < lengths[2] < 40
+
+
+def test_half_of_the_questioned_scenes_are_asked_only_what_must_be_found():
+    data, finding = SceneConversations(length=200, drills=0, turns=8), 0
+    for index in range(200):
+        turns = [turn["value"].removeprefix("<image>\n") for turn in data[index]["conversations"]]
+        asked = [question.question for question in ask(make_scene("train", index), "train", index, 8, FINDING)]
+        finding += turns[::2] == asked
+    assert 50 < finding < 110
 
 
 def test_a_blind_conversation_has_no_image():
-    record = SceneConversations(length=9, transcripts=0, turns=2, blind=True)[8]
+    record = SceneConversations(length=9, drills=0, turns=2, blind=True)[8]
     assert record["image"] is None
     assert "<image>" not in record["conversations"][0]["value"]
 
 
 def test_labels_of_places_say_what_is_there():
     for index in range(20):
-        scene, record = make_scene("train", index), ScenePlaces(20)[index]
+        scene, record = make_scene("train", index, max_things=9), ScenePlaces(20)[index]
+        labels = list(zip(PLACES, record["colours"], record["names"], record["heights"], strict=True))
         told = {
-            place: (list(COLOURS)[colour - 1], ALL_NAMES[name - 1])
-            for place, colour, name in zip(PLACES, record["colours"], record["names"], strict=True)
+            place: (list(COLOURS)[colour - 1], ALL_NAMES[name - 1], height)
+            for place, colour, name, height in labels
             if colour
         }
-        assert told == {thing.place: (thing.colour, thing.name) for thing in scene.things}
-        assert [bool(colour) for colour in record["colours"]] == [bool(name) for name in record["names"]]
+        assert told == {thing.place: (thing.colour, thing.name, thing.height // 3) for thing in scene.things}
+        assert all(name == height == 0 for _, colour, name, height in labels if not colour)
 
 
 def test_a_picture_of_all_the_shapes_can_be_asked_about():

@@ -108,7 +108,7 @@ from ms_resampler.training.train import train
 torch.set_num_threads(1)
 stage = dataclasses.replace(
     tiny_read(steps=6), batch_size=2, save_steps=2, warmup_steps=1, cooldown_steps=2, workers=0,
-    dataset=lambda records: SceneConversations(records, transcripts=4, turns=2),
+    dataset=lambda records: SceneConversations(records, drills=4, turns=2),
 )
 model, processor = assemble_tiny(seed=0)
 train(stage, model, processor, Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What the tiny model learns from, in order: to look at places, to transcribe, and to answer."""
+"""What the tiny model learns from, in order: to look at places, to transcribe and index scenes, and to answer."""
 
 from typing import Any
 
@@ -8,14 +8,35 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
 from ..resampler_ms_resampler import cell_centres
-from .scenes import COLOURS, NAMES, PLACES, TRANSCRIBE, Scene, ask, make_record, make_scene, scene_rng, transcript
+from .scenes import (
+    COLOURS,
+    HEIGHTS,
+    INDEX,
+    NAMES,
+    PLACES,
+    TRANSCRIBE,
+    Scene,
+    ask,
+    height_step,
+    index_by_name,
+    make_record,
+    make_scene,
+    scene_rng,
+    transcript,
+)
 
 ALL_NAMES = [name for names in NAMES.values() for name in names]
-TRANSCRIPT_SHARE = 0.1  # of the later conversations, so that reading the whole picture is not forgotten
+CROWD = 9  # things at most in the scenes of a drill; more to learn from a picture than in those of questions
+DRILL_SHARE = 0.2  # of the later conversations, so that reading the whole picture is not forgotten
+FINDING = ("presence", "where", "relation", "compare", "colour")  # learnt last, so asked more often
+FINDING_SHARE = 0.5  # of the scenes with questions
+
+
+LABELS = {"colours": 1 + len(COLOURS), "names": 1 + len(ALL_NAMES), "heights": HEIGHTS}  # and how many there are
 
 
 class ScenePlaces(Dataset):
-    """Scenes with what is at each of the nine places: number of its colour and of its name, 0 for nothing."""
+    """Scenes with what is at each of the nine places: number of its colour and name, and its height; 0 for nothing."""
 
     def __init__(self, length: int):
         self.length = length
@@ -24,18 +45,19 @@ class ScenePlaces(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        scene = make_scene("train", index)
+        scene = make_scene("train", index, max_things=CROWD)
         return {"image": scene.image, **labels_of_places(scene)}
 
 
 def labels_of_places(scene: Scene) -> dict[str, list[int]]:
     """The labels of ScenePlaces, in reading order of the places."""
-    colours, names = [0] * len(PLACES), [0] * len(PLACES)
+    labels = {key: [0] * len(PLACES) for key in LABELS}
     for thing in scene.things:
         place = PLACES.index(thing.place)
-        colours[place] = 1 + list(COLOURS).index(thing.colour)
-        names[place] = 1 + ALL_NAMES.index(thing.name)
-    return {"colours": colours, "names": names}
+        labels["colours"][place] = 1 + list(COLOURS).index(thing.colour)
+        labels["names"][place] = 1 + ALL_NAMES.index(thing.name)
+        labels["heights"][place] = height_step(thing, scene)
+    return labels
 
 
 class PlacesCollator:
@@ -46,12 +68,12 @@ class PlacesCollator:
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, Tensor]:
         pixels = self.image_processor([record["image"] for record in records], return_tensors="pt")["pixel_values"]
-        labels = {key: torch.tensor([record[key] for record in records]) for key in ("colours", "names")}
+        labels = {key: torch.tensor([record[key] for record in records]) for key in LABELS}
         return {"pixel_values": pixels, **labels}
 
 
 class Looking(nn.Module):
-    """Asks every visual token, through two linear heads, for the colour and name of what is at its place.
+    """Asks every visual token, through linear heads, for the colour, name and height of what is at its place.
 
     It trains the tower and the projector inside `model`, in place, before a language model reads them: it stands
     in for the pretrained tower that other models start from. The heads are thrown away.
@@ -62,38 +84,44 @@ class Looking(nn.Module):
         self.vision_tower, self.projector = model.vision_tower, model.projector
         self.features_of = [model.get_image_features]  # in a list: the language model is not to be trained here
         width = model.config.text_config.hidden_size
-        self.colour_head = nn.Linear(width, 1 + len(COLOURS))
-        self.name_head = nn.Linear(width, 1 + len(ALL_NAMES))
+        self.heads = nn.ModuleDict({key: nn.Linear(width, classes) for key, classes in LABELS.items()})
 
-    def forward(self, pixel_values: Tensor, colours: Tensor, names: Tensor) -> dict[str, Tensor]:
-        """The sum of both heads' cross-entropies; labels are (B, 9)."""
+    def forward(self, pixel_values: Tensor, colours: Tensor, names: Tensor, heights: Tensor) -> dict[str, Tensor]:
+        """The sum of the heads' cross-entropies; labels are (B, 9)."""
         images = self.features_of[0](pixel_values, return_dict=True)
         y_BMT = torch.stack(images.pooler_output)
         row_M, column_M = (3 * cell_centres(images.token_grids[0], y_BMT.device)).long().unbind(dim=-1)
         place_M = 3 * row_M + column_M
+        labels = {"colours": colours, "names": names, "heights": heights}
         losses = [
-            cross_entropy(head(y_BMT).flatten(0, 1).float(), labels[:, place_M].flatten())
-            for head, labels in ((self.colour_head, colours), (self.name_head, names))
+            cross_entropy(head(y_BMT).flatten(0, 1).float(), labels[key][:, place_M].flatten())
+            for key, head in self.heads.items()
         ]
-        return {"loss": losses[0] + losses[1]}
+        return {"loss": torch.stack(losses).sum()}
 
 
 class SceneConversations(Dataset):
-    """`length` conversations about scenes: the first `transcripts` transcribe them, the others ask `turns` questions.
+    """`length` conversations about scenes: the first `drills` are drills, the others ask `turns` questions.
 
-    `blind` leaves the images out, for the model that may only guess.
+    A drill transcribes the picture place by place, or indexes it name by name. Questions alone hardly teach to find
+    things: an index asks for all of a picture's names in one text, each one word away from its answer. `blind` leaves
+    the images out, for the model that may only guess.
     """
 
-    def __init__(self, length: int, transcripts: int, turns: int, blind: bool = False):
-        self.length, self.transcripts, self.turns, self.blind = length, transcripts, turns, blind
+    def __init__(self, length: int, drills: int, turns: int, blind: bool = False):
+        self.length, self.drills, self.turns, self.blind = length, drills, turns, blind
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        scene = make_scene("train", index)
-        if index < self.transcripts or scene_rng("train", index, 2).random() < TRANSCRIPT_SHARE:
-            turns = [(TRANSCRIBE, transcript(scene))]
+        rng = scene_rng("train", index, 2)
+        if index < self.drills or rng.random() < DRILL_SHARE:
+            scene = make_scene("train", index, max_things=CROWD)
+            drills = (TRANSCRIBE, transcript(scene)), (INDEX, index_by_name(scene, rng))
+            turns = [drills[rng.integers(2)]]
         else:
-            turns = [(asked.question, asked.answer) for asked in ask(scene, "train", index, self.turns)]
+            scene = make_scene("train", index)
+            families = FINDING if rng.random() < FINDING_SHARE else None
+            turns = [(asked.question, asked.answer) for asked in ask(scene, "train", index, self.turns, families)]
         return make_record(scene, turns, blind=self.blind)

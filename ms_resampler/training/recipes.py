@@ -46,12 +46,12 @@ def tiny_look(steps: int = 700) -> Stage:
     )
 
 
-def tiny_read(steps: int = 1200) -> Stage:
-    """The whole model learns to transcribe scenes, then to answer questions about them."""
-    transcripts = min(400, steps // 3) * 32
+def tiny_read(steps: int = 2400) -> Stage:
+    """The whole model learns to transcribe and index scenes, then to answer questions about them."""
+    drills = min(600, steps // 3) * 32
     return Stage(
         name="read",
-        dataset=lambda records: SceneConversations(records, transcripts, turns=10),
+        dataset=lambda records: SceneConversations(records, drills, turns=10),
         collator=lambda processor: ConversationCollator(processor, max_length=1024),
         steps=steps,
         batch_size=32,
@@ -61,11 +61,11 @@ def tiny_read(steps: int = 1200) -> Stage:
     )
 
 
-def tiny_blind(steps: int = 150) -> Stage:
+def tiny_blind(steps: int = 600) -> Stage:
     """The same language model without images, which shows what can be had by guessing."""
     return Stage(
         name="blind",
-        dataset=lambda records: SceneConversations(records, transcripts=0, turns=10, blind=True),
+        dataset=lambda records: SceneConversations(records, drills=0, turns=10, blind=True),
         collator=lambda processor: ConversationCollator(processor, max_length=1024),
         steps=steps,
         batch_size=32,

@@ -90,6 +90,12 @@ def families_by_gain(record: dict[str, Any], clear: bool) -> str:
     return ", ".join(family for family, gain in gains.items() if (gain >= CLEARLY) == clear) or "none"
 
 
+def weakest_families(record: dict[str, Any], number: int = 3) -> str:
+    """The families with the lowest scores, the lowest first: "compare (58%), ..."."""
+    rows = sorted(record["scores"], key=lambda row: row["mean"])[:number]
+    return ", ".join(f"{row['family']} ({row['mean']:.0%})" for row in rows)
+
+
 def write_card(record: dict[str, Any], table: str, path: Path) -> None:
     """The model card of the embedded checkpoint, its numbers taken from the record."""
     parameters = sum(record["parameters"].values())
@@ -119,7 +125,8 @@ Answer short English questions about 96 x 96 pixel scenes of one to six things: 
 
 ## What it cannot do
 
-Hardly better than guessing: {families_by_gain(record, clear=False)}.
+Families less than {CLEARLY} points better than its blind twin: {families_by_gain(record, clear=False)}. Its weakest:
+{weakest_families(record)}.
 
 Anything else: it has never seen a photograph; shown one, it will describe digits and shapes that are not there.
 It knows a few hundred words, has no common sense, and takes questions worded as in training.
@@ -136,8 +143,8 @@ everything else by exact match; intervals are 95% bootstrap intervals over quest
 
 `ms-resampler train tiny`, seed {read["seed"]}. First tower and projector look: for {look["steps"]:,} steps of
 {look["batch_size"]} scenes every visual token is asked, through linear heads that are thrown away, what is at its
-place. Then the whole model reads: {read["steps"]:,} steps of {read["batch_size"]} scenes, at first transcribed in
-full, later with ten questions each. The blind model trained for {blind["steps"]:,} steps.
+place. Then the whole model reads: {read["steps"]:,} steps of {read["batch_size"]} scenes, at first transcribed place by
+place or indexed name by name, later with ten questions each. The blind model trained for {blind["steps"]:,} steps.
 `training_record.json` holds the rest.
 The digits are those of scikit-learn (UCI, "Optical Recognition of Handwritten Digits"), shared out by image.
 

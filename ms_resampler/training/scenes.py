@@ -46,7 +46,8 @@ CLEAR_SHIFT = 0.15  # "left of", "above": between the centres
 CLEAR_HALF = 0.08  # "in the top half": from the centre to the middle of the picture
 CLEAR_RATIO = 1.3  # "taller": of the heights
 
-TRANSCRIBE = "Transcribe the picture."
+TRANSCRIBE, INDEX = "Transcribe the picture.", "Index the picture."
+HEIGHTS = 32  # steps of a thing's height in an index: the height of the picture
 
 Box = tuple[int, int, int, int]
 Item = TypeVar("Item")
@@ -508,16 +509,24 @@ def yes_no(truth: bool) -> str:
 
 
 def ask_compare(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Whether two things have the same colour, or which is taller. Names alone, since a colour would be a hint."""
-    same: dict[str, list[str]] = {"yes": [], "no": []}
-    taller = []
+    """Which of two things is taller, or which has another's colour. Names alone: a colour would be a hint."""
+    colours = Counter(thing.colour for thing in scene.things)
+    taller, alike = [], []
     for (a, a_text), (b, b_text) in pairs_of(plainly_named(scene), rng):
-        same[yes_no(a.colour == b.colour)].append(f"Do {a_text} and {b_text} have the same colour?")
         clear = max(a.height, b.height) > CLEAR_RATIO * min(a.height, b.height)
         if clear and "word" not in (a.kind, b.kind):  # words are nearly always lower
-            taller.append((f"Is {a_text} taller than {b_text}?", yes_no(a.height > b.height)))
-    # One after the other: a fair order is fair only from its beginning on.
-    return fair(same, rng) + taller if rng.random() < 0.5 else taller + fair(same, rng)
+            answer = max(a, b, key=lambda thing: thing.height)
+            taller.append((f"Which is taller, {a_text} or {b_text}?", answer.name))
+        if a.colour == b.colour and colours[a.colour] == 2:
+            alike.append((f"Which thing has the same colour as {a_text}?", b.name))
+    return taller + alike if rng.random() < 0.5 else alike + taller
+
+
+def ask_where(scene: Scene, rng: np.random.Generator) -> Asked:
+    """The place of a thing, or "nowhere" for one that is not there."""
+    asked = [(f"Where is {text}?", thing.place) for thing, text in named(scene)]
+    asked.append((f"Where is the {absent_name(scene, rng)}?", "nowhere"))
+    return shuffled(asked, rng)
 
 
 def ask_describe(scene: Scene, rng: np.random.Generator) -> Asked:
@@ -546,6 +555,7 @@ FAMILIES = {
         Family("colour", "local", ask_colour),
         Family("shape", "local", ask_shape),
         Family("presence", "regional", ask_presence),
+        Family("where", "regional", ask_where),
         Family("relation", "regional", ask_relation),
         Family("compare", "regional", ask_compare),
         Family("count", "global", ask_count),
@@ -587,6 +597,18 @@ def transcript(scene: Scene) -> str:
     """All nine places in reading order: "top left: red 7, top: nothing, ..."."""
     there = {thing.place: f"{thing.colour} {thing.name}" for thing in scene.things}
     return ", ".join(f"{place}: {there.get(place, 'nothing')}" for place in PLACES)
+
+
+def height_step(thing: Thing, scene: Scene) -> int:
+    """The thing's height in 32nds of the picture's, rounded down."""
+    return thing.height * HEIGHTS // scene.image.height
+
+
+def index_by_name(scene: Scene, rng: np.random.Generator) -> str:
+    """Every name's place, colour and height, in random order, and three that are not there: "7 top left red 9, ..."."""
+    items = [f"{t.name} {t.place} {t.colour} {height_step(t, scene)}" for t, _ in plainly_named(scene)]
+    absent = dict.fromkeys(absent_name(scene, rng).removeprefix("word ") for _ in range(3))
+    return ", ".join(shuffled([*items, *(f"{name} nothing" for name in absent)], rng))
 
 
 def score(question: Question, reply: str) -> float:

@@ -10,7 +10,7 @@ from transformers import ConvNextConfig, PreTrainedTokenizerFast, Qwen3Config, V
 from ..configuration_ms_resampler import MSResamplerConfig
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..processing_ms_resampler import MSResamplerProcessor
-from .scenes import TRANSCRIBE, ask, make_scene, transcript
+from .scenes import INDEX, TRANSCRIBE, ask, index_by_name, make_scene, scene_rng, transcript
 
 IMAGE_PIXELS, PATCH_PIXELS, TOKEN_GRID, WIDTH = 96, 8, [6, 6], 256
 CHAT_TEMPLATE = Path(__file__).parent.parent / "chat_templates" / "chatml.jinja"
@@ -20,10 +20,10 @@ SCENES_FOR_TOKENIZER = 500
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer for the texts of the scenes; bytes let it read anything else, too."""
-    texts = [TRANSCRIBE, "user\n", "assistant\n", "system\n"] * SCENES_FOR_TOKENIZER
+    texts = [TRANSCRIBE, INDEX, "user\n", "assistant\n", "system\n"] * SCENES_FOR_TOKENIZER
     for index in range(SCENES_FOR_TOKENIZER):
         scene = make_scene("train", index)
-        texts.append(transcript(scene))
+        texts += [transcript(scene), index_by_name(scene, scene_rng("train", index, 2))]
         texts += [text for asked in ask(scene, "train", index, 12) for text in (asked.question, asked.answer)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
