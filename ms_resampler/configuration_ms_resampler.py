@@ -59,6 +59,19 @@ AUTO_MAP = {
     "AutoProcessor": "processing_ms_resampler.MSResamplerProcessor",
 }
 
+# The projectors with scopes, and those that they start with; and the fields that only they have.
+_DEFAULT_SIGMAS = {"ms_resampler": (0.5, 1.5, None), "resampler": (None,)}
+_SCOPE_FIELDS = (
+    "scope_sigmas",
+    "scope_prior",
+    "learn_scopes",
+    "scope_layout",
+    "fusion",
+    "share_kv",
+    "query_init",
+    "prior_form",
+)
+
 # Language models whose output head is more than a product with a matrix.
 _BIASED_HEADS = frozenset({"phi", "gptj", "codegen", "phimoe"})
 
@@ -130,12 +143,13 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     """The multi-scope resampler: its width, its scopes, and how they are fused (design: README, "How it works").
 
     Fields:
-        projector_type: "ms_resampler", or one of the peers in projectors_ms_resampler.py, which use hidden_size,
-            num_attention_heads, num_hidden_layers, query_grid and visual_tokens where they have such a thing.
+        projector_type: "ms_resampler"; "resampler", the same with a single scope; or one of the peers in
+            projectors_ms_resampler.py, which use the sizes and grids where they have such a thing, and no scopes.
         hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: D, h, depth, width of the FFN.
         query_grid: rows and columns of the learned base queries; interpolated to any token grid.
         visual_tokens: the default budget, a count or [rows, columns].
-        scope_sigmas: one entry a scope, in units of the anchor pitch; None is the global scope.
+        scope_sigmas: one entry a scope, in units of the anchor pitch; None is the global scope. The default is
+            (0.5, 1.5, None) for "ms_resampler", (None,) for "resampler".
         scope_prior: "gaussian", "window" (a disc of radius 2 sigma, which has the same variance), or "none".
         learn_scopes: whether the Gaussian sigmas are learned, per scope and head, in log space.
         scope_layout: "branches" (every scope has its own queries) or "heads" (scopes share out the heads).
@@ -150,6 +164,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
 
     projector_type: Literal[
         "ms_resampler",
+        "resampler",
         "mlp",
         "avg_pool",
         "pixel_shuffle",
@@ -160,6 +175,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         "saep",
         "qwen_resampler",
         "perceiver",
+        "idefics2_perceiver",
+        "q_former",
     ] = "ms_resampler"
     hidden_size: int = 1024
     num_attention_heads: int = 16
@@ -167,7 +184,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     intermediate_size: int = 2048
     query_grid: list[int] | tuple[int, ...] = (12, 12)
     visual_tokens: int | list[int] | tuple[int, ...] = 144
-    scope_sigmas: list[float | int | None] | tuple[float | int | None, ...] = (0.5, 1.5, None)
+    scope_sigmas: list[float | int | None] | tuple[float | int | None, ...] | None = None
     scope_prior: Literal["gaussian", "window", "none"] = "gaussian"
     learn_scopes: bool = True
     scope_layout: Literal["branches", "heads"] = "branches"
@@ -183,6 +200,11 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         # Not as `validate_*` methods: those raise an error of @strict's own, which is no ValueError.
         self._check_sizes()
         self._check_grids()
+        if self.projector_type not in _DEFAULT_SIGMAS:
+            self._check_peer()
+            return
+        if self.scope_sigmas is None:
+            self.scope_sigmas = _DEFAULT_SIGMAS[self.projector_type]
         self._check_scopes()
 
     def _check_sizes(self) -> None:
@@ -210,9 +232,19 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             if len(grid) != 2 or min(grid) < 1:
                 raise ValueError(f"`{name}` must be [rows, columns], two positive integers, got {list(grid)}.")
 
+    def _check_peer(self) -> None:
+        for name in _SCOPE_FIELDS:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"`{name}` is a field of `ms_resampler`: `{self.projector_type}` has no such thing.")
+
     def _check_scopes(self) -> None:
         if not self.scope_sigmas:
             raise ValueError("`scope_sigmas` needs at least one scope; [None] is one global scope.")
+        if self.projector_type == "resampler" and len(self.scope_sigmas) > 1:
+            raise ValueError(
+                f"`resampler` has a single scope, got `scope_sigmas` {list(self.scope_sigmas)}: give one, or use "
+                '`projector_type="ms_resampler"`.'
+            )
         for sigma in self.scope_sigmas:
             if sigma is not None and not (0 < sigma < math.inf):
                 raise ValueError(f"A scope's sigma must be positive, or None for the global scope, got {sigma}.")
@@ -235,16 +267,17 @@ class MSResamplerProjectorConfig(PretrainedConfig):
 
     @property
     def num_scopes(self) -> int:
-        """S."""
-        return len(self.scope_sigmas)
+        """S; 0 for a peer."""
+        return len(self.scope_sigmas or ())
 
     @property
     def scope_names(self) -> list[str]:
         """A word for each scope, for people: local under one pitch, regional from there on, or global."""
-        words = ["global" if s is None else "local" if s < 1 else "regional" for s in self.scope_sigmas]
+        sigmas = self.scope_sigmas or ()
+        words = ["global" if s is None else "local" if s < 1 else "regional" for s in sigmas]
         return [
             word if words.count(word) == 1 else f"{word} {number}" if sigma is None else f"{word} {sigma:g}"
-            for number, (word, sigma) in enumerate(zip(words, self.scope_sigmas, strict=True), start=1)
+            for number, (word, sigma) in enumerate(zip(words, sigmas, strict=True), start=1)
         ]
 
 

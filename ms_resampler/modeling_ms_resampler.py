@@ -177,10 +177,11 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
     def _run_projector(
         self, x_BNC: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int], output_scopes: bool
     ) -> tuple[Tensor, ScopeMaps | None]:
-        kind = self.config.projector_config.projector_type  # the module itself may be wrapped, by peft say
-        if kind == "ms_resampler":
+        config = self.config.projector_config  # the module itself may be wrapped, by peft say
+        if config.num_scopes:
             return self.projector(x_BNC, patch_grid, token_grid, output_scopes)
         if output_scopes:
+            kind = config.projector_type
             raise ValueError(f"`output_scopes` needs a projector with scopes, and `{kind}` has none.")
         return self.projector(x_BNC, patch_grid, token_grid), None
 

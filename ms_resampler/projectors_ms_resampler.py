@@ -12,7 +12,10 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from transformers import initialization as init
+from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
+from transformers.models.idefics2.modeling_idefics2 import Idefics2MLP, Idefics2PerceiverResampler
 
 from .configuration_ms_resampler import token_grid
 from .resampler_ms_resampler import MultiScopeResampler, check_patches
@@ -441,6 +444,73 @@ class PerceiverResampler(nn.Module):
         return self.output_proj(self.norm(z_BMC))
 
 
+class Idefics2Latents(Idefics2PerceiverResampler):
+    """Idefics2's perceiver, but its latents start as noise: from ones, they would stay alike."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.normal_(self.latents, std=1.0)
+
+
+class Idefics2Perceiver(nn.Module):
+    """Idefics2's connector (Laurençon et al., 2024), of transformers' modules: a gated MLP, then a perceiver.
+
+    The MLP is `intermediate_size` wide, heads are `hidden_size / num_attention_heads` wide, and four heads share a key
+    head where that divides.
+    """
+
+    original_names = {"modality_projection": "modality_projection", "perceiver_resampler": "perceiver_resampler"}
+
+    def __init__(self, config):
+        super().__init__()
+        projector, width = config.projector_config, config.text_config.hidden_size
+        heads = projector.num_attention_heads
+        self.modality_projection = Idefics2MLP(config.feature_width, projector.intermediate_size, width, "silu")
+        self.perceiver_resampler = Idefics2Latents(
+            Idefics2PerceiverConfig(
+                hidden_size=width,
+                resampler_n_latents=projector.query_grid[0] * projector.query_grid[1],
+                resampler_depth=projector.num_hidden_layers,
+                resampler_n_heads=heads,
+                resampler_head_dim=projector.hidden_size // heads,
+                num_key_value_heads=heads if heads % 4 else heads // 4,
+            )
+        )
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        require_queries("idefics2_perceiver", len(self.perceiver_resampler.latents), token_grid)
+        everywhere_BN = x_BNC.new_ones(x_BNC.shape[:2], dtype=torch.bool)
+        return self.perceiver_resampler(self.modality_projection(x_BNC), attention_mask=everywhere_BN)
+
+
+class QFormer(nn.Module):
+    """BLIP-2's Q-Former (Li et al., 2023): transformers' BERT of queries, every second layer sees patches."""
+
+    original_names = {"query_1MD": "query_tokens", "qformer": "qformer", "output_proj": "language_projection"}
+
+    def __init__(self, config):
+        super().__init__()
+        projector = config.projector_config
+        width, (rows, columns) = projector.hidden_size, projector.query_grid
+        self.query_1MD = nn.Parameter(torch.zeros(1, rows * columns, width))
+        self.qformer = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=width,
+                num_hidden_layers=projector.num_hidden_layers,
+                num_attention_heads=projector.num_attention_heads,
+                intermediate_size=projector.intermediate_size,
+                encoder_hidden_size=config.feature_width,
+            )
+        )
+        self.output_proj = nn.Linear(width, config.text_config.hidden_size)
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        require_queries("q_former", self.query_1MD.shape[1], token_grid)
+        query = self.query_1MD.expand(len(x_BNC), -1, -1)
+        return self.output_proj(self.qformer(query, encoder_hidden_states=x_BNC).last_hidden_state)
+
+
 PROJECTORS: dict[str, type[nn.Module]] = {
     "mlp": MLPProjector,
     "avg_pool": AveragePoolProjector,
@@ -452,13 +522,15 @@ PROJECTORS: dict[str, type[nn.Module]] = {
     "saep": SAEP,
     "qwen_resampler": QwenResampler,
     "perceiver": PerceiverResampler,
+    "idefics2_perceiver": Idefics2Perceiver,
+    "q_former": QFormer,
 }
 
 
 def build_projector(config) -> nn.Module:
-    """The projector that a model's configuration names: ours, or a peer."""
+    """The projector that a model's configuration names: ours (with several scopes, or one), or a peer."""
     projector = config.projector_config
-    if projector.projector_type == "ms_resampler":
+    if projector.num_scopes:
         return MultiScopeResampler(projector, config.feature_width, config.text_config.hidden_size)
     return PROJECTORS[projector.projector_type](config)
 
@@ -480,7 +552,7 @@ def init_projector_weights(module: nn.Module) -> None:
     """How a peer's own parameters start; its linear layers start as ours do, or as their class does.
 
     packed attention weights     Xavier uniform, bias 0
-    learned queries, positions   normal, std 0.02     Flamingo's latents   normal, std 1
+    learned queries, positions   normal, std 0.02     a perceiver's latents   normal, std 1
     output matrices              normal, std 1 / sqrt(inputs)              tables of positions   2-D sin-cos
     """
     if isinstance(module, nn.MultiheadAttention):
@@ -499,6 +571,8 @@ def init_projector_weights(module: nn.Module) -> None:
         init.normal_(module.position_NC, std=0.02)
     elif isinstance(module, PerceiverResampler):
         init.normal_(module.latents_MC, std=1.0)
+    elif isinstance(module, QFormer):
+        init.normal_(module.query_1MD, std=0.02)
 
 
 __all__ = ["PROJECTORS", "build_projector", "init_projector_weights"]

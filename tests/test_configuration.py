@@ -121,6 +121,9 @@ def test_models_that_cannot_be(fields, sentence):
     ("fields", "sentence"),
     [
         ({"scope_sigmas": []}, "`scope_sigmas` needs at least one scope"),
+        ({"projector_type": "resampler", "scope_sigmas": [0.5, None]}, "`resampler` has a single scope"),
+        ({"projector_type": "mlp", "scope_sigmas": [0.5, None]}, "`scope_sigmas` is a field of `ms_resampler`: `mlp`"),
+        ({"projector_type": "mqt", "fusion": "mean"}, "`fusion` is a field of `ms_resampler`: `mqt` has no such thing"),
         ({"scope_sigmas": [0.5, -1.0]}, "sigma must be positive, or None for the global scope, got -1.0"),
         ({"hidden_size": 30}, "must be a multiple of 4"),
         ({"hidden_size": 32, "num_attention_heads": 5}, "of `num_attention_heads`, got 32 and 5 heads"),

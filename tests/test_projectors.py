@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny_models import picture, tiny_model, tiny_processor
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Blip2Config, Blip2ForConditionalGeneration, Idefics2Config
+from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
 
 from ms_resampler.projectors_ms_resampler import PROJECTORS, rename, resize_table, sincos_table
 
@@ -25,6 +26,7 @@ def sizes(vision, text, patches, tokens, *, layers=1, width=64, heads=4, depth=1
         native_patch_grid=patches,
         projector_config=SimpleNamespace(
             hidden_size=width,
+            intermediate_size=2 * width,
             num_attention_heads=heads,
             num_hidden_layers=depth,
             query_grid=queries or tokens,
@@ -89,6 +91,58 @@ def test_token_packer_is_attention_of_one_query_in_its_own_cell(scale):
                 torch.testing.assert_close(got_BMT[:, 3 * row + column], expected_BT, rtol=1e-5, atol=1e-6)
 
 
+def load_renamed(projector, original):
+    """Loads an original's state dict through the table of names, one to one."""
+    names = rename(projector.state_dict(), projector.original_names)
+    assert sorted(names.values()) == sorted(original)
+    projector.load_state_dict({ours: original[theirs] for ours, theirs in names.items()})
+
+
+def test_idefics2_computes_what_transformers_whole_connector_does():
+    torch.manual_seed(0)
+    text = {"model_type": "mistral", "hidden_size": 48, "intermediate_size": 128, "num_attention_heads": 4}
+    perceiver = {"hidden_size": 48, "resampler_n_latents": 6, "resampler_depth": 2, "resampler_n_heads": 8}
+    original = Idefics2Connector(
+        Idefics2Config(
+            vision_config={"hidden_size": 32},
+            text_config=text,
+            perceiver_config=perceiver | {"resampler_head_dim": 8, "num_key_value_heads": 2},
+        )
+    )
+    torch.nn.init.normal_(original.perceiver_resampler.latents)
+    projector = PROJECTORS["idefics2_perceiver"](sizes(32, 48, (4, 4), (2, 3), heads=8, depth=2))
+    load_renamed(projector, original.state_dict())
+    x_BNC = torch.randn(2, 16, 32)
+    with torch.no_grad():
+        expected = original(x_BNC, torch.ones(2, 16, dtype=torch.bool))
+        torch.testing.assert_close(projector(x_BNC, (4, 4), (2, 3)), expected)
+    assert expected.std(dim=1).min() > 0.01  # the tokens differ
+
+
+def test_the_q_former_computes_what_blip_2_does_after_its_tower():
+    torch.manual_seed(0)
+    qformer = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"model_type": "opt", "hidden_size": 48, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    original = Blip2ForConditionalGeneration(
+        Blip2Config(
+            vision_config=tower | {"image_size": 8, "patch_size": 2},
+            qformer_config=qformer | {"encoder_hidden_size": 32},
+            text_config=text | {"vocab_size": 64, "word_embed_proj_dim": 48},
+            num_query_tokens=6,
+        )
+    ).eval()
+    torch.nn.init.normal_(original.query_tokens)
+    projector = PROJECTORS["q_former"](sizes(32, 48, (4, 4), (2, 3), depth=3)).eval()
+    wanted = ("query_tokens", "qformer.", "language_projection.")
+    load_renamed(projector, {key: value for key, value in original.state_dict().items() if key.startswith(wanted)})
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        patches = original.vision_model(pixels).last_hidden_state  # CLS included, as BLIP-2 does
+        expected = original.get_image_features(pixels, return_dict=True).pooler_output
+        torch.testing.assert_close(projector(patches, (4, 4), (2, 3)), expected)
+
+
 def test_average_pooling_is_the_mlp_of_the_mean_of_each_cell():
     torch.manual_seed(0)
     projector = PROJECTORS["avg_pool"](sizes(16, 20, (4, 6), (2, 3)))
@@ -120,6 +174,8 @@ def test_elastic_peers_take_other_and_oblong_grids(kind):
         ("mqt", (4, 3), "`mqt` has 9 queries"),
         ("qwen_resampler", (2, 3), "one token for each of its 9 queries"),
         ("perceiver", (2, 3), "one token for each of its 9 queries"),
+        ("idefics2_perceiver", (2, 3), "one token for each of its 9 queries"),
+        ("q_former", (2, 3), "one token for each of its 9 queries"),
     ],
 )
 def test_a_budget_that_a_peer_cannot_give_is_refused(kind, tokens, sentence):
@@ -217,3 +273,17 @@ def test_a_peer_without_weights_in_the_checkpoint_starts_afresh(kind, tmp_path):
             torch.testing.assert_close(tensor, sincos_table((3, 3), tensor.shape[1]))
         elif tensor.dim() > 1:
             assert 0 < tensor.std() < 2, name
+
+
+def test_the_resampler_is_the_multi_scope_code_with_one_scope():
+    torch.manual_seed(0)
+    single = tiny_model(projector={"projector_type": "resampler"}).eval()
+    assert list(single.config.projector_config.scope_sigmas) == [None]
+    several = tiny_model(projector={"projector_type": "ms_resampler", "scope_sigmas": [None]}).eval()
+    several.load_state_dict(single.state_dict())
+    pixels = torch.randn(1, 3, *2 * [single.config.vision_config.image_size])
+    with torch.no_grad():
+        ours, theirs = (model.get_image_features(pixels, output_scopes=True) for model in (single, several))
+    assert torch.equal(ours.pooler_output[0], theirs.pooler_output[0])
+    local = tiny_model(projector={"projector_type": "resampler", "scope_sigmas": [0.5]})
+    assert local.config.projector_config.scope_names == ["local"]
