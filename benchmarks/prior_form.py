@@ -7,12 +7,11 @@ scope without a prior in the same run, and the error of the output against float
 """
 
 import argparse
-import platform
 import statistics
-import time
+from functools import partial
 
 import torch
-import transformers
+from side_by_side import interleaved, machine
 
 from ms_resampler import MSResamplerProjectorConfig
 from ms_resampler.resampler_ms_resampler import MultiScopeResampler, init_resampler_weights
@@ -31,14 +30,12 @@ def build(form: str) -> MultiScopeResampler:
     return MultiScopeResampler(MSResamplerProjectorConfig(**FORMS[form]), 1024, 4096).apply(init_resampler_weights)
 
 
-def milliseconds(resampler: MultiScopeResampler, x: torch.Tensor, backward: bool) -> float:
-    """One run, forward alone or with the gradients of all parameters."""
-    start = time.perf_counter()
+def run(resampler: MultiScopeResampler, x: torch.Tensor, backward: bool) -> None:
+    """Forward alone, or with the gradients of all parameters."""
     with torch.set_grad_enabled(backward):
         y, _ = resampler(x, PATCHES, TOKENS)
-        if backward:
-            y.sum().backward()
-    return 1000 * (time.perf_counter() - start)
+    if backward:
+        y.sum().backward()
 
 
 def error(form: str, dtype: torch.dtype, x: torch.Tensor) -> float:
@@ -55,11 +52,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     arguments = parser.parse_args()
-    print(
-        f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"{torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}\n"
-    )
+    print(f"{machine()}\n")
     print("| dtype | batch | pass | " + " | ".join(FORMS) + " | error, channels | error, bias |")
     print("|---|---|---|" + "---|" * (len(FORMS) + 2))
     for dtype in (torch.float32, torch.bfloat16):
@@ -73,12 +66,8 @@ def row(dtype: torch.dtype, batch: int, backward: bool, repeats: int, errors: li
     """One line of the table."""
     x = torch.randn(batch, 576, 1024, dtype=dtype)
     resamplers = {form: build(form).to(dtype) for form in FORMS}
-    times: dict[str, list[float]] = {form: [] for form in FORMS}
-    for repeat in range(repeats + 1):
-        for form, resampler in resamplers.items():
-            spent = milliseconds(resampler, x, backward)
-            if repeat:  # the first round warms up
-                times[form].append(spent)
+    runs = {form: partial(run, resampler, x, backward) for form, resampler in resamplers.items()}
+    times = interleaved(runs, repeats)
     base = statistics.median(times["one global scope"])
     cells = [
         f"{middle:.1f} ms ({min(spent):.1f} to {max(spent):.1f}), x{middle / base:.2f}"
