@@ -26,13 +26,11 @@ from .scenes import (
 )
 
 ALL_NAMES = [name for names in NAMES.values() for name in names]
+LABELS = {"colours": 1 + len(COLOURS), "names": 1 + len(ALL_NAMES), "heights": HEIGHTS}  # classes of each
 CROWD = 9  # things at most in the scenes of a drill; more to learn from a picture than in those of questions
 DRILL_SHARE = 0.2  # of the later conversations, so that reading the whole picture is not forgotten
 FINDING = ("presence", "where", "relation", "compare", "colour")  # learnt last, so asked more often
 FINDING_SHARE = 0.5  # of the scenes with questions
-
-
-LABELS = {"colours": 1 + len(COLOURS), "names": 1 + len(ALL_NAMES), "heights": HEIGHTS}  # and how many there are
 
 
 class ScenePlaces(Dataset):
