@@ -248,8 +248,8 @@ def check_relation(scene, text):
 def check_compare(scene, text):
     assert not set(text.split()) & set(COLOURS), "the question tells a colour"
     if alike := re.fullmatch(r"Which thing has the same colour as (the .+)\?", text):
-        model = called(scene, alike[1])
-        return one(t.name for t in scene.things if t.colour == model.colour and t is not model)
+        given = called(scene, alike[1])
+        return one(t.name for t in scene.things if t.colour == given.colour and t is not given)
     a, b = (called(scene, name) for name in re.fullmatch(r"Which is taller, (the .+) or (the .+)\?", text).groups())
     heights = {t.name: t.box[3] - t.box[1] for t in (a, b)}
     assert max(heights.values()) > 1.25 * min(heights.values()), "too similar to say"
@@ -257,9 +257,9 @@ def check_compare(scene, text):
 
 
 def check_where(scene, text):
-    name = re.fullmatch(r"Where is (the .+)\?", text)[1]
-    kind_and_name = name.removeprefix("the ").removeprefix("word ")
-    return called(scene, name).place if kind_and_name.split()[-1] in {t.name for t in scene.things} else "nowhere"
+    subject = re.fullmatch(r"Where is (the .+)\?", text)[1]
+    there = subject.split()[-1] in {t.name for t in scene.things}
+    return called(scene, subject).place if there else "nowhere"
 
 
 def check_describe(scene, text):

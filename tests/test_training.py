@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from tiny_models import picture, tiny_processor
 
 from ms_resampler.training.data import IGNORED, ConversationCollator, messages_of
+from ms_resampler.training.recipes import tiny_blind
+from ms_resampler.training.record import describe_stage, read_log
 from ms_resampler.training.train import last_checkpoint
 
 
@@ -140,6 +142,19 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     assert whole.keys() == resumed.keys()
     for name in whole:
         torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=0, msg=name)
+
+
+def test_a_finished_stage_that_is_opened_again_keeps_its_time_and_counts_no_step_twice(tmp_path):
+    rows = [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.5},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "train_runtime": 50.0},
+        {"step": 2, "train_runtime": 0.001},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["loss"] for row in read_log(tmp_path) if "loss" in row] == [3.0, 2.0]
+    assert describe_stage(tiny_blind(steps=1), tmp_path)["seconds"] == 50
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def training_record(
 
 
 def describe_stage(stage: Stage, folder: Path) -> dict[str, Any]:
-    """The stage's numbers, a fingerprint of its data, and the seconds of its last uninterrupted stretch."""
+    """The stage's numbers, a fingerprint of its data, and the seconds of its longest uninterrupted stretch."""
     numbers = {name: value for name, value in vars(stage).items() if not callable(value)}
     seconds = [row["train_runtime"] for row in read_log(folder) if "train_runtime" in row]
     return {
@@ -58,9 +58,10 @@ def count(module: torch.nn.Module) -> int:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's log.jsonl; a step that was logged again after a resume counts once, the last time."""
+    """The rows of a run's log.jsonl; a step whose loss was logged again after a resume counts once, the last time."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return list({(row["step"], "loss" in row): row for row in rows}.values())
+    losses = {row["step"]: row for row in rows if "loss" in row}
+    return [*losses.values(), *(row for row in rows if "loss" not in row)]
 
 
 def plot_curves(folder: Path, path: Path) -> None:

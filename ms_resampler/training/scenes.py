@@ -605,7 +605,7 @@ def height_step(thing: Thing, scene: Scene) -> int:
 
 
 def index_by_name(scene: Scene, rng: np.random.Generator) -> str:
-    """Every name's place, colour and height, in random order, and three that are not there: "7 top left red 9, ..."."""
+    """Every name's place, colour and height, in random order, and up to three absent ones: "7 top left red 9, ..."."""
     items = [f"{t.name} {t.place} {t.colour} {height_step(t, scene)}" for t, _ in plainly_named(scene)]
     absent = dict.fromkeys(absent_name(scene, rng).removeprefix("word ") for _ in range(3))
     return ", ".join(shuffled([*items, *(f"{name} nothing" for name in absent)], rng))
