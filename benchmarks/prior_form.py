@@ -11,9 +11,9 @@ import statistics
 from functools import partial
 
 import torch
-from side_by_side import interleaved, machine
 
 from ms_resampler import MSResamplerProjectorConfig
+from ms_resampler.evaluation.timing import interleaved, machine
 from ms_resampler.resampler_ms_resampler import MultiScopeResampler, init_resampler_weights
 
 FORMS = {

@@ -13,12 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from side_by_side import interleaved, machine
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ms_resampler import MSResamplerConfig
+from ms_resampler.evaluation.timing import count_macs, interleaved, machine
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
 
@@ -74,10 +72,8 @@ def cost(name: str) -> tuple[int, int]:
     config = published_config(name)
     projector = build_projector(config)
     x_BNC = torch.randn(1, PATCHES[0] * PATCHES[1], config.feature_width)
-    # Attention counts only where it is spelled out as products of matrices.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        forward(projector, name, x_BNC)
-    return sum(weight.numel() for weight in projector.parameters()), counter.get_total_flops() // 2
+    parameters = sum(weight.numel() for weight in projector.parameters())
+    return parameters, count_macs(lambda: forward(projector, name, x_BNC))
 
 
 def make_run(name: str, batch: int, dtype: torch.dtype, backward: bool) -> Callable[[], object]:

@@ -21,14 +21,16 @@ COMMANDS = {
     "chat": ("ms_resampler.chat", "ask about one or several pictures, here in the terminal"),
     "export": ("ms_resampler.hub_upload.export", "copy a checkpoint with its code into a folder that loads anywhere"),
     "train": ("ms_resampler.training.command", "run a training recipe, and measure what it made"),
+    "study": ("ms_resampler.study.command", "train every projector under the same conditions, and compare them"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = build_parser(argv).parse_args(argv)
+    command = " ".join(["ms-resampler", *argv[:1]])
     try:
+        arguments = build_parser(argv).parse_args(argv)
         return import_module(COMMANDS[arguments.command][0]).run(arguments)
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -36,9 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ModuleNotFoundError as error:
+        print(f"{command} needs {error.name}: pip install 'ms-resampler[demo,train,eval]'", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         sentence = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        print(f"ms-resampler {arguments.command}: {sentence}", file=sys.stderr)
+        print(f"{command}: {sentence}", file=sys.stderr)
         return 2
 
 

@@ -8,7 +8,8 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from projectors import PUBLISHED, cost, make_run
-from side_by_side import interleaved
+
+from ms_resampler.evaluation.timing import interleaved
 
 # Parameters and multiply-accumulates in millions, counted on the originals at 576 x 1024 -> 144 -> 4096. Tables of
 # positions that are never trained are not counted here: 256 x 1024 in mqt, 144 x 4096 in qwen_resampler.

@@ -183,3 +183,11 @@ def test_command_line_of_its_own(folder, picture_file):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip()
+
+
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    for name in [name for name in sys.modules if name.startswith(("ms_resampler.study", "scipy."))]:
+        monkeypatch.delitem(sys.modules, name)
+    assert cli.main(["study", "--quick"]) == 2
+    assert capsys.readouterr().err == "ms-resampler study needs scipy: pip install 'ms-resampler[demo,train,eval]'\n"

@@ -1,11 +1,13 @@
-"""What the benchmarks share: the machine in one line, and times of several runs in turn."""
+"""What a cost is measured with: the machine in one line, multiply-accumulates, and times of several runs in turn."""
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def machine() -> str:
@@ -17,7 +19,15 @@ def machine() -> str:
     )
 
 
-def interleaved(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def count_macs(run: Callable[[], object]) -> int:
+    """Multiply-accumulates of a run's products of matrices, attention included."""
+    # Attention counts only where it is spelled out as products of matrices.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Milliseconds of every run, `repeats` times in turn, after a round that warms up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):

@@ -1,0 +1,1 @@
+"""The controlled study: every projector under the same conditions, its statistics and its report."""

@@ -1,0 +1,52 @@
+"""What the study's projectors cost: multiply-accumulates, and times measured in turn in one run."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..evaluation.timing import count_macs, interleaved, machine
+from .data import CHANNELS, GRID, PATCHES
+from .plan import REFERENCE, Study, make_projector, make_run
+
+REPEATS = 15
+
+
+def measure_costs(study: Study) -> dict[str, Any]:
+    """For every projector at the middle budget: MACs of an image, median ms of a batch forward and with gradients."""
+    forward, backward, macs = {}, {}, {}
+    for arm in study.arms:
+        run = make_run(study, arm, [study.middle], 0, 0)
+        projector = make_projector(run.projector)
+        macs[arm] = count_macs(make_step(projector, run.grids[0], 1, gradients=False))
+        forward[arm] = make_step(projector, run.grids[0], study.batch_size, gradients=False)
+        backward[arm] = make_step(projector, run.grids[0], study.batch_size, gradients=True)
+    times = [interleaved(steps, REPEATS) for steps in (forward, backward)]
+    medians = [{arm: round(statistics.median(spent), 3) for arm, spent in part.items()} for part in times]
+    return {
+        "machine": machine(),
+        "projectors": {
+            f"{arm} (144 tokens)" if arm in REFERENCE else arm: {
+                "macs": macs[arm],
+                "forward": medians[0][arm],
+                "backward": medians[1][arm],
+            }
+            for arm in study.arms
+        },
+    }
+
+
+def make_step(
+    projector: torch.nn.Module, grid: tuple[int, int], batch_size: int, gradients: bool
+) -> Callable[[], None]:
+    """A projector's run on random features, forward alone or with all gradients."""
+    x_BNC = torch.randn(batch_size, PATCHES, CHANNELS)
+
+    def step() -> None:
+        with torch.set_grad_enabled(gradients):
+            y = projector(x_BNC, GRID, grid)
+        if gradients:
+            (y[0] if isinstance(y, tuple) else y).sum().backward()
+
+    return step

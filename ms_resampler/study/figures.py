@@ -1,0 +1,131 @@
+"""The report's figures, from stored results and the generator of scenes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .data import GRID, PATCH_PIXELS, STUDY_FAMILIES, study_scene
+from .plan import BASELINE, OURS
+from .results import Results
+from .statistics import GROUPS
+
+FIGURES = {
+    "accuracy": "Score against budget, by group of questions; bars are 95% intervals.",
+    "sigmas": "Learned sigmas in token pitches, by scope: a dot for each head and seed, a line where it began.",
+    "trust": "How much the tokens that answer a family's questions trust each scope, mean over seeds.",
+    "maps": "Where one token looked in each scope, on held-out scenes: its cell is framed.",
+}
+# Okabe and Ito's palette, which colour-blind people can tell apart.
+COLOURS = {
+    OURS: "#D55E00",
+    BASELINE: "#0072B2",
+    "resampler, local": "#56B4E9",
+    "avg_pool": "#009E73",
+    "token_packer": "#CC79A7",
+    "mqt": "#E69F00",
+}
+SCOPES = {"local": "#D55E00", "regional": "#E69F00", "global": "#0072B2"}
+OTHERS = "#BBBBBB"
+
+
+def draw_figures(results: Results, folder: Path, results_hash: str) -> None:
+    """Draws all figures; each carries the hash of the results it was drawn from."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawings = {"accuracy": draw_accuracy, "sigmas": draw_sigmas, "trust": draw_trust, "maps": draw_maps}
+    for name, draw in drawings.items():
+        figure = draw(results, pyplot)
+        figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Results": results_hash})
+        pyplot.close(figure)
+
+
+def draw_accuracy(results: Results, pyplot: Any) -> Any:
+    """A panel for the overall mean and for each group; a line for each projector."""
+    figure, panels = pyplot.subplots(1, len(GROUPS) + 1, figsize=(14, 3.8), layout="constrained")
+    budgets = results.budgets[::-1]
+    for arm in sorted(results.arms(results.middle), key=lambda arm: arm in COLOURS):
+        tokens = [tokens for tokens in budgets if arm in results.arms(tokens)]
+        estimates = [results.estimate(arm, count) for count in tokens]
+        for column, panel in enumerate(panels):
+            mean, low, high = (
+                100 * np.array([getattr(e, key)[column - 1] for e in estimates])
+                for key in ("mean_G", "low_G", "high_G")
+            )
+            shift = 0.08 * (list(COLOURS).index(arm) - 2.5) if arm in COLOURS else 0
+            panel.errorbar(
+                np.array([budgets.index(count) for count in tokens]) + shift,
+                mean,
+                yerr=[mean - low, high - mean] if arm in COLOURS else None,
+                color=COLOURS.get(arm, OTHERS),
+                label=arm if arm in COLOURS else "_",
+                marker="o",
+                markersize=3,
+                linewidth=1.6 if arm == OURS else 1,
+            )
+    for title, panel in zip(("overall", *GROUPS), panels, strict=True):
+        panel.set(title=title, xlabel="tokens", xticks=range(len(budgets)), xticklabels=budgets)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("score (%)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    return figure
+
+
+def draw_sigmas(results: Results, pyplot: Any) -> Any:
+    """Learned sigmas of the scopes that have one."""
+    figure, axes = pyplot.subplots(figsize=(6, 2.6), layout="constrained")
+    described = results.scopes(results.middle)
+    shape = np.array([scopes["sigmas"] for scopes in described])
+    for scope, (name, begin) in enumerate((("local", 0.5), ("regional", 1.5))):
+        for seed, sigmas_h in enumerate(shape[:, scope]):
+            axes.scatter(sigmas_h, np.full(len(sigmas_h), scope) + 0.08 * (seed - 2), color=SCOPES[name], s=14)
+        axes.vlines(begin, scope - 0.4, scope + 0.4, color="black", linewidth=1)
+    axes.set(xlabel="sigma (token pitches)", yticks=(0, 1), yticklabels=("local", "regional"), ylim=(-0.6, 1.6))
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_trust(results: Results, pyplot: Any) -> Any:
+    """A bar for each family: the shares of local, regional and global."""
+    figure, axes = pyplot.subplots(figsize=(7, 3.4), layout="constrained")
+    described = results.scopes(results.middle)
+    trust_FS = np.mean([[scopes["trust"][family] for family in STUDY_FAMILIES] for scopes in described], axis=0)
+    start = np.zeros(len(STUDY_FAMILIES))
+    for scope, (name, colour) in enumerate(SCOPES.items()):
+        axes.barh(list(STUDY_FAMILIES), trust_FS[:, scope], left=start, color=colour, label=name)
+        start += trust_FS[:, scope]
+    axes.set(xlabel="fusion weight", xlim=(0, 1))
+    axes.invert_yaxis()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=3, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_maps(results: Results, pyplot: Any) -> Any:
+    """For a few scenes: the picture, and where the token that trusts its scopes most unevenly looked in each."""
+    maps = results.scopes(results.middle)[0]["maps"]
+    scenes, scopes, tokens, _ = maps["shape"]
+    weights_BSM = np.frombuffer(bytes.fromhex(maps["weights"]), np.uint8).reshape(scenes, scopes, tokens)
+    attention = np.frombuffer(bytes.fromhex(maps["attentions"]), np.uint8).reshape(scenes, scopes, tokens, *GRID)
+    figure, panels = pyplot.subplots(
+        scenes, scopes + 1, figsize=(2.2 * (scopes + 1), 2.2 * scenes), layout="constrained"
+    )
+    side = round(tokens**0.5)
+    pitch = GRID[0] * PATCH_PIXELS / side
+    for scene, row in enumerate(panels):
+        picture = study_scene("test", scene).image
+        token = int(weights_BSM[scene].max(axis=0).argmax())
+        corner = (token % side * pitch, token // side * pitch)
+        for scope, panel in enumerate(row, start=-1):
+            panel.imshow(picture)
+            panel.add_patch(pyplot.Rectangle(corner, pitch, pitch, fill=False, edgecolor="#FF00FF", linewidth=1.5))
+            panel.set(xticks=[], yticks=[], title="picture")
+            if scope >= 0:
+                extent = (0, picture.width, picture.height, 0)
+                panel.imshow(attention[scene, scope, token], alpha=0.75, cmap="viridis", extent=extent)
+                panel.set_title(f"{list(SCOPES)[scope]}: weight {weights_BSM[scene, scope, token]}%")
+    return figure

@@ -1,0 +1,214 @@
+"""What the study trains: projectors and ablations, token budgets, seeds and learning rates, as a list of runs."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..configuration_ms_resampler import MSResamplerConfig, token_grid
+from ..modeling_ms_resampler import MSResamplerModel
+from ..projectors_ms_resampler import PROJECTORS
+from .data import CHANNELS, GRID, PATCH_PIXELS, PATCHES, DataSettings, digest
+from .reader import WIDTH
+
+OURS, BASELINE = "ms_resampler", "resampler"
+HEADS = 8
+VERSION = 1  # of how runs are made: another one makes results anew
+WIDTHS = range(4 * HEADS, 256 + 1, HEADS)
+
+# Projectors by name: their fields beside width and budget. Depths are smaller than published, so that widths need
+# not be.
+PEERS: dict[str, dict[str, Any]] = {
+    OURS: {},
+    BASELINE: {"projector_type": "resampler"},
+    "resampler, local": {"projector_type": "resampler", "scope_sigmas": [0.5]},
+    "resampler, regional": {"projector_type": "resampler", "scope_sigmas": [1.5]},
+    **{name: {"projector_type": name} for name in PROJECTORS if name != "mlp"},
+}
+PEERS["q_former"]["num_hidden_layers"] = 2  # the second would not see patches, but is of the form
+# The MLP keeps every patch: what could be had without a budget.
+REFERENCE: dict[str, dict[str, Any]] = {"mlp": {"projector_type": "mlp"}}
+
+# Changes to ms_resampler, one at a time. "resampler" and its two kin above are the ablation to one scope.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "two scopes": {"scope_sigmas": [0.5, None]},
+    "four scopes": {"scope_sigmas": [0.35, 0.8, 2.0, None]},
+    "window prior": {"scope_prior": "window", "learn_scopes": False, "prior_form": "bias"},
+    "no prior": {"scope_prior": "none", "learn_scopes": False},
+    "fixed sigmas": {"learn_scopes": False},
+    "fusion by token": {"fusion": "token"},
+    "static fusion": {"fusion": "static"},
+    "mean fusion": {"fusion": "mean"},
+    "scopes over heads": {"scope_layout": "heads", "fusion": "token"},
+    "scopes over heads, no gate": {"scope_layout": "heads", "fusion": "mean"},
+    "keys of its own": {"share_kv": False},
+    "content queries": {"query_init": "content"},
+    "two layers": {"num_hidden_layers": 2},
+}
+# Trained with a random grid each step, and asked for every budget.
+ELASTIC = (OURS, "mqt", "avg_pool")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The settings of a study, complete."""
+
+    arms: tuple[str, ...] = (*PEERS, *REFERENCE)
+    budgets: tuple[int, ...] = (36, 16, 9)
+    seeds: int = 5
+    learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    steps: int = 600
+    batch_size: int = 32
+    ablations: bool = True
+    data: DataSettings = field(default_factory=DataSettings)
+
+    @property
+    def middle(self) -> int:
+        """The budget at which learning rates are chosen, and ablations compared."""
+        return sorted(self.budgets)[len(self.budgets) // 2]
+
+
+QUICK = Study(
+    arms=(OURS, BASELINE, "resampler, local", "avg_pool", "token_packer", "mqt"),
+    budgets=(16,),
+    seeds=2,
+    learning_rates=(2e-3,),
+    steps=250,
+    ablations=False,
+    data=DataSettings(train_scenes=4_000, tower_steps=500, reader_steps=1_500),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: all that decides its result. `grids` are those trained on, and tested, in tokens."""
+
+    arm: str
+    projector: dict[str, Any]
+    grids: tuple[tuple[int, int], ...]
+    seed: int
+    learning_rate: float
+    steps: int
+    batch_size: int
+    data: DataSettings
+
+    @property
+    def name(self) -> str:
+        """The name of the result: a hash of everything but the arm's name."""
+        return digest({"version": VERSION, **dataclasses.asdict(self), "arm": None})
+
+    @property
+    def tokens(self) -> str:
+        """The budget, for people: "16", or "9 to 36"."""
+        counts = sorted(rows * columns for rows, columns in self.grids)
+        return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def fields_of(arm: str) -> dict[str, Any]:
+    """The projector fields of an arm. Raises ValueError if there is no such arm."""
+    known = {**PEERS, **REFERENCE, **ABLATIONS}
+    if arm not in known:
+        raise ValueError(f"The study knows no projector {arm!r}; it knows {', '.join(known)}.")
+    return known[arm]
+
+
+def make_run(study: Study, arm: str, budgets: Sequence[int], seed: int, learning_rate: float) -> Run:
+    """The run of an arm, at a budget or (elastic) at several. The projector is as wide as makes its parameters
+    comparable, and the same at every budget but for the tokens.
+    """
+    grids = tuple(token_grid(PATCHES if arm in REFERENCE else budget, GRID) for budget in budgets)
+    largest = max(grids)
+    projector = {**fields_of(arm), **size_of(arm), "query_grid": largest, "visual_tokens": largest}
+    return Run(arm, projector, grids, seed, learning_rate, study.steps, study.batch_size, study.data)
+
+
+def size_of(arm: str) -> dict[str, int]:
+    """Width, heads and FFN of an arm: those of ms_resampler, or what gives a peer about as many parameters."""
+    width = WIDTH if "projector_type" not in fields_of(arm) else matched_width(arm)
+    return {"hidden_size": width, "intermediate_size": width, "num_attention_heads": HEADS}
+
+
+@cache
+def matched_width(arm: str) -> int:
+    """The width at which an arm comes nearest to ms_resampler in parameters; peers without a width have any."""
+    grid = token_grid(16, GRID)
+    aim = count_parameters(
+        {"query_grid": grid, "visual_tokens": grid, "hidden_size": WIDTH, "intermediate_size": WIDTH}
+    )
+    tokens = GRID if arm in REFERENCE else grid
+    counts = {
+        width: count_parameters(
+            {**fields_of(arm), "query_grid": tokens, "visual_tokens": tokens}
+            | {"hidden_size": width, "intermediate_size": width}
+        )
+        for width in WIDTHS
+    }
+    return min(counts, key=lambda width: (abs(counts[width] - aim), abs(width - WIDTH)))
+
+
+def model_config(projector: dict[str, Any]) -> MSResamplerConfig:
+    """A model with the study's tower and a projector; of its language model only the width counts."""
+    return MSResamplerConfig(
+        vision_config={
+            "model_type": "convnext",
+            "image_size": GRID[0] * PATCH_PIXELS,
+            "patch_size": PATCH_PIXELS,
+            "num_stages": 1,
+            "depths": [1],
+            "hidden_sizes": [CHANNELS],
+        },
+        text_config={
+            "model_type": "llama",
+            "hidden_size": WIDTH,
+            "intermediate_size": WIDTH,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "vocab_size": 8,
+        },
+        projector_config={"num_attention_heads": HEADS, **projector},
+        image_token_id=7,
+        vision_feature_layer=-1,
+    )
+
+
+def make_projector(projector: dict[str, Any]) -> torch.nn.Module:
+    """The projector as a model here starts it."""
+    return MSResamplerModel(model_config(projector)).projector
+
+
+def count_parameters(projector: dict[str, Any]) -> int:
+    """Parameters of a projector."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in MSResamplerModel(model_config(projector)).projector.parameters())
+
+
+def sweep_runs(study: Study) -> list[Run]:
+    """The learning rates of every projector, at the middle budget, seed 0. One rate needs no sweep."""
+    if len(study.learning_rates) == 1:
+        return []
+    return [make_run(study, arm, [study.middle], 0, rate) for arm in study.arms for rate in study.learning_rates]
+
+
+def main_runs(study: Study, rates: dict[str, float]) -> list[Run]:
+    """Every projector at every budget with every seed; seed after seed, so that a part is a smaller study."""
+    return [
+        make_run(study, arm, [budget], seed, rates[arm])
+        for seed in range(study.seeds)
+        for budget in study.budgets
+        for arm in study.arms
+        if arm not in REFERENCE or budget == study.budgets[0]
+    ]
+
+
+def further_runs(study: Study, rates: dict[str, float]) -> list[Run]:
+    """The ablations at the middle budget, with the learning rate of ms_resampler; and the elastic runs."""
+    if not study.ablations or OURS not in rates:
+        return []
+    elastic = [arm for arm in ELASTIC if arm in rates]
+    return [
+        *(make_run(study, arm, [study.middle], seed, rates[OURS]) for seed in range(study.seeds) for arm in ABLATIONS),
+        *(make_run(study, arm, study.budgets, seed, rates[arm]) for seed in range(study.seeds) for arm in elastic),
+    ]

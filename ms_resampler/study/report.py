@@ -1,0 +1,224 @@
+"""The report: `study.md` and its figures, made of stored results alone, so that it can be checked against them."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .figures import FIGURES, draw_figures
+from .plan import BASELINE, ELASTIC, OURS, REFERENCE
+from .results import Results, fingerprint, load, write_whole
+from .statistics import GROUPS, Difference, Estimate, corrected
+
+ONE_POINT = 0.01
+
+
+def write_report(folder: Path) -> None:
+    """Writes `FOLDER/study.md` and `FOLDER/study/*.png` from the results in `FOLDER/study`."""
+    results = load(folder / "study")
+    draw_figures(results, folder / "study", fingerprint(folder / "study"))
+    write_whole(folder / "study.md", report_text(results))
+
+
+def check_report(folder: Path) -> None:
+    """Raises ValueError if the report or a figure is not that of the stored results."""
+    if not (folder / "study.md").exists() or (folder / "study.md").read_text() != report_text(load(folder / "study")):
+        raise ValueError(f"{folder / 'study.md'} is not the report of the results beside it: write it again.")
+    for name in FIGURES:
+        path = folder / "study" / f"{name}.png"
+        if not path.exists() or Image.open(path).info.get("Results") != fingerprint(folder / "study"):
+            raise ValueError(f"{path} was not drawn from the results beside it: write the report again.")
+
+
+def report_text(results: Results) -> str:
+    """The whole report, in Markdown."""
+    sections = [introduction(results)]
+    for tokens in results.budgets:
+        sections += [f"## {tokens} tokens", main_table(results, tokens), verdict(results, tokens)]
+        sections += [f"`{OURS}` minus each of the others, in points:", paired_table(results, tokens)]
+    sections += ["## Figures", *(f"![{caption}](study/{name}.png)\n\n{caption}" for name, caption in FIGURES.items())]
+    if results.ablations():
+        sections += [f"## Ablations, {results.middle} tokens", ablation_table(results)]
+    if any(results.arms(tokens, "elastic") for tokens in results.budgets):
+        sections += ["## One set of weights for every budget", elastic_table(results)]
+    sections += ["## Cost", cost_table(results), how_it_was_made(results)]
+    return "\n\n".join(sections) + "\n"
+
+
+def introduction(results: Results) -> str:
+    """What is asked, and under which conditions."""
+    study, data = results.study, results.study["data"]
+    rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
+    return f"""# Does multi-scope resampling win?
+
+The claim: at a fixed budget of tokens, several resamplers, each with a spatial scope of its own and adaptively fused,
+beat one global resampler. It would be refuted by a single-scope resampler, global *or local*, that is as good on every
+task at equal or lower cost. Average pooling and TokenPacker are the other peers to beat. This page is made by
+`ms-resampler study` from the results in [study/](study), whatever they say.
+
+**Conditions.** A small, controlled setting: {data["train_scenes"]:,} scenes of one to nine handwritten digits, shapes
+and words on 12 x 12 patches. A ConvNeXt tower has learned to name what is under each patch and is frozen; codes of
+their places are added to its features, as those of a ViT carry them. A reader of two layers, which stands in for the
+language model, has learned its questions on descriptions in words. Neither ever met a projector. For each run a fresh
+projector and a copy of that reader are trained together for {study["steps"]} steps of {study["batch_size"]} pictures
+with eight questions each; {study["seeds"]} seeds. Every projector has the same choice of learning rates ({rates}), by
+validation scores at {results.middle} tokens, and a width that gives it about the parameters of `{OURS}`, where it has a
+width. The digits of the test were seen by neither tower, reader nor projector.
+
+**Scores.** On {data["test_scenes"]} held-out scenes: questions that need a local (read, colour, shape), regional
+(presence, where, relation, compare) or global look (count, count of a colour, majority), exact answers; and *dense*:
+the share of patches whose name and colour can be read back from the tokens. Groups are means of their families; overall
+is the mean of the four groups. Intervals are 95% bootstrap intervals over pictures and seeds; differences are paired,
+by seed and picture; p-values are t-tests over seeds, adjusted for their number at each budget (Benjamini and Hochberg);
+d is Cohen's, over seeds."""
+
+
+def percent(estimate: Estimate, column: int) -> str:
+    """A mean and its interval: "81.2 (80.1 to 82.0)"."""
+    mean, low, high = (100 * part[column] for part in (estimate.mean_G, estimate.low_G, estimate.high_G))
+    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
+
+
+def signed(difference: Difference, column: int) -> str:
+    """A difference in points and its interval: "+1.2 (+0.3 to +2.0)"."""
+    parts = (difference.estimate.mean_G, difference.estimate.low_G, difference.estimate.high_G)
+    mean, low, high = (100 * part[column] for part in parts)
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def number(value: float, digits: int) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if np.isnan(value) else f"{value:.{digits}f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def main_table(results: Results, tokens: str) -> str:
+    """Scores of all projectors at a budget, the best first; the MLP keeps all patches, whatever the budget."""
+    scored = {arm: results.estimate(arm, tokens) for arm in results.arms(tokens)}
+    scored |= {arm: results.estimate(arm, "144") for arm in REFERENCE if arm in results.arms("144")}
+    rows = [
+        [
+            f"{arm} (144 tokens)" if arm in REFERENCE else f"**{arm}**" if arm == OURS else arm,
+            f"{results.parameters(arm, '144' if arm in REFERENCE else tokens) / 1000:.0f}",
+            f"{results.rates[arm]:g}",
+            str(results.seeds(arm, "144" if arm in REFERENCE else tokens)),
+            percent(estimate, -1),
+            *(f"{100 * estimate.mean_G[column]:.1f}" for column in range(len(GROUPS))),
+        ]
+        for arm, estimate in sorted(scored.items(), key=lambda item: -item[1].mean_G[-1])
+    ]
+    return table(["projector", "thousand parameters", "learning rate", "seeds", "overall", *GROUPS], rows)
+
+
+def rivals(results: Results, tokens: str) -> dict[str, Difference]:
+    """Our score minus that of every other projector at a budget, the strongest rival first."""
+    ours = (OURS, "fixed", tokens)
+    others = [arm for arm in results.arms(tokens) if arm != OURS]
+    found = {arm: results.difference(ours, (arm, "fixed", tokens)) for arm in others}
+    return dict(sorted(found.items(), key=lambda item: item[1].estimate.mean_G[-1]))
+
+
+def paired_table(results: Results, tokens: str) -> str:
+    """Differences to every other projector at a budget."""
+    found = rivals(results, tokens)
+    return differences_table("minus", found)
+
+
+def differences_table(title: str, found: dict[str, Difference]) -> str:
+    """Differences with intervals, adjusted p-values and effect sizes."""
+    adjusted = corrected([difference.p for difference in found.values()])
+    rows = [
+        [
+            arm,
+            signed(difference, -1),
+            number(p, 3),
+            number(difference.effect, 1),
+            *(signed(difference, column) for column in range(len(GROUPS))),
+        ]
+        for (arm, difference), p in zip(found.items(), adjusted, strict=True)
+    ]
+    return table([title, "overall", "p", "d", *GROUPS], rows)
+
+
+def verdict(results: Results, tokens: str) -> str:
+    """What the differences at a budget say, in two sentences."""
+    found = rivals(results, tokens)
+    ahead = [arm for arm, difference in found.items() if difference.estimate.low_G[-1] > 0]
+    behind = [arm for arm, difference in found.items() if difference.estimate.high_G[-1] < 0]
+    open_ = [arm for arm in found if arm not in (*ahead, *behind)]
+    worse = [
+        f"{arm} ({GROUPS[column]}, {100 * difference.estimate.mean_G[column]:+.1f})"
+        for arm, difference in found.items()
+        for column in range(len(GROUPS))
+        if difference.estimate.mean_G[column] < -ONE_POINT
+    ]
+    return (
+        f"At {tokens} tokens `{OURS}` is ahead of {len(ahead)} of {len(found)} with an interval that excludes zero "
+        f"({listed(ahead)}), behind {len(behind)} ({listed(behind)}), and not told apart from {len(open_)} "
+        f"({listed(open_)}). More than a point behind in a group: {listed(worse)}."
+    )
+
+
+def listed(names: list[str]) -> str:
+    """Names with commas, or "none"."""
+    return "; ".join(names) or "none"
+
+
+def ablation_table(results: Results) -> str:
+    """Each change to the default, minus the default."""
+    default = (OURS, "fixed", results.middle)
+    single = [arm for arm in results.arms(results.middle) if arm.startswith(BASELINE)]
+    changes = [*single, *results.ablations()]
+    found = {arm: results.difference((arm, "fixed", results.middle), default) for arm in changes}
+    return "Each change minus the default, in points:\n\n" + differences_table("change", found)
+
+
+def elastic_table(results: Results) -> str:
+    """Weights trained with random budgets beside weights trained for each."""
+    rows = []
+    for arm in ELASTIC:
+        for tokens in results.budgets:
+            keys = [(arm, mode, tokens) for mode in ("elastic", "fixed")]
+            if all(key in results.scores for key in keys):
+                elastic, fixed = (results.estimate(arm, tokens, mode) for mode in ("elastic", "fixed"))
+                rows.append(
+                    [arm, tokens, percent(elastic, -1), percent(fixed, -1), signed(results.difference(*keys), -1)]
+                )
+    head = ["projector", "tokens", "trained with random budgets", "trained for this budget", "difference"]
+    return table(head, rows)
+
+
+def cost_table(results: Results) -> str:
+    """Multiply-accumulates and times, as ratios to the single-scope resampler in the same run."""
+    costs = results.costs
+    base = costs["projectors"][BASELINE]
+    rows = [
+        [
+            arm,
+            f"{cost['macs'] / 1e6:.1f}",
+            *(f"{cost[key]:.2f}" for key in ("forward", "backward")),
+            *(f"{cost[key] / base[key]:.2f}" for key in ("forward", "backward")),
+        ]
+        for arm, cost in costs["projectors"].items()
+    ]
+    head = ["projector", "million MACs an image", "forward, ms", "and backward, ms", "forward, x", "and backward, x"]
+    return (
+        f"Of the projectors alone, {results.middle} tokens, batch {results.study['batch_size']}, medians of "
+        f"interleaved repeats in one run; x is relative to `{BASELINE}`. {costs['machine']}. At these small sizes "
+        "overheads weigh more than at published ones, which `python benchmarks/projectors.py` measures.\n\n"
+        + table(head, rows)
+    )
+
+
+def how_it_was_made(results: Results) -> str:
+    """The commands, and how much was trained."""
+    hours = sum(result["seconds"] for result in results.runs) / 3600
+    return f"""## How it was made
+
+    ms-resampler study --report docs      {len(results.runs)} runs, {hours:.1f} hours of training on one core each
+    ms-resampler study --quick            six projectors, one budget, two seeds
+    ms-resampler study --check docs       this page against the stored results"""

@@ -1,0 +1,179 @@
+"""One run of the study: trains a projector and the reader behind it, and examines them."""
+
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..resampler_ms_resampler import ScopeMaps, cell_centres, split_heads
+from ..training.train import keep_freed_memory
+from .data import GRID, LABELS, PATCHES, STUDY_FAMILIES, Optimiser, Split, StudyData, prepare_data
+from .plan import Run, make_projector
+from .reader import HEADS, Batches, Reader, pretrained_reader, reading_loss
+
+PICTURES_AT_ONCE = 50
+SHOWN = 3  # test scenes whose maps are kept
+
+
+class Student(nn.Module):
+    """A projector and the reader behind it."""
+
+    projector: Any
+    reader: Reader
+
+    def __init__(self, projector: nn.Module, reader: Reader):
+        super().__init__()
+        self.projector, self.reader = projector, reader
+
+    def tokens(self, x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Visual tokens of the tower's features, placed at the centres of their cells."""
+        y = self.projector(x_BNC, GRID, grid)
+        return self.reader.place(y[0] if isinstance(y, tuple) else y, cell_centres(grid, x_BNC.device))
+
+
+def perform(run: Run, out: Path) -> dict[str, Any]:
+    """The result of a run, from `OUT/runs` if it is there; else it is trained, examined and written there."""
+    path = out / "runs" / f"{run.name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    keep_freed_memory()
+    data = prepare_data(out, run.data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reader = pretrained_reader(data, run.data.reader_steps)
+    torch.manual_seed(run.seed)
+    student = Student(make_projector(run.projector), reader).to(device)
+    start = time.perf_counter()
+    loss = learn(student, run, data, device)
+    seconds = time.perf_counter() - start
+    result = {
+        "run": dataclasses.asdict(run),
+        "parameters": sum(weight.numel() for weight in student.projector.parameters()),
+        "seconds": round(seconds, 2),
+        "loss": round(loss, 4),
+        **examine(student, run, data, device),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(result))
+    fresh.rename(path)
+    return result
+
+
+def learn(student: Student, run: Run, data: StudyData, device: torch.device) -> float:
+    """Trains in place; returns the mean loss of the last fifty steps."""
+    optimiser = Optimiser([student], run.learning_rate, run.steps)
+    batches, grids = Batches(data, run.batch_size, run.seed), random.Random(run.seed)
+    features, losses = data.splits["train"].features_BNC, []
+    for _ in range(run.steps):
+        pictures, *asked = batches.next()
+        x_BNC = torch.from_numpy(features[pictures.numpy()].astype(np.float32)).to(device)
+        y_BMD = student.tokens(x_BNC, grids.choice(run.grids))
+        loss = reading_loss(student.reader, y_BMD, *(part.to(device) for part in asked))
+        optimiser.step(loss)
+        losses.append(loss.item())
+    return float(np.mean(losses[-50:]))
+
+
+@torch.inference_mode()
+def examine(student: Student, run: Run, data: StudyData, device: torch.device) -> dict[str, Any]:
+    """Scores on validation and test at every grid, by tokens; and for projectors with scopes, where they looked."""
+    result: dict[str, Any] = {"validation": {}, "test": {}}
+    for grid in run.grids:
+        tokens = str(grid[0] * grid[1])
+        for split in ("validation", "test"):
+            result[split][tokens] = score_split(student, grid, data.splits[split], device)
+    if hasattr(student.projector, "config") and student.projector.config.num_scopes:
+        result["scopes"] = describe_scopes(student, run.grids[0], data.splits["test"], device)
+    return result
+
+
+def score_split(student: Student, grid: tuple[int, int], split: Split, device: torch.device) -> dict[str, str]:
+    """For every family one letter a scene: 1 right, 0 wrong, - not asked; "dense" the percent of patches, in hex."""
+    words_BFW, answer_BF = split.examination()
+    right, dense = [], []
+    for rows in batched(len(answer_BF)):
+        y_BMD = student.tokens(torch.from_numpy(split.features_BNC[rows].astype(np.float32)).to(device), grid)
+        right.append(student.reader(y_BMD, words_BFW[rows].to(device)).argmax(-1).cpu() == answer_BF[rows])
+        logits_BNL = student.reader.probe(y_BMD, torch.arange(PATCHES, device=device)).cpu()
+        dense.append(patches_right(logits_BNL, split.labels_BN2[rows]))
+    letters_FB = np.where(answer_BF < 0, "-", np.where(torch.cat(right), "1", "0")).T
+    scores = {family: "".join(letters) for family, letters in zip(STUDY_FAMILIES, letters_FB, strict=True)}
+    return {**scores, "dense": (100 * torch.cat(dense)).round().to(torch.uint8).numpy().tobytes().hex()}
+
+
+def batched(count: int) -> Iterator[slice]:
+    """Slices of pictures that are examined together."""
+    return (slice(start, start + PICTURES_AT_ONCE) for start in range(0, count, PICTURES_AT_ONCE))
+
+
+def patches_right(logits_BNL: Tensor, labels_BN2: Tensor) -> Tensor:
+    """Of the patches that hold a thing or are said to, the share (B,) with the right name and colour."""
+    name_BN, colour_BN = (part.argmax(-1) for part in logits_BNL.split(list(LABELS.values()), dim=-1))
+    there_BN = labels_BN2[..., 0] > 0
+    right_BN = (name_BN == labels_BN2[..., 0]) & (colour_BN == labels_BN2[..., 1]) & there_BN
+    return right_BN.sum(1) / (there_BN | (name_BN > 0)).sum(1)
+
+
+def describe_scopes(student: Student, grid: tuple[int, int], split: Split, device: torch.device) -> dict[str, Any]:
+    """Learned sigmas, how much each family's questions rest on each scope, and maps of the first few scenes."""
+    words_BFW, answer_BF = split.examination()
+    trust_BFS = []
+    for rows in batched(len(answer_BF)):
+        x_BNC = torch.from_numpy(split.features_BNC[rows].astype(np.float32)).to(device)
+        y_BMT, maps = student.projector(x_BNC, GRID, grid, True)
+        with last_attention(student.reader) as attention:
+            student.reader(student.reader.place(y_BMT, cell_centres(grid, device)), words_BFW[rows].to(device))
+        trust_BFS.append(torch.einsum("bfm,bsm->bfs", attention(), maps.weights_BSM).cpu())
+        if rows.start == 0:
+            shown = maps
+    asked_BF = (answer_BF >= 0).float()
+    trust_FS = torch.einsum("bf,bfs->fs", asked_BF, torch.cat(trust_BFS)) / asked_BF.sum(0)[:, None]
+    prior = student.projector.layers[-1].prior
+    return {
+        "sigmas": (prior.precision_Gh() ** -0.5).nan_to_num(posinf=0).tolist() if prior.kind == "gaussian" else None,
+        "trust": {family: row.tolist() for family, row in zip(STUDY_FAMILIES, trust_FS, strict=True)},
+        "maps": as_bytes(shown),
+    }
+
+
+def as_bytes(maps: ScopeMaps) -> dict[str, Any]:
+    """The maps of the scenes shown: weights in percent, attentions relative to their maximum, in hex."""
+    weights_BSM, attentions_BSMN = (part[:SHOWN].cpu() for part in (maps.weights_BSM, maps.attentions_BSMN))
+    relative = attentions_BSMN / attentions_BSMN.amax(dim=-1, keepdim=True)
+    return {
+        "shape": list(attentions_BSMN.shape),
+        "weights": (100 * weights_BSM).round().to(torch.uint8).numpy().tobytes().hex(),
+        "attentions": (255 * relative).round().to(torch.uint8).numpy().tobytes().hex(),
+    }
+
+
+@contextmanager
+def last_attention(reader: Reader) -> Iterator[Any]:
+    """While open, keeps what the reader's last block reads; gives a function that returns the attention (B, F, M)
+    of the answering states to the visual tokens, mean over heads.
+    """
+    kept: dict[str, Tensor] = {}
+    block: Any = reader.blocks[-1]
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: kept.__setitem__(name, output))
+        for name, module in (("query", block.q_proj), ("key", block.k_proj))
+    ]
+
+    def attention() -> Tensor:
+        query = split_heads(kept["query"][:, :, 0], HEADS)  # the state before a question's words
+        key = split_heads(kept["key"], HEADS)
+        return (query @ key.mT * query.shape[-1] ** -0.5).softmax(dim=-1).mean(dim=1)
+
+    try:
+        yield attention
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,105 @@
+"""What the scores say: means by group of questions, intervals over pictures and seeds, paired differences.
+
+Dimensions, as name suffixes: S seeds, B pictures, F families of questions (and the dense probe, last), G groups (and
+the overall mean, last), R resamples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from .data import STUDY_FAMILIES
+
+ROWS = {**STUDY_FAMILIES, "dense": "dense"}  # families and their groups
+GROUPS = list(dict.fromkeys(ROWS.values()))
+RESAMPLES = 2_000
+
+
+def score_matrix(scores: dict[str, str]) -> np.ndarray:
+    """A run's scores (F, B) in [0, 1]; not a number where a family does not ask about a picture."""
+    letters = [[{"1": 1.0, "0": 0.0, "-": np.nan}[letter] for letter in scores[family]] for family in STUDY_FAMILIES]
+    return np.array([*letters, np.frombuffer(bytes.fromhex(scores["dense"]), np.uint8) / 100])
+
+
+def group_means(family_F: np.ndarray) -> np.ndarray:
+    """Means (..., G) of the groups of families and of the groups, from means (..., F) of families."""
+    groups = [family_F[..., [row == group for row in ROWS.values()]].mean(axis=-1) for group in GROUPS]
+    return np.stack([*groups, np.mean(groups, axis=0)], axis=-1)
+
+
+def overall(scores: dict[str, str]) -> float:
+    """The mean over groups, in [0, 1], of one run."""
+    return float(group_means(np.nanmean(score_matrix(scores), axis=1))[-1])
+
+
+def resampled_means(scores_SFB: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Group means (R, G) over resampled seeds and resampled pictures, drawn anew and independently each time."""
+    rng = np.random.default_rng(seed)
+    seeds, families, pictures = scores_SFB.shape
+    weight_RS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)
+    weight_RB = rng.multinomial(pictures, np.full(pictures, 1 / pictures), RESAMPLES)
+    asked_FB = ~np.isnan(scores_SFB[0])
+    over_seeds_RFB = (weight_RS @ np.nan_to_num(scores_SFB).reshape(seeds, -1)).reshape(-1, families, pictures)
+    total_RF = np.einsum("rfb,rb->rf", over_seeds_RFB, weight_RB)
+    return group_means(total_RF / (seeds * weight_RB @ asked_FB.T))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Means of the groups, overall last, and their 95% intervals, all (G,)."""
+
+    mean_G: np.ndarray
+    low_G: np.ndarray
+    high_G: np.ndarray
+
+
+def estimate(scores_SFB: np.ndarray) -> Estimate:
+    """Percentile bootstrap over pictures and seeds."""
+    mean_G = group_means(np.nanmean(scores_SFB, axis=(0, 2)))
+    low_G, high_G = np.percentile(resampled_means(scores_SFB), [2.5, 97.5], axis=0)
+    return Estimate(mean_G, low_G, high_G)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Our score minus another's, same seeds and pictures: estimates, and overall the t-test over seeds.
+
+    `p` is not a number with fewer than two seeds; `effect` is Cohen's d of paired samples, over seeds.
+    """
+
+    estimate: Estimate
+    p: float
+    effect: float
+
+
+def difference(ours_SFB: np.ndarray, other_SFB: np.ndarray) -> Difference:
+    """Paired comparison of two arms."""
+    seeds = min(len(ours_SFB), len(other_SFB))
+    difference_SFB = ours_SFB[:seeds] - other_SFB[:seeds]
+    by_seed_S = group_means(np.nanmean(difference_SFB, axis=2))[:, -1]
+    if seeds < 2:
+        return Difference(estimate(difference_SFB), np.nan, np.nan)
+    p = float(stats.ttest_1samp(by_seed_S, 0).pvalue)
+    return Difference(estimate(difference_SFB), p, float(by_seed_S.mean() / by_seed_S.std(ddof=1)))
+
+
+def corrected(p_values: Sequence[float]) -> np.ndarray:
+    """p-values adjusted for their number (Benjamini and Hochberg); those that are not numbers stay so."""
+    p = np.array(p_values, float)
+    known = ~np.isnan(p)
+    if known.any():
+        p[known] = stats.false_discovery_control(p[known])
+    return p
+
+
+def scores_by_arm(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], np.ndarray]:
+    """Test scores (S, F, B) of every (arm, tokens), seeds in order."""
+    ordered = sorted(results, key=lambda result: result["run"]["seed"])
+    arms: dict[tuple[str, str], list[np.ndarray]] = {}
+    for result in ordered:
+        for tokens, scores in result["test"].items():
+            arms.setdefault((result["run"]["arm"], tokens), []).append(score_matrix(scores))
+    return {arm: np.stack(matrices) for arm, matrices in arms.items()}

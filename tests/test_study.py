@@ -1,0 +1,348 @@
+"""The study: what every run shares, fair conditions, statistics against scipy's and plain ones, and its report."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from ms_resampler.cli import main
+from ms_resampler.study import plan
+from ms_resampler.study.command import best_rates, perform_study, study_of
+from ms_resampler.study.data import (
+    GRID,
+    LABELS,
+    PATCH_PIXELS,
+    PATCHES,
+    STUDY_FAMILIES,
+    DataSettings,
+    content_words,
+    described_scene,
+    patch_labels,
+    questions_of,
+    study_scene,
+)
+from ms_resampler.study.plan import (
+    ABLATIONS,
+    BASELINE,
+    OURS,
+    PEERS,
+    REFERENCE,
+    Study,
+    count_parameters,
+    further_runs,
+    main_runs,
+    make_run,
+    sweep_runs,
+)
+from ms_resampler.study.reader import WIDTH, Reader
+from ms_resampler.study.report import check_report, report_text, write_report
+from ms_resampler.study.results import Results, collect, load, save
+from ms_resampler.study.run import last_attention, patches_right, perform
+from ms_resampler.study.statistics import (
+    GROUPS,
+    ROWS,
+    corrected,
+    difference,
+    estimate,
+    group_means,
+    resampled_means,
+    score_matrix,
+)
+from ms_resampler.training.curriculum import ALL_NAMES
+from ms_resampler.training.scenes import COLOURS
+
+DOCS = Path(__file__).parent.parent / "docs"
+RATES = dict.fromkeys((*PEERS, *REFERENCE), 2e-3)
+SMALL = Study(
+    arms=(OURS, BASELINE, "avg_pool", "mlp"),
+    budgets=(16, 9),
+    seeds=2,
+    learning_rates=(1e-3, 2e-3),
+    steps=3,
+    batch_size=4,
+    data=DataSettings(train_scenes=20, validation_scenes=6, test_scenes=9, tower_steps=2, reader_steps=2),
+)
+
+
+# --- Data -------------------------------------------------------------------------------------------------------
+
+
+def test_a_patch_is_labelled_with_the_thing_over_its_centre():
+    for index in range(20):
+        scene = study_scene("train", index)
+        labels = patch_labels(scene)
+        for patch, (name, colour) in enumerate(labels.tolist()):
+            x, y = ((n + 0.5) * PATCH_PIXELS for n in (patch % GRID[1], patch // GRID[1]))
+            over = [t for t in scene.things if t.box[0] <= x < t.box[2] and t.box[1] <= y < t.box[3]]
+            found = [] if name == 0 else [(ALL_NAMES[name - 1], list(COLOURS)[colour - 1])]
+            assert found == [(thing.name, thing.colour) for thing in over]
+
+
+def test_content_words_tell_questions_apart():
+    assert content_words("Is the red 7 left of the word star?") == ["red", "7", "left", "star"]
+    for index in range(200):
+        scene = study_scene("train", index)
+        answers: dict[tuple, set] = {}
+        for asked in questions_of(scene, "train", index, 24):
+            words = tuple(content_words(asked.question))
+            assert 1 <= len(words) <= 5
+            answers.setdefault(words, set()).add(asked.answer)
+        assert all(len(different) == 1 for different in answers.values())
+
+
+def test_an_examination_asks_each_family_at_most_once_and_misses_none():
+    for index in range(30):
+        scene = study_scene("test", index)
+        asked = [question.family for question in questions_of(scene, "test", index, 24)]
+        assert len(set(asked)) == len(asked)
+        assert {"colour", "where", "count"} <= set(asked) <= set(STUDY_FAMILIES)
+
+
+def test_a_description_says_what_stands_where():
+    scene = study_scene("train", 5)
+    things, centres = described_scene(scene)
+    assert (things[:, 0] > 0).sum() == len(scene.things)
+    for thing in scene.things:
+        row = np.abs(centres * 96 - np.array(thing.centre[::-1])).sum(1).argmin()
+        assert ALL_NAMES[things[row, 0] - 1] == thing.name
+        assert list(COLOURS)[things[row, 1] - 1] == thing.colour
+
+
+# --- Reader -----------------------------------------------------------------------------------------------------
+
+
+def test_a_question_is_answered_alike_alone_and_beside_others():
+    reader, y_BMD = Reader(50, 20).eval(), torch.randn(2, 9, WIDTH)
+    words = torch.randint(1, 50, (2, 3, 6))
+    words[0, 1, 2:] = 0
+    together = reader(y_BMD, words)
+    torch.testing.assert_close(reader(y_BMD[:1], words[:1, 1:2, :]), together[:1, 1:2])
+    torch.testing.assert_close(reader(y_BMD[:1], words[:1, 1:2, :4]), together[:1, 1:2], msg="blanks count")
+    assert not torch.allclose(together[:, 0], together[:, 1])
+
+
+def test_patches_are_probed_alike_alone_and_all_together():
+    reader, y_BMD = Reader(50, 20).eval(), torch.randn(2, 9, WIDTH)
+    everything, some = reader.probe(y_BMD, torch.arange(PATCHES)), torch.tensor([3, 77])
+    torch.testing.assert_close(reader.probe(y_BMD, some), everything[:, some])
+    assert everything.shape == (2, PATCHES, sum(LABELS.values()))
+
+
+def test_the_attention_that_is_kept_is_what_the_answer_reads():
+    reader = Reader(50, 20).eval()
+    y_BMD = torch.randn(2, 4, WIDTH)
+    block = reader.blocks[-1]
+    torch.nn.init.zeros_(block.k_proj.weight)  # every token alike: attention is even
+    with last_attention(reader) as attention:
+        reader(y_BMD, torch.randint(1, 50, (2, 3, 6)))
+    torch.testing.assert_close(attention(), torch.full((2, 3, 4), 0.25))
+    assert not block.q_proj._forward_hooks
+
+
+def test_patches_right_are_a_share_of_those_there_or_said_to_be():
+    names, colours = LABELS.values()
+    labels = torch.tensor([[[5, 2], [0, 0], [7, 1], [0, 0]]])
+    said = [(5, 2), (3, 1), (7, 4), (0, 0)]  # right, a false alarm, a wrong colour, rightly nothing
+    logits = torch.zeros(1, 4, names + colours)
+    for patch, (name, colour) in enumerate(said):
+        logits[0, patch, [name, names + colour]] = 1.0
+    assert patches_right(logits, labels).tolist() == pytest.approx([1 / 3])
+
+
+# --- Plan -------------------------------------------------------------------------------------------------------
+
+
+def test_widths_make_parameters_comparable_where_there_is_a_width():
+    counts = {arm: count_parameters(make_run(Study(), arm, [16], 0, 0).projector) for arm in PEERS}
+    without_a_width = {"avg_pool", "pixel_shuffle", "ldp_v2", "mqt", "saep"}
+    smallest_is_larger = {"perceiver", "idefics2_perceiver"}
+    for arm, count in counts.items():
+        if arm not in without_a_width | smallest_is_larger:
+            assert count == pytest.approx(counts[OURS], rel=0.07), arm
+    assert all(counts[arm] < 2.1 * counts[OURS] for arm in smallest_is_larger)
+
+
+def test_the_plan_is_complete():
+    study = Study()
+    main_plan = main_runs(study, RATES)
+    fixed = [arm for arm in study.arms if arm != "mlp"]
+    assert {(run.arm, run.tokens, run.seed) for run in main_plan} == {
+        *((arm, str(budget), seed) for arm in fixed for budget in study.budgets for seed in range(5)),
+        *(("mlp", "144", seed) for seed in range(5)),
+    }
+    assert len(main_plan) == 5 * (3 * len(fixed) + 1)
+    assert len(sweep_runs(study)) == 3 * len(study.arms)
+    ablations = further_runs(study, RATES)
+    assert {run.arm for run in ablations if len(run.grids) == 1} == set(ABLATIONS)
+    assert {run.tokens for run in ablations} == {"16", "9 to 36"}
+
+
+def test_every_projector_of_the_plan_can_be_made():
+    for run in {
+        run.arm + run.tokens: run for run in [*main_runs(Study(), RATES), *further_runs(Study(), RATES)]
+    }.values():
+        assert count_parameters(run.projector) > 0
+
+
+def test_a_result_is_known_by_all_that_decides_it():
+    run = make_run(Study(), OURS, [16], 0, 2e-3)
+    assert dataclasses.replace(run, arm="another name").name == run.name
+    changes = {"seed": 1, "learning_rate": 1e-3, "steps": 7, "batch_size": 8, "grids": ((3, 3),)}
+    changes |= {"data": DataSettings(tower_steps=7), "projector": {**run.projector, "fusion": "token"}}
+    names = {dataclasses.replace(run, **{key: value}).name for key, value in changes.items()}
+    assert len(names | {run.name}) == len(changes) + 1
+
+
+def test_an_unknown_projector_is_named():
+    with pytest.raises(ValueError, match="knows no projector 'mpl'; it knows ms_resampler"):
+        make_run(Study(), "mpl", [16], 0, 1e-3)
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------
+
+
+def random_scores(seeds=3, pictures=40, level=0.6):
+    rng = np.random.default_rng(1)
+    scores = (rng.random((seeds, len(ROWS), pictures)) < level).astype(float)
+    scores[:, :-1] = np.where(rng.random((len(ROWS) - 1, pictures)) < 0.3, np.nan, scores[:, :-1])
+    return scores
+
+
+def test_scores_are_read_back():
+    letters = {family: "10-1" for family in STUDY_FAMILIES}
+    scores = score_matrix({**letters, "dense": bytes([0, 50, 100, 7]).hex()})
+    np.testing.assert_array_equal(scores[0], [1, 0, np.nan, 1])
+    np.testing.assert_array_equal(scores[-1], [0, 0.5, 1, 0.07])
+
+
+def test_groups_are_means_of_families_and_overall_of_groups():
+    scores = random_scores()
+    means = estimate(scores).mean_G
+    plain = {}
+    for group in GROUPS:
+        rows = [row for row, name in enumerate(ROWS.values()) if name == group]
+        plain[group] = np.mean([np.nanmean(scores[:, row]) for row in rows])
+    np.testing.assert_allclose(means, [*plain.values(), np.mean(list(plain.values()))])
+
+
+def test_the_interval_of_one_seed_is_scipys_bootstrap():
+    scores = np.random.default_rng(2).random((1, len(ROWS), 150))
+    ours = estimate(scores)
+    per_picture = group_means(scores[0].T)[:, -1]
+    theirs = stats.bootstrap((per_picture,), np.mean, method="percentile", rng=np.random.default_rng(0))
+    np.testing.assert_allclose([ours.low_G[-1], ours.high_G[-1]], theirs.confidence_interval, atol=0.002)
+
+
+def test_seeds_widen_the_interval():
+    rng = np.random.default_rng(3)
+    level = np.array([0.2, 0.4, 0.6, 0.8])[:, None, None]
+    scores = (rng.random((4, len(ROWS), 400)) < level).astype(float)
+    spread = resampled_means(scores)[:, -1].std()
+    assert spread == pytest.approx(np.std([0.2, 0.4, 0.6, 0.8]) / 2, rel=0.15)
+
+
+def test_a_difference_is_paired_over_seeds_and_pictures():
+    ours, other = random_scores(level=0.7), random_scores(level=0.6)
+    found = difference(ours, other)
+    by_seed = [[group_means(np.nanmean(part[seed], axis=1))[-1] for seed in range(3)] for part in (ours, other)]
+    assert found.p == pytest.approx(stats.ttest_rel(*by_seed).pvalue)
+    gaps = np.subtract(*by_seed)
+    assert found.effect == pytest.approx(gaps.mean() / gaps.std(ddof=1))
+    assert found.estimate.mean_G[-1] == pytest.approx(gaps.mean())
+    # What all seeds and pictures share leaves no doubt, however much scores vary.
+    shifted = difference(ours + np.array([0.124, 0.125, 0.126])[:, None, None], ours).estimate
+    np.testing.assert_allclose([shifted.low_G, shifted.high_G], 0.125, atol=0.001)
+    assert np.isnan(difference(ours[:1], other[:1]).p)
+
+
+def test_p_values_are_adjusted_for_their_number():
+    np.testing.assert_allclose(corrected([0.01, np.nan, 0.04]), [0.02, np.nan, 0.04])
+
+
+# --- The whole ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """A study of a few steps: folder, learning rates, results."""
+    out = tmp_path_factory.mktemp("study")
+    rates, results = perform_study(SMALL, out, workers=2)
+    return out, rates, results
+
+
+@pytest.mark.slow
+def test_a_study_resumes_and_gives_the_same_again(studied, capsys):
+    out, rates, results = studied
+    files = sorted((out / "runs").iterdir())
+    times = [file.stat().st_mtime_ns for file in files]
+    assert len(files) == len({result["run"]["seed"].__str__() + json.dumps(result["run"]) for result in results})
+    lost = json.loads(files[0].read_text())
+    files[0].unlink()
+    capsys.readouterr()
+    again_rates, again = perform_study(SMALL, out, workers=1)
+    assert again_rates == rates
+    assert capsys.readouterr().out.count("min left)") == 1
+    assert [file.stat().st_mtime_ns for file in files[1:]] == times[1:]
+    anew = json.loads(files[0].read_text())
+    assert {**anew, "seconds": 0} == {**lost, "seconds": 0}
+    assert len(again) == len(results)
+
+
+@pytest.mark.slow
+def test_the_report_is_made_of_the_results_and_checked_against_them(studied, tmp_path, capsys):
+    _, rates, results = studied
+    costs = {"macs": 1_000_000, "forward": 1.0, "backward": 2.0}
+    about = {"machine": "a machine", "projectors": dict.fromkeys(SMALL.arms, costs)}
+    save(collect(SMALL, rates, about, results), tmp_path / "study")
+    write_report(tmp_path)
+    assert main(["study", "--check", str(tmp_path)]) == 0
+    text = (tmp_path / "study.md").read_text()
+    assert all(arm in text for arm in (*SMALL.arms, *ABLATIONS))
+    assert re.search(r"\| avg_pool \| 9 \| [\d.]+ \([\d.]+ to [\d.]+\) \|", text), "elastic budgets"
+
+    shutil.copytree(tmp_path, other := tmp_path / "other", ignore=shutil.ignore_patterns("other"))
+    (other / "study.md").write_text(text.replace("overall", "0verall", 1))
+    with pytest.raises(ValueError, match="is not the report of the results beside it"):
+        check_report(other)
+    stored = other / "study" / "study.json"
+    stored.write_text(stored.read_text() + "\n")
+    (other / "study.md").write_text(text)
+    capsys.readouterr()
+    assert main(["study", "--check", str(other)]) == 2
+    assert "was not drawn from the results beside it" in capsys.readouterr().err
+
+
+def test_the_learning_rate_is_the_best_on_validation_whatever_the_test_says():
+    def result(arm, rate, letter, test_letter):
+        scores = [{**dict.fromkeys(STUDY_FAMILIES, s), "dense": "00"} for s in (letter, test_letter)]
+        return {"run": {"arm": arm, "learning_rate": rate}, "validation": {"16": scores[0]}, "test": {"16": scores[1]}}
+
+    swept = [result(OURS, 1e-3, "1", "0"), result(OURS, 2e-3, "0", "1")]
+    assert best_rates(Study(arms=(OURS,)), swept) == {OURS: 1e-3}
+
+
+def test_the_command_line_changes_the_study(tmp_path):
+    import argparse
+
+    from ms_resampler.study import command
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    line = "--quick --projectors mqt mlp --budgets 36 --seeds 3 --learning-rates .1 .2 --steps 9 --scenes 50".split()
+    study = study_of(parser.parse_args(line))
+    assert (study.arms, study.budgets, study.seeds) == (("mqt", "mlp"), (36,), 3)
+    assert (study.learning_rates, study.steps, study.data.train_scenes) == ((0.1, 0.2), 9, 50)
+    assert study_of(parser.parse_args([])) == Study()
+
+
+def test_the_stored_report_is_that_of_the_stored_results():
+    check_report(DOCS)
+    results = load(DOCS / "study")
+    assert isinstance(results, Results)
+    assert len(report_text(results)) > 5_000
