@@ -1,8 +1,10 @@
 """The study: what every run shares, fair conditions, statistics against scipy's and plain ones, and its report."""
 
+import argparse
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -12,8 +14,7 @@ import torch
 from scipy import stats
 
 from ms_resampler.cli import main
-from ms_resampler.study import plan
-from ms_resampler.study.command import best_rates, perform_study, study_of
+from ms_resampler.study.command import add_arguments, best_rates, perform_study, study_of
 from ms_resampler.study.data import (
     GRID,
     LABELS,
@@ -43,7 +44,7 @@ from ms_resampler.study.plan import (
 from ms_resampler.study.reader import WIDTH, Reader
 from ms_resampler.study.report import check_report, report_text, write_report
 from ms_resampler.study.results import Results, collect, load, save
-from ms_resampler.study.run import last_attention, patches_right, perform
+from ms_resampler.study.run import last_attention, patches_right
 from ms_resampler.study.statistics import (
     GROUPS,
     ROWS,
@@ -66,7 +67,7 @@ SMALL = Study(
     learning_rates=(1e-3, 2e-3),
     steps=3,
     batch_size=4,
-    data=DataSettings(train_scenes=20, validation_scenes=6, test_scenes=9, tower_steps=2, reader_steps=2),
+    data=DataSettings(train_scenes=20, validation_scenes=6, test_scenes=60, tower_steps=2, reader_steps=2),
 )
 
 
@@ -215,7 +216,7 @@ def random_scores(seeds=3, pictures=40, level=0.6):
 
 
 def test_scores_are_read_back():
-    letters = {family: "10-1" for family in STUDY_FAMILIES}
+    letters = dict.fromkeys(STUDY_FAMILIES, "10-1")
     scores = score_matrix({**letters, "dense": bytes([0, 50, 100, 7]).hex()})
     np.testing.assert_array_equal(scores[0], [1, 0, np.nan, 1])
     np.testing.assert_array_equal(scores[-1], [0, 0.5, 1, 0.07])
@@ -328,14 +329,10 @@ def test_the_learning_rate_is_the_best_on_validation_whatever_the_test_says():
 
 
 def test_the_command_line_changes_the_study(tmp_path):
-    import argparse
-
-    from ms_resampler.study import command
-
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    line = "--quick --projectors mqt mlp --budgets 36 --seeds 3 --learning-rates .1 .2 --steps 9 --scenes 50".split()
-    study = study_of(parser.parse_args(line))
+    add_arguments(parser)
+    line = "--quick --projectors mqt mlp --budgets 36 --seeds 3 --learning-rates .1 .2 --steps 9 --scenes 50"
+    study = study_of(parser.parse_args(shlex.split(line)))
     assert (study.arms, study.budgets, study.seeds) == (("mqt", "mlp"), (36,), 3)
     assert (study.learning_rates, study.steps, study.data.train_scenes) == ((0.1, 0.2), 9, 50)
     assert study_of(parser.parse_args([])) == Study()

@@ -101,8 +101,8 @@ class Batches:
 
     def next(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Numbers of pictures B, words (B, Q, W), answers (B, Q), numbers of patches P, labels (B, P, 2)."""
-        if len(self.order) < self.batch_size:
-            self.order = torch.randperm(len(self.split.labels_BN2), generator=self.rng).tolist()
+        while len(self.order) < self.batch_size:
+            self.order += torch.randperm(len(self.split.labels_BN2), generator=self.rng).tolist()
         pictures = torch.tensor([self.order.pop() for _ in range(self.batch_size)])
         chosen_BQ = torch.rand(self.batch_size, self.asked, generator=self.rng).argsort(dim=1)[:, :QUESTIONS]
         question_BQ = self.first_B[pictures, None] + chosen_BQ

@@ -67,7 +67,7 @@ def estimate(scores_SFB: np.ndarray) -> Estimate:
 class Difference:
     """Our score minus another's, same seeds and pictures: estimates, and overall the t-test over seeds.
 
-    `p` is not a number with fewer than two seeds; `effect` is Cohen's d of paired samples, over seeds.
+    `effect` is Cohen's d of paired samples, over seeds. Neither it nor `p` is a number where seeds do not differ.
     """
 
     estimate: Estimate
@@ -80,7 +80,7 @@ def difference(ours_SFB: np.ndarray, other_SFB: np.ndarray) -> Difference:
     seeds = min(len(ours_SFB), len(other_SFB))
     difference_SFB = ours_SFB[:seeds] - other_SFB[:seeds]
     by_seed_S = group_means(np.nanmean(difference_SFB, axis=2))[:, -1]
-    if seeds < 2:
+    if np.ptp(by_seed_S) == 0:
         return Difference(estimate(difference_SFB), np.nan, np.nan)
     p = float(stats.ttest_1samp(by_seed_S, 0).pvalue)
     return Difference(estimate(difference_SFB), p, float(by_seed_S.mean() / by_seed_S.std(ddof=1)))
