@@ -26,8 +26,14 @@ def check_report(folder: Path) -> None:
         raise ValueError(f"{folder / 'study.md'} is not the report of the results beside it: write it again.")
     for name in FIGURES:
         path = folder / "study" / f"{name}.png"
-        if not path.exists() or Image.open(path).info.get("Results") != fingerprint(folder / "study"):
+        if not path.exists() or drawn_from(path) != fingerprint(folder / "study"):
             raise ValueError(f"{path} was not drawn from the results beside it: write the report again.")
+
+
+def drawn_from(path: Path) -> str | None:
+    """The hash of the results that a figure carries."""
+    with Image.open(path) as picture:
+        return picture.info.get("Results")
 
 
 def report_text(results: Results) -> str:
