@@ -77,9 +77,15 @@ def perform_study(study: Study, out: Path, workers: int | None) -> tuple[dict[st
 def begin_worker() -> None:
     """One thread for each process, which ends with the one that started it, however that ends."""
     torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Waits for the process that started this one to end, then ends this one: a pool's own workers would stay."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    parent.join()
+    os._exit(1)
 
 
 def study_of(arguments: argparse.Namespace) -> Study:

@@ -14,7 +14,7 @@ FIGURES = {
     "accuracy": "Score against budget, by group of questions; bars are 95% intervals.",
     "sigmas": "Learned sigmas in token pitches, by scope: a dot for each head and seed, a line where it began.",
     "trust": "How much the tokens that answer a family's questions trust each scope, mean over seeds.",
-    "maps": "Where one token looked in each scope, on held-out scenes: its cell is framed.",
+    "maps": "Where the token over a thing looked in each scope, on held-out scenes: its cell is framed.",
 }
 # Okabe and Ito's palette, which colour-blind people can tell apart.
 COLOURS = {
@@ -106,7 +106,7 @@ def draw_trust(results: Results, pyplot: Any) -> Any:
 
 
 def draw_maps(results: Results, pyplot: Any) -> Any:
-    """For a few scenes: the picture, and where the token that trusts its scopes most unevenly looked in each."""
+    """For a few scenes: the picture, and where the token over its first thing looked in each scope."""
     maps = results.scopes(results.middle)[0]["maps"]
     scenes, scopes, tokens, _ = maps["shape"]
     weights_BSM = np.frombuffer(bytes.fromhex(maps["weights"]), np.uint8).reshape(scenes, scopes, tokens)
@@ -117,8 +117,9 @@ def draw_maps(results: Results, pyplot: Any) -> Any:
     side = round(tokens**0.5)
     pitch = GRID[0] * PATCH_PIXELS / side
     for scene, row in enumerate(panels):
-        picture = study_scene("test", scene).image
-        token = int(weights_BSM[scene].max(axis=0).argmax())
+        drawn = study_scene("test", scene)
+        picture, (x, y) = drawn.image, drawn.things[0].centre
+        token = int(y // pitch) * side + int(x // pitch)
         corner = (token % side * pitch, token // side * pitch)
         for scope, panel in enumerate(row, start=-1):
             panel.imshow(picture)
