@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def measure_costs(study: Study) -> dict[str, Any]:
     for arm in study.arms:
         run = make_run(study, arm, [study.middle], 0, 0)
         projector = make_projector(run.projector)
-        macs[arm] = count_macs(make_step(projector, run.grids[0], 1, gradients=False))
+        macs[arm] = count_macs(partial(projector, torch.randn(1, PATCHES, CHANNELS), GRID, run.grids[0]))
         forward[arm] = make_step(projector, run.grids[0], study.batch_size, gradients=False)
         backward[arm] = make_step(projector, run.grids[0], study.batch_size, gradients=True)
     times = [interleaved(steps, REPEATS) for steps in (forward, backward)]

@@ -11,6 +11,10 @@ from .results import Results, fingerprint, load, write_whole
 from .statistics import GROUPS, Difference, Estimate, corrected
 
 ONE_POINT = 0.01
+ENOUGH_SEEDS = 5
+PRELIMINARY = """
+
+**Preliminary: {seeds}.** Seeds differ by about as much as neighbours in these tables do, so conclusions wait for five."""
 
 
 def write_report(folder: Path) -> None:
@@ -54,20 +58,22 @@ def report_text(results: Results) -> str:
 def introduction(results: Results) -> str:
     """What is asked, and under which conditions."""
     study, data = results.study, results.study["data"]
+    seeds = f"{study['seeds']} seed{'s' if study['seeds'] > 1 else ''}"
+    preliminary = "" if study["seeds"] >= ENOUGH_SEEDS else PRELIMINARY.format(seeds=seeds)
     rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
     return f"""# Does multi-scope resampling win?
 
 The claim: at a fixed budget of tokens, several resamplers, each with a spatial scope of its own and adaptively fused,
 beat one global resampler. It would be refuted by a single-scope resampler, global *or local*, that is as good on every
 task at equal or lower cost. Average pooling and TokenPacker are the other peers to beat. This page is made by
-`ms-resampler study` from the results in [study/](study), whatever they say.
+`ms-resampler study` from the results in [study/](study), whatever they say.{preliminary}
 
 **Conditions.** A small, controlled setting: {data["train_scenes"]:,} scenes of one to nine handwritten digits, shapes
 and words on 12 x 12 patches. A ConvNeXt tower has learned to name what is under each patch and is frozen; codes of
 their places are added to its features, as those of a ViT carry them. A reader of two layers, which stands in for the
 language model, has learned its questions on descriptions in words. Neither ever met a projector. For each run a fresh
 projector and a copy of that reader are trained together for {study["steps"]} steps of {study["batch_size"]} pictures
-with eight questions each; {study["seeds"]} seeds. Every projector has the same choice of learning rates ({rates}), by
+with eight questions each; {seeds}. Every projector has the same choice of learning rates ({rates}), by
 validation scores at {results.middle} tokens, and a width that gives it about the parameters of `{OURS}`, where it has a
 width. The digits of the test were seen by neither tower, reader nor projector.
 
