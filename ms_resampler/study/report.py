@@ -12,9 +12,10 @@ from .statistics import GROUPS, Difference, Estimate, corrected
 
 ONE_POINT = 0.01
 ENOUGH_SEEDS = 5
-PRELIMINARY = """
-
-**Preliminary: {seeds}.** Seeds differ by about as much as neighbours in these tables do, so conclusions wait for five."""
+PRELIMINARY = (
+    "\n\n**Preliminary: {seeds}.** Seeds differ by about as much as neighbours in these tables do, so conclusions wait "
+    "for five."
+)
 
 
 def write_report(folder: Path) -> None:
