@@ -204,9 +204,18 @@ def test_a_result_is_known_by_all_that_decides_it():
     assert len(names | {run.name}) == len(changes) + 1
 
 
-def test_an_unknown_projector_is_named():
-    with pytest.raises(ValueError, match="knows no projector 'mpl'; it knows ms_resampler"):
-        make_run(Study(), "mpl", [16], 0, 1e-3)
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("--projectors mpl", "The study knows no projector 'mpl'; it knows ms_resampler, resampler, "),
+        ("--projectors token_packer --budgets 25", "a grid of 12 x 12 patches cannot become 5 x 5 tokens"),
+        ("--budgets 200", "A budget of 200 visual tokens is impossible for 12 x 12 = 144 patches"),
+    ],
+)
+def test_what_cannot_be_studied_is_said_before_anything_is_trained(line, sentence, tmp_path, capsys):
+    assert main(["study", *shlex.split(line), "--out", str(tmp_path / "out")]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------
@@ -370,7 +379,7 @@ def test_the_command_line_changes_the_study(tmp_path):
     add_arguments(parser)
     line = "--quick --projectors mqt mlp --budgets 36 --seeds 3 --learning-rates .1 .2 --steps 9 --scenes 50"
     study = study_of(parser.parse_args(shlex.split(line)))
-    assert (study.arms, study.budgets, study.seeds) == (("mqt", "mlp"), (36,), 3)
+    assert (study.arms, study.budgets, study.seeds) == ((OURS, BASELINE, "mqt", "mlp"), (36,), 3)
     assert (study.learning_rates, study.steps, study.data.train_scenes) == ((0.1, 0.2), 9, 50)
     assert study_of(parser.parse_args([])) == Study()
 

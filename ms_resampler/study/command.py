@@ -16,7 +16,7 @@ import torch
 from ..training.train import keep_freed_memory
 from .costs import measure_costs
 from .data import prepare_data
-from .plan import QUICK, Run, Study, further_runs, main_runs, sweep_runs
+from .plan import BASELINE, OURS, QUICK, Run, Study, further_runs, main_runs, rehearse, sweep_runs
 from .reader import pretrained_reader
 from .report import check_report, write_report
 from .results import collect, save
@@ -29,14 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Study()
     parser.add_argument("--quick", action="store_true", help="six projectors, one budget, two seeds: ten minutes")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="where to work (default: %(default)s)")
-    parser.add_argument("--projectors", nargs="+", metavar="NAME", help=f"of {', '.join(default.arms)}")
+    parser.add_argument(
+        "--projectors",
+        nargs="+",
+        metavar="NAME",
+        help=f"beside ms_resampler and resampler: of {', '.join(default.arms[2:])}",
+    )
     parser.add_argument("--budgets", nargs="+", type=int, metavar="TOKENS", help="default: 36 16 9, of 144 patches")
     parser.add_argument("--seeds", type=int, help="default: 5")
     parser.add_argument("--learning-rates", nargs="+", type=float, metavar="RATE", help="default: 0.001 0.002 0.004")
     parser.add_argument("--steps", type=int, help="of each training (default: 600)")
     parser.add_argument("--scenes", type=int, help="to train on (default: 12000)")
     parser.add_argument("--workers", type=int, help="processes (default: one a core, or one for a GPU)")
-
     parser.add_argument("--no-ablations", action="store_true", help="only the projectors, each at its budgets")
     report = parser.add_mutually_exclusive_group()
     report.add_argument("--report", type=Path, metavar="FOLDER", help="of study.md and its figures (default: OUT)")
@@ -50,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{arguments.check / 'study.md'} and its figures are those of the stored results.")
         return 0
     study, out = study_of(arguments), arguments.out
+    rehearse(study)
     rates, results = perform_study(study, out, arguments.workers)
     folder = arguments.report or out
     print("Costs ...", flush=True)
@@ -89,10 +94,10 @@ def end_with_parent() -> None:
 
 
 def study_of(arguments: argparse.Namespace) -> Study:
-    """The study that the command line asks for. Raises ValueError if it cannot be."""
+    """The study that the command line asks for; what the others are compared with is always part of it."""
     study = QUICK if arguments.quick else Study()
     changes: dict[str, Any] = {
-        "arms": arguments.projectors and tuple(arguments.projectors),
+        "arms": arguments.projectors and tuple(dict.fromkeys([OURS, BASELINE, *arguments.projectors])),
         "budgets": arguments.budgets and tuple(arguments.budgets),
         "seeds": arguments.seeds,
         "learning_rates": arguments.learning_rates and tuple(arguments.learning_rates),

@@ -185,6 +185,12 @@ def count_parameters(projector: dict[str, Any]) -> int:
         return sum(weight.numel() for weight in MSResamplerModel(model_config(projector)).projector.parameters())
 
 
+def rehearse(study: Study) -> None:
+    """Runs every projector once at every budget. Raises ValueError, before hours of training, if one cannot."""
+    for run in main_runs(dataclasses.replace(study, seeds=1), dict.fromkeys(study.arms, 0.0)):
+        make_projector(run.projector)(torch.zeros(1, PATCHES, CHANNELS), GRID, run.grids[0])
+
+
 def sweep_runs(study: Study) -> list[Run]:
     """The learning rates of every projector, at the middle budget, seed 0. One rate needs no sweep."""
     if len(study.learning_rates) == 1:
