@@ -236,7 +236,7 @@ def prepare_data(out: Path, settings: DataSettings) -> StudyData:
 def make_data(folder: Path, settings: DataSettings) -> None:
     """Trains the tower, and writes features, labels and questions; the vocabulary last, which completes them."""
     if not (folder / "tower.safetensors").exists():
-        save_file(train_tower(settings.tower_steps).state_dict(), folder / "tower.safetensors")
+        save_whole(train_tower(settings.tower_steps), folder / "tower.safetensors")
     tower = make_tower().eval()
     tower.load_state_dict(load_file(folder / "tower.safetensors"))
     words: dict[str, int] = {"": 0}
@@ -250,6 +250,13 @@ def make_data(folder: Path, settings: DataSettings) -> None:
     fresh = folder / "vocabulary.json.new"
     fresh.write_text(json.dumps({"words": list(words), "answers": list(answers)}))
     fresh.rename(folder / "vocabulary.json")
+
+
+def save_whole(module: nn.Module, path: Path) -> None:
+    """Writes a module's weights whole or not at all."""
+    fresh = path.with_suffix(".new")
+    save_file(module.state_dict(), fresh)
+    fresh.rename(path)
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ PEERS: dict[str, dict[str, Any]] = {
     "resampler, regional": {"projector_type": "resampler", "scope_sigmas": [1.5]},
     **{name: {"projector_type": name} for name in PROJECTORS if name != "mlp"},
 }
-PEERS["q_former"]["num_hidden_layers"] = 2  # the second would not see patches, but is of the form
+PEERS["q_former"]["num_hidden_layers"] = 2  # every second layer looks at patches: one that does, and one that does not
 # The MLP keeps every patch: what could be had without a budget.
 REFERENCE: dict[str, dict[str, Any]] = {"mlp": {"projector_type": "mlp"}}
 
@@ -44,7 +44,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "mean fusion": {"fusion": "mean"},
     "scopes over heads": {"scope_layout": "heads", "fusion": "token"},
     "scopes over heads, no gate": {"scope_layout": "heads", "fusion": "mean"},
-    "keys of its own": {"share_kv": False},
+    "separate keys and values": {"share_kv": False},
     "content queries": {"query_init": "content"},
     "two layers": {"num_hidden_layers": 2},
 }

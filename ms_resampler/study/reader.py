@@ -7,12 +7,12 @@ of questions of an image, W their words, L the answers or labels.
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..resampler_ms_resampler import cell_centres, merge_heads, sincos_positions, split_heads
 from ..training.scenes import HEIGHTS
-from .data import BATCH, GRID, LABELS, WORDS_AT_MOST, Optimiser, StudyData, patch_loss
+from .data import BATCH, GRID, LABELS, WORDS_AT_MOST, Optimiser, StudyData, patch_loss, save_whole
 
 WIDTH, HEADS, DEPTH = 96, 4, 2
 QUESTIONS, PROBES = 8, 32  # questions of an image, and patches asked for, in one training step
@@ -128,9 +128,7 @@ def pretrained_reader(data: StudyData, steps: int) -> Reader:
     """The reader that has learned from descriptions; made on first use, beside the data."""
     path, reader = data.folder / "reader.safetensors", make_reader(data)
     if not path.exists():
-        fresh = path.with_suffix(".new")
-        save_file(learn_descriptions(data, steps).state_dict(), fresh)
-        fresh.rename(path)
+        save_whole(learn_descriptions(data, steps), path)
     reader.load_state_dict(load_file(path))
     return reader
 

@@ -46,7 +46,10 @@ def report_text(results: Results) -> str:
     sections = [introduction(results)]
     for tokens in results.budgets:
         sections += [f"## {tokens} tokens", main_table(results, tokens), verdict(results, tokens)]
-        sections += [f"`{OURS}` minus each of the others, in points:", paired_table(results, tokens)]
+        sections += [
+            f"`{OURS}` minus each of the others, in points:",
+            differences_table("minus", rivals(results, tokens)),
+        ]
     sections += ["## Figures", *(f"![{caption}](study/{name}.png)\n\n{caption}" for name, caption in FIGURES.items())]
     if results.ablations():
         sections += [f"## Ablations, {results.middle} tokens", ablation_table(results)]
@@ -133,12 +136,6 @@ def rivals(results: Results, tokens: str) -> dict[str, Difference]:
     others = [arm for arm in results.arms(tokens) if arm != OURS]
     found = {arm: results.difference(ours, (arm, "fixed", tokens)) for arm in others}
     return dict(sorted(found.items(), key=lambda item: item[1].estimate.mean_G[-1]))
-
-
-def paired_table(results: Results, tokens: str) -> str:
-    """Differences to every other projector at a budget."""
-    found = rivals(results, tokens)
-    return differences_table("minus", found)
 
 
 def differences_table(title: str, found: dict[str, Difference]) -> str:
@@ -230,8 +227,10 @@ def cost_table(results: Results) -> str:
 def how_it_was_made(results: Results) -> str:
     """The commands, and how much was trained."""
     hours = sum(result["seconds"] for result in results.runs) / 3600
+    options = "" if results.study["ablations"] else " --no-ablations"
     return f"""## How it was made
 
-    ms-resampler study --report docs      {len(results.runs)} runs, {hours:.1f} hours of training on one core each
-    ms-resampler study --quick            six projectors, one budget, two seeds
-    ms-resampler study --check docs       this page against the stored results"""
+    ms-resampler study --seeds {results.study["seeds"]}{options} --report docs
+
+{len(results.runs)} runs, {hours:.1f} hours of training on one core. `ms-resampler study --check docs` holds this page
+against the stored results."""

@@ -69,7 +69,7 @@ class Results:
 
     def parameters(self, arm: str, tokens: str) -> int:
         """Parameters of an arm's projector at a budget."""
-        return next(r["parameters"] for r in self.runs if r["run"]["arm"] == arm and tokens in r["test"])
+        return next(r["parameters"] for r in self.runs if r["run"]["arm"] == arm and list(r["test"]) == [tokens])
 
     def scopes(self, tokens: str) -> list[dict[str, Any]]:
         """What the runs of ms_resampler at a budget say about their scopes, seed by seed."""

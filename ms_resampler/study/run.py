@@ -43,7 +43,7 @@ def perform(run: Run, out: Path) -> dict[str, Any]:
     """The result of a run, from `OUT/runs` if it is there; else it is trained, examined and written there."""
     path = out / "runs" / f"{run.name}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return {**json.loads(path.read_text()), "run": dataclasses.asdict(run)}  # under the name it has today
     keep_freed_memory()
     data = prepare_data(out, run.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,6 @@ the overall mean, last), R resamples.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -77,8 +76,7 @@ class Difference:
 
 def difference(ours_SFB: np.ndarray, other_SFB: np.ndarray) -> Difference:
     """Paired comparison of two arms."""
-    seeds = min(len(ours_SFB), len(other_SFB))
-    difference_SFB = ours_SFB[:seeds] - other_SFB[:seeds]
+    difference_SFB = ours_SFB - other_SFB
     by_seed_S = group_means(np.nanmean(difference_SFB, axis=2))[:, -1]
     if np.ptp(by_seed_S) == 0:
         return Difference(estimate(difference_SFB), np.nan, np.nan)
@@ -93,13 +91,3 @@ def corrected(p_values: Sequence[float]) -> np.ndarray:
     if known.any():
         p[known] = stats.false_discovery_control(p[known])
     return p
-
-
-def scores_by_arm(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], np.ndarray]:
-    """Test scores (S, F, B) of every (arm, tokens), seeds in order."""
-    ordered = sorted(results, key=lambda result: result["run"]["seed"])
-    arms: dict[tuple[str, str], list[np.ndarray]] = {}
-    for result in ordered:
-        for tokens, scores in result["test"].items():
-            arms.setdefault((result["run"]["arm"], tokens), []).append(score_matrix(scores))
-    return {arm: np.stack(matrices) for arm, matrices in arms.items()}
