@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..chat_format import ChatFormat, Span
+from .records import epoch_order, open_records
+
+__all__ = ["IGNORED", "BadRecord", "ConversationCollator", "epoch_order", "images_of", "messages_of", "open_records"]
 
 IGNORED = -100
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
