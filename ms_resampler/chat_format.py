@@ -23,7 +23,7 @@ def packaged_template(name: str) -> str:
 
 
 class ChatFormat:
-    """A chat template together with the tokenizer whose special tokens it writes."""
+    """A chat template that takes messages in parts, with the tokenizer whose special tokens it writes."""
 
     def __init__(self, template: str, tokenizer: Any):
         self.template = template
@@ -56,7 +56,8 @@ class ChatFormat:
             return self._render(messages, marks=True)
         text = self.render(messages)
         answers = [text_of(message) for message in messages if message["role"] == "assistant"]
-        frame = self.render([said_instead(m) if m["role"] == "assistant" else m for m in messages])
+        instead = {"content": [{"type": "text", "text": CONTENT}]}
+        frame = self.render([m | instead if m["role"] == "assistant" else m for m in messages])
         pieces = frame.split(CONTENT)
         if len(pieces) != len(answers) + 1 or not text.startswith(pieces[0]):
             raise ValueError("The chat template leaves an answer out, or repeats one.")
@@ -76,7 +77,7 @@ class ChatFormat:
         Both reach up to and including the first added token that the template itself writes after an answer,
         "<|im_end|>" in ChatML; "" if there is none.
         """
-        said = [{"role": role, "content": CONTENT} for role in ("user", "assistant") * 2]
+        said = [{"role": role, "content": [{"type": "text", "text": CONTENT}]} for role in ("user", "assistant") * 2]
         pieces = self.render(said).split(CONTENT)
         if len(pieces) != 5:
             raise ValueError("The chat template does not write every message once, so its answers cannot be found.")
@@ -94,16 +95,9 @@ class ChatFormat:
         return match.group()
 
 
-def said_instead(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with the stand-in as its content, in the form that it had."""
-    content = message["content"]
-    return message | {"content": CONTENT if isinstance(content, str) else [{"type": "text", "text": CONTENT}]}
-
-
 def text_of(message: dict[str, Any]) -> str:
     """The text of a message, without its images."""
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    return "".join(part.get("text", "") for part in message["content"])
 
 
 def end_of_answer(text: str, start: int, answer: str, following: str, is_last: bool) -> int:

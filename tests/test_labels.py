@@ -217,12 +217,11 @@ NEXT_ROLE_ENDS = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + 
 )
 def test_answers_are_found_in_whatever_a_template_makes_of_them(template, answers, learned):
     tokenizer = TOKENIZERS["llama_3" if template is LLAMA_3 else "qwen2"]()
-    talk = [
-        {"role": role, "content": said}
-        for answer in answers
-        for role, said in (("user", "one<|im_end|>two"), ("assistant", answer))
-    ]
-    text, spans = ChatFormat(template, tokenizer).render_with_answers(talk)
+    talk = [(role, said) for answer in answers for role, said in (("user", "one<|im_end|>two"), ("assistant", answer))]
+    in_parts = [{"role": role, "content": [{"type": "text", "text": said}]} for role, said in talk]
+    chat_format = ChatFormat(image_aware(template, "<image>", tokenizer), tokenizer)
+    text, spans = chat_format.render_with_answers(in_parts)
+    talk = [{"role": role, "content": said} for role, said in talk]
     assert text == Environment().from_string(template).render(messages=talk, bos_token=tokenizer.bos_token)
     assert [text[start:end] for start, end in spans] == learned
 
