@@ -66,7 +66,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out.exists():
         raise ValueError(f"{arguments.out} is there already: give a new folder, or remove it.")
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     torch.manual_seed(arguments.seed)
     layers = arguments.vision_feature_layer
     components = Components(

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from pathlib import Path
 
 import pytest
 from components import TOKENIZERS
@@ -10,6 +11,7 @@ from test_labels import HARD, RECORD, VICUNA, processor_of
 from tiny_models import picture, tiny_model, tiny_processor
 
 from ms_resampler.cli import main
+from ms_resampler.training import data
 from ms_resampler.training.data import IGNORED, ConversationCollator
 from ms_resampler.training.label_pictures import coloured_text, example_of, page
 
@@ -108,6 +110,7 @@ def test_only_the_first_ids_are_printed(folder, model, capsys):
     [
         ("none.json", [], "No such file or directory"),
         ("whole.png", [], "is of no kind that is read here"),
+        ("data.json", ["--html", "/no/such/folder/page.html"], "There is no folder '/no/such/folder' for the page"),
         ("data.json", ["--images", "/no/such/folder"], "There is no folder of images"),
         ("data.json", ["--model", "tests"], "it has no config.json"),
     ],
@@ -120,6 +123,21 @@ def test_bad_input_is_a_sentence(folder, model, source, more, sentence, capsys):
     assert sentence in captured.err
     assert captured.err.startswith("ms-resampler data: ")
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_a_path_that_escapes_from_a_table_is_a_sentence(folder, model, capsys, workers, streaming):
+    import datasets
+
+    rows = [row("fine"), row("escape", image="../whole.png")]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
+    capsys.readouterr()
+    source = ["data", "check", str(folder / "rows.parquet"), "--model", model, "--workers", workers]
+    assert main([*source, *streaming]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "Record escape names the image '../whole.png': a path must stay within" in last
+    assert last.startswith("ms-resampler data: ")
 
 
 # --- The pictures of the labels
@@ -174,3 +192,21 @@ def test_the_command_writes_the_page(folder, model, capsys):
     made = (folder / "labels.html").read_text()
     assert made.count("<section>") == 3
     assert "3 records, 3 of them good." in made
+
+
+# --- The page about it
+
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "data.md"
+
+
+def test_the_python_of_the_page_runs_as_printed(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
+    exec(compile(block, "data.md", "exec"), {})
+    (promised,) = re.findall(r"# (.*)$", block, re.M)
+    assert capsys.readouterr().out == f"{promised}\n"
+
+
+def test_the_page_lists_every_kind_of_problem():
+    table = "".join(re.findall(r"^\| `.*? \|", DOCUMENT.read_text(), re.M))
+    assert set(re.findall("`(.*?)`", table)) == set(re.findall(r'BadRecord\("(.*?)"', Path(data.__file__).read_text()))

@@ -9,11 +9,10 @@ from components import CHATML, LLAMA_2, LLAMA_3, TOKENIZERS
 from jinja2 import Environment
 from tiny_models import picture, tiny_processor
 
-from ms_resampler import MSResamplerProcessor
+from ms_resampler import TINY, MSResamplerProcessor
 from ms_resampler.chat_format import ChatFormat, image_aware, packaged_template
 from ms_resampler.training.curriculum import SceneConversations
 from ms_resampler.training.data import IGNORED, BadRecord, ConversationCollator, learned_tokens, messages_of
-from ms_resampler.training.tiny_model import assemble_tiny
 
 VICUNA = packaged_template("vicuna")
 UNMARKED_VICUNA = re.sub(r"\{%-? (end)?generation -?%\}", "", VICUNA)
@@ -177,7 +176,7 @@ def test_rows_of_a_batch_are_those_of_single_records(case):
 
 
 def test_the_tiny_model_learns_what_it_did_before():
-    _, processor = assemble_tiny(seed=0)
+    processor = MSResamplerProcessor.from_pretrained(TINY)
     scenes = SceneConversations(20, drills=6, turns=5)
     records = [scenes[index] for index in range(20)]
     batch = ConversationCollator(processor, max_length=1024)(records)
@@ -250,6 +249,29 @@ def test_an_answer_that_the_template_drops_is_an_error():
 )
 def test_tokens_of_spans(offsets, spans, learned):
     assert learned_tokens(offsets, spans).tolist() == [bool(one) for one in learned]
+
+
+def test_a_typed_image_token_is_no_image():
+    tokenizer = TOKENIZERS["qwen2"]()
+    tokenizer.add_tokens(["<pic>"], special_tokens=True)
+    template = image_aware(CHATML, "<pic>", tokenizer)
+    processor = MSResamplerProcessor(
+        tiny_processor().image_processor, tokenizer, 4, 4, image_token="<pic>", chat_template=template
+    )
+    record = {"id": "p", "conversations": turns(("human", "What is <pic>?"), ("gpt", "A token."))}
+    with pytest.raises(BadRecord, match="Record p has 1 <pic> in its text, but 0 images"):
+        ConversationCollator(processor, max_length=500)([record])
+    shown = {"id": "p", "image": picture(), "conversations": turns(("human", "<image>\nWhat?"), ("gpt", "A cat."))}
+    batch = ConversationCollator(processor, max_length=500)([shown])
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 4
+
+
+@pytest.mark.parametrize("lacking", ["pad_token", "chat_template"])
+def test_a_processor_that_cannot_make_batches_is_refused(lacking):
+    processor = tiny_processor()
+    setattr(processor if lacking == "chat_template" else processor.tokenizer, lacking, None)
+    with pytest.raises(ValueError, match=f"set its `{lacking}`"):
+        ConversationCollator(processor, max_length=500)
 
 
 # --- Length

@@ -88,6 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the report and the examples; the exit code is 2 if training would stop at a record, or has none."""
+    if arguments.html is not None and not arguments.html.parent.is_dir():
+        raise ValueError(f"There is no folder {str(arguments.html.parent)!r} for the page.")
     processor = MSResamplerProcessor.from_pretrained(model_or_embedded(arguments.model))
     collator = ConversationCollator(processor, arguments.max_length, arguments.plain, arguments.truncate)
     records = open_records(arguments.source, arguments.images, arguments.split, arguments.streaming)
@@ -109,15 +111,18 @@ def examine_all(records: Any, examiner: Examiner, workers: int) -> Iterator[Verd
     total = len(records) if hasattr(records, "__len__") else None
     loader = DataLoader(records, batch_size=16, collate_fn=examiner, num_workers=workers if total != 0 else 0)
     with tqdm(total=total, desc="records", unit="") as progress:
-        for verdicts in loader:
-            yield from verdicts
-            progress.update(len(verdicts))
+        try:
+            for verdicts in loader:
+                yield from verdicts
+                progress.update(len(verdicts))
+        except ValueError as error:  # of opening a record; from a worker it comes with its traceback as text
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def first_examples(records: Any, collator: ConversationCollator, number: int) -> Iterator[Example]:
     """The first good records, as many as asked for."""
     for record in records:
-        if number == 0:
+        if number <= 0:
             return
         with suppress(BadRecord):
             yield example_of(record, collator)

@@ -94,7 +94,11 @@ class ConversationCollator:
         self.max_length = max_length
         self.plain = plain
         self.truncate = truncate
-        self.chat_format = ChatFormat(processor.chat_template, processor.tokenizer)
+        if processor.tokenizer.pad_token_id is None:
+            raise ValueError("The tokenizer has no token for padding: set its `pad_token`.")
+        if processor.chat_template is None and not plain:
+            raise ValueError("The processor has no chat template: set its `chat_template`, or train on plain captions.")
+        self.chat_format = ChatFormat(processor.chat_template or "", processor.tokenizer)
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         rows = [self.encode(record) for record in records]
@@ -139,6 +143,10 @@ class ConversationCollator:
     def _process(self, record: dict[str, Any], text: str) -> dict[str, Any]:
         """What the processor makes of a record's text and images, as it does for `generate`."""
         images, bos = images_of(record), self.processor.tokenizer.bos_token
+        if text.count(token := self.processor.image_token) != len(images):
+            raise BadRecord(
+                "image count", record, f"has {text.count(token)} {token} in its text, but {len(images)} images."
+            )
         for image in images:
             if isinstance(image, Path) and not image.is_file():
                 raise BadRecord("missing image", record, f"has no image at {image}.")
@@ -154,7 +162,7 @@ class ConversationCollator:
                 )
             )
         except ValueError as error:
-            raise BadRecord("unreadable image" if images else "text", record, f"cannot be read: {error}") from error
+            raise BadRecord("unreadable image", record, f"cannot be read: {error}") from error
 
     def _fit(self, record: dict[str, Any], ids: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens that may stay. Raises BadRecord if they are too many, or an image's would be cut."""

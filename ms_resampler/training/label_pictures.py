@@ -74,7 +74,7 @@ def pieces_of(ids: Sequence[int], learned: Sequence[bool], processor: Any) -> li
             text = tokenizer.decode([*anchor, *waiting], clean_up_tokenization_spaces=False)[before:]
             if "\ufffd" not in text or token in added or len(waiting) == 4:  # UTF-8 has no longer characters
                 kind = "added" if token in added else "text"
-                pieces.append(Piece(text, tuple(waiting), is_learned, kind))
+                pieces.append(Piece(text.replace("\x1b", "␛"), tuple(waiting), is_learned, kind))
                 waiting = []
         if waiting:
             pieces.append(Piece("\ufffd", tuple(waiting), run[-1][1], "text"))
