@@ -269,19 +269,22 @@ def set_generation(model: Any, llm: PreTrainedModel, tokenizer: Any, end_token: 
 
 @torch.no_grad()
 def check_grids(model: MSResamplerForConditionalGeneration, processor: MSResamplerProcessor) -> str:
-    """Sends a blank picture's grid through the projector; a sentence about the visual tokens.
+    """Asks the projector for the visual tokens of a square picture; a sentence about them.
 
-    Raises ValueError if the projector cannot make them of what the image processor makes of a square picture.
+    Raises ValueError if it cannot make them of the patches that the image processor makes of it.
     """
-    blank = processor(
-        text=processor.image_token, images=Image.new("RGB", (512, 512)), visual_tokens=processor.visual_tokens
-    )
-    config, (rows, columns) = model.config, blank["token_grids"][0]
-    shapes = blank.get("spatial_shapes")
-    patches = tuple(shapes[0]) if shapes is not None else config.patch_grid(blank["pixel_values"][0].shape[-2:])
+    config: Any = model.config
+    square = processor.image_processor([Image.new("RGB", (512, 512))])
+    if "spatial_shapes" in square:
+        height, width = map(int, square["spatial_shapes"][0])
+    else:
+        height, width = config.patch_grid(square["pixel_values"][0].shape[-2:])
+    patches = height, width
+    rows, columns = token_grid(config.projector_config.visual_tokens, patches)
     features = torch.zeros(1, patches[0] * patches[1], config.feature_width, dtype=model.dtype)
-    model.model.projector(features, patches, (int(rows), int(columns)))
+    model.model.projector(features, patches, (rows, columns))
     note = f"Visual tokens: {rows} x {columns} = {rows * columns} of {patches[0]} x {patches[1]} patches."
     if patches != config.native_patch_grid:
-        note += f" The tower was made for {config.native_patch_grid}; its positions are interpolated."
+        native = " x ".join(map(str, config.native_patch_grid))
+        note += f" The tower was made for {native}: its positions are interpolated."
     return note

@@ -81,6 +81,29 @@ def test_every_tower_answers_through_the_auto_classes(parts, tmp_path, vision):
     assert model.config.image_token_id not in ids
 
 
+@pytest.mark.parametrize(
+    ("projector", "tokens"),
+    [("mlp", 36), ("avg_pool", 6), ("token_packer", 9), ("qwen_resampler", 6), ("mqt", 6), ("q_former", 6)],
+)
+def test_every_kind_of_projector_can_be_asked_for(parts, tmp_path, projector, tokens, capsys):
+    budget = {"mlp": [], "token_packer": ["--visual-tokens", "3x3"]}.get(projector, ["--visual-tokens", "2x3"])
+    command = ["init", "--vision", parts["clip"], "--llm", parts["qwen2"], "--out", str(tmp_path / "model")]
+    size = ["--set", "hidden_size=16", "--set", "num_attention_heads=2", "--set", "intermediate_size=32"]
+    assert main([*command, "--projector", projector, *budget, *size]) == 0
+    assert f"= {tokens} of 6 x 6 patches" in capsys.readouterr().out
+    model = MSResamplerForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert model.config.projector_config.projector_type == projector
+    assert len(model.get_image_features(tiny.pixels(), return_dict=True).pooler_output[0]) == tokens
+
+
+def test_a_picture_of_another_size_than_the_towers_is_told(parts, tmp_path, capsys):
+    tower = save_tower(tmp_path / "small", "dinov2")
+    settings = (tower / "preprocessor_config.json").read_text().replace("24", "16")
+    (tower / "preprocessor_config.json").write_text(settings)
+    assert init(parts | {"small": str(tower)}, tmp_path / "model", "small") == 0
+    assert "of 4 x 4 patches. The tower was made for 6 x 6: its positions" in capsys.readouterr().out
+
+
 def test_settings_for_generation_survive(parts, tmp_path):
     init(parts, tmp_path / "model", "clip", "llama_3")
     settings = MSResamplerForConditionalGeneration.from_pretrained(tmp_path / "model").generation_config

@@ -90,7 +90,7 @@ def test_the_file_is_not_held_in_memory(tmp_path):
         ('[{"id": 5, "image": ["a.png", "/etc/passwd"]}]', "Record 5 names the image '/etc/passwd'"),
         ('[{"id": 5, "image": "a/../../b.png"}]', "a path must stay within the folder"),
         ('[{"id": 5, "image": "https://example.com/a.png"}]', "a path must stay within the folder"),
-        ('[{"image": "..\\\\a.png"}]', "Record number 1 names the image"),
+        ('[{"image": "../data.json/../../a.png"}]', "Record number 1 names the image"),
     ],
 )
 def test_damaged_files_and_paths_that_escape_are_named(tmp_path, text, sentence):
@@ -203,6 +203,12 @@ def test_chat_messages_become_turns(tmp_path):
             "broken",
         ],
     }
+
+
+def test_paths_may_wander_inside_the_folder(tmp_path):
+    names = ["a/../b.png", str(tmp_path / "a" / "b.png"), "..png"]
+    save(tmp_path / "data.json", [{"image": names}], "list")
+    assert open_records(tmp_path / "data.json")[0]["image"] == [tmp_path / name for name in names]
 
 
 def test_pictures_of_paths_are_those_of_the_files(tmp_path):

@@ -6,9 +6,10 @@ opened when a batch is made, so that one that cannot be is known by its record's
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -211,10 +212,10 @@ def located(image: Any, folder: Path, record_id: Any) -> Any:
         image = image.get("bytes") or image.get("path")
     if not isinstance(image, str):
         return image
-    path = PurePosixPath(image.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or "://" in image:
+    path = folder / image
+    if "://" in image or not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
         raise ValueError(f"Record {record_id} names the image {image!r}: a path must stay within the folder of images.")
-    return folder / path
+    return path
 
 
 def describe(record: dict[str, Any]) -> tuple[int, bool]:
