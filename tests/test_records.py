@@ -85,7 +85,8 @@ def test_the_file_is_not_held_in_memory(tmp_path):
         ('{"id": "1\n"}', "no JSON in record 1"),
         ('{"id": 1}\n[2]', "no list of JSON objects, nor lines of them: see record 2"),
         ('[{"id": 1}] {"id": 2}', "no list of JSON objects, nor lines of them: see record 2"),
-        (b'[{"id": "\xff"}]', "is not UTF-8 text, after record 0"),
+        (b'[{"id": "\xff"}]', "is not UTF-8 text, near byte 13"),
+        ('[{"id": "ü'.encode()[:-1], "is not UTF-8 text, near byte 10"),
         ('[{"id": 5, "image": "../secret.png"}]', "Record 5 names the image '../secret.png'"),
         ('[{"id": 5, "image": ["a.png", "/etc/passwd"]}]', "Record 5 names the image '/etc/passwd'"),
         ('[{"id": 5, "image": "a/../../b.png"}]', "a path must stay within the folder"),
@@ -192,8 +193,9 @@ def test_streams_give_every_record_once(table, workers):
 
 def test_chat_messages_become_turns(tmp_path):
     parts = [{"type": "image"}, {"type": "text", "text": "What?"}, {"type": "image"}]
-    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}, "broken"]
-    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": messages, "images": ["a.png", "b.png"]}))
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]
+    messages += ["broken", {"role": "user", "content": ["broken"]}]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"id": None, "messages": messages, "images": ["a.png", "b.png"]}))
     assert open_records(tmp_path / "data.jsonl")[0] == {
         "id": "number 1",
         "image": [tmp_path / "a.png", tmp_path / "b.png"],
@@ -201,6 +203,7 @@ def test_chat_messages_become_turns(tmp_path):
             {"from": "user", "value": "<image>What?<image>"},
             {"from": "assistant", "value": "A cat."},
             "broken",
+            {"from": "user", "value": ["broken"]},
         ],
     }
 

@@ -8,7 +8,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 CHUNK_BYTES = 1 << 20
 CHARACTERS_A_TOKEN, TOKENS_AN_IMAGE = 4, 144  # for lengths, which need only be right in proportion
 POOL = 50  # batches whose records are sorted by length together: more is more alike, and less shuffled
-BETWEEN = re.compile(r"[\s,]*")
+BETWEEN = re.compile("[\\s,\ufeff]*")  # the mark of UTF-8, too, which some editors put in front
 
 
 def open_records(
@@ -43,7 +43,26 @@ def open_records(
     return StreamedRecords(rows, folder) if streaming else TableRecords(rows, folder)
 
 
-class JsonRecords(Dataset):
+class CountedRecords(Dataset):
+    """Records of which it is known how many there are, about how long each is, and (`modality`) if it has images."""
+
+    modality: np.ndarray
+    _lengths: np.ndarray
+
+    def _describe(self, records: Iterable[dict[str, Any]]) -> None:
+        described = [describe(record) for record in records]
+        self._lengths = np.array([length for length, _ in described], dtype=np.int64)
+        self.modality = np.array([has_image for _, has_image in described], dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.modality)
+
+    def lengths(self) -> np.ndarray:
+        """About how many tokens each record has."""
+        return self._lengths
+
+
+class JsonRecords(CountedRecords):
     """The records of a JSON list or of JSON lines. Only their places in the file are kept, and read from there.
 
     Opening reads the file once. Raises ValueError, with the number of the record, if it is no such file.
@@ -52,18 +71,17 @@ class JsonRecords(Dataset):
     def __init__(self, path: Path, images: Path):
         self.path = path
         self.images = images
-        places, described = [], []
-        with tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, delay=2) as progress:
-            for number, (start, end, row) in enumerate(scan_json(path), start=1):
-                places.append((start, end))
-                described.append(describe(as_record(row, number, images)))
-                progress.update(end - progress.n)
+        places: list[tuple[int, int]] = []
+        self._describe(self._scan(places))
         self._places = np.array(places, dtype=np.int64).reshape(-1, 2)
-        self._lengths = np.array([length for length, _ in described], dtype=np.int64)
-        self.modality = np.array([has_image for _, has_image in described], dtype=bool)
 
-    def __len__(self) -> int:
-        return len(self._places)
+    def _scan(self, places: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+        size, name = self.path.stat().st_size, self.path.name
+        with tqdm(total=size, unit="B", unit_scale=True, desc=name, delay=2) as progress:
+            for number, (start, end, row) in enumerate(scan_json(self.path), start=1):
+                places.append((start, end))
+                progress.update(end - progress.n)
+                yield as_record(row, number, self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start, end = self._places[index].tolist()
@@ -71,34 +89,19 @@ class JsonRecords(Dataset):
             file.seek(start)
             return as_record(json.loads(file.read(end - start)), range(1, len(self) + 1)[index], self.images)
 
-    def lengths(self) -> np.ndarray:
-        """About how many tokens each record has."""
-        return self._lengths
 
-
-class TableRecords(Dataset):
+class TableRecords(CountedRecords):
     """The rows of a `datasets.Dataset`, with columns `id`, `image` or `images`, and `conversations` or `messages`."""
 
     def __init__(self, rows: Any, images: Path):
         self.rows = rows.with_format("arrow")  # which leaves images as they are stored
         self.images = images
         texts = self.rows.select_columns([name for name in rows.column_names if not name.startswith("image")])
-        described = [
-            describe(as_record(row, 0, images)) for table in texts.iter(batch_size=1000) for row in table.to_pylist()
-        ]
-        self._lengths = np.array([length for length, _ in described], dtype=np.int64)
-        self.modality = np.array([has_image for _, has_image in described], dtype=bool)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self._describe(as_record(row, 0, images) for table in texts.iter(batch_size=1000) for row in table.to_pylist())
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = range(1, len(self) + 1)[index]
         return as_record(self.rows[index].to_pylist()[0], number, self.images)
-
-    def lengths(self) -> np.ndarray:
-        """About how many tokens each record has."""
-        return self._lengths
 
 
 class StreamedRecords(IterableDataset):
@@ -138,41 +141,45 @@ def scan_json(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
 
     Raises ValueError, with the number of the record, if the file is damaged.
     """
-    decode = json.JSONDecoder().raw_decode
-    text, number, in_list, closed = "", 0, False, False
-    with path.open("rb") as file:
-        offset = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0  # in bytes, of the text in hand
-        file.seek(offset)
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        while True:
-            chunk = file.read(max(CHUNK_BYTES, len(text)))
+    text, offset, number, in_list, closed = "", 0, 0, False, False  # `offset` is that of the text in hand, in bytes
+    for chunk in text_chunks(path):
+        text, done = text + chunk, 0
+        while (place := BETWEEN.match(text, done).end()) < len(text):  # type: ignore[union-attr]
+            if (number, in_list, text[place]) == (0, False, "[") or (in_list and text[place] == "]"):
+                in_list, closed = not in_list, in_list
+                offset, done = offset + bytes_of(text[done : place + 1]), place + 1
+                continue
             try:
-                text += decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8 text, after record {number}.") from error
-            done = 0
-            while (place := BETWEEN.match(text, done).end()) < len(text):  # type: ignore[union-attr]
-                if (number, in_list, text[place]) == (0, False, "[") or (in_list and text[place] == "]"):
-                    in_list, closed = not in_list, in_list
-                    offset, done = offset + bytes_of(text[done : place + 1]), place + 1
-                    continue
-                try:
-                    record, end = decode(text, place)
-                except json.JSONDecodeError as error:
-                    if not chunk or is_damage(error, len(text)):
-                        raise ValueError(f"{path} is no JSON in record {number + 1}: {error.msg}.") from error
-                    break  # it goes on in the next chunk
-                number += 1
-                if closed or not isinstance(record, dict):
-                    raise ValueError(f"{path} is no list of JSON objects, nor lines of them: see record {number}.")
-                start = offset + bytes_of(text[done:place])
-                offset, done = start + bytes_of(text[place:end]), end
-                yield start, offset, record
-            text = text[done:]
-            if not chunk:
-                break
+                record, end = json.JSONDecoder().raw_decode(text, place)
+            except json.JSONDecodeError as error:
+                if chunk and may_go_on(error, len(text)):
+                    break
+                raise ValueError(f"{path} is no JSON in record {number + 1}: {error.msg}.") from error
+            number += 1
+            if closed or not isinstance(record, dict):
+                raise ValueError(f"{path} is no list of JSON objects, nor lines of them: see record {number}.")
+            start = offset + bytes_of(text[done:place])
+            offset, done = start + bytes_of(text[place:end]), end
+            yield start, offset, record
+        text = text[done:]
     if in_list:
         raise ValueError(f"{path} ends in the middle, after record {number}: its list is not closed.")
+
+
+def text_chunks(path: Path) -> Iterator[str]:
+    """The text of a file, piece by piece, and "" at its end. Raises ValueError if it is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with path.open("rb") as file:
+        while True:
+            chunk = file.read(CHUNK_BYTES)
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8 text, near byte {file.tell()}.") from error
+            if text or not chunk:
+                yield text
+            if not chunk:
+                return
 
 
 def bytes_of(text: str) -> int:
@@ -180,14 +187,14 @@ def bytes_of(text: str) -> int:
     return len(text.encode())
 
 
-def is_damage(error: json.JSONDecodeError, length: int) -> bool:
-    """Whether a text cannot be the beginning of JSON: one that only breaks off fails at its end, or in a string."""
-    return error.pos < length - 16 and not error.msg.startswith("Unterminated string")
+def may_go_on(error: json.JSONDecodeError, length: int) -> bool:
+    """Whether a text may be the beginning of JSON: one that only breaks off fails at its end, or in a string."""
+    return error.pos >= length - 16 or error.msg.startswith("Unterminated string")
 
 
 def as_record(row: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
     """A row in LLaVA's form: `messages` become `conversations`, image paths are in the folder, every row has an id."""
-    record = {"id": f"number {number}", **row}
+    record = row | {"id": f"number {number}" if row.get("id") is None else row["id"]}
     if record.get("conversations") is None and isinstance(record.get("messages"), (list, tuple)):
         record["conversations"] = [turn_of(message) for message in record.pop("messages")]
     images = record.pop("images", None) or record.get("image")
@@ -201,7 +208,7 @@ def turn_of(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
     said = message.get("content")
-    if isinstance(said, (list, tuple)):
+    if isinstance(said, (list, tuple)) and all(isinstance(part, dict) for part in said):
         said = "".join("<image>" if part.get("type") == "image" else part.get("text") or "" for part in said)
     return {"from": message.get("role"), "value": said}
 
