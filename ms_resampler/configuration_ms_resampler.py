@@ -65,9 +65,11 @@ _SCOPE_FIELDS = (
     "scope_sigmas",
     "scope_prior",
     "learn_scopes",
+    "tile_heads",
     "scope_layout",
     "fusion",
     "share_kv",
+    "patch_conv",
     "query_init",
     "prior_form",
 )
@@ -151,10 +153,12 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         scope_sigmas: one entry a scope, in units of the anchor pitch; None is the global scope. The default is
             (0.5, 1.5, None) for "ms_resampler", (None,) for "resampler".
         scope_prior: "gaussian", "window" (a disc of radius 2 sigma, which has the same variance), or "none".
-        learn_scopes: whether the Gaussian sigmas are learned, per scope and head, in log space.
+        learn_scopes: whether the Gaussian sigmas and offsets are learned, per scope and head.
+        tile_heads: whether the heads of a Gaussian scope start spread over it, each on a part, or all alike.
         scope_layout: "branches" (every scope has its own queries) or "heads" (scopes share out the heads).
         fusion: "head", "token", "static" or "mean"; the layout "heads" has no "head".
         share_kv: one set of keys and values for all scopes, or one each (layout "branches" only).
+        patch_conv: whether patches see their neighbours first, in a depthwise 3 x 3 convolution.
         query_init: "learned", or "content" to add the mean of the patches in a token's cell.
         prior_form: "channels" (appended to queries and keys) or "bias" (added to the scores); same function.
     """
@@ -187,9 +191,11 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     scope_sigmas: list[float | int | None] | tuple[float | int | None, ...] | None = None
     scope_prior: Literal["gaussian", "window", "none"] = "gaussian"
     learn_scopes: bool = True
+    tile_heads: bool = True
     scope_layout: Literal["branches", "heads"] = "branches"
     fusion: Literal["head", "token", "static", "mean"] = "head"
     share_kv: bool = True
+    patch_conv: bool = True
     query_init: Literal["learned", "content"] = "learned"
     prior_form: Literal["channels", "bias"] = "channels"
     layer_norm_eps: float = 1e-6

@@ -1,9 +1,11 @@
 """The multi-scope resampler: patch features (B, N, C) to visual tokens (B, M, T), in pure torch.
 
     u   = LN(x) W_in                                     patches, at the resampler's width
+    u   = u + DWConv_3x3(u)                              each patch with its neighbours
     q^s = z + e_s                                        queries of scope s; z starts as base grid + pos(a)
     o^s = softmax(W_q LN(q^s) . W_k(u + pos(p)) / sqrt(d) + B^s) W_v u
     B^s_ij = -|| (a_i - p_j) / c ||^2 / (2 sigma_s^2)    scope prior; c is the anchor pitch, B = 0 for global
+                                                         (each head has a part of the scope: `tiles`)
     z   = sum_s g^s (W_o o^s + q^s)                      adaptive fusion over the scopes
     z   = z + FFN(LN(z));   y = W_out LN(z)
 
@@ -83,26 +85,43 @@ def high_and_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 class ScopePrior(nn.Module):
     """Where each query set and head may look: B^s of the module's equations.
 
-    "gaussian" is learned in log space around the configured sigmas (if `learn_scopes`); "window" is a disc of
-    radius 2 sigma, at least as wide as the nearest patch, outside which the score is -inf (a patch on its edge is
-    inside, whatever the last digit of its distance); "none" is no prior.
+    "gaussian" starts at the configured sigmas, with the heads of a scope spread over it if `tile_heads`; sigmas (in
+    log space) and offsets are learned if `learn_scopes`. "window" is a disc of radius 2 sigma, at least as wide as the
+    nearest patch, outside which the score is -inf (a patch on its edge is inside, whatever the last digit of its
+    distance); "none" is no prior.
     """
 
     sigma_Gh: Tensor
     log_scale_Gh: Tensor
+    offset_Gh2: Tensor
 
     def __init__(self, config):
         super().__init__()
-        self.kind, self.form, self.learned = config.scope_prior, config.prior_form, config.learn_scopes
-        self.config = config
-        self.register_buffer("sigma_Gh", self.configured_sigma_Gh())
-        if self.kind == "gaussian" and self.learned:
-            self.log_scale_Gh = nn.Parameter(torch.zeros(self.sigma_Gh.shape))
+        self.config, self.kind, self.form = config, config.scope_prior, config.prior_form
+        self.learned = config.learn_scopes and self.kind == "gaussian"
+        self.tiled = config.tile_heads and self.kind == "gaussian"
+        sigma_Gh, offset_Gh2 = self.configured()
+        self.register_buffer("sigma_Gh", sigma_Gh)
+        if self.learned:
+            self.log_scale_Gh = nn.Parameter(torch.zeros_like(sigma_Gh))
+        if self.tiled and self.learned:
+            self.offset_Gh2 = nn.Parameter(offset_Gh2)
+        elif self.tiled:
+            self.register_buffer("offset_Gh2", offset_Gh2)
 
-    def configured_sigma_Gh(self) -> Tensor:
-        """The configuration's sigma of every head of every query set; infinite for the global scope."""
-        sigmas = [math.inf if sigma is None else float(sigma) for sigma in self.config.scope_sigmas]
-        return torch.tensor([[sigmas[scope] for scope in scope_h] for scope_h in scopes_of_heads(self.config)])
+    def configured(self) -> tuple[Tensor, Tensor]:
+        """The configuration's sigma (G, h), infinite for the global scope, and offset (G, h, 2) of every head.
+
+        Heads that share out a scope see half as far as the scope.
+        """
+        sigmas, offsets, scope_Gh = [], [], scopes_of_heads(self.config)
+        for scope_h in scope_Gh:
+            for scope in sorted(set(scope_h)):
+                sigma, heads = self.config.scope_sigmas[scope], scope_h.count(scope)
+                shared = self.tiled and sigma is not None and heads > 1
+                offsets.append(sigma * tiles(heads) if shared else torch.zeros(heads, 2))
+                sigmas.append(torch.full((heads,), float(sigma / 2 if shared else sigma or math.inf)))
+        return torch.cat(sigmas).unflatten(0, (len(scope_Gh), -1)), torch.cat(offsets).unflatten(0, (len(scope_Gh), -1))
 
     # Called as a module, not by these names: what moves offloaded weights around hooks into the call.
     def forward(
@@ -121,13 +140,19 @@ class ScopePrior(nn.Module):
 
     def bias_GhMN(self, anchors_M2: Tensor, patches_N2: Tensor) -> Tensor:
         """The prior as an additive bias; anchors and patches (y, x) in units of the anchor pitch."""
-        squared_MN = (anchors_M2[:, None] - patches_N2).square().sum(-1)
+        squared_GhMN = (self.of_heads(anchors_M2)[..., None, :] - patches_N2).square().sum(-1)
         if self.kind == "gaussian":
-            return -0.5 * self.precision_Gh()[:, :, None, None] * squared_MN
-        nearest_M1 = squared_MN.amin(dim=1, keepdim=True)
+            return -0.5 * self.precision_Gh()[:, :, None, None] * squared_GhMN
+        nearest_GhM1 = squared_GhMN.amin(dim=-1, keepdim=True)
         radius_Gh11 = 2 * self.sigma_Gh.to(wide(self.sigma_Gh.dtype))[:, :, None, None]
-        reach_GhM1 = torch.maximum(radius_Gh11.square(), nearest_M1) + 1e-4
-        return torch.zeros_like(squared_MN).masked_fill(squared_MN > reach_GhM1, -math.inf)
+        reach_GhM1 = torch.maximum(radius_Gh11.square(), nearest_GhM1) + 1e-4
+        return torch.zeros_like(squared_GhMN).masked_fill(squared_GhMN > reach_GhM1, -math.inf)
+
+    def of_heads(self, anchors_M2: Tensor) -> Tensor:
+        """The anchors (G, h, M, 2) of every head: those of the tokens, moved by the head's offset."""
+        if not self.tiled:
+            return anchors_M2.expand(*self.sigma_Gh.shape, -1, -1)
+        return anchors_M2 + self.offset_Gh2[:, :, None].to(anchors_M2.dtype)
 
     def channels(self, anchors_M2: Tensor, patches_N2: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The Gaussian prior as a dot product: channels to append to queries (G, h, M, e) and keys (N, e).
@@ -140,13 +165,24 @@ class ScopePrior(nn.Module):
         anchors_M2, patches_N2 = anchors_M2 - centre_2, patches_N2 - centre_2
         precision_Gh11 = self.precision_Gh()[:, :, None, None]
         head_width = self.config.hidden_size // self.config.num_attention_heads
-        query_GhM3 = precision_Gh11 * F.pad(anchors_M2, (0, 1), value=1.0) * math.sqrt(head_width)
+        query_GhM3 = precision_Gh11 * F.pad(self.of_heads(anchors_M2), (0, 1), value=1.0) * math.sqrt(head_width)
         key_N3 = torch.cat([patches_N2, -0.5 * patches_N2.square().sum(-1, keepdim=True)], dim=-1)
         if dtype.itemsize >= 4:
             return query_GhM3.to(dtype), key_N3.to(dtype)
         query_high, query_low = high_and_low(query_GhM3, dtype)
         key_high, key_low = high_and_low(key_N3, dtype)
         return torch.cat([query_high, query_high, query_low], -1), torch.cat([key_high, key_low, key_high], -1)
+
+
+def tiles(heads: int) -> Tensor:
+    """Where the heads of a scope start to look (heads, 2), in units of its sigma: spread evenly over the unit disc.
+
+    The points of a sunflower, moved to have their mean at the centre; a head that is alone looks at the centre.
+    """
+    number_h = torch.arange(heads) + 0.5
+    radius_h, angle_h = (number_h / heads).sqrt(), number_h * math.pi * (3 - math.sqrt(5))
+    points_h2 = torch.stack([radius_h * angle_h.sin(), radius_h * angle_h.cos()], dim=-1)
+    return points_h2 - points_h2.mean(dim=0)
 
 
 def scopes_of_heads(config) -> list[list[int]]:
@@ -161,7 +197,10 @@ def scopes_of_heads(config) -> list[list[int]]:
 
 
 class ScopeLayer(GradientCheckpointingLayer):
-    """One round of resampling and fusion: tokens z (B, M, D) read patches u (B, N, D) in every scope."""
+    """One round of resampling and fusion: tokens z (B, M, D) read patches u (B, N, D) in every scope.
+
+    Tokens that do not depend on the image yet may come once, as (1, M, D).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -199,7 +238,7 @@ class ScopeLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, ScopeMaps | None]:
         """Steps 3 to 6 of the equations; anchors and patches (y, x) in units of the anchor pitch."""
         q_BGMD = z_BMD[:, None] + self.scope_embedding_GD[:, None]
-        query_BGhMd = split_heads(self.q_proj(self.query_norm(q_BGMD)), self.heads)
+        query_BGhMd = split_heads(self.q_proj(self.query_norm(q_BGMD)), self.heads).expand(len(u_BND), *[-1] * 4)
         key_BKhNd = self._per_key_set(self.k_proj(u_BND + pos_ND))
         value_BKhNd = self._per_key_set(self.v_proj(u_BND))
 
@@ -297,6 +336,8 @@ class MultiScopeResampler(nn.Module):
         self.config = config
         self.input_norm = nn.LayerNorm(vision_width, eps=config.layer_norm_eps)
         self.input_proj = nn.Linear(vision_width, width)
+        if config.patch_conv:
+            self.patch_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
         self.query_1DHW = nn.Parameter(torch.zeros(1, width, *config.query_grid))
         self.layers = nn.ModuleList(ScopeLayer(config) for _ in range(config.num_hidden_layers))
         self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -314,7 +355,7 @@ class MultiScopeResampler(nn.Module):
         Raises ValueError if the features are not a patch grid of the shape given.
         """
         check_patches(x_BNC, patch_grid)
-        u_BND = self.input_proj(self.input_norm(x_BNC))
+        u_BND = self._patches(x_BNC, patch_grid)
         anchors_M2 = cell_centres(token_grid, u_BND.device, wide(u_BND.dtype))
         patches_N2 = cell_centres(patch_grid, u_BND.device, wide(u_BND.dtype))
         pos_ND = sincos_positions(patches_N2, u_BND.shape[-1]).to(u_BND.dtype)
@@ -326,18 +367,27 @@ class MultiScopeResampler(nn.Module):
             z_BMD, maps = layer(z_BMD, u_BND, pos_ND, anchors_M2, patches_N2, output_scopes)
         return self.output_proj(self.output_norm(z_BMD)), maps
 
+    def _patches(self, x_BNC: Tensor, patch_grid: tuple[int, int]) -> Tensor:
+        """u (B, N, D): the patches at the resampler's width, each with its neighbours."""
+        u_BND = self.input_proj(self.input_norm(x_BNC))
+        if not self.config.patch_conv:
+            return u_BND
+        return u_BND + self.patch_conv(u_BND.mT.unflatten(2, patch_grid)).flatten(2).mT
+
     def _first_queries(
         self, u_BND: Tensor, anchors_M2: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int]
     ) -> Tensor:
-        """z before the first layer: the base grid at the anchors + pos(a), + the mean of the cell if asked for."""
+        """z (1, M, D) before the first layer, the same for every image: the base grid at the anchors + pos(a).
+
+        If asked for, + the mean of the patches in a token's cell, which makes it (B, M, D).
+        """
         query_1DHW = self.query_1DHW.to(anchors_M2.dtype)
         base_1DHW = F.interpolate(query_1DHW, size=token_grid, mode="bilinear", align_corners=False)
         base_1MD = base_1DHW.flatten(2).mT + sincos_positions(anchors_M2, u_BND.shape[-1])
-        z_BMD = base_1MD.to(u_BND.dtype).expand(len(u_BND), -1, -1)
-        if self.config.query_init == "content":
-            u_BDHW = u_BND.mT.unflatten(2, patch_grid)
-            z_BMD = z_BMD + F.adaptive_avg_pool2d(u_BDHW, token_grid).flatten(2).mT
-        return z_BMD
+        z_1MD = base_1MD.to(u_BND.dtype)
+        if self.config.query_init == "learned":
+            return z_1MD
+        return z_1MD + F.adaptive_avg_pool2d(u_BND.mT.unflatten(2, patch_grid), token_grid).flatten(2).mT
 
 
 @torch.no_grad()
@@ -346,13 +396,13 @@ def init_resampler_weights(module: nn.Module) -> None:
 
     Every sum of random terms keeps the variance of its inputs.
 
-    Linear          normal, std 1 / sqrt(inputs); bias 0          Linear "gate"    0: even weights at the start
+    Linear, Conv2d  normal, std 1 / sqrt(inputs); bias 0          Linear "gate"    0: even weights at the start
     LayerNorm       weight 1, bias 0                               base queries     normal, std 0.02
     scope embedding normal, std 1: scopes differ from the start    log scale        0: the configured scopes
                     (std 0.02 where there is one query set)        static weights   0: even at the start
     """
-    if isinstance(module, nn.Linear):
-        init.normal_(module.weight, std=module.in_features**-0.5)
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         if module.bias is not None:
             init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
@@ -367,9 +417,12 @@ def init_resampler_weights(module: nn.Module) -> None:
         if module.fusion in ("token", "head"):
             init.zeros_(module.gate.weight)
     elif isinstance(module, ScopePrior):
-        init.copy_(module.sigma_Gh, module.configured_sigma_Gh())
-        if hasattr(module, "log_scale_Gh"):
+        sigma_Gh, offset_Gh2 = module.configured()
+        init.copy_(module.sigma_Gh, sigma_Gh)
+        if module.learned:
             init.zeros_(module.log_scale_Gh)
+        if module.tiled:
+            init.copy_(module.offset_Gh2, offset_Gh2)
 
 
 __all__ = ["MultiScopeResampler", "ScopeMaps", "init_resampler_weights"]

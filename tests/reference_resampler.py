@@ -5,6 +5,7 @@ held against it.
 """
 
 import math
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ def resample_image(weights: Weights, config: Any, x_NC: np.ndarray, patch_grid, 
     width = config.hidden_size
     patches, anchors = centres(patch_grid), centres(token_grid)
     u = [linear(weights, "input_proj", layer_norm(weights, "input_norm", x, config)) for x in x_NC]
+    if config.patch_conv:
+        u = [patch + neighbours(weights, u, patch_grid, j) for j, patch in enumerate(u)]
     z = [
         base_query(weights["query_1DHW"][0], token_grid, i) + positions(anchor, width)
         for i, anchor in enumerate(anchors)
@@ -32,6 +35,17 @@ def resample_image(weights: Weights, config: Any, x_NC: np.ndarray, patch_grid, 
         z, gates, maps = scope_layer(weights, f"layers.{layer}.", config, z, u, anchors, patches, token_grid)
     y = [linear(weights, "output_proj", layer_norm(weights, "output_norm", token, config)) for token in z]
     return np.stack(y), gates, maps
+
+
+def neighbours(weights: Weights, u, patch_grid, j: int) -> np.ndarray:
+    """The 3 x 3 patches around patch j, those that are there, weighted channel by channel."""
+    row, column = divmod(j, patch_grid[1])
+    total = weights["patch_conv.bias"]
+    for y, x in product(range(3), range(3)):
+        at = row + y - 1, column + x - 1
+        if 0 <= at[0] < patch_grid[0] and 0 <= at[1] < patch_grid[1]:
+            total = total + weights["patch_conv.weight"][:, 0, y, x] * u[at[0] * patch_grid[1] + at[1]]
+    return total
 
 
 def scope_layer(weights: Weights, at: str, config: Any, z, u, anchors, patches, token_grid):
@@ -79,11 +93,15 @@ def prior(weights, at, config, query_set, head, anchor, patch, patches, token_gr
     sigma = weights[at + "prior.sigma_Gh"][query_set, head]
     if config.scope_prior == "none" or math.isinf(sigma):
         return 0.0
-    squared = squared_pitches(anchor, patch, token_grid)
     if config.scope_prior == "gaussian":
+        if config.tile_heads:
+            offset = weights[at + "prior.offset_Gh2"][query_set, head]
+            anchor = [a + o / n for a, o, n in zip(anchor, offset, token_grid, strict=True)]
+        squared = squared_pitches(anchor, patch, token_grid)
         if config.learn_scopes:
             sigma = sigma * math.exp(weights[at + "prior.log_scale_Gh"][query_set, head])
         return -squared / (2 * sigma**2)
+    squared = squared_pitches(anchor, patch, token_grid)
     nearest = min(squared_pitches(anchor, other, token_grid) for other in patches)
     return 0.0 if squared <= max((2 * sigma) ** 2, nearest) + 1e-4 else -math.inf
 

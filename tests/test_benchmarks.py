@@ -7,6 +7,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from model import LANGUAGE_MODEL, TOWER, WORDS, make_models, make_runs
 from projectors import PUBLISHED, cost, make_run
 
 from ms_resampler.evaluation.timing import interleaved
@@ -40,3 +41,16 @@ def test_projectors_run_forward_and_backward_in_turn():
     runs = {name: make_run(name, 1, torch.float32, backward=True) for name in ("resampler", "ms_resampler", "mqt")}
     times = interleaved(runs, repeats=2)
     assert {name: len(spent) for name, spent in times.items()} == dict.fromkeys(runs, 2)
+
+
+def test_llava_and_ours_answer_with_the_same_parts():
+    tower = {"image_size": 28, "patch_size": 7, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    text = {"vocab_size": 1200, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    llava, ours = make_models(TOWER | tower, LANGUAGE_MODEL | text | {"num_attention_heads": 4})
+    assert {id(p) for p in llava.model.vision_tower.parameters()} <= {id(p) for p in ours.parameters()}
+    assert {id(p) for p in llava.model.language_model.parameters()} <= {id(p) for p in ours.parameters()}
+    answers = {name: run() for name, run in make_runs(llava, ours, images=2, budgets=[4, 9], new_tokens=3).items()}
+    lengths = {"LLaVA, 16": 2 * 16, "ours, 4": 2 * 4, "ours, 9": 2 * 9}
+    assert {name: answer.shape[1] for name, answer in answers.items()} == {
+        name: visual + WORDS + 3 for name, visual in lengths.items()
+    }

@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ms_resampler import MSResamplerProjectorConfig
-from ms_resampler.resampler_ms_resampler import MultiScopeResampler, cell_centres, init_resampler_weights
+from ms_resampler.resampler_ms_resampler import (
+    MultiScopeResampler,
+    ScopePrior,
+    cell_centres,
+    init_resampler_weights,
+    tiles,
+)
 
 VISION, TEXT = 6, 10
 SMALL = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 12, "query_grid": [2, 3]}
@@ -26,6 +32,8 @@ ARRANGEMENTS = [
     {"share_kv": False},
     {"share_kv": False, "prior_form": "bias"},
     {"query_init": "content"},
+    {"patch_conv": False},
+    {"tile_heads": False},
     {"num_hidden_layers": 2, "query_init": "content"},
     {"learn_scopes": False},
     {"prior_form": "bias"},
@@ -177,7 +185,7 @@ def test_attention_by_the_prior_alone_keeps_its_digits_in_bfloat16(width):
 
 
 def test_one_global_scope_is_plain_cross_attention():
-    resampler, x = make(scope_sigmas=[None], fusion="mean"), features((4, 4))
+    resampler, x = make(scope_sigmas=[None], fusion="mean", patch_conv=False), features((4, 4))
     layer = resampler.layers[0]
     plain = nn.MultiheadAttention(16, 4, batch_first=True)
     with torch.no_grad():
@@ -207,7 +215,7 @@ def test_a_scope_that_grows_becomes_the_global_one():
 
 def mass_outside_three_sigmas(sigma: float, patch_grid, token: int) -> tuple[float, float]:
     """Of a token of a 6 x 6 grid without content: in the resampler's map, and summed by hand."""
-    resampler = make(scope_sigmas=[sigma], learn_scopes=False)
+    resampler = make(scope_sigmas=[sigma], learn_scopes=False, tile_heads=False)
     with torch.no_grad():
         resampler.layers[0].q_proj.weight.zero_()
         resampler.layers[0].q_proj.bias.zero_()
@@ -230,6 +238,30 @@ def test_a_local_scope_puts_outside_three_sigmas_what_the_gaussian_says(sigma, p
 def test_over_many_patches_that_is_what_a_gaussian_in_the_plane_says():
     in_map, _ = mass_outside_three_sigmas(0.5, (96, 96), token=14)  # no border within five sigmas
     assert in_map == pytest.approx(math.exp(-9 / 2), rel=0.03)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("layout", ["branches", "heads"])
+def test_the_heads_of_a_scope_share_it_out(heads, layout):
+    """Around its centre, within its sigma, each half as wide, no two at the same place; a head that is alone has it."""
+    share = heads if layout == "branches" else 3 * heads
+    changes = {"num_attention_heads": share, "hidden_size": 4 * share, "scope_layout": layout, "fusion": "mean"}
+    prior = ScopePrior(MSResamplerProjectorConfig(**SMALL | changes | {"scope_sigmas": [0.5, 2.0, None]}))
+    sigma_Sh, offset_Sh2 = prior.sigma_Gh.view(3, heads), prior.offset_Gh2.view(3, heads, 2)
+    for sigma_h, offset_h2, sigma in zip(sigma_Sh[:2], offset_Sh2[:2], (0.5, 2.0), strict=True):
+        torch.testing.assert_close(offset_h2.mean(0), torch.zeros(2), rtol=0, atol=1e-6)
+        assert sigma_h.tolist() == [sigma if heads == 1 else sigma / 2] * heads
+        assert offset_h2.norm(dim=-1).max() < 1.2 * sigma
+        assert len(offset_h2.unique(dim=0)) == heads
+    assert torch.isinf(sigma_Sh[2]).all()
+    assert (offset_Sh2[2] == 0).all()
+
+
+def test_tiles_cover_the_disc_evenly():
+    points = tiles(400)
+    assert points.norm(dim=-1).max().item() == pytest.approx(1, rel=0.02)
+    torch.testing.assert_close(points.T.cov(), 0.25 * torch.eye(2), rtol=0, atol=0.01)
+    assert torch.cdist(points, points).fill_diagonal_(9).amin(1).min() > 0.5 * math.sqrt(math.pi / 400)
 
 
 @pytest.mark.parametrize("side", [19, 27])
@@ -292,14 +324,12 @@ def test_images_of_a_batch_do_not_mix():
 def by_scope(name: str, tensor: torch.Tensor, config, order: list[int]) -> torch.Tensor:
     """A parameter or buffer with its parts of the scopes in another order."""
     heads = config.scope_layout == "heads"
-    if heads and name.endswith("o_proj.weight"):
-        return tensor.unflatten(1, (3, -1))[:, order].flatten(1)
-    if heads and name.endswith("_Gh"):
-        return tensor.unflatten(1, (3, -1))[:, order].flatten(1)
+    if heads and name.endswith(("o_proj.weight", "_Gh", "_Gh2")):
+        return tensor.unflatten(1, (3, -1))[:, order].flatten(1, 2)
     parts = ("q_proj", "k_proj", "v_proj") if heads else () if config.share_kv else ("k_proj", "v_proj")
     if any(part in name for part in parts):
         return tensor.unflatten(0, (3, -1))[order].flatten(0, 1)
-    if name.endswith("gate_S") or (not heads and name.endswith(("_GD", "_Gh"))):
+    if name.endswith("gate_S") or (not heads and name.endswith(("_GD", "_Gh", "_Gh2"))):
         return tensor[order]
     return tensor
 
@@ -339,16 +369,18 @@ def test_parameters_and_buffers_survive_a_file(tmp_path):
 
 def test_initialisation_restores_the_scopes_from_garbage():
     resampler = make()
-    wanted = resampler.layers[0].prior.sigma_Gh.clone()
+    wanted = MultiScopeResampler(resampler.config, VISION, TEXT).layers[0].prior
     resampler.layers[0].prior.sigma_Gh.fill_(float("nan"))
     resampler.apply(init_resampler_weights)
-    assert torch.equal(resampler.layers[0].prior.sigma_Gh, wanted)
+    assert torch.equal(resampler.layers[0].prior.sigma_Gh, wanted.sigma_Gh)
+    assert torch.equal(resampler.layers[0].prior.offset_Gh2, wanted.offset_Gh2)
     assert torch.equal(resampler.layers[0].prior.log_scale_Gh, torch.zeros(3, 4))
 
 
 def test_heads_are_shared_out_in_order():
-    assert make(scope_sigmas=[1, 2]).layers[0].prior.sigma_Gh.tolist() == [[1.0] * 4, [2.0] * 4]
-    heads = make(scope_sigmas=[0.5, 2, None], scope_layout="heads", fusion="mean")
+    branches = make(scope_sigmas=[1, 2], tile_heads=False)
+    assert branches.layers[0].prior.sigma_Gh.tolist() == [[1.0] * 4, [2.0] * 4]
+    heads = make(scope_sigmas=[0.5, 2, None], scope_layout="heads", fusion="mean", tile_heads=False)
     assert heads.layers[0].prior.sigma_Gh.tolist() == [[0.5, 0.5, 2.0, math.inf]]
 
 

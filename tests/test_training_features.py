@@ -297,11 +297,12 @@ def test_names_in_the_file(tmp_path):
     }
     assert {name.removeprefix("model.projector.") for name in names if "projector" in name} == {
         *(f"{norm}.{leaf}" for norm in ("input_norm", "output_norm") for leaf in ("weight", "bias")),
-        *(f"{linear}.{leaf}" for linear in ("input_proj", "output_proj") for leaf in ("weight", "bias")),
+        *(f"{part}.{leaf}" for part in ("input_proj", "patch_conv", "output_proj") for leaf in ("weight", "bias")),
         "query_1DHW",
         "layers.0.scope_embedding_GD",
         "layers.0.prior.sigma_Gh",
         "layers.0.prior.log_scale_Gh",
+        "layers.0.prior.offset_Gh2",
         *(f"layers.0.{gate}.{leaf}" for gate in ("gate_norm", "gate") for leaf in ("weight", "bias")),
         *(
             f"layers.0.{part}.{leaf}"
@@ -357,19 +358,24 @@ def assert_initialised(projector) -> None:
         if isinstance(part, torch.nn.LayerNorm):
             assert (part.weight == 1).all()
             assert (part.bias == 0).all()
-        if isinstance(part, torch.nn.Linear):
+        if isinstance(part, (torch.nn.Linear, torch.nn.Conv2d)):
             assert (part.bias == 0).all()
-            spread = 0.0 if name.endswith("gate") else part.in_features**-0.5
+            spread = 0.0 if name.endswith("gate") else part.weight[0].numel() ** -0.5
             assert_close(part.weight.float().std().item(), spread, rtol=0.25, atol=0)
     assert_close(projector.query_1DHW.float().std().item(), 0.02, rtol=0.4, atol=0)
     prior, sigmas = projector.layers[0].prior, projector.config.scope_sigmas
     assert (prior.log_scale_Gh == 0).all()
-    wanted = [torch.inf if sigma is None else sigma for sigma in sigmas]
+    opposite = torch.tensor([-1.0, 1.0])[:, None]  # the two heads of a scope: half as wide, on both sides of its centre
     if projector.config.scope_layout == "branches":
-        assert prior.sigma_Gh.tolist() == [[sigma] * 2 for sigma in wanted]
+        assert prior.sigma_Gh.tolist() == [[torch.inf if sigma is None else sigma / 2] * 2 for sigma in sigmas]
+        shared = [(offset_h2, sigma or 0) for offset_h2, sigma in zip(prior.offset_Gh2, sigmas, strict=True)]
     else:
-        assert prior.sigma_Gh.tolist() == [[0.5, 0.5, 1.5, torch.inf]]
+        assert prior.sigma_Gh.tolist() == [[0.25, 0.25, 1.5, torch.inf]]
         assert (projector.layers[0].gate_S == 0).all()
+        shared = [(prior.offset_Gh2[0, :2], 0.5), (prior.offset_Gh2[0, 2:], 0)]
+    for offset_h2, sigma in shared:
+        assert_close(offset_h2.float(), opposite * offset_h2[1].float(), rtol=1e-2, atol=0)
+        assert_close(offset_h2.norm(dim=-1).max().item(), 0.64 * sigma, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..configuration_ms_resampler import MSResamplerConfig, token_grid
+from ..configuration_ms_resampler import MSResamplerConfig, MSResamplerProjectorConfig, token_grid
 from ..modeling_ms_resampler import MSResamplerModel
 from ..projectors_ms_resampler import PROJECTORS
 from .data import CHANNELS, GRID, PATCH_PIXELS, PATCHES, DataSettings, digest
@@ -39,6 +39,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "window prior": {"scope_prior": "window", "learn_scopes": False, "prior_form": "bias"},
     "no prior": {"scope_prior": "none", "learn_scopes": False},
     "fixed sigmas": {"learn_scopes": False},
+    "heads all alike": {"tile_heads": False},
+    "no patch convolution": {"patch_conv": False},
     "fusion by token": {"fusion": "token"},
     "static fusion": {"fusion": "static"},
     "mean fusion": {"fusion": "mean"},
@@ -97,8 +99,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the result: a hash of everything but the arm's name."""
-        return digest({"version": VERSION, **dataclasses.asdict(self), "arm": None})
+        """The name of the result: a hash of everything but the arm's name, the projector's defaults included."""
+        config = MSResamplerProjectorConfig(**{"num_attention_heads": HEADS, **self.projector})
+        projector = {field: getattr(config, field) for field in MSResamplerProjectorConfig.__annotations__}
+        return digest({"version": VERSION, **dataclasses.asdict(self), "projector": projector, "arm": None})
 
     @property
     def tokens(self) -> str:
