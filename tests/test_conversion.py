@@ -16,6 +16,7 @@ from tiny_models import (
     loud,
     picture,
     text_config,
+    tiny_config,
     tiny_model,
     tiny_processor,
     tiny_tokenizer,
@@ -157,15 +158,21 @@ def original_checkpoint(folder: Path, kind: str, *, whole: bool, tower_inside: b
     loud(CLIPVisionModel(CLIPVisionConfig(**vision.to_diff_dict()))).save_pretrained(folder / "tower")
     tiny_processor().image_processor.save_pretrained(folder / "tower")
     llm = loud(LlamaForCausalLM(text))
-    config = tiny_model(projector={"projector_type": kind, "visual_tokens": [6, 6] if kind == "mlp" else [3, 3]}).config
-    projector = loud(PROJECTORS[kind](config))
+    layers = [0, 1, 2, 3] if kind == "token_packer" else -2
+    fields = {"projector_type": kind, "visual_tokens": [6, 6] if kind == "mlp" else [3, 3], "query_grid": [3, 3]}
+    fields |= {"num_attention_heads": 8 if kind == "token_packer" else 1}
+    config = tiny_config(projector=fields, vision_feature_layer=layers)
+    projector = PROJECTORS[kind](config)
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.normal_(std=0.2)
     names = rename(projector.state_dict(), projector.original_names)
     state = {f"model.mm_projector.{names[name]}": value for name, value in projector.state_dict().items()}
     for place in (folder / "checkpoint", folder / "base"):
         place.mkdir()
         plain_tokenizer().save_pretrained(place)
     llm.save_pretrained(folder / "base")
-    about = {"mm_vision_tower": "openai/clip-small", "mm_vision_select_layer": -2, "mm_projector_type": kind}
+    about = {"mm_vision_tower": "openai/clip-small", "mm_vision_select_layer": layers, "mm_projector_type": kind}
     about |= {"mm_hidden_size": 16, "use_mm_proj": True}
     kept = {name: value for name, value in text.to_dict().items() if name != "model_type"}
     (folder / "checkpoint" / "config.json").write_text(json.dumps(kept | about | {"model_type": "llava_llama"}))
@@ -190,8 +197,17 @@ def plain_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-@pytest.mark.parametrize("kind", ["mlp", "ldp_v2"])
-@pytest.mark.parametrize(("whole", "tower_inside"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("kind", "whole", "tower_inside"),
+    [
+        ("mlp", True, False),
+        ("mlp", True, True),
+        ("mlp", False, False),
+        ("ldp_v2", True, True),
+        ("token_packer", True, False),
+        ("mqt", False, False),
+    ],
+)
 def test_original_layouts_are_recognised_by_their_weights(kind, whole, tower_inside, tmp_path):
     expected = original_checkpoint(tmp_path, kind, whole=whole, tower_inside=tower_inside)
     budget = [] if kind == "mlp" else ["--set", "visual_tokens=[3,3]"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def make_plan(source: Source) -> Plan:
         raise ValueError(f"The weights do not fit {source.layout} layout: {'; '.join(problems[:5])}{more}.")
     dtype = next(iter(outputs.values())).dtype
     for name, value in fresh.items():
-        outputs[name] = Output(name, tuple(value.shape), dtype, lambda value=value: value)
+        outputs[name] = Output(name, tuple(value.shape), dtype, partial(torch.clone, value))
         rows.append(Row("", name, tuple(value.shape), "new"))
     return Plan(source, list(outputs.values()), rows)
 
@@ -107,9 +108,8 @@ def new_weights(source: Source, missing: set[str]) -> dict[str, Tensor]:
     """Weights that start here: those of a projector that is new, and those that upcycling adds."""
     if source.carried:
         return {name: value for name, value in source.new.items() if name in missing}
-    config: Any = source.config
-    projector = build_projector(config)
-    projector.apply(empty_model(config).model._init_weights)
+    projector = build_projector(source.config)
+    projector.apply(empty_model(source.config).model._init_weights)
     state = {f"model.projector.{name}": value for name, value in projector.state_dict().items()}
     return {name: value for name, value in state.items() if name in missing}
 

@@ -1,7 +1,9 @@
 """What a checkpoint of each layout becomes: our configuration, tables of names, and the processor."""
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,18 @@ ORIGINAL_MODELS = {
     "llava_qwen": "qwen2",
     "mobilevlm": "llama",
 }
-# Fields that a projector's weights do not tell: the budget of the publication, and what else it fixes.
-ORIGINAL_PROJECTORS = ("mlp", "ldp_v2", "token_packer")
+# Projectors of original checkpoints, and the fields that their weights tell; heads are as published.
+ORIGINAL_PROJECTORS: dict[str, Callable[[dict[str, Weight]], dict[str, Any]]] = {
+    "mlp": lambda found: {},
+    "ldp_v2": lambda found: {},
+    "token_packer": lambda found: {"hidden_size": found["q_proj_1.weight"].shape[0], "num_attention_heads": 8},
+    "mqt": lambda found: {
+        "hidden_size": found["query"].shape[1],
+        "num_attention_heads": max(found["query"].shape[1] // 64, 1),
+        "query_grid": [math.isqrt(found["query"].shape[0])] * 2,
+    },
+}
+TOKEN_PACKER_LAYERS = [12, 16, 22, 23]  # written into its code, whatever its config.json says
 Transforms = dict[str, Callable[[Tensor], Tensor]]
 
 
@@ -47,7 +59,7 @@ class Source:
     """
 
     layout: str
-    config: MSResamplerConfig
+    config: Any  # MSResamplerConfig, its parts built
     parts: list[tuple[list[Weight], Table]]
     processor: MSResamplerProcessor
     generation: GenerationConfig
@@ -143,11 +155,14 @@ def open_original(
     token_id = tokenizer.get_vocab()["<image>"]
     if token_id >= rows:
         text.vocab_size = -(-(token_id + 1) // ROWS) * ROWS
-    layers = about.get("mm_vision_select_layer", -2)
     vision = tower_config_of(tower)
-    kind, names = original_projector(found, vision, text, layers)
+    own, names = original_projector(found, vision, text)
+    kind, layers = own["projector_type"], about.get("mm_vision_select_layer", -2)
+    if kind == "token_packer" and isinstance(layers, int):
+        layers = TOKEN_PACKER_LAYERS
     wanted = projector.get("projector_type", kind)
-    components = Components(tower, str(base), projector | {"projector_type": wanted}, layers)
+    fields = own | projector if wanted == kind else projector
+    components = Components(tower, str(base), fields | {"projector_type": wanted}, layers)
     config = make_config(components, vision, text, token_id)
     template, _ = choose_template(tokenizer, components)
     tokenizer.chat_template = None
@@ -175,17 +190,21 @@ def original_text_config(about: dict[str, Any]) -> PretrainedConfig:
 
 
 def original_projector(
-    found: dict[str, Weight], vision: PretrainedConfig, text: PretrainedConfig, layers: Any
-) -> tuple[str, dict[str, str]]:
-    """Which projector's weights these are, by their names, and our names with theirs. Raises ValueError if none's."""
-    for kind in ORIGINAL_PROJECTORS:
-        components = Components("", "", {"projector_type": kind}, layers)
-        config = make_config(components, vision, text, image_token_id=0)
-        with torch.device("meta"):
-            projector: Any = PROJECTORS[kind](config)
-        names = rename(projector.state_dict(), projector.original_names)
-        if set(names.values()) == set(found):
-            return kind, names
+    found: dict[str, Weight], vision: PretrainedConfig, text: PretrainedConfig
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Fields of the projector whose weights these are, by their names, and our names with theirs.
+
+    Raises ValueError if they are none's.
+    """
+    for kind, sizes in ORIGINAL_PROJECTORS.items():
+        with suppress(KeyError):  # a name that another projector has not
+            fields = {"projector_type": kind, **sizes(found)}
+            config = make_config(Components("", "", fields, -2), vision, text, image_token_id=0)
+            with torch.device("meta"):
+                projector: Any = PROJECTORS[kind](config)
+            names = rename(projector.state_dict(), projector.original_names)
+            if set(names.values()) == set(found):
+                return fields, names
     raise ValueError(
         f"The projector is none of {', '.join(ORIGINAL_PROJECTORS)}: it has the weights {', '.join(sorted(found)[:8])}."
     )
@@ -229,9 +248,7 @@ def with_projector(config: Any, fields: dict[str, Any]) -> Any:
     return make_config(components, config.vision_config, config.text_config, config.image_token_id)
 
 
-def make_processor(
-    folder: Path, tokenizer: Any, config: MSResamplerConfig, token: str, template: str | None
-) -> MSResamplerProcessor:
+def make_processor(folder: Path, tokenizer: Any, config: Any, token: str, template: str | None) -> MSResamplerProcessor:
     """Our processor around the source's tokenizer and image processor."""
     return MSResamplerProcessor(
         AutoImageProcessor.from_pretrained(folder),
@@ -257,6 +274,3 @@ def empty_model(config: MSResamplerConfig) -> Any:
     """The model's shapes, without memory."""
     with torch.device("meta"):
         return MSResamplerForConditionalGeneration(config)
-
-
-__all__: Sequence[str] = ["Source", "empty_model", "open_source"]

@@ -5,6 +5,7 @@ scope starts as a copy of it that looks elsewhere.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def upcycled_fields(old: Any, asked: dict[str, Any]) -> dict[str, Any]:
             f"One scope becomes several only with all else as it is (and static fusion): leave out "
             f"{', '.join(changed) or 'fusion'}."
         )
-    default = MSResamplerProjectorConfig(projector_type="ms_resampler").scope_sigmas
+    default: Any = MSResamplerProjectorConfig(projector_type="ms_resampler").scope_sigmas
     sigmas = list(asked.get("scope_sigmas") or default)
     if old.scope_sigmas[0] not in sigmas:
         sigmas.append(old.scope_sigmas[0])
@@ -48,7 +49,7 @@ def upcycling(old: Any, new: Any) -> tuple[dict[str, Callable[[Tensor], Tensor]]
         at = f"model.projector.layers.{layer}"
         transforms[f"{at}.scope_embedding_GD"] = lambda old_1D: old_1D.repeat(new.num_scopes, 1)
         for name, start in prior.state_dict().items():
-            transforms[f"{at}.prior.{name}"] = lambda old_1h, start=start: put_row(start, scope, old_1h)
+            transforms[f"{at}.prior.{name}"] = partial(put_row, start, scope)
         added[f"{at}.gate_S"] = HEAD_START * (torch.arange(new.num_scopes) == scope).float()
     return transforms, added
 
