@@ -22,6 +22,7 @@ COMMANDS = {
     "export": ("ms_resampler.hub_upload.export", "copy a checkpoint with its code into a folder that loads anywhere"),
     "init": ("ms_resampler.init_command", "assemble a model from a vision tower and a language model"),
     "data": ("ms_resampler.training.check", "check training data before training on them"),
+    "convert": ("ms_resampler.conversion.command", "bring a LLaVA-style checkpoint, or take yours to LLaVA's layout"),
     "train": ("ms_resampler.training.command", "run a training recipe, and measure what it made"),
     "study": ("ms_resampler.study.command", "train every projector under the same conditions, and compare them"),
 }

@@ -1,0 +1,69 @@
+"""Ours, with LLaVA's MLP, in transformers' LLaVA layout."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaConfig, LlavaProcessor
+
+from ..configuration_ms_resampler import MSResamplerConfig
+from ..processing_ms_resampler import MSResamplerProcessor
+from .tables import TO_LLAVA, translate
+from .weights import Output, list_weights, whole_folder, write_weights
+
+
+def to_llava(folder: Path, out: Path) -> None:
+    """Writes the folder of a LlavaForConditionalGeneration that computes the same.
+
+    Raises ValueError if its architecture cannot hold the model.
+    """
+    config: Any = MSResamplerConfig.from_pretrained(folder)
+    check_fits(config)
+    outputs = []
+    for weight in list_weights(folder):
+        name = translate(weight.key, TO_LLAVA)
+        assert name is not None
+        outputs.append(Output(name, weight.shape, weight.dtype, weight.read))
+    llava = LlavaConfig(
+        vision_config=config.vision_config,
+        text_config=config.text_config,
+        image_token_id=config.image_token_id,
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy="default",
+        image_seq_length=config.native_patch_grid[0] * config.native_patch_grid[1],
+        tie_word_embeddings=config.text_config.tie_word_embeddings,
+        dtype=config.dtype,
+    )
+    llava.architectures = ["LlavaForConditionalGeneration"]
+    ours = MSResamplerProcessor.from_pretrained(folder)
+    with whole_folder(out) as partial:
+        write_weights(outputs, partial, lambda _: None)
+        llava.save_pretrained(partial)
+        llava_processor(ours, config).save_pretrained(partial)
+        if (folder / "generation_config.json").is_file():
+            shutil.copyfile(folder / "generation_config.json", partial / "generation_config.json")
+
+
+def llava_processor(ours: MSResamplerProcessor, config: Any) -> LlavaProcessor:
+    """transformers' processor around the same tokenizer and image processor."""
+    return LlavaProcessor(
+        ours.image_processor,
+        ours.tokenizer,
+        patch_size=config.patch_size,
+        vision_feature_select_strategy="default",
+        chat_template=ours.chat_template,
+        image_token=ours.image_token,
+        num_additional_image_tokens=config.num_prefix_tokens,
+    )
+
+
+def check_fits(config: Any) -> None:
+    """Raises ValueError if transformers' LLaVA has no such model."""
+    kind = config.projector_config.projector_type
+    if kind != "mlp":
+        raise ValueError(f"transformers' LLaVA has an MLP for every patch, and no `{kind}`: it cannot hold this model.")
+    if config.num_prefix_tokens != 1:
+        raise ValueError(
+            "transformers' LLaVA drops one token in front of the patches, and this tower has "
+            f"{config.num_prefix_tokens}: it cannot hold this model."
+        )

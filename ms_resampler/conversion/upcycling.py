@@ -1,0 +1,61 @@
+"""One scope becomes several: the same function at the start, from which the new scopes learn.
+
+The trained scope keeps its queries, prior and, through `fusion="static"`, all but a millionth of the weight. A new
+scope starts as a copy of it that looks elsewhere.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..configuration_ms_resampler import MSResamplerProjectorConfig
+from ..resampler_ms_resampler import ScopePrior
+
+HEAD_START = 14.0  # in the fusion's logits: a new scope has exp(-14), 0.8 millionths, of the weight
+KEPT = (
+    "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "query_grid", "visual_tokens",
+    "scope_prior", "learn_scopes", "tile_heads", "patch_conv", "query_init", "prior_form", "layer_norm_eps",
+)  # fmt: skip
+
+
+def upcycled_fields(old: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the projector with several scopes: those of the old one, and its scope among the others.
+
+    Raises ValueError if something is asked for that would change the function.
+    """
+    changed = [name for name in KEPT if name in asked and asked[name] != getattr(old, name)]
+    if changed or asked.get("fusion", "static") != "static":
+        raise ValueError(
+            f"One scope becomes several only with all else as it is (and static fusion): leave out "
+            f"{', '.join(changed) or 'fusion'}."
+        )
+    default: Any = MSResamplerProjectorConfig(projector_type="ms_resampler").scope_sigmas
+    sigmas = list(asked.get("scope_sigmas") or default)
+    if old.scope_sigmas[0] not in sigmas:
+        sigmas.append(old.scope_sigmas[0])
+    kept = {name: getattr(old, name) for name in KEPT}
+    return kept | {"projector_type": "ms_resampler", "scope_sigmas": sigmas, "fusion": "static"}
+
+
+def upcycling(old: Any, new: Any) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, Tensor]]:
+    """What changes the old projector's weights, by name, and the weights that it does not have."""
+    scope, prior = list(new.scope_sigmas).index(old.scope_sigmas[0]), ScopePrior(new)
+    transforms: dict[str, Callable[[Tensor], Tensor]] = {}
+    added: dict[str, Tensor] = {}
+    for layer in range(new.num_hidden_layers):
+        at = f"model.projector.layers.{layer}"
+        transforms[f"{at}.scope_embedding_GD"] = lambda old_1D: old_1D.repeat(new.num_scopes, 1)
+        for name, start in prior.state_dict().items():
+            transforms[f"{at}.prior.{name}"] = partial(put_row, start, scope)
+        added[f"{at}.gate_S"] = HEAD_START * (torch.arange(new.num_scopes) == scope).float()
+    return transforms, added
+
+
+def put_row(table: Tensor, row: int, value: Tensor) -> Tensor:
+    """A copy of a table with one row replaced."""
+    changed = table.to(value.dtype, copy=True)
+    changed[row] = value[0]
+    return changed

@@ -1,0 +1,356 @@
+"""Checkpoints of other layouts: converted they compute the same, and what cannot be converted says why."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import (
+    CHAT_TEMPLATE,
+    loud,
+    picture,
+    text_config,
+    tiny_config,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+    tower_config,
+)
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from ms_resampler.cli import main
+from ms_resampler.conversion.convert import make_plan
+from ms_resampler.conversion.sources import open_source
+from ms_resampler.conversion.tables import LLAVA, translate
+from ms_resampler.projectors_ms_resampler import PROJECTORS, rename
+
+SMALL = ["--set", "hidden_size=16", "--set", "num_attention_heads=2", "--set", "intermediate_size=32"]
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> Path:
+    """A small LLaVA in several files, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("llava")
+    torch.manual_seed(0)
+    parts = {"vision_config": tower_config(), "text_config": text_config("llama"), "image_token_id": 3}
+    loud(LlavaForConditionalGeneration(LlavaConfig(**parts))).save_pretrained(folder, max_shard_size="60KB")
+    LlavaProcessor(
+        tiny_processor().image_processor,
+        tiny_tokenizer(),
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+def convert(*arguments) -> int:
+    return main(["convert", *map(str, arguments)])
+
+
+def logits(folder: Path, **options) -> torch.Tensor:
+    """What a folder answers to a picture and a question, loaded as anyone would."""
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=text, images=picture(), return_tensors="pt", **options)
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def as_older_versions_saved(folder: Path, target: Path) -> Path:
+    """The same checkpoint in one file under the names of transformers 4.40, computed tables among them."""
+    state = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): value for name, value in state.items()}
+    renamed["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(37)[None]
+    renamed["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    target.mkdir()
+    for file in folder.iterdir():
+        if "safetensors" not in file.name:
+            (target / file.name).write_bytes(file.read_bytes())
+    save_file(renamed, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("age", ["new", "old"])
+def test_llava_computes_the_same_and_goes_back(llava, age, tmp_path, capsys):
+    source = llava if age == "new" else as_older_versions_saved(llava, tmp_path / "old")
+    assert convert(source, tmp_path / "ours", "--verify") == 0
+    assert "differ by at most 0.0e+00" in capsys.readouterr().out
+    torch.testing.assert_close(logits(tmp_path / "ours"), logits(llava), rtol=1e-5, atol=1e-5)
+    assert convert(tmp_path / "ours", tmp_path / "back", "--to", "llava") == 0
+    torch.testing.assert_close(logits(tmp_path / "back"), logits(llava), rtol=0, atol=0)
+    state = {name: value for file in llava.glob("*.safetensors") for name, value in load_file(file).items()}
+    again = load_file(tmp_path / "back" / "model.safetensors")
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], value) for name, value in state.items())
+
+
+def test_the_mlp_goes_on_behind_average_pooling(llava, tmp_path):
+    """The warm start: each visual token is the MLP of the mean of its cell."""
+    assert convert(llava, tmp_path / "out", "--projector", "avg_pool", "--set", "visual_tokens=4") == 0
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    old = LlavaForConditionalGeneration.from_pretrained(llava).model.multi_modal_projector
+    x_BNC = torch.randn(2, 36, 16)
+    cells = x_BNC.view(2, 2, 3, 2, 3, 16).mean(dim=(2, 4)).flatten(1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(model.model.projector(x_BNC, (6, 6), (2, 2)), old(cells), rtol=1e-5, atol=1e-5)
+
+
+def test_another_projector_starts_anew_and_all_else_stays(llava, tmp_path, capsys):
+    assert convert(llava, tmp_path / "out", "--projector", "ms_resampler", "--set", "visual_tokens=4", *SMALL) == 0
+    assert "4 unused" in capsys.readouterr().out
+    ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    theirs = LlavaForConditionalGeneration.from_pretrained(llava)
+    for part in ("vision_tower", "language_model"):
+        old = dict(getattr(theirs.model, part).named_parameters())
+        assert all(torch.equal(value, old[name]) for name, value in getattr(ours.model, part).named_parameters())
+    assert logits(tmp_path / "out").isfinite().all()
+
+
+@pytest.mark.parametrize("scope", [None, 0.5, 0.8], ids=str)
+@pytest.mark.parametrize("tiled", [True, False])
+def test_one_scope_becomes_several_and_computes_the_same_at_first(scope, tiled, tmp_path):
+    changes = {"projector_type": "resampler", "scope_sigmas": [scope], "tile_heads": tiled, "num_hidden_layers": 2}
+    tiny_model(projector=changes).save_pretrained(tmp_path / "one")
+    tiny_processor().save_pretrained(tmp_path / "one")
+    assert convert(tmp_path / "one", tmp_path / "several", "--projector", "ms_resampler") == 0
+    one, several = logits(tmp_path / "one"), logits(tmp_path / "several")
+    assert (several - one).abs().max() < 1e-5 * one.abs().max()
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "several")
+    sigmas = list(model.config.projector_config.scope_sigmas)
+    assert scope in sigmas
+    assert len(sigmas) == (4 if scope == 0.8 else 3)
+    before = {name: value.clone() for name, value in model.model.projector.named_parameters()}
+    optimizer = torch.optim.AdamW(model.model.projector.parameters(), lr=1e-2, eps=1e-12)
+    for _ in range(3):
+        y, _ = model.model.projector(torch.randn(2, 36, 16), (6, 6), (2, 2))
+        y.square().sum().backward()
+        optimizer.step()
+    embedding = "layers.0.scope_embedding_GD"
+    new = [number for number, sigma in enumerate(sigmas) if sigma != scope]
+    moved = (model.model.projector.get_parameter(embedding) - before[embedding])[new].abs().amin(dim=1)
+    assert (moved > 0).any()  # the new scopes learn, too
+
+
+def original_checkpoint(folder: Path, kind: str, *, whole: bool, tower_inside: bool = False) -> dict[str, torch.Tensor]:
+    """A checkpoint as the original repositories leave it, in a PyTorch file; returns the projector's weights."""
+    torch.manual_seed(0)
+    vision, text = tower_config(), LlamaConfig(**text_config("llama").to_diff_dict() | {"vocab_size": 260})
+    loud(CLIPVisionModel(CLIPVisionConfig(**vision.to_diff_dict()))).save_pretrained(folder / "tower")
+    tiny_processor().image_processor.save_pretrained(folder / "tower")
+    llm = loud(LlamaForCausalLM(text))
+    layers = [0, 1, 2, 3] if kind == "token_packer" else -2
+    fields = {"projector_type": kind, "visual_tokens": [6, 6] if kind == "mlp" else [3, 3], "query_grid": [3, 3]}
+    fields |= {"num_attention_heads": 8 if kind == "token_packer" else 1}
+    config = tiny_config(projector=fields, vision_feature_layer=layers)
+    projector = PROJECTORS[kind](config)
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.normal_(std=0.2)
+    names = rename(projector.state_dict(), projector.original_names)
+    state = {f"model.mm_projector.{names[name]}": value for name, value in projector.state_dict().items()}
+    for place in (folder / "checkpoint", folder / "base"):
+        place.mkdir()
+        plain_tokenizer().save_pretrained(place)
+    llm.save_pretrained(folder / "base")
+    about = {"mm_vision_tower": "openai/clip-small", "mm_vision_select_layer": layers, "mm_projector_type": kind}
+    about |= {"mm_hidden_size": 16, "use_mm_proj": True}
+    kept = {name: value for name, value in text.to_dict().items() if name != "model_type"}
+    (folder / "checkpoint" / "config.json").write_text(json.dumps(kept | about | {"model_type": "llava_llama"}))
+    if whole:
+        state |= llm.state_dict()
+    if tower_inside:
+        tower = CLIPVisionModel.from_pretrained(folder / "tower").state_dict()
+        state |= {f"model.vision_tower.vision_tower.vision_model.{name}": value for name, value in tower.items()}
+    torch.save(state, folder / "checkpoint" / ("pytorch_model.bin" if whole else "mm_projector.bin"))
+    return projector.state_dict()
+
+
+def plain_tokenizer():
+    """A language model's own: it knows no image token, and chats like Vicuna."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole", "tower_inside"),
+    [
+        ("mlp", True, False),
+        ("mlp", True, True),
+        ("mlp", False, False),
+        ("ldp_v2", True, True),
+        ("token_packer", True, False),
+        ("mqt", False, False),
+    ],
+)
+def test_original_layouts_are_recognised_by_their_weights(kind, whole, tower_inside, tmp_path):
+    expected = original_checkpoint(tmp_path, kind, whole=whole, tower_inside=tower_inside)
+    budget = [] if kind == "mlp" else ["--set", "visual_tokens=[3,3]"]
+    base = [] if whole else ["--llm", tmp_path / "base"]
+    assert convert(tmp_path / "checkpoint", tmp_path / "out", "--tower", tmp_path / "tower", *base, *budget) == 0
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert model.config.projector_config.projector_type == kind
+    assert all(torch.equal(value, expected[name]) for name, value in model.model.projector.state_dict().items())
+    llm = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    words = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=words).logits[..., :260], llm(input_ids=words).logits)
+    tower = CLIPVisionModel.from_pretrained(tmp_path / "tower")
+    assert all(
+        torch.equal(p, dict(tower.named_parameters())[n]) for n, p in model.model.vision_tower.named_parameters()
+    )
+    new_rows = model.get_input_embeddings().weight[260:]
+    torch.testing.assert_close(new_rows, llm.get_input_embeddings().weight.mean(0).expand(len(new_rows), -1))
+    assert logits(tmp_path / "out").isfinite().all()
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    original_checkpoint(tmp_path, "mlp", whole=False)
+    (tmp_path / "checkpoint" / "mm_projector.bin").write_bytes(pickle.dumps({"model.mm_projector.0.weight": Harmful()}))
+    assert convert(tmp_path / "checkpoint", tmp_path / "out", "--tower", tmp_path / "tower") == 2
+    assert "cannot be read safely" in capsys.readouterr().err
+    assert not (tmp_path / "harmed").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_is_listed_before_anything_is_written(llava, tmp_path, capsys):
+    broken = as_older_versions_saved(llava, tmp_path / "broken")
+    state = load_file(broken / "model.safetensors")
+    state.pop("multi_modal_projector.linear_1.bias")
+    state["language_model.model.norm.weight"] = torch.ones(3)
+    save_file(state, broken / "model.safetensors")
+    assert convert(broken, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "norm.weight is [3] instead of [32]" in error
+    assert "model.projector.mlp.0.bias is missing" in error
+    state["surprise"] = torch.ones(1)
+    save_file(state, broken / "model.safetensors")
+    assert convert(broken, tmp_path / "out") == 2
+    assert "holds surprise, which transformers' LLaVA layout has not" in capsys.readouterr().err
+    (broken / "config.json").write_text('{"model_type": "blip"}')
+    assert convert(broken, tmp_path / "out") == 2
+    assert 'its model_type is "blip"' in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_or_missing_file_is_named(llava, tmp_path, capsys):
+    damaged = as_older_versions_saved(llava, tmp_path / "damaged")
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert convert(damaged, tmp_path / "out") == 2
+    assert "model.safetensors is damaged or not complete" in capsys.readouterr().err
+    (damaged / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
+    assert convert(damaged, tmp_path / "out") == 2
+    assert "lacks model-2.safetensors" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_every_weight_and_writes_nothing(llava, tmp_path, capsys):
+    assert convert(llava, tmp_path / "out", "--dry-run", "--projector", "ms_resampler", *SMALL) == 0
+    shown = capsys.readouterr().out
+    assert "unused" in shown
+    assert "model.projector.layers.0.prior.offset_Gh2" in shown
+    state = {name for file in llava.glob("*.safetensors") for name in load_file(file)}
+    assert all(name in shown for name in state)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_half_written_result(llava, tmp_path):
+    """Killed between two weights; run again it is whole."""
+    script = f"""
+import os, signal, sys
+from ms_resampler.conversion import command, convert as module
+def progress(count, seen=[0]):
+    seen[0] += 1
+    if seen[0] == 40:
+        os.kill(os.getpid(), signal.SIGKILL)
+from pathlib import Path
+from ms_resampler.conversion.sources import open_source
+module.convert(module.make_plan(open_source(Path({str(llava)!r}), {{}}, None, None)), Path("out"), progress)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "out").exists()
+    assert convert(llava, tmp_path / "out") == 0
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(llava), rtol=1e-5, atol=1e-5)
+
+
+def test_every_weight_of_llava_1_5_7b_has_its_place():
+    """At full size, on the meta device."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    text = LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+    shapes = {name: tuple(value.shape) for name, value in llava.state_dict().items()}
+    ours = tiny_model().config.__class__(
+        vision_config=vision,
+        text_config=text,
+        projector_config={"projector_type": "mlp", "visual_tokens": [24, 24]},
+        image_token_id=32000,
+    )
+    with torch.device("meta"):
+        wanted = AutoModelForImageTextToText.from_config(ours).state_dict()
+    assert len(shapes) > 650
+    assert {translate(name, LLAVA): shape for name, shape in shapes.items()} == {
+        name: tuple(value.shape) for name, value in wanted.items()
+    }
+
+
+def test_a_model_that_llava_cannot_hold_is_refused(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "ours")
+    tiny_processor().save_pretrained(tmp_path / "ours")
+    assert convert(tmp_path / "ours", tmp_path / "out", "--to", "llava") == 2
+    assert "no `ms_resampler`" in capsys.readouterr().err
+    assert convert(tmp_path / "ours", tmp_path / "ours") == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_memory_stays_near_a_shard(llava, tmp_path, monkeypatch):
+    """Weights are read when their shard is written, and not before."""
+    plan = make_plan(open_source(llava, {}, None, None))
+    assert all(output.make.__closure__ for output in plan.outputs)
+    monkeypatch.setattr("ms_resampler.conversion.weights.SHARD_BYTES", 50_000)
+    assert convert(llava, tmp_path / "out") == 0
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) >= 4
+    assert max(file.stat().st_size for file in files) < 60_000
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(llava), rtol=1e-5, atol=1e-5)
