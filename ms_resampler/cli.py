@@ -20,6 +20,8 @@ COMMANDS = {
     "demo": ("ms_resampler.demo", "open a page on which you ask about a picture and see where the model looked"),
     "chat": ("ms_resampler.chat", "ask about one or several pictures, here in the terminal"),
     "export": ("ms_resampler.hub_upload.export", "copy a checkpoint with its code into a folder that loads anywhere"),
+    "card": ("ms_resampler.hub_upload.card", "write a checkpoint's model card from its results, or check it"),
+    "push": ("ms_resampler.hub_upload.push", "publish a checkpoint, its code and its card on the Hub"),
     "train": ("ms_resampler.training.command", "run a training recipe, and measure what it made"),
     "study": ("ms_resampler.study.command", "train every projector under the same conditions, and compare them"),
 }
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
-        print(f"{command} needs {error.name}: pip install 'ms-resampler[demo,train,eval]'", file=sys.stderr)
+        print(f"{command} needs {error.name}: pip install 'ms-resampler[demo,train,eval,push]'", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         sentence = next(iter(str(error).strip().splitlines()), type(error).__name__)
