@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from tqdm.auto import tqdm
 
 from .redaction import redact, redacted
 
@@ -56,7 +57,14 @@ def hub_errors(name: str) -> Iterator[None]:
             known = sentence(error, name)
             if known is None:
                 raise
+            close_progress_bars()
             raise ValueError(redact(known)) from None  # its chain would print signed addresses
+
+
+def close_progress_bars() -> None:
+    """Ends the lines of the bars that a failed transfer has left open; only tqdm itself knows which."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def sentence(error: BaseException | None, name: str) -> str | None:

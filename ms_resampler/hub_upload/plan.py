@@ -84,7 +84,7 @@ def make_plan(staged: Path, remote: Remote, may_remove: Callable[[str], bool], l
     """Compares a staged folder with a repository, of whose other files those that `may_remove` are removed."""
     files = {str(file.relative_to(staged)): file for file in sorted(staged.rglob("*")) if file.is_file()}
     states = {name: state_of(file, remote.hashes.get(name)) for name, file in files.items()}
-    others = [name for name in remote.hashes if name not in files]
+    others = [name for name in remote.hashes if name not in files and name != ".gitattributes"]
     removed = [name for name in others if may_remove(name)]
     kept = [name for name in others if not may_remove(name)]
     return Plan(remote, {name: file.stat().st_size for name, file in files.items()}, states, removed, kept, left_out)

@@ -45,13 +45,13 @@ def answer(model, processor):
     return {"logits": logits.contiguous(), "answer": ids.contiguous()}
 
 
-def projector_in_place(config, weights):
+def projector_in_place(config, weights, revision):
     """The weights of a projector, once they have found their places in a model without any."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True, code_revision=revision)
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     wrong = [*unexpected, *(name for name in missing if name.startswith("model.projector."))]
     if wrong:
@@ -70,7 +70,7 @@ def ask(checkpoint, revision):
     projector = cached_file(checkpoint, "projector.safetensors", _raise_exceptions_for_missing_entries=False, **where)
     if projector:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True, **where)
-        return projector_in_place(config, load_file(projector))
+        return projector_in_place(config, load_file(projector), where["revision"])
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True, **where)
     if not type(model).__module__.startswith("transformers_modules."):
         raise SystemExit("the model is not made by the published code")

@@ -47,7 +47,7 @@ class Fault:
     """What goes wrong with the `nth` to `nth + times - 1`th request of a method to a path.
 
     `status` answers so; without it the connection breaks, after `sent` bytes of the answer or `received` bytes of
-    the request. `seconds` only slows each piece of the answer down.
+    the request. `seconds` only slows the answer down, before it begins and before each piece.
     """
 
     method: str = ""
@@ -216,9 +216,10 @@ class Exchange:
     async def send(self, message: dict) -> None:
         if self.broken:
             return
+        body, fault = message.get("body", b""), self.fault
         if message["type"] == "http.response.start":
             self.seen.status = message["status"]
-        body, fault = message.get("body", b""), self.fault
+            await asyncio.sleep((fault and fault.seconds) or 0)
         if fault and fault.seconds and body:
             for start in range(0, len(body), 1 << 16):
                 await asyncio.sleep(fault.seconds)
