@@ -23,6 +23,8 @@ COMMANDS = {
     "init": ("ms_resampler.init_command", "assemble a model from a vision tower and a language model"),
     "data": ("ms_resampler.training.check", "check training data before training on them"),
     "convert": ("ms_resampler.conversion.command", "bring a LLaVA-style checkpoint, or take yours to LLaVA's layout"),
+    "card": ("ms_resampler.hub_upload.card", "write a checkpoint's model card from its results, or check it"),
+    "push": ("ms_resampler.hub_upload.push", "publish a checkpoint, its code and its card on the Hub"),
     "train": ("ms_resampler.training.command", "run a training recipe, and measure what it made"),
     "study": ("ms_resampler.study.command", "train every projector under the same conditions, and compare them"),
 }
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
-        print(f"{command} needs {error.name}: pip install 'ms-resampler[demo,train,eval]'", file=sys.stderr)
+        print(f"{command} needs {error.name}: pip install 'ms-resampler[demo,train,eval,push]'", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         sentence = next(iter(str(error).strip().splitlines()), type(error).__name__)

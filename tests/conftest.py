@@ -51,6 +51,22 @@ def seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on this machine, the only one that this process's clients can see; large files go there by LFS."""
+    from huggingface_hub import constants
+    from loopback_hub import LoopbackHub
+
+    (tmp_path / "hub").mkdir()
+    with LoopbackHub(tmp_path / "hub") as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
+
+
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """Path of a Chromium for playwright's `executable_path`; a machine without one fails, never skips."""

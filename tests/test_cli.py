@@ -190,4 +190,6 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith(("ms_resampler.study", "scipy."))]:
         monkeypatch.delitem(sys.modules, name)
     assert cli.main(["study", "--quick"]) == 2
-    assert capsys.readouterr().err == "ms-resampler study needs scipy: pip install 'ms-resampler[demo,train,eval]'\n"
+    assert (
+        capsys.readouterr().err == "ms-resampler study needs scipy: pip install 'ms-resampler[demo,train,eval,push]'\n"
+    )

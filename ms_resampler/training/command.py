@@ -9,10 +9,11 @@ from typing import Any
 
 from .. import TINY
 from ..evaluation.scenes import FamilyScore, evaluate_scenes, markdown_table
+from ..hub_upload.card import write_card
 from ..hub_upload.staging import allowed_files
 from .curriculum import Looking
 from .recipes import Stage, tiny_blind, tiny_look, tiny_read
-from .record import plot_curves, training_record, write_card
+from .record import plot_curves, training_record
 from .tiny_model import assemble_tiny
 from .train import train
 
@@ -46,9 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     record = training_record((look, read, blind), model, out, scores, blind_scores)
     (target / "training_record.json").write_text(json.dumps(record, indent=2) + "\n")
     plot_curves(out, target / "curves.png")
-    table = markdown_table(scores, blind_scores)
-    write_card(record, table, target / "README.md")
-    print(table)
+    write_card(target, "MS-Resampler tiny")
+    print(markdown_table(scores, blind_scores))
     if arguments.embed:
         embed(target)
     return 0

@@ -1,4 +1,4 @@
-"""What a training run leaves behind: a record of how it was made, its curves, and the model's card."""
+"""What a training run leaves behind: a record of how it was made, and its curves."""
 
 import dataclasses
 import json
@@ -12,11 +12,7 @@ import transformers
 
 from ..evaluation.scenes import FamilyScore
 from .recipes import Stage
-from .scenes import COLOURS, SHAPES, WORDS
 from .train import data_hash
-
-CLEARLY = 25  # points above the blind model that count as having learned a family
-PAPER = "https://arxiv.org/abs/2606.31383"
 
 
 def training_record(
@@ -80,74 +76,3 @@ def plot_curves(folder: Path, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def families_by_gain(record: dict[str, Any], clear: bool) -> str:
-    """The families on which the model is clearly better than the blind one, or those on which it is not."""
-    gains = {
-        row["family"]: 100 * (row["mean"] - blind["mean"])
-        for row, blind in zip(record["scores"], record["blind_scores"], strict=True)
-    }
-    return ", ".join(family for family, gain in gains.items() if (gain >= CLEARLY) == clear) or "none"
-
-
-def weakest_families(record: dict[str, Any], number: int = 3) -> str:
-    """The families with the lowest scores, the lowest first: "compare (58%), ..."."""
-    rows = sorted(record["scores"], key=lambda row: row["mean"])[:number]
-    return ", ".join(f"{row['family']} ({row['mean']:.0%})" for row in rows)
-
-
-def write_card(record: dict[str, Any], table: str, path: Path) -> None:
-    """The model card of the embedded checkpoint, its numbers taken from the record."""
-    parameters = sum(record["parameters"].values())
-    look, read, blind = record["stages"]
-    path.write_text(f"""---
-library_name: transformers
-pipeline_tag: image-text-to-text
-license: apache-2.0
-language: en
-tags: [custom_code, ms_resampler]
----
-
-# MS-Resampler tiny
-
-A {parameters / 1e6:.1f}-million-parameter vision-language model, trained from random weights on pictures that its own
-generator draws. It exists to show the multi-scope resampler at work: three resamplers (local, regional, global) read
-the same {12 * 12} patches, each within its own spatial scope, and are fused into 36 visual tokens.
-
-The idea is that of the MS-Resampler paper ({PAPER}). Only its abstract is public: the equations here are this
-project's reading of it, and no number on this page is the paper's.
-
-## What it can do
-
-Answer short English questions about 96 x 96 pixel scenes of one to six things: handwritten digits, shapes
-({", ".join(SHAPES)}) and words ({", ".join(WORDS)}) in six colours ({", ".join(COLOURS)}) on plain papers. At least
-{CLEARLY} points better than its blind twin: {families_by_gain(record, clear=True)}.
-
-## What it cannot do
-
-Families less than {CLEARLY} points better than its blind twin: {families_by_gain(record, clear=False)}. Its weakest:
-{weakest_families(record)}.
-
-Anything else: it has never seen a photograph; shown one, it will describe digits and shapes that are not there.
-It knows a few hundred words, has no common sense, and takes questions worded as in training.
-
-## Accuracy
-
-On held-out scenes with handwritten digits that were not in training; every question asked on its own. "Blind" is
-the same language model trained on the same questions without images. Describing is scored by the F1 of its items,
-everything else by exact match; intervals are 95% bootstrap intervals over questions.
-
-{table}
-
-## How it was made
-
-`ms-resampler train tiny`, seed {read["seed"]}. First tower and projector look: for {look["steps"]:,} steps of
-{look["batch_size"]} scenes every visual token is asked, through linear heads that are thrown away, what is at its
-place. Then the whole model reads: {read["steps"]:,} steps of {read["batch_size"]} scenes, at first transcribed place by
-place or indexed name by name, later with ten questions each. The blind model trained for {blind["steps"]:,} steps.
-`training_record.json` holds the rest.
-The digits are those of scikit-learn (UCI, "Optical Recognition of Handwritten Digits"), shared out by image.
-
-![loss curves](curves.png)
-""")

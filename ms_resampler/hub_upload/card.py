@@ -1,0 +1,233 @@
+"""`ms-resampler card`: a checkpoint's model card, from its configuration, its weights and its results."""
+
+import argparse
+import json
+import os
+import re
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
+from jinja2 import StrictUndefined, Template
+
+from ..configuration_ms_resampler import MSResamplerConfig
+from ..evaluation.scenes import FamilyScore, markdown_table
+from ..projectors_ms_resampler import PROJECTORS
+from ..training.scenes import COLOURS, SHAPES, WORDS
+from .staging import PROJECTOR, tensor_elements, tensor_files
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+JINJA: dict[str, Any] = {
+    "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True
+}  # fmt: skip
+MADE_HERE = "<!-- Made by `ms-resampler card`"
+PAPER = "https://arxiv.org/abs/2606.31383"
+PEERS = {
+    "LLaVA-1.5": "2310.03744", "InternVL 1.5": "2404.16821", "Honeybee": "2312.06742", "MobileVLM V2": "2402.03766",
+    "TokenPacker": "2407.02392", "MQT": "2405.19315", "SAEP": "2410.10319", "Qwen-VL": "2308.12966",
+    "Flamingo": "2204.14198", "Idefics2": "2405.02246", "BLIP-2": "2301.12597",
+}  # fmt: skip
+CLEARLY = 25  # points above the blind model that count as having learned a family
+PARTS = {"vision_tower": "model.vision_tower.", "projector": "model.projector.", "language_model": ""}
+# Fields of the metadata that are made here; the others are the publisher's, and stay.
+MADE_FIELDS = ("library_name", "pipeline_tag", "model-index")
+TAGS = ["custom_code", "ms_resampler"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `card`."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the card and the results disagree")
+    parser.add_argument("--title", help="what the model is called (default: as before, or after the folder)")
+    parser.add_argument("--license", help="licence of the weights, as the Hub abbreviates it: apache-2.0, mit, ...")
+    parser.add_argument(
+        "--base-model", action="append", metavar="REPO", help="what it was made from; repeat it for several"
+    )
+    parser.add_argument(
+        "--dataset", action="append", metavar="REPO", help="what it was trained on; repeat it for several"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes or checks DIR/README.md."""
+    if arguments.check:
+        check_card(arguments.folder)
+        print(f"{arguments.folder / 'README.md'} agrees with the results.")
+        return 0
+    given = {"license": arguments.license, "base_model": arguments.base_model, "datasets": arguments.dataset}
+    write_card(arguments.folder, arguments.title, **{field: value for field, value in given.items() if value})
+    print(f"{arguments.folder / 'README.md'} is written.")
+    return 0
+
+
+def write_card(folder: Path, title: str | None = None, **metadata: Any) -> None:
+    """Makes the folder's README.md, or makes it again; what its publisher has added stays.
+
+    Raises ValueError if there is a README.md that was not made here.
+    """
+    path = folder / "README.md"
+    if path.exists() and not is_made_here(path):
+        raise ValueError(f"{path} was not made by `ms-resampler card`, and would be lost: move it away first.")
+    fresh = path.with_name("README.md.new")
+    fresh.write_text(render_card(folder, title, **metadata), encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def is_made_here(path: Path) -> bool:
+    """Whether a README.md is one of this module's."""
+    return MADE_HERE in path.read_text(encoding="utf-8")
+
+
+def check_card(folder: Path) -> None:
+    """Raises ValueError, naming the first difference, unless the card is what the folder's results make it."""
+    path = folder / "README.md"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no README.md: make it with `ms-resampler card {folder}`.")
+    if not is_made_here(path):
+        raise ValueError(f"{path} was not made by `ms-resampler card`, so that nothing can be said about its numbers.")
+    lines = zip_longest(path.read_text(encoding="utf-8").splitlines(), render_card(folder).splitlines(), fillvalue="")
+    for number, (is_, should) in enumerate(lines, start=1):
+        if is_ != should:
+            raise ValueError(
+                f"{path}, line {number}, says {is_.strip()!r}, where the results say {should.strip()!r}: make it "
+                f"again with `ms-resampler card {folder}`."
+            )
+
+
+def render_card(folder: Path, title: str | None = None, *, repo: str | None = None, **metadata: Any) -> str:
+    """The text of a checkpoint's card; title, metadata and notes are those of the present card where it has some."""
+    text = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
+    record = read_json(folder / "training_record.json")
+    config = MSResamplerConfig.from_pretrained(folder)
+    title = title or first_group(r"^# (.+)$", text) or f"MS-Resampler {folder.resolve().name}"
+    fields = kept_metadata(folder / "README.md") | metadata
+    if "scores" in record:
+        fields = {"license": "apache-2.0", "language": "en"} | fields
+    fields.setdefault("license", "unknown")
+    bases = as_list(fields.get("base_model"))
+    return Template(TEMPLATE.read_text(encoding="utf-8"), **JINJA).render(
+        metadata=metadata_yaml(title, fields, record),
+        title=title,
+        repo=repo or first_group(r'^repo = "(.+)"$', text) or "path/of/this/folder",
+        base_models=bases,
+        projector_of=bases[0] if bases and (folder / PROJECTOR).is_file() else None,
+        paper=PAPER,
+        peers=PEERS,
+        notes=first_group(r"<!-- notes -->\n(.*)\n<!-- /notes -->", text, re.DOTALL) or "",
+        curves=(folder / "curves.png").is_file(),
+        **facts_of_model(folder, config),
+        **facts_of_training(record),
+    )
+
+
+def facts_of_model(folder: Path, config: Any) -> dict[str, Any]:
+    """What the configuration and the weights say."""
+    projector, counts = config.projector_config, parameter_counts(folder)
+    image_size = getattr(config.vision_config, "image_size", None)
+    grid = config.patch_grid((image_size, image_size)) if isinstance(image_size, int) else None
+    budget, peer = projector.visual_tokens, PROJECTORS.get(projector.projector_type)
+    return {
+        "projector": projector,
+        "tower": config.vision_config.model_type,
+        "language_model": config.text_config.model_type,
+        "millions": lambda part: f"{counts[part] / 1e6:.1f}",
+        "patches": f"{grid[0] * grid[1]} patches" if grid else "patches",
+        "tokens": budget if isinstance(budget, int) else budget[0] * budget[1],
+        "peer": str(peer.__doc__).partition("\n")[0] if peer else "",
+    }
+
+
+def parameter_counts(folder: Path) -> dict[str, int]:
+    """Parameters of tower, projector, language model and all, counted in the weights."""
+    counts = dict.fromkeys(PARTS, 0)
+    for name, file in tensor_files(folder).items():
+        part = next(part for part, prefix in PARTS.items() if name.startswith(prefix))
+        counts[part] += tensor_elements(file, name)
+    return counts | {"all": sum(counts.values())}
+
+
+def facts_of_training(record: dict[str, Any]) -> dict[str, Any]:
+    """What the training record says, if there is one."""
+    versions = [f"{name} {version}" for name, version in record.get("versions", {}).items()]
+    return {
+        "stages": [stage_row(stage) for stage in record.get("stages", [])],
+        "versions": ", ".join(versions),
+        "scenes": scene_results(record) if "scores" in record else None,
+    }
+
+
+def stage_row(stage: dict[str, Any]) -> list[str]:
+    """A stage of the training as the cells of a table."""
+    hours = f"{stage['seconds'] / 3600:.2f}" if stage.get("seconds") else ""
+    numbers = [f"{stage[name]:,}" if name in stage else "" for name in ("steps", "batch_size", "learning_rate", "seed")]
+    return [stage["name"], *numbers, hours, stage.get("data_sha256", "")[:12]]
+
+
+def scene_results(record: dict[str, Any]) -> dict[str, Any]:
+    """The results on the scenes that this project draws, in words and as a table."""
+    scores, blind = ([FamilyScore(**row) for row in record[name]] for name in ("scores", "blind_scores"))
+    gains = {row.family: 100 * (row.mean - guess.mean) for row, guess in zip(scores, blind, strict=True)}
+    weakest = sorted(scores, key=lambda row: row.mean)[:3]
+    return {
+        "clearly": CLEARLY,
+        "learned": ", ".join(family for family, gain in gains.items() if gain >= CLEARLY) or "none",
+        "not_learned": ", ".join(family for family, gain in gains.items() if gain < CLEARLY) or "none",
+        "weakest": ", ".join(f"{row.family} ({row.mean:.0%})" for row in weakest),
+        "table": markdown_table(scores, blind),
+        "shapes": SHAPES,
+        "words": WORDS,
+        "colours": COLOURS,
+    }
+
+
+def metadata_yaml(title: str, fields: dict[str, Any], record: dict[str, Any]) -> str:
+    """The front matter: the publisher's fields, and those that are made here, the results among them."""
+    results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type="ms_resampler_scenes",
+            dataset_name="MS-Resampler scenes, held out",
+            dataset_config=row["family"],
+            dataset_split="test",
+            metric_type="f1" if row["family"] == "describe" else "accuracy",
+            metric_value=round(row["mean"], 4),
+        )
+        for row in record.get("scores", [])
+    ]
+    tags = [*TAGS, *(tag for tag in as_list(fields.get("tags")) if tag not in TAGS)]
+    made = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": tags}
+    results_of = {"model_name": title, "eval_results": results} if results else {}
+    return ModelCardData(**{**fields, **made, **results_of}).to_yaml(line_break="\n")
+
+
+def kept_metadata(path: Path) -> dict[str, Any]:
+    """The fields of a card that its publisher has set."""
+    metadata = (metadata_load(path) if path.is_file() else None) or {}
+    return {field: value for field, value in metadata.items() if field not in MADE_FIELDS}
+
+
+def check_metadata(path: Path) -> None:
+    """Raises ValueError unless a card, of whatever origin, tells the Hub what it needs to know."""
+    metadata = metadata_load(path) or {}
+    wanted = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
+    missing = [f"{field}: {value}" for field, value in wanted.items() if metadata.get(field) != value]
+    missing += [] if metadata.get("license") else ["license: ..."]
+    if missing:
+        raise ValueError(f"Nothing was sent. {path.name} lacks in its metadata: {', '.join(missing)}.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file, or nothing where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def first_group(pattern: str, text: str, flags: int = re.MULTILINE) -> str | None:
+    """The first group of a pattern's first match."""
+    found = re.search(pattern, text, flags)
+    return found[1] if found else None
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """One, several or none, as a list."""
+    return [value] if isinstance(value, str) else list(value or [])

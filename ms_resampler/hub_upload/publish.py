@@ -1,0 +1,122 @@
+"""One commit, then what proves it, then its tag: a repository is never left half-published."""
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from .client import WAITS, is_transient, large_file_transfer, patiently
+from .plan import Plan, Remote, hashes_at, same_content
+from .verification import answer_of_a_stranger
+
+
+def publish(
+    api: HfApi, plan: Plan, staged: Path, branch: str, message: str, *, create_pr: bool = False
+) -> tuple[str, str | None]:
+    """Makes the repository and branch if there are none, and one commit; returns it, and the pull request's address.
+
+    The commit builds on the state that the plan was made for, and is refused if that is not the state any more.
+    """
+    remote = plan.remote
+    parent = remote.head or create(api, remote)
+    if not remote.has_branch or (not remote.exists and branch != "main"):
+        patiently(api.create_branch, remote.name, branch=branch, revision=parent, repo_type=remote.kind, exist_ok=True)
+    if not plan.changes:
+        return parent, None
+    additions = [CommitOperationAdd(name, str(staged / name)) for name in plan.to_send]
+    where: dict[str, Any] = {"repo_type": remote.kind, "revision": branch, "create_pr": create_pr}
+    with large_file_transfer(api, remote.name, remote.kind):
+        api.preupload_lfs_files(remote.name, additions, **where)
+    operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in plan.removed)]
+    options = where | {"commit_message": message, "parent_commit": parent}
+    if create_pr:
+        made = api.create_commit(remote.name, operations, **options)
+        return made.oid, made.pr_url
+    return commit_once(api, plan, staged, operations, options), None
+
+
+def create(api: HfApi, remote: Remote) -> str:
+    """Makes a repository, and returns its first commit."""
+    visibility = "private" if remote.private else "public"
+    more = {"space_sdk": "gradio"} if remote.kind == "space" else {}
+    patiently(api.create_repo, remote.name, repo_type=remote.kind, visibility=visibility, exist_ok=True, **more)
+    if patiently(api.repo_info, remote.name, repo_type=remote.kind).private != remote.private:
+        raise ValueError(f"{remote.name} was not made {visibility}: nothing was sent to it.")
+    return head_of(api, remote, "main")
+
+
+def head_of(api: HfApi, remote: Remote, revision: str) -> str:
+    """The commit that a branch or tag stands for."""
+    commit = patiently(api.repo_info, remote.name, repo_type=remote.kind, revision=revision).sha
+    assert commit is not None
+    return commit
+
+
+def commit_once(api: HfApi, plan: Plan, staged: Path, operations: list, options: dict[str, Any]) -> str:
+    """Commits; after a failure in transit it looks whether the commit was made before it tries again."""
+    remote = plan.remote
+    for wait in WAITS:
+        try:
+            return api.create_commit(remote.name, operations, **options).oid
+        except (HfHubHTTPError, httpx2.TransportError) as error:
+            if not is_transient(error):
+                raise
+        time.sleep(wait)
+        head = head_of(api, remote, options["revision"])
+        if head != options["parent_commit"] and is_published(api, plan, staged, head):
+            return head
+    return api.create_commit(remote.name, operations, **options).oid
+
+
+def is_published(api: HfApi, plan: Plan, staged: Path, commit: str) -> bool:
+    """Whether a commit holds every staged file, and none that was to be removed."""
+    hashes = hashes_at(api, plan.remote.name, commit, plan.remote.kind)
+    whole = all(name in hashes and same_content(staged / name, hashes[name]) for name in plan.states)
+    return whole and not set(plan.removed) & set(hashes)
+
+
+def check_published(api: HfApi, name: str, commit: str, staged: Path, home: Path, answer: bytes) -> None:
+    """Downloads a commit into an empty cache; compares its files and its logits with the staged ones, bit by bit."""
+    names = [file.name for file in staged.iterdir()]
+    problem = f"{name} has the commit {commit[:8]}, without a tag"
+    with large_file_transfer(api, name):
+        folder = Path(api.snapshot_download(name, revision=commit, cache_dir=home / "hub", allow_patterns=names))
+    different = [name for name in names if not same_bytes(folder / name, staged / name)]
+    if different:
+        raise ValueError(f"{problem}: {', '.join(different)} came back different from what was sent.")
+    if answer_of_a_stranger(name, revision=commit, hf_home=home) != answer:
+        raise ValueError(f"{problem}: loaded from there, it answers differently.")
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Whether two files are there and equal."""
+    if not one.is_file() or one.stat().st_size != other.stat().st_size:
+        return False
+    with one.open("rb") as first, other.open("rb") as second:
+        return all(first.read(2**20) == block for block in iter(lambda: second.read(2**20), b""))
+
+
+def choose_tag(plan: Plan, wanted: str | None) -> str:
+    """The tag for what is published: the one wanted, the one that it has already, or the next of v1, v2, ...
+
+    Raises ValueError if the one wanted stands for something else.
+    """
+    tags, unchanged = plan.remote.tags, not plan.changes
+    if wanted in tags and not (unchanged and tags[wanted] == plan.remote.head):
+        raise ValueError(f"{plan.remote.name} has a tag {wanted} already, for something else: choose another --tag.")
+    if wanted:
+        return wanted
+    here = [name for name, commit in tags.items() if unchanged and commit == plan.remote.head]
+    numbers = [int(name[1:]) for name in tags if re.fullmatch(r"v\d+", name)]
+    return here[0] if here else f"v{max(numbers, default=0) + 1}"
+
+
+def set_tag(api: HfApi, name: str, tag: str, commit: str) -> None:
+    """Tags a commit, and looks that the tag stands for it."""
+    patiently(api.create_tag, name, tag=tag, revision=commit, exist_ok=True)
+    if patiently(api.repo_info, name, revision=tag).sha != commit:
+        raise ValueError(f"{name} has a tag {tag} already, for something else: choose another --tag.")

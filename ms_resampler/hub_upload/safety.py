@@ -1,0 +1,128 @@
+"""What must not leave this machine: links out of the folder, pickles, secrets, damaged and oversized files."""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+from detect_secrets.core.scan import scan_file
+from detect_secrets.settings import transient_settings
+from huggingface_hub import get_token
+from safetensors import SafetensorError, safe_open
+
+from . import hub_token_detector
+from .hub_token_detector import HUB_TOKEN
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
+# A pickle of protocol 2 to 5, and the archive in which torch.save puts one.
+PICKLE_BYTES = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")
+
+MEGABYTE, GIGABYTE = 10**6, 10**9
+# The Hub refuses files over 50 GB; everything but weights is small.
+LIMITS = {"*.safetensors": 50 * GIGABYTE, "tokenizer.*": 100 * MEGABYTE, "*": 10 * MEGABYTE}
+
+# Detectors of what has a shape of its own. Those of high entropy would find every hash in a record.
+SECRET_DETECTORS = (
+    "ArtifactoryDetector", "AWSKeyDetector", "AzureStorageKeyDetector", "BasicAuthDetector", "DiscordBotTokenDetector",
+    "GitHubTokenDetector", "GitLabTokenDetector", "JwtTokenDetector", "KeywordDetector", "MailchimpDetector",
+    "NpmDetector", "OpenAIDetector", "PrivateKeyDetector", "PypiTokenDetector", "SendGridDetector", "SlackDetector",
+    "SquareOAuthDetector", "StripeDetector", "TelegramBotTokenDetector", "TwilioKeyDetector",
+)  # fmt: skip
+
+
+def check_folder(folder: Path, allowed: Iterable[Path]) -> None:
+    """Raises ValueError, naming the files, if anything in the folder's top level speaks against publishing `allowed`.
+
+    Pickles and links are refused even if they would not be published: they are not what the publisher thinks is there.
+    """
+    here, allowed = sorted(folder.iterdir()), list(allowed)
+    files = [file for file in here if file.is_file()]
+    refuse([file for file in here if file.is_symlink()], "a link to another place: put the file itself there")
+    pickled = [file for file in files if file.suffix in PICKLE_SUFFIXES or (file in allowed and is_pickle(file))]
+    refuse(pickled, "a pickle, which can run code where it is opened: save weights as safetensors, or remove it")
+    refuse([file for file in allowed if file.stat().st_size == 0], "empty: save the checkpoint again")
+    for file in allowed:
+        check_content(file)
+    refuse([file for file in allowed if file.stat().st_size > limit_of(file)], "too large: give --max-shard-size 5GB")
+    for file in allowed:
+        check_secrets(file)
+
+
+def refuse(files: list[Path], reason: str) -> None:
+    """Raises ValueError if there are files to refuse."""
+    if files:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"Nothing was sent. {names}: {reason}.")
+
+
+def is_pickle(file: Path) -> bool:
+    """Whether a file begins as pickles do. Weights are left to `check_content`: their length may begin so, too."""
+    with file.open("rb") as opened:
+        start = opened.read(16)
+    return bool(PICKLE_BYTES.match(start)) and not (file.suffix == ".safetensors" and start[8:9] == b"{")
+
+
+def limit_of(file: Path) -> int:
+    """The largest size in bytes that a file of this name may have."""
+    return next(limit for pattern, limit in LIMITS.items() if fnmatch(file.name, pattern))
+
+
+def check_content(file: Path) -> None:
+    """Raises ValueError if a file is not what its name says."""
+    check = CONTENT_CHECKS.get(file.suffix)
+    if check is None:
+        return
+    try:
+        check(file)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"Nothing was sent. {file.name} is damaged ({error}): save the checkpoint again.") from error
+
+
+def check_weights(file: Path) -> None:
+    """Raises SafetensorError unless the header describes exactly the bytes that follow it."""
+    with safe_open(file, "pt"):
+        pass
+
+
+def check_picture(file: Path) -> None:
+    """Raises ValueError unless the file begins as PNG files do."""
+    with file.open("rb") as opened:
+        if opened.read(8) != b"\x89PNG\r\n\x1a\n":
+            raise ValueError("no PNG picture")
+
+
+CONTENT_CHECKS: dict[str, Callable[[Path], object]] = {
+    ".safetensors": check_weights,
+    ".png": check_picture,
+    ".json": lambda file: json.loads(file.read_text(encoding="utf-8")),
+    ".md": lambda file: file.read_text(encoding="utf-8"),
+    ".jinja": lambda file: file.read_text(encoding="utf-8"),
+}
+
+
+def check_secrets(file: Path) -> None:
+    """Raises ValueError, without repeating it, if a file holds something that looks like a secret."""
+    if holds_token(file):
+        raise ValueError(f"Nothing was sent. {file.name} holds a Hugging Face token: remove it, and revoke it.")
+    if file.suffix in (".safetensors", ".png") or file.name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        return
+    ours = {"name": "HubTokenDetector", "path": f"file://{hub_token_detector.__file__}"}
+    with transient_settings({"plugins_used": [*({"name": name} for name in SECRET_DETECTORS), ours]}):
+        for secret in scan_file(str(file)):
+            where = f"{file.name}, line {secret.line_number}"
+            raise ValueError(f"Nothing was sent. {where}, looks like a secret ({secret.type}): remove it.")
+
+
+def holds_token(file: Path, block: int = 2**22) -> bool:
+    """Whether the bytes of a file, of whatever kind, hold a token: any of the Hub's form, or the one in use."""
+    patterns, known = [HUB_TOKEN.pattern.encode()], get_token()
+    if known:
+        patterns.append(re.escape(known.encode()))
+    pattern, rest = re.compile(b"|".join(patterns)), b""
+    with file.open("rb") as opened:
+        while data := opened.read(block):
+            if pattern.search(rest + data):
+                return True
+            rest = data[-256:]
+    return False
