@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": ("ms_resampler.chat", "ask about one or several pictures, here in the terminal"),
     "export": ("ms_resampler.hub_upload.export", "copy a checkpoint with its code into a folder that loads anywhere"),
     "train": ("ms_resampler.training.command", "run a training recipe, and measure what it made"),
+    "merge": ("ms_resampler.training.merge", "fold a run's adapters into a whole model"),
     "study": ("ms_resampler.study.command", "train every projector under the same conditions, and compare them"),
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, TrainingArguments
+from transformers import AutoProcessor, TrainingArguments, set_seed
 
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import add_adapters, four_bit_config
@@ -161,6 +161,7 @@ def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
     dtype = model.dtype
     freeze(model, recipe.rates)
     if recipe.adapters:
+        set_seed(recipe.seed)  # adapters start at random
         model = add_adapters(model, recipe.adapters, recipe.rates)
     set_precision(model, torch.bfloat16 if recipe.bf16 else None)
     return model, dtype
@@ -171,7 +172,7 @@ def save_result(trainer: CheckedTrainer, dtype: torch.dtype, record: RunRecord, 
     unfinished = target.with_name(f"{target.name}.unfinished")
     if trainer.is_fsdp_enabled:  # checkpoints are in shards, the result is whole
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    if not trainer.is_deepspeed_enabled:  # which keeps its weights in 16 bits itself
+    if not (trainer.is_deepspeed_enabled or getattr(trainer.model, "is_quantized", False)):  # these are 16 bits or less
         trainer.model.to(dtype)
     trainer.save_model(str(unfinished))
     if trainer.args.should_save:

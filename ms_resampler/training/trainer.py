@@ -92,7 +92,7 @@ class CheckedTrainer(Trainer):
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(
                 f"The checkpoint of step {self.state.global_step} could not be written ({_first_line(error)}). The "
-                f"last whole one is {last_checkpoint(folder) or 'none'}: make room in {folder}, then run the same command."
+                f"last whole one is {last_checkpoint(folder) or 'none'}: make room, then run the same command."
             ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
