@@ -159,6 +159,7 @@ def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
     if report["missing_keys"]:
         raise ValueError(f"{folder} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, ...")
     dtype = model.dtype
+    model._no_split_modules = sharded_units(model)
     freeze(model, recipe.rates)
     if recipe.adapters:
         set_seed(recipe.seed)  # adapters start at random
@@ -167,17 +168,39 @@ def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
     return model, dtype
 
 
+def sharded_units(model: Any) -> list[str]:
+    """The classes that FSDP gathers one at a time: the layers of tower and language model.
+
+    It insists on finding each, and the model has but one of all projectors, which is small enough to stay gathered.
+    """
+    used = {type(module).__name__ for module in model.modules()} & set(model._no_split_modules)
+    return sorted(used - {type(model.model.projector).__name__})
+
+
 def save_result(trainer: CheckedTrainer, dtype: torch.dtype, record: RunRecord, target: Path) -> None:
     """Writes weights, processor, code and record, once, under another name first; all processes take part."""
-    unfinished = target.with_name(f"{target.name}.unfinished")
-    if trainer.is_fsdp_enabled:  # checkpoints are in shards, the result is whole
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    if not (trainer.is_deepspeed_enabled or getattr(trainer.model, "is_quantized", False)):  # these are 16 bits or less
-        trainer.model.to(dtype)
-    trainer.save_model(str(unfinished))
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.should_save:
+        unfinished = target.with_name(f"{target.name}.unfinished")
+        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(trained, "peft_config"):
+            trained.save_pretrained(unfinished, state_dict=state)
+        else:
+            save_whole(trained, state, dtype, unfinished)
+        trainer.processing_class.save_pretrained(unfinished)
         record.write(unfinished / "training_record.json")
         sync(unfinished)
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
     trainer.accelerator.wait_for_everyone()
+
+
+def save_whole(trained: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> None:
+    """Saves through a model without weights, whose class is ours: FSDP puts a class of its own over that of `trained`."""
+    with torch.device("meta"):
+        shell = MSResamplerForConditionalGeneration(trained.config).to(dtype)
+    shell.generation_config = trained.generation_config
+    if trained.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    shell.save_pretrained(folder, state_dict=state)
