@@ -1,4 +1,4 @@
-"""Two processes on the CPU, launched with the configuration files that users get: the losses of one, and its weights."""
+"""Two processes on the CPU, launched with the files that users get: the losses of one process, and its weights."""
 
 import json
 import os
@@ -10,15 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from safetensors.torch import load_file
 from tiny_runs import losses_of, make_start, options_in, small
 from transformers import AutoModelForImageTextToText
 
 from ms_resampler import cli
-from ms_resampler.training.recipes import Adapters
 from ms_resampler.training.run import run_recipe
 
 CHANGES = {"batch_size": 8, "steps": 6, "save_steps": 3, "token_budgets": [1, 4, 9]}
@@ -72,9 +68,10 @@ def test_two_processes_learn_what_one_learns(name, start, alone, tmp_path, capsy
     assert_close_weights(out, alone, rtol=1e-3, atol=2e-5)
     record = json.loads((out / "record.json").read_text())
     assert (record["devices"], record["device_batch"], record["accumulation"]) == (2, 2, 2)
-    assert ((out / "checkpoint-6" / "pytorch_model_fsdp_0").is_dir(), (out / "checkpoint-6" / "optimizer.pt").is_file()) == (
-        (True, False) if name == "fsdp2" else (False, True)
-    )
+    assert (
+        (out / "checkpoint-6" / "pytorch_model_fsdp_0").is_dir(),
+        (out / "checkpoint-6" / "optimizer.pt").is_file(),
+    ) == ((True, False) if name == "fsdp2" else (False, True))
     assert sorted(path.name for path in out.iterdir()) == [
         "checkpoint-3", "checkpoint-6", "log.jsonl", "model", "record.json",
     ]  # fmt: skip
@@ -92,3 +89,22 @@ def test_two_processes_learn_what_one_learns(name, start, alone, tmp_path, capsy
     shutil.rmtree(again / "model")
     launch(launcher(name, capsys), start, again)
     assert_close_weights(again, out, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3)])
+def test_deepspeeds_files_leave_to_the_recipe_what_is_the_recipes(name, stage, capsys):
+    """As far as a CPU allows: read as accelerate reads it; nothing in it runs here."""
+    configuration = HfDeepSpeedConfig(launcher(name, capsys))
+    assert (configuration._stage, configuration.is_zero3(), configuration.is_offload()) == (stage, stage == 3, False)
+    ours = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    assert {configuration.get_value(key) for key in (*ours, "bf16.enabled")} == {"auto"}
+    assert not {"optimizer", "scheduler", "fp16"} & configuration.config.keys()
+    if stage == 3:  # or the result would hold no weights
+        assert configuration.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_launch_files_are_accelerates_own_and_leave_the_precision_to_the_recipe(name, capsys):
+    configuration = load_config_from_file(launcher(name, capsys))
+    assert configuration.mixed_precision == "no"
+    assert configuration.distributed_type == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]

@@ -10,7 +10,7 @@ from ..cli import model_or_embedded
 from .recipes import RECIPES, LearningRates, Recipe
 
 PARTS = [field.name for field in dataclasses.fields(LearningRates)]
-LAUNCHERS = ("ddp", "fsdp2", "zero2", "zero3")
+LAUNCHERS = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "zero2": "zero2.json", "zero3": "zero3.json"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", choices=["tiny", *RECIPES], metavar="RECIPE", help="see --list")
     parser.add_argument("--list", action="store_true", help="name the recipes, and stop")
     parser.add_argument("--show", action="store_true", help="print the complete recipe with your changes, and stop")
-    parser.add_argument("--launcher", choices=LAUNCHERS, help="print accelerate's configuration file, and stop")
+    parser.add_argument("--launcher", choices=LAUNCHERS, help="print the path of accelerate's settings, and stop")
     parser.add_argument("--model", help="folder or Hub name of the model to train")
     parser.add_argument("--data", help="conversations in LLaVA's format")
     parser.add_argument("--images", type=Path, help="the folder that the data's image names start from")
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints what was asked for, or trains."""
     if arguments.launcher:
-        print(files("ms_resampler") / "training" / "launchers" / f"{arguments.launcher}.yaml")
+        print(files("ms_resampler") / "training" / "launchers" / LAUNCHERS[arguments.launcher])
     elif arguments.list:
         print(recipe_list())
     elif arguments.recipe is None:

@@ -47,10 +47,10 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
     that was started otherwise.
     """
     result = options.out / ("adapter" if recipe.adapters else "model")
-    arguments_of = partial(training_arguments, recipe, options)  # checked first: it costs nothing
-    arguments_of(steps=1)
+    check_packages(recipe, options)
     processor = AutoProcessor.from_pretrained(options.model)
     schedule = Schedule(open_records(options.data, options.images), recipe)
+    arguments = training_arguments(recipe, options, schedule.steps)  # before the model: ZeRO-3 shards as it loads
     record = open_record(recipe, options, schedule)
     if result.exists():
         return result
@@ -62,7 +62,7 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
     trainer = CheckedTrainer(
         model=model,
         rates=recipe.rates,
-        args=arguments_of(steps=schedule.steps),
+        args=arguments,
         train_dataset=schedule,
         data_collator=BatchMaker(
             partial(make_collator, recipe), processor, recipe.bad_records, options.out / "skipped.jsonl"
@@ -71,6 +71,8 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
         callbacks=[JsonlLog(options.out / "log.jsonl")],
     )
     model.config.use_cache = use_cache  # the Trainer switches it off, and would save it so
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        raise ValueError("accelerate shards (FSDP) on accelerators only, and finds none: launch with ddp.")
     trainer.train(resume_from_checkpoint=last_checkpoint(options.out))
     record.finish(trainer)
     save_result(trainer, dtype, record, result)
@@ -86,7 +88,6 @@ def training_arguments(recipe: Recipe, options: RunOptions, steps: int) -> Train
             f"There are {torch.cuda.device_count()} GPUs here: start the run through `accelerate launch` to use all of "
             "them, or set CUDA_VISIBLE_DEVICES=0 to use one."
         )
-    check_packages(recipe, options)
     device_batch, accumulation = share_batch(recipe, devices, options.device_batch)
     return TrainingArguments(
         output_dir=str(options.out),
@@ -164,7 +165,8 @@ def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
     if recipe.adapters:
         set_seed(recipe.seed)  # adapters start at random
         model = add_adapters(model, recipe.adapters, recipe.rates)
-    set_precision(model, torch.bfloat16 if recipe.bf16 else None)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # which keeps float32 copies of its own
+        set_precision(model, torch.bfloat16 if recipe.bf16 else None)
     return model, dtype
 
 
@@ -186,6 +188,7 @@ def save_result(trainer: CheckedTrainer, dtype: torch.dtype, record: RunRecord, 
         trained = trainer.accelerator.unwrap_model(trainer.model)
         if hasattr(trained, "peft_config"):
             trained.save_pretrained(unfinished, state_dict=state)
+            (unfinished / "README.md").unlink()  # a form, not filled in
         else:
             save_whole(trained, state, dtype, unfinished)
         trainer.processing_class.save_pretrained(unfinished)
@@ -197,7 +200,7 @@ def save_result(trainer: CheckedTrainer, dtype: torch.dtype, record: RunRecord, 
 
 
 def save_whole(trained: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> None:
-    """Saves through a model without weights, whose class is ours: FSDP puts a class of its own over that of `trained`."""
+    """Saves through a model without weights, whose class is ours: FSDP has changed that of `trained`."""
     with torch.device("meta"):
         shell = MSResamplerForConditionalGeneration(trained.config).to(dtype)
     shell.generation_config = trained.generation_config

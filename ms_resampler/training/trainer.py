@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -40,6 +41,9 @@ class CheckedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.rates = rates
         self.ids_of_step: list[str] = []
+        if self.is_fsdp_enabled and self.args.bf16:  # else gradients are added up in bfloat16
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, with a learning rate a part of the model."""
