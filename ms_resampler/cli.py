@@ -26,6 +26,7 @@ COMMANDS = {
     "card": ("ms_resampler.hub_upload.card", "write a checkpoint's model card from its results, or check it"),
     "push": ("ms_resampler.hub_upload.push", "publish a checkpoint, its code and its card on the Hub"),
     "train": ("ms_resampler.training.command", "run a training recipe, and measure what it made"),
+    "merge": ("ms_resampler.training.merge", "fold a run's adapters into a whole model"),
     "study": ("ms_resampler.study.command", "train every projector under the same conditions, and compare them"),
 }
 

@@ -1,83 +1,127 @@
-"""`ms-resampler train tiny`: trains the embedded default, measures it beside a blind one, writes the record."""
+"""`ms-resampler train`: runs a recipe on your model and data, or trains the embedded checkpoint again."""
 
 import argparse
 import dataclasses
 import json
-import shutil
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from .. import TINY
-from ..evaluation.scenes import FamilyScore, evaluate_scenes, markdown_table
-from ..hub_upload.card import write_card
-from ..hub_upload.staging import allowed_files
-from .curriculum import Looking
-from .recipes import Stage, tiny_blind, tiny_look, tiny_read
-from .record import plot_curves, training_record
-from .tiny_model import assemble_tiny
-from .train import train
+from ..cli import model_or_embedded
+from .recipes import RECIPES, LearningRates, Recipe
+
+PARTS = [field.name for field in dataclasses.fields(LearningRates)]
+LAUNCHERS = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "zero2": "zero2.json", "zero3": "zero3.json"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `train`."""
-    parser.add_argument("recipe", choices=["tiny"], help="what to train")
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="where to work (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="at most so many steps a stage (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
-    parser.add_argument("--scenes", type=int, default=400, help="held-out scenes to evaluate on (default: 400)")
-    parser.add_argument("--embed", action="store_true", help="make the result the checkpoint in this package")
+    parser.add_argument("recipe", nargs="?", choices=["tiny", *RECIPES], metavar="RECIPE", help="see --list")
+    parser.add_argument("--list", action="store_true", help="name the recipes, and stop")
+    parser.add_argument("--show", action="store_true", help="print the complete recipe with your changes, and stop")
+    parser.add_argument("--launcher", choices=LAUNCHERS, help="print the path of accelerate's settings, and stop")
+    parser.add_argument("--model", help="folder or Hub name of the model to train")
+    parser.add_argument("--data", help="conversations in LLaVA's format")
+    parser.add_argument("--images", type=Path, help="the folder that the data's image names start from")
+    parser.add_argument("--out", type=Path, help="where to work; the result is OUT/model (default: runs/RECIPE)")
+    parser.add_argument("--report-to", choices=["none", "trackio", "tensorboard"], default="none")
+    parser.add_argument("--device-batch-size", type=int, help="records on a device at a time (default: what fits)")
+    changes = parser.add_argument_group("changes to the recipe")
+    changes.add_argument("--steps", type=int, help="instead of the recipe's epochs; for tiny, the most a stage")
+    changes.add_argument("--epochs", type=float)
+    changes.add_argument("--batch-size", type=int, help="records a step, over all devices")
+    changes.add_argument(
+        "--learning-rate",
+        nargs="+",
+        metavar="[PART=]RATE",
+        help=f"of all parts that learn, or of one of {', '.join(PARTS)}; `PART=frozen` freezes it",
+    )
+    changes.add_argument("--max-length", type=int, help="tokens of the longest record")
+    changes.add_argument("--save-steps", type=int, help="steps from one checkpoint to the next")
+    changes.add_argument("--workers", type=int, help="processes that prepare batches")
+    changes.add_argument("--bad-records", choices=["fatal", "skip"])
+    changes.add_argument("--no-bf16", dest="bf16", action="store_false", default=None, help="compute in float32")
+    changes.add_argument("--liger", action="store_true", default=None, help="Liger's fused loss (CUDA only)")
+    changes.add_argument("--seed", type=int)
+    tiny = parser.add_argument_group("for the recipe tiny")
+    tiny.add_argument("--scenes", type=int, default=400, help="held-out scenes to evaluate on (default: 400)")
+    tiny.add_argument("--embed", action="store_true", help="make the result the checkpoint in this package")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains (going on where a killed run stopped), evaluates, and leaves `OUT/model`, ready to load."""
-    look, read, blind = (stage_of(make, arguments) for make in (tiny_look, tiny_read, tiny_blind))
-    out, target = arguments.out, arguments.out / "model"
-
-    model, processor = assemble_tiny(arguments.seed)
-    train(look, Looking(model.model), processor, out / "look")
-    train(read, model, processor, out / "read")
-    model.save_pretrained(target)
-    processor.save_pretrained(target)
-    scores = evaluate_once(model, processor, out / "scores.json", arguments.scenes, blind=False)
-
-    guesser, _ = assemble_tiny(arguments.seed)
-    train(blind, guesser, processor, out / "blind")
-    blind_scores = evaluate_once(guesser, processor, out / "blind_scores.json", arguments.scenes, blind=True)
-
-    record = training_record((look, read, blind), model, out, scores, blind_scores)
-    (target / "training_record.json").write_text(json.dumps(record, indent=2) + "\n")
-    plot_curves(out, target / "curves.png")
-    write_card(target, "MS-Resampler tiny")
-    print(markdown_table(scores, blind_scores))
-    if arguments.embed:
-        embed(target)
+    """Prints what was asked for, or trains."""
+    if arguments.launcher:
+        print(files("ms_resampler") / "training" / "launchers" / LAUNCHERS[arguments.launcher])
+    elif arguments.list:
+        print(recipe_list())
+    elif arguments.recipe is None:
+        raise ValueError("Name a recipe; `ms-resampler train --list` shows them.")
+    elif arguments.recipe == "tiny":
+        train_tiny(arguments)
+    elif arguments.show:
+        print(json.dumps(dataclasses.asdict(changed_recipe(arguments)), indent=2))
+    else:
+        train_recipe(arguments)
     return 0
 
 
-def stage_of(make: Any, arguments: argparse.Namespace) -> Stage:
-    """A stage of the recipe with the command line's seed, and no more steps than it allows."""
-    stage = make()
-    if arguments.steps is not None:
-        stage = make(min(stage.steps, arguments.steps))
-    return dataclasses.replace(stage, seed=arguments.seed)
+def recipe_list() -> str:
+    """The recipes, one a line: name, batch, learning rates and source."""
+    rows = [f"{'recipe':24}{'batch':>6}  {'learning rates':46}source"]
+    for make in RECIPES.values():
+        recipe = make()
+        rates = ", ".join(f"{part} {rate:g}" for part, rate in vars(recipe.rates).items() if rate)
+        rows.append(f"{recipe.name:24}{recipe.batch_size:>6}  {rates:46}{recipe.source}")
+    return "\n".join([*rows, f"{'tiny':24}{'':>6}  {'':46}the checkpoint in this package, from random weights"])
 
 
-def evaluate_once(model: Any, processor: Any, path: Path, scenes: int, blind: bool) -> list[FamilyScore]:
-    """Evaluates, or reads what a run before has written to `path`."""
-    if not path.exists():
-        print(f"Evaluating the {'blind ' if blind else ''}model on {scenes} held-out scenes:")
-        rows = evaluate_scenes(model, processor, scenes=scenes, blind=blind)
-        path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
-    return [FamilyScore(**row) for row in json.loads(path.read_text())]
+def changed_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe with the changes of the command line."""
+    recipe = RECIPES[arguments.recipe]()
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    changes = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    return dataclasses.replace(recipe, **changes, rates=changed_rates(recipe.rates, arguments.learning_rate or []))
 
 
-def embed(folder: Path) -> None:
-    """Replaces the checkpoint in this package; its code stays where it is, one folder up."""
-    old = Path(TINY)
-    fresh = old.with_name("tiny.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    for file in allowed_files(folder):
-        shutil.copyfile(file, fresh / file.name)
-    shutil.rmtree(old, ignore_errors=True)
-    fresh.rename(old)
+def changed_rates(rates: LearningRates, changes: list[str]) -> LearningRates:
+    """["1e-4", "tower=2e-6", "llm=frozen"]: all that learn at 1e-4, the tower, too, at its own rate, and no LLM."""
+    for change in changes:
+        part, _, value = change.rpartition("=")
+        try:
+            rate = None if value == "frozen" else float(value)
+        except ValueError:
+            raise ValueError(f"{change!r} is no learning rate: write 1e-4, projector=1e-4 or tower=frozen.") from None
+        if part and part not in PARTS:
+            raise ValueError(f"{part!r} is no part of a model: the parts are {', '.join(PARTS)}.")
+        chosen = [part] if part else [name for name, old in vars(rates).items() if old is not None]
+        rates = dataclasses.replace(rates, **dict.fromkeys(chosen, rate))
+    return rates
+
+
+def train_recipe(arguments: argparse.Namespace) -> None:
+    """Trains your model by a recipe, and prints where the result is."""
+    if missing := [name for name in ("model", "data") if getattr(arguments, name) is None]:
+        raise ValueError(f"The recipe {arguments.recipe} needs {' and '.join(f'--{name}' for name in missing)}.")
+    from .run import RunOptions, run_recipe
+
+    recipe = changed_recipe(arguments)
+    options = RunOptions(
+        model=model_or_embedded(arguments.model),
+        data=arguments.data,
+        images=arguments.images,
+        out=arguments.out or Path("runs") / recipe.name,
+        device_batch=arguments.device_batch_size,
+        report_to=arguments.report_to,
+    )
+    result = run_recipe(recipe, options)
+    if options.writes:
+        print(result)
+
+
+def train_tiny(arguments: argparse.Namespace) -> None:
+    """Trains the embedded checkpoint again."""
+    from .tiny_run import run_tiny
+
+    for name in ("model", "data", "images", "learning_rate", "batch_size", "epochs"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"The recipe tiny makes its own model and data: it takes no --{name.replace('_', '-')}.")
+    run_tiny(arguments)

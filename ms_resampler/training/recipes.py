@@ -1,8 +1,12 @@
-"""Recipes: functions that return complete training runs."""
+"""Recipes: functions that return complete training runs.
+
+`Recipe` trains any model on conversations; `RECIPES` names the functions that make one. `Stage` and the functions
+from `tiny_look` on make the embedded checkpoint, whose data and curriculum are part of the recipe.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
@@ -11,8 +15,172 @@ from .data import ConversationCollator
 
 
 @dataclass(frozen=True)
-class Stage:
+class LearningRates:
+    """The highest learning rate of each part of a model; None freezes the part."""
+
+    tower: float | None = None
+    projector: float | None = None
+    llm: float | None = None
+    embeddings: float | None = None  # the table of words and the output head
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA on every matrix of the language model's layers; `four_bits` is QLoRA: these matrices in NF4 (CUDA only)."""
+
+    rank: int = 128
+    alpha: int = 256
+    dropout: float = 0.05
+    four_bits: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
     """A training run, complete; `dataclasses.replace` makes another.
+
+    The learning rates rise over the first `warmup_ratio` of the steps and fall along a cosine. `batch_size` counts
+    records a step over all devices. `steps` None means `epochs` times through the data. `text` "plain" trains on
+    `<image>{answer}` without a chat template. `token_budgets` draws the visual tokens of every step from these
+    counts or (rows, columns) grids; without them the model's own budget holds.
+    """
+
+    name: str
+    source: str
+    rates: LearningRates
+    batch_size: int
+    adapters: Adapters | None = None
+    epochs: float = 1
+    steps: int | None = None
+    text: Literal["chat", "plain"] = "chat"
+    max_length: int = 2048
+    group_by_modality: bool = False
+    token_budgets: tuple[int | tuple[int, int], ...] = ()
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0  # of matrices; biases, norms and scales have none
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    bf16: bool = True
+    activation_checkpointing: bool = True
+    liger: bool = False
+    largest_device_batch: int = 16
+    bad_records: Literal["fatal", "skip"] = "fatal"
+    save_steps: int = 500
+    kept_checkpoints: int = 2
+    logging_steps: int = 10
+    workers: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rates = vars(self.rates)
+        if not any(rates.values()):
+            raise ValueError("Every part of the model is frozen: give at least one part a learning rate.")
+        for part, rate in rates.items():
+            if rate is not None and not 0 < rate < 1:
+                raise ValueError(f"The learning rate of the {part} must lie between 0 and 1, got {rate}.")
+        if self.adapters and (self.rates.embeddings or not self.rates.llm):
+            raise ValueError("Adapters train at the rate of `llm`, and the embeddings stay frozen: set these two so.")
+        if self.batch_size < 1 or (self.steps is not None and self.steps < 1):
+            raise ValueError(f"Steps and batch size must be at least 1, got {self.steps} and {self.batch_size}.")
+
+
+def align() -> Recipe:
+    """Stage 1: the projector learns to speak the frozen language model's words, on captions."""
+    return Recipe(
+        name="align",
+        source="LLaVA-1.5's first stage",
+        rates=LearningRates(projector=1e-3),
+        batch_size=256,
+        text="plain",
+    )
+
+
+def instruct() -> Recipe:
+    """Stage 2: projector and language model learn to answer; the tower stays frozen."""
+    return Recipe(
+        name="instruct",
+        source="LLaVA-1.5's second stage",
+        rates=LearningRates(projector=2e-5, llm=2e-5, embeddings=2e-5),
+        batch_size=128,
+        group_by_modality=True,
+    )
+
+
+def instruct_lora() -> Recipe:
+    """Stage 2 with low-rank adapters in the language model, and the whole projector."""
+    return replace(
+        instruct(),
+        name="instruct_lora",
+        source="LLaVA-1.5's second stage with LoRA",
+        rates=LearningRates(projector=2e-5, llm=2e-4),
+        adapters=Adapters(),
+    )
+
+
+def instruct_qlora() -> Recipe:
+    """The same over a language model in four bits, for one small GPU (CUDA only)."""
+    return replace(instruct_lora(), name="instruct_qlora", adapters=Adapters(four_bits=True))
+
+
+def elastic() -> Recipe:
+    """Stage 2 with another token grid in every step, so that one model serves any budget."""
+    return replace(
+        instruct(),
+        name="elastic",
+        source="stage 2 with budgets drawn at random, after MQT",
+        token_budgets=(1, 4, 9, 16, 36, 64, 100, 144, 196, 256),
+    )
+
+
+def mqt_align() -> Recipe:
+    """MQT's stage 1: LLaVA-1.5's, at the full budget of 256 tokens."""
+    return replace(align(), name="mqt-align", source="MQT's first stage", token_budgets=(256,))
+
+
+def mqt_instruct() -> Recipe:
+    """MQT's stage 2: an even number of tokens, up to 256, drawn for every step; two epochs."""
+    return replace(
+        instruct(),
+        name="mqt-instruct",
+        source="MQT's second stage",
+        epochs=2,
+        token_budgets=tuple((1, count) for count in range(2, 257, 2)),  # MQT's tokens have no grid
+    )
+
+
+def mobilevlm_v2_align() -> Recipe:
+    """MobileVLM V2's stage 1, in which the language model learns, too."""
+    rates = LearningRates(projector=1e-3, llm=2e-5, embeddings=2e-5)
+    return replace(align(), name="mobilevlm-v2-align", source="MobileVLM V2's pre-training", rates=rates)
+
+
+def mobilevlm_v2_instruct() -> Recipe:
+    """MobileVLM V2's stage 2."""
+    rates = LearningRates(projector=4e-5, llm=4e-5, embeddings=4e-5)
+    return replace(instruct(), name="mobilevlm-v2-instruct", source="MobileVLM V2's multi-task training", rates=rates)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "align": align,
+    "instruct": instruct,
+    "instruct_lora": instruct_lora,
+    "instruct_qlora": instruct_qlora,
+    "elastic": elastic,
+    "llava-1.5-align": lambda: replace(align(), name="llava-1.5-align"),
+    "llava-1.5-instruct": lambda: replace(instruct(), name="llava-1.5-instruct"),
+    "tokenpacker-align": lambda: replace(align(), name="tokenpacker-align", source="TokenPacker's first stage"),
+    "tokenpacker-instruct": lambda: replace(
+        instruct(), name="tokenpacker-instruct", source="TokenPacker's second stage (there with ZeRO-2)"
+    ),
+    "mqt-align": mqt_align,
+    "mqt-instruct": mqt_instruct,
+    "mobilevlm-v2-align": mobilevlm_v2_align,
+    "mobilevlm-v2-instruct": mobilevlm_v2_instruct,
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the embedded checkpoint's training; `dataclasses.replace` makes another.
 
     `dataset(records)` gives that many training records, `collator(processor)` makes batches of them. The learning
     rate rises over `warmup_steps`, stays, and falls to zero over the last `cooldown_steps`.

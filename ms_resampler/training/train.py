@@ -1,4 +1,4 @@
-"""The training run: transformers' Trainer with a recipe, resumable, logged line by line."""
+"""A stage of the embedded checkpoint's training, and what every training run shares."""
 
 import ctypes
 import hashlib
@@ -9,27 +9,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from .recipes import Stage
-
-
-class JsonlLog(TrainerCallback):
-    """Appends every log of the Trainer to a file, one JSON object a line."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+from .trainer import CheckedTrainer, JsonlLog, last_checkpoint
 
 
 def train(stage: Stage, model: nn.Module, processor: Any, folder: Path) -> None:
     """Trains `model` in place by a stage, in `folder`; goes on from the last checkpoint there, if there is one."""
     keep_freed_memory()
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(
+    trainer = CheckedTrainer(
         model=model,
         args=training_arguments(stage, folder),
         train_dataset=stage.dataset(stage.steps * stage.batch_size),
@@ -65,12 +55,6 @@ def training_arguments(stage: Stage, folder: Path) -> TrainingArguments:
         report_to="none",
         seed=stage.seed,
     )
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to the end: the Trainer writes its state last."""
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def keep_freed_memory() -> None:

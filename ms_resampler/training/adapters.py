@@ -1,0 +1,52 @@
+"""Low-rank adapters in the language model (LoRA, QLoRA), through peft."""
+
+from typing import Any
+
+import torch
+
+from .recipes import Adapters, LearningRates
+
+# The matrices of a decoder's layers by the names that every family here gives them, and no others.
+TARGETS = r"model\.language_model\.layers\..*\.(q|k|v|o|qkv|gate|up|down|gate_up)_proj"
+# What is never put into four bits: the parts that learn in full, the tower, and the head, which decides every word.
+KEPT_WHOLE = ["vision_tower", "projector", "lm_head"]
+
+
+def add_adapters(model: Any, adapters: Adapters, rates: LearningRates) -> Any:
+    """A peft model around `model`: adapters learn, and of the rest the tower and projector if they have a rate.
+
+    Parts that learn in full are saved beside the adapters, and come back with them.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    whole = {"vision_tower": rates.tower, "projector": rates.projector}
+    config = LoraConfig(
+        r=adapters.rank,
+        lora_alpha=adapters.alpha,
+        lora_dropout=adapters.dropout,
+        target_modules=TARGETS,
+        modules_to_save=[name for name, rate in whole.items() if rate is not None] or None,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def four_bit_config() -> Any:
+    """How QLoRA loads the language model. Raises ValueError where bitsandbytes or a CUDA device is missing."""
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "Four-bit weights (QLoRA) need a CUDA device, and there is none here: use the recipe instruct_lora."
+        )
+    if not is_bitsandbytes_available():
+        raise ValueError("Four-bit weights (QLoRA) need the package bitsandbytes: pip install bitsandbytes.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16,  # what FSDP can shard
+        llm_int8_skip_modules=KEPT_WHOLE,
+    )

@@ -1,0 +1,58 @@
+"""`ms-resampler merge`: adapters folded into the weights of the model that they were trained on."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from transformers import AutoProcessor
+
+from ..cli import model_or_embedded
+from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `merge`."""
+    parser.add_argument("run", type=Path, help="folder of a run with adapters (or its folder `adapter`)")
+    parser.add_argument("out", type=Path, help="where to put the whole model: a new folder")
+    parser.add_argument("--model", help="the model that the run started from, if it has moved since")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Merges, and prints how to load the result."""
+    merge(adapter_folder(arguments.run), arguments.out, arguments.model)
+    print(f'AutoModelForImageTextToText.from_pretrained("{arguments.out}", trust_remote_code=True)')
+    return 0
+
+
+def adapter_folder(run: Path) -> Path:
+    """Where the adapters of a run are. Raises ValueError if there are none."""
+    for folder in (run / "adapter", run):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    raise ValueError(f"{run} holds no adapters: name the folder of a finished run of a recipe such as instruct_lora.")
+
+
+def merge(adapter: Path, out: Path, model: str | None = None) -> None:
+    """Writes the model of `adapter`, with its own parts and the adapters folded in, to the new folder `out`.
+
+    Raises ValueError if `out` exists, or if the model that the adapters belong to is not where it was.
+    """
+    from peft import PeftModel
+
+    if out.exists():
+        raise ValueError(f"{out} exists already; give a new folder.")
+    start = model or json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    try:
+        start = model_or_embedded(start)
+    except ValueError as error:
+        raise ValueError("The model that these adapters were trained on is not there: name it, --model.") from error
+    whole = MSResamplerForConditionalGeneration.from_pretrained(start, dtype="auto")
+    dtype = whole.dtype
+    # Added in float32: in bfloat16 the sum would lose a third of the adapters' digits.
+    merged = PeftModel.from_pretrained(whole.float(), str(adapter)).merge_and_unload().to(dtype)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    merged.save_pretrained(unfinished)
+    AutoProcessor.from_pretrained(adapter).save_pretrained(unfinished)
+    shutil.copyfile(adapter / "training_record.json", unfinished / "training_record.json")
+    unfinished.rename(out)

@@ -1,0 +1,72 @@
+"""Which parameters learn, at which rate, in which precision."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .recipes import LearningRates
+
+_PREFIXES = {
+    "tower": ("model.vision_tower.",),
+    "projector": ("model.projector.",),
+    "embeddings": ("model.language_model.embed_tokens.", "lm_head."),
+    "llm": ("model.language_model.",),
+}
+_PEFT_PREFIX = "base_model.model."
+
+
+def part_of(name: str) -> str:
+    """The part of the model to which a parameter belongs, adapters or not.
+
+    "model.vision_tower.encoder..." -> "tower"        "lm_head.weight" -> "embeddings"
+    """
+    name = name.removeprefix(_PEFT_PREFIX)
+    return next(part for part, prefixes in _PREFIXES.items() if name.startswith(prefixes))
+
+
+def freeze(model: nn.Module, rates: LearningRates) -> None:
+    """Switches gradients on in the parts with a learning rate, off in the others."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(getattr(rates, part_of(name)) is not None)
+
+
+def set_precision(model: nn.Module, frozen: torch.dtype | None) -> None:
+    """What learns is kept in float32, what is frozen in `frozen` (None: as it is).
+
+    An update of 1e-5 is lost on a bfloat16 weight, and what is not updated needs no more than bfloat16.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and (parameter.requires_grad or frozen):
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+
+
+def parameter_groups(model: nn.Module, rates: LearningRates, weight_decay: float) -> list[dict[str, Any]]:
+    """The optimiser's groups: one a part, and within it matrices (decayed) apart from everything else."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((part_of(name), _decays(name, parameter)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": getattr(rates, part),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (part, decays), parameters in groups.items()
+    ]
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix of weights: no bias or norm, no learned position, query, scope or table of words."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed's ZeRO-3 leaves parameters empty
+    return name.endswith("weight") and len(shape) > 1 and "embed" not in name
+
+
+def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Trainable and frozen parameters of each part."""
+    counts = {part: {"trainable": 0, "frozen": 0} for part in ("tower", "projector", "llm", "embeddings")}
+    for name, parameter in model.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        counts[part_of(name)]["trainable" if parameter.requires_grad else "frozen"] += shape.numel()
+    return counts

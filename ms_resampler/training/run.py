@@ -1,0 +1,209 @@
+"""A recipe's run: model and data in, RUN/model (or RUN/adapter) and its record out."""
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, TrainingArguments, set_seed
+
+from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from .adapters import add_adapters, four_bit_config
+from .batches import BatchMaker
+from .parameters import count_parameters, freeze, set_precision
+from .recipes import Recipe
+from .run_record import RunRecord, open_record
+from .schedule import Schedule, check_budgets
+from .standin import make_collator, open_records
+from .train import keep_freed_memory
+from .trainer import CheckedTrainer, JsonlLog, last_checkpoint, sync
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is told beside its recipe: where things are, and how to use the hardware."""
+
+    model: str
+    data: str
+    images: Path | None
+    out: Path
+    device_batch: int | None = None
+    report_to: str = "none"
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes."""
+        return int(os.environ.get("RANK", 0)) == 0
+
+
+def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
+    """Trains, or goes on where a run in `options.out` was stopped; returns the folder of the result.
+
+    Raises ValueError if the recipe does not fit the model, the data or the hardware, or if `options.out` holds a run
+    that was started otherwise.
+    """
+    result = options.out / ("adapter" if recipe.adapters else "model")
+    check_packages(recipe, options)
+    processor = AutoProcessor.from_pretrained(options.model)
+    schedule = Schedule(open_records(options.data, options.images), recipe)
+    arguments = training_arguments(recipe, options, schedule.steps)  # before the model: ZeRO-3 shards as it loads
+    record = open_record(recipe, options, schedule)
+    if result.exists():
+        return result
+    model, dtype = load_model(recipe, options.model)
+    check_budgets(recipe, model.config)
+    use_cache = getattr(model.config, "use_cache", None)
+    record.note(parameters=count_parameters(model))
+    keep_freed_memory()
+    trainer = CheckedTrainer(
+        model=model,
+        rates=recipe.rates,
+        args=arguments,
+        train_dataset=schedule,
+        data_collator=BatchMaker(
+            partial(make_collator, recipe), processor, recipe.bad_records, options.out / "skipped.jsonl"
+        ),
+        processing_class=processor,
+        callbacks=[JsonlLog(options.out / "log.jsonl")],
+    )
+    model.config.use_cache = use_cache  # the Trainer switches it off, and would save it so
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        raise ValueError("accelerate shards (FSDP) on accelerators only, and finds none: launch with ddp.")
+    trainer.train(resume_from_checkpoint=last_checkpoint(options.out))
+    record.finish(trainer)
+    save_result(trainer, dtype, record, result)
+    return result
+
+
+def training_arguments(recipe: Recipe, options: RunOptions, steps: int) -> TrainingArguments:
+    """The recipe in the Trainer's words, for the devices that are there. Raises ValueError if they do not fit."""
+    on_gpu = torch.cuda.is_available()
+    devices = int(os.environ.get("WORLD_SIZE", 1))
+    if devices == 1 and torch.cuda.device_count() > 1:
+        raise ValueError(
+            f"There are {torch.cuda.device_count()} GPUs here: start the run through `accelerate launch` to use all of "
+            "them, or set CUDA_VISIBLE_DEVICES=0 to use one."
+        )
+    device_batch, accumulation = share_batch(recipe, devices, options.device_batch)
+    return TrainingArguments(
+        output_dir=str(options.out),
+        max_steps=steps,
+        per_device_train_batch_size=device_batch,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=max(filter(None, vars(recipe.rates).values())),
+        weight_decay=recipe.weight_decay,
+        adam_beta2=recipe.adam_beta2,
+        max_grad_norm=recipe.max_grad_norm,
+        warmup_steps=recipe.warmup_ratio,
+        lr_scheduler_type="cosine",
+        bf16=recipe.bf16,
+        activation_checkpointing=recipe.activation_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=recipe.rates.tower is not None,  # layers above the one that is read
+        use_cpu=not on_gpu,
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=on_gpu,
+        train_sampling_strategy="sequential",  # the schedule has shuffled already
+        remove_unused_columns=False,
+        save_steps=recipe.save_steps,
+        save_total_limit=recipe.kept_checkpoints,
+        logging_steps=recipe.logging_steps,
+        logging_nan_inf_filter=False,  # the trainer stops there
+        report_to=options.report_to,
+        seed=recipe.seed,
+    )
+
+
+def share_batch(recipe: Recipe, devices: int, device_batch: int | None) -> tuple[int, int]:
+    """Records on a device at a time, and how many times a step, so that a step has `recipe.batch_size` records.
+
+    Raises ValueError if they cannot be shared out evenly.
+    """
+    share, rest = divmod(recipe.batch_size, devices)
+    if rest:
+        raise ValueError(f"A batch of {recipe.batch_size} cannot be shared among {devices} devices: use a multiple.")
+    if device_batch is None:
+        device_batch = max(size for size in range(1, recipe.largest_device_batch + 1) if share % size == 0)
+    if device_batch < 1 or share % device_batch:
+        raise ValueError(
+            f"{devices} devices take {share} of the {recipe.batch_size} records of a step each, which "
+            f"{device_batch} at a time do not add up to: use a divisor of {share}."
+        )
+    return device_batch, share // device_batch
+
+
+def check_packages(recipe: Recipe, options: RunOptions) -> None:
+    """Raises ValueError if a package that was asked for is missing."""
+    wanted = {"peft": recipe.adapters is not None, "liger_kernel": recipe.liger}
+    wanted[options.report_to] = options.report_to != "none"
+    for package, is_wanted in wanted.items():
+        if is_wanted and importlib.util.find_spec(package) is None:
+            raise ValueError(f"This run needs the package {package}: pip install {package.replace('_', '-')}.")
+
+
+def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
+    """The model, ready to be trained by the recipe, and the precision in which it was stored.
+
+    Raises ValueError if weights are missing.
+    """
+    four_bits = recipe.adapters is not None and recipe.adapters.four_bits
+    model, report = MSResamplerForConditionalGeneration.from_pretrained(
+        folder,
+        dtype="auto",
+        quantization_config=four_bit_config() if four_bits else None,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"{folder} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, ...")
+    dtype = model.dtype
+    model._no_split_modules = sharded_units(model)
+    freeze(model, recipe.rates)
+    if recipe.adapters:
+        set_seed(recipe.seed)  # adapters start at random
+        model = add_adapters(model, recipe.adapters, recipe.rates)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # which keeps float32 copies of its own
+        set_precision(model, torch.bfloat16 if recipe.bf16 else None)
+    return model, dtype
+
+
+def sharded_units(model: Any) -> list[str]:
+    """The classes that FSDP gathers one at a time: the layers of tower and language model.
+
+    It insists on finding each, and the model has but one of all projectors, which is small enough to stay gathered.
+    """
+    used = {type(module).__name__ for module in model.modules()} & set(model._no_split_modules)
+    return sorted(used - {type(model.model.projector).__name__})
+
+
+def save_result(trainer: CheckedTrainer, dtype: torch.dtype, record: RunRecord, target: Path) -> None:
+    """Writes weights, processor, code and record, once, under another name first; all processes take part."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.args.should_save:
+        unfinished = target.with_name(f"{target.name}.unfinished")
+        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(trained, "peft_config"):
+            trained.save_pretrained(unfinished, state_dict=state)
+            (unfinished / "README.md").unlink()  # a form, not filled in
+        else:
+            save_whole(trained, state, dtype, unfinished)
+        trainer.processing_class.save_pretrained(unfinished)
+        record.write(unfinished / "training_record.json")
+        sync(unfinished)
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+    trainer.accelerator.wait_for_everyone()
+
+
+def save_whole(trained: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> None:
+    """Saves through a model without weights, whose class is ours: FSDP has changed that of `trained`."""
+    with torch.device("meta"):
+        shell = MSResamplerForConditionalGeneration(trained.config).to(dtype)
+    shell.generation_config = trained.generation_config
+    if trained.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    shell.save_pretrained(folder, state_dict=state)

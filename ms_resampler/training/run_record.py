@@ -1,0 +1,119 @@
+"""The record of a recipe's run: what was trained on what, by which versions, and how it went."""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer
+
+from .recipes import Recipe
+from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from .run import RunOptions
+
+PACKAGES = ("ms-resampler", "torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "liger-kernel")
+SHOWN = 20  # skipped records that are named in the record; skipped.jsonl has all
+
+
+class RunRecord:
+    """RUN/record.json; written by one process, at the start and at the end."""
+
+    def __init__(self, path: Path, writes: bool, values: dict[str, Any]):
+        self.path = path
+        self.writes = writes
+        self.values = values
+
+    def note(self, **values: Any) -> None:
+        """Adds values, and writes the record."""
+        self.values |= values
+        if self.writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.write(self.path)
+
+    def write(self, path: Path) -> None:
+        """Writes the record whole or not at all."""
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps(self.values, indent=2) + "\n")
+        fresh.replace(path)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Notes the end of the run: time, hardware, the last loss, and what was skipped."""
+        history = trainer.state.log_history
+        self.note(
+            steps=trainer.state.global_step,
+            devices=trainer.args.world_size,
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+            device_batch=trainer.args.per_device_train_batch_size,
+            accumulation=trainer.args.gradient_accumulation_steps,
+            last_loss=next((row["loss"] for row in reversed(history) if "loss" in row), None),
+            last_session_seconds=next((row["train_runtime"] for row in reversed(history) if "train_runtime" in row), 0),
+            skipped=read_skipped(self.path.with_name("skipped.jsonl")),
+            finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+
+
+def open_record(recipe: Recipe, options: "RunOptions", schedule: Schedule) -> RunRecord:
+    """The record of this run, new or as a stopped run left it.
+
+    Raises ValueError if that one had another recipe, model or data: its checkpoints are not this run's.
+    """
+    values = {
+        "recipe": dataclasses.asdict(recipe),
+        "model": options.model,
+        "data": {"source": str(options.data), "records": len(schedule.records), "sha256": file_hash(options.data)},
+        "versions": {"python": platform.python_version(), **installed(PACKAGES)},
+    }
+    record = RunRecord(options.out / "record.json", options.writes, json.loads(json.dumps(values)))
+    if record.path.exists():
+        before = json.loads(record.path.read_text())
+        if changed := sorted(differences(before, record.values)):
+            raise ValueError(
+                f"{options.out} holds a run that was started with another {', '.join(changed)}: give a new --out, or "
+                "start it as before."
+            )
+        record.values = before | {"versions": record.values["versions"]}
+    return record
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of recipe, model and data is not the same."""
+    pairs = [(name, before["recipe"].get(name), value) for name, value in now["recipe"].items()]
+    pairs += [("model", before["model"], now["model"]), ("data", before["data"]["sha256"], now["data"]["sha256"])]
+    return [name for name, old, new in pairs if old != new]
+
+
+def file_hash(source: str) -> str:
+    """SHA-256 of a file, or of the names and contents of a folder's files."""
+    path, digest = Path(source), hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(file.relative_to(path.parent).as_posix().encode())
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def read_skipped(path: Path) -> dict[str, Any]:
+    """How many records were skipped, and the first of them with the reason; a record counts once."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    reasons = {row["id"]: row["why"] for row in rows}
+    return {"records": len(reasons), "first": dict(list(reasons.items())[:SHOWN])}

@@ -1,0 +1,126 @@
+"""transformers' Trainer with checkpoints that are whole or absent, a rate a part, and an eye on every loss."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from .parameters import parameter_groups
+from .recipes import LearningRates
+
+UNFINISHED = "unfinished"  # the folder in which a checkpoint is written
+
+
+class JsonlLog(TrainerCallback):
+    """Appends every log of the Trainer to a file, one JSON object a line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+
+class CheckedTrainer(Trainer):
+    """A Trainer whose checkpoints are whole or absent, and which stops at the first loss that is not finite.
+
+    `rates` None leaves the optimiser's groups to the Trainer.
+    """
+
+    def __init__(self, *args: Any, rates: LearningRates | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.rates = rates
+        self.ids_of_step: list[str] = []
+        if self.is_fsdp_enabled and self.args.bf16:  # else gradients are added up in bfloat16
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW, with a learning rate a part of the model."""
+        if self.rates is not None and getattr(self, "optimizer", None) is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(model or self.model, self.rates, self.args.weight_decay)
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loss of a batch, its gradients added. Raises ValueError if it is not finite."""
+        self.ids_of_step += inputs.pop("record_ids", [])
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._stop_unless_finite(loss, "loss")
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if norm is not None:  # DeepSpeed clips on its own
+            self._stop_unless_finite(norm, "gradient")
+        self.ids_of_step = []
+        return norm
+
+    def _stop_unless_finite(self, value: torch.Tensor | float, what: str) -> None:
+        if not math.isfinite(value):
+            raise ValueError(
+                f"The {what} of step {self.state.global_step + 1} is not finite ({float(value)}); its records here: "
+                f"{', '.join(self.ids_of_step) or 'unnamed'}. The last checkpoint is from before it: look at these "
+                "records, or lower the learning rate."
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / UNFINISHED)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of all arguments, which may hold a Hub token; everything in it is in the record.
+        Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint under another name, and renames it when all of it is on the disk."""
+        folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        unfinished = folder / UNFINISHED
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # the writers of torch and safetensors raise their own kinds
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} could not be written ({_first_line(error)}). The "
+                f"last whole one is {last_checkpoint(folder) or 'none'}: make room, then run the same command."
+            ) from error
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            sync(unfinished)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (unfinished / name).rename(folder / name)
+            unfinished.rmdir()
+            rotate_checkpoints(str(folder), self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def sync(folder: Path) -> None:
+    """Waits until the files of a folder are on the disk, so that a name never outlives its contents."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to the end: the Trainer writes its state last."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None

@@ -1,0 +1,32 @@
+"""What accelerate launches in the tests of several processes: python launched_run.py START OUT RECIPE CHANGES."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from tiny_runs import options_in, small
+
+from ms_resampler.training.recipes import Adapters
+from ms_resampler.training.run import run_recipe
+
+honest_init = PartialState.__init__
+
+
+def init(self, *args, **kwargs):
+    """accelerate shards (and says it does not, nowhere) only where it finds accelerators: it is told of some."""
+    honest_init(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    PartialState.__init__ = init
+start, out, recipe, changes = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+if "adapters" in changes:
+    changes["adapters"] = Adapters(**changes["adapters"])
+torch.set_num_threads(1)
+run_recipe(small(recipe, **changes), options_in(start, out, device_batch=2))

@@ -1,0 +1,137 @@
+"""LoRA: what learns, what is saved and comes back, and a merged model that says the same."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import IMAGE, collate, pixels, tiny_model, words
+from tiny_runs import make_start, options_in, small
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ms_resampler import MSResamplerForConditionalGeneration, cli
+from ms_resampler.training.adapters import add_adapters, four_bit_config
+from ms_resampler.training.recipes import RECIPES, Adapters, LearningRates
+from ms_resampler.training.run import run_recipe
+from ms_resampler.training.trainer import CheckedTrainer
+
+# peft asks a model of transformers by a name that is on its way out.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return make_start(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def trained(start, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    recipe = small("instruct_lora", steps=3, adapters=Adapters(rank=4, alpha=8))
+    recipe = dataclasses.replace(recipe, rates=LearningRates(projector=1e-2, llm=1e-2), warmup_ratio=0)
+    run_recipe(recipe, options_in(start, out))
+    return out
+
+
+def logits(model):
+    batch = collate([[IMAGE] * 4 + words(9)[0]])
+    with torch.no_grad():
+        return model.eval()(**batch, pixel_values=pixels()).logits
+
+
+@pytest.mark.parametrize("text", ["qwen2", "llama", "phi3", "gemma2"])
+def test_adapters_sit_in_every_matrix_of_the_language_model_and_nowhere_else(text):
+    model = add_adapters(tiny_model(text=text), Adapters(rank=2), LearningRates(projector=1e-3, llm=1e-4))
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
+    layers = model.base_model.model.model.language_model.layers
+    matrices = {
+        f"base_model.model.model.language_model.layers.{name}"
+        for name, module in layers.named_modules()
+        if hasattr(module, "base_layer")
+    }
+    linear = {
+        name
+        for name, module in tiny_model(text=text).model.language_model.layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert adapted == matrices
+    assert {name.split("layers.")[1] for name in adapted} == linear
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or ".projector.modules_to_save." in name for name in learning)
+
+
+def test_the_projector_is_saved_with_the_adapters_and_comes_back(start, trained):
+    before = MSResamplerForConditionalGeneration.from_pretrained(start / "start")
+    plain = logits(before)
+    back = PeftModel.from_pretrained(before, trained / "adapter")
+    projector = dict(back.base_model.model.model.projector.modules_to_save["default"].named_parameters())
+    fresh = dict(
+        MSResamplerForConditionalGeneration.from_pretrained(start / "start").model.projector.named_parameters()
+    )
+    assert projector.keys() == fresh.keys()
+    assert not torch.equal(projector["output_proj.weight"], fresh["output_proj.weight"])
+    assert (logits(back) - plain).abs().max() > 0.1
+    assert AutoProcessor.from_pretrained(trained / "adapter").visual_tokens == 4
+
+
+def test_a_merged_model_says_what_the_adapters_said(start, trained, tmp_path, capsys):
+    assert cli.main(["merge", str(trained), str(tmp_path / "whole")]) == 0
+    assert f'from_pretrained("{tmp_path / "whole"}"' in capsys.readouterr().out
+    adapted = PeftModel.from_pretrained(
+        MSResamplerForConditionalGeneration.from_pretrained(start / "start"), trained / "adapter"
+    )
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-4, atol=1e-4)
+    assert merged.state_dict().keys() == tiny_model(text="qwen2").state_dict().keys()
+    assert AutoProcessor.from_pretrained(tmp_path / "whole").visual_tokens == 4
+    record = json.loads((tmp_path / "whole" / "training_record.json").read_text())
+    assert record["recipe"]["adapters"]["rank"] == 4
+
+
+def test_merging_says_what_is_wrong(start, trained, tmp_path, capsys):
+    assert cli.main(["merge", str(start / "start"), str(tmp_path / "x")]) == 2
+    assert "holds no adapters" in capsys.readouterr().err
+    assert cli.main(["merge", str(trained), str(trained)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert cli.main(["merge", str(trained), str(tmp_path / "x"), "--model", str(tmp_path / "gone")]) == 2
+    assert "is not there" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_interrupted_run_ends_with_the_same_adapters(start, trained, tmp_path, monkeypatch):
+    """Their dropout draws random numbers, so that these must be taken up, too."""
+    honest = CheckedTrainer.training_step
+
+    def training_step(self, model, inputs, *rest):
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return honest(self, model, inputs, *rest)
+
+    recipe = json.loads((trained / "record.json").read_text())["recipe"]
+    recipe = small(
+        "instruct_lora",
+        steps=3,
+        warmup_ratio=0,
+        adapters=Adapters(**recipe["adapters"]),
+        rates=LearningRates(**recipe["rates"]),
+    )
+    monkeypatch.setattr(CheckedTrainer, "training_step", training_step)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, options_in(start, tmp_path))
+    monkeypatch.undo()
+    run_recipe(recipe, options_in(start, tmp_path))
+    ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (tmp_path, trained))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_four_bits_need_cuda():
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"Four-bit weights \(QLoRA\) need a CUDA device"):
+            four_bit_config()
+    assert RECIPES["instruct_qlora"]().adapters.four_bits
+    published = RECIPES["instruct_lora"]()
+    assert (published.adapters.rank, published.adapters.alpha) == (128, 256)
+    assert published.rates == LearningRates(projector=2e-5, llm=2e-4)

@@ -1,0 +1,110 @@
+"""Two processes on the CPU, launched with the files that users get: the losses of one process, and its weights."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import losses_of, make_start, options_in, small
+from transformers import AutoModelForImageTextToText
+
+from ms_resampler import cli
+from ms_resampler.training.run import run_recipe
+
+CHANGES = {"batch_size": 8, "steps": 6, "save_steps": 3, "token_budgets": [1, 4, 9]}
+SCRIPT = Path(__file__).with_name("launched_run.py")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return make_start(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    run_recipe(small("instruct", **CHANGES), options_in(start, out))
+    return out
+
+
+def launcher(name, capsys):
+    assert cli.main(["train", "--launcher", name]) == 0
+    return capsys.readouterr().out.strip()
+
+
+def launch(configuration, start, out, recipe="instruct", **changes):
+    """Two processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "accelerate.commands.launch", "--config_file", configuration, "--num_processes", "2"]
+    command += ["--main_process_port", str(port), SCRIPT, start, out, recipe, json.dumps(CHANGES | changes)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def assert_close_weights(ours, theirs, **tolerance):
+    ours, theirs = (load_file(next((out / "model").glob("*.safetensors"))) for out in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_two_processes_learn_what_one_learns(name, start, alone, tmp_path, capsys):
+    out = tmp_path / "two"
+    launch(launcher(name, capsys), start, out)
+    torch.testing.assert_close(losses_of(out), losses_of(alone), rtol=1e-4, atol=0)
+    assert_close_weights(out, alone, rtol=1e-3, atol=2e-5)
+    record = json.loads((out / "record.json").read_text())
+    assert (record["devices"], record["device_batch"], record["accumulation"]) == (2, 2, 2)
+    assert (
+        (out / "checkpoint-6" / "pytorch_model_fsdp_0").is_dir(),
+        (out / "checkpoint-6" / "optimizer.pt").is_file(),
+    ) == ((True, False) if name == "fsdp2" else (False, True))
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoint-3", "checkpoint-6", "log.jsonl", "model", "record.json",
+    ]  # fmt: skip
+
+    files = {file.name for file in (out / "model").iterdir()}
+    assert files == {file.name for file in (alone / "model").iterdir()}
+    AutoModelForImageTextToText.from_pretrained(out / "model")
+    for file in files:  # the same code and configuration
+        if file.endswith((".py", "config.json", ".jinja")):
+            assert (out / "model" / file).read_text() == (alone / "model" / file).read_text(), file
+
+    again = tmp_path / "again"  # as if it had been killed after step 3
+    shutil.copytree(out, again)
+    shutil.rmtree(again / "checkpoint-6")
+    shutil.rmtree(again / "model")
+    launch(launcher(name, capsys), start, again)
+    assert_close_weights(again, out, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3)])
+def test_deepspeeds_files_leave_to_the_recipe_what_is_the_recipes(name, stage, capsys):
+    """As far as a CPU allows: read as accelerate reads it; nothing in it runs here."""
+    configuration = HfDeepSpeedConfig(launcher(name, capsys))
+    assert (configuration._stage, configuration.is_zero3(), configuration.is_offload()) == (stage, stage == 3, False)
+    ours = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    assert {configuration.get_value(key) for key in (*ours, "bf16.enabled")} == {"auto"}
+    assert not {"optimizer", "scheduler", "fp16"} & configuration.config.keys()
+    if stage == 3:  # or the result would hold no weights
+        assert configuration.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_launch_files_are_accelerates_own_and_leave_the_precision_to_the_recipe(name, capsys):
+    configuration = load_config_from_file(launcher(name, capsys))
+    assert configuration.mixed_precision == "no"
+    assert configuration.distributed_type == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]

@@ -1,0 +1,49 @@
+"""A small model and a small data set in a folder, and recipes that train on them in a second."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from tiny_models import picture, tiny_model, tiny_processor
+
+from ms_resampler.training.recipes import RECIPES, Recipe
+from ms_resampler.training.run import RunOptions
+
+
+def make_start(folder: Path, records: int = 24) -> Path:
+    """folder/start (CLIP and Qwen2, with random weights), folder/data.json and folder/images."""
+    torch.manual_seed(0)
+    tiny_model(text="qwen2", text_changes={"max_position_embeddings": 512}).save_pretrained(folder / "start")
+    tiny_processor().save_pretrained(folder / "start")
+    (folder / "images").mkdir()
+    rows = [make_row(number, folder / "images") for number in range(records)]
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder
+
+
+def make_row(number: int, images: Path) -> dict:
+    """A record of LLaVA's format; every fourth has no picture."""
+    said = [{"from": "human", "value": f"What is {number}?"}, {"from": "gpt", "value": f"It is {number * 7}."}]
+    if number % 4 == 3:
+        return {"id": f"r{number}", "conversations": said}
+    picture(number).save(images / f"{number}.png")
+    said[0]["value"] = f"<image>\n{said[0]['value']}"
+    return {"id": f"r{number}", "image": f"{number}.png", "conversations": said}
+
+
+def small(name: str, **changes) -> Recipe:
+    """A recipe of a few small steps in float32."""
+    sizes = {"batch_size": 4, "steps": 4, "bf16": False, "workers": 0, "save_steps": 2, "logging_steps": 1}
+    return dataclasses.replace(RECIPES[name](), **sizes | {"max_length": 512} | changes)
+
+
+def options_in(folder: Path, out: Path, **changes) -> RunOptions:
+    """Where `make_start` has put things."""
+    return RunOptions(str(folder / "start"), str(folder / "data.json"), folder / "images", out, **changes)
+
+
+def losses_of(out: Path) -> list[float]:
+    """The logged losses of a run."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
