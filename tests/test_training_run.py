@@ -19,12 +19,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.training.batches import BatchMaker
-from ms_resampler.training.data import IGNORED
+from ms_resampler.training.data import IGNORED, open_records
 from ms_resampler.training.parameters import count_parameters, freeze, parameter_groups, part_of
 from ms_resampler.training.recipes import LearningRates
-from ms_resampler.training.run import run_recipe, share_batch
+from ms_resampler.training.run import collator_of, run_recipe, share_batch
 from ms_resampler.training.schedule import Schedule
-from ms_resampler.training.standin import make_collator, open_records
 from ms_resampler.training.trainer import CheckedTrainer, last_checkpoint
 
 
@@ -145,7 +144,7 @@ def test_a_budget_holds_for_a_whole_step_and_changes_from_step_to_step(start):
 
 def batch_maker(start, tmp_path, recipe, bad_records="fatal"):
     processor = AutoProcessor.from_pretrained(start / "start")
-    return BatchMaker(lambda tool: make_collator(recipe, tool), processor, bad_records, tmp_path / "skipped.jsonl")
+    return BatchMaker(collator_of(recipe), processor, bad_records, tmp_path / "skipped.jsonl")
 
 
 @pytest.mark.parametrize(("budget", "grid"), [(None, None), (9, [3, 3]), ((1, 6), [1, 6])])

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,11 @@ from transformers import AutoProcessor, TrainingArguments, set_seed
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import add_adapters, four_bit_config
 from .batches import BatchMaker
+from .data import ConversationCollator, open_records
 from .parameters import count_parameters, freeze, set_precision
 from .recipes import Recipe
 from .run_record import RunRecord, open_record
 from .schedule import Schedule, check_budgets
-from .standin import make_collator, open_records
 from .train import keep_freed_memory
 from .trainer import CheckedTrainer, JsonlLog, last_checkpoint, sync
 
@@ -64,9 +65,7 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
         rates=recipe.rates,
         args=arguments,
         train_dataset=schedule,
-        data_collator=BatchMaker(
-            partial(make_collator, recipe), processor, recipe.bad_records, options.out / "skipped.jsonl"
-        ),
+        data_collator=BatchMaker(collator_of(recipe), processor, recipe.bad_records, options.out / "skipped.jsonl"),
         processing_class=processor,
         callbacks=[JsonlLog(options.out / "log.jsonl")],
     )
@@ -77,6 +76,11 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
     record.finish(trainer)
     save_result(trainer, dtype, record, result)
     return result
+
+
+def collator_of(recipe: Recipe) -> Callable[[Any], ConversationCollator]:
+    """What makes a collator in the recipe's form of a processor."""
+    return partial(ConversationCollator, max_length=recipe.max_length, plain=recipe.text == "plain")
 
 
 def training_arguments(recipe: Recipe, options: RunOptions, steps: int) -> TrainingArguments:
