@@ -22,6 +22,7 @@ COMMANDS = {
     "export": ("ms_resampler.hub_upload.export", "copy a checkpoint with its code into a folder that loads anywhere"),
     "train": ("ms_resampler.training.command", "run a training recipe, and measure what it made"),
     "merge": ("ms_resampler.training.merge", "fold a run's adapters into a whole model"),
+    "plan": ("ms_resampler.training.plan", "tell what a recipe takes of memory and time, before it runs"),
     "study": ("ms_resampler.study.command", "train every projector under the same conditions, and compare them"),
 }
 
