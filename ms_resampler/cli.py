@@ -27,6 +27,7 @@ COMMANDS = {
     "push": ("ms_resampler.hub_upload.push", "publish a checkpoint, its code and its card on the Hub"),
     "train": ("ms_resampler.training.command", "run a training recipe, and measure what it made"),
     "merge": ("ms_resampler.training.merge", "fold a run's adapters into a whole model"),
+    "plan": ("ms_resampler.training.plan", "tell what a recipe takes of memory and time, before it runs"),
     "study": ("ms_resampler.study.command", "train every projector under the same conditions, and compare them"),
 }
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from safetensors.torch import load_file
 from tiny_runs import losses_of, make_start, options_in, small
 from transformers import AutoModelForImageTextToText

@@ -24,7 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, help="the folder that the data's image names start from")
     parser.add_argument("--out", type=Path, help="where to work; the result is OUT/model (default: runs/RECIPE)")
     parser.add_argument("--report-to", choices=["none", "trackio", "tensorboard"], default="none")
-    parser.add_argument("--device-batch-size", type=int, help="records on a device at a time (default: what fits)")
+    parser.add_argument("--device-batch-size", type=int, help="records on a device at a time (default: at most 16)")
+    add_recipe_changes(parser)
+    tiny = parser.add_argument_group("for the recipe tiny")
+    tiny.add_argument("--scenes", type=int, default=400, help="held-out scenes to evaluate on (default: 400)")
+    tiny.add_argument("--embed", action="store_true", help="make the result the checkpoint in this package")
+
+
+def add_recipe_changes(parser: argparse.ArgumentParser) -> None:
+    """Declares the few fields of a recipe that the command line changes."""
     changes = parser.add_argument_group("changes to the recipe")
     changes.add_argument("--steps", type=int, help="instead of the recipe's epochs; for tiny, the most a stage")
     changes.add_argument("--epochs", type=float)
@@ -42,9 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     changes.add_argument("--no-bf16", dest="bf16", action="store_false", default=None, help="compute in float32")
     changes.add_argument("--liger", action="store_true", default=None, help="Liger's fused loss (CUDA only)")
     changes.add_argument("--seed", type=int)
-    tiny = parser.add_argument_group("for the recipe tiny")
-    tiny.add_argument("--scenes", type=int, default=400, help="held-out scenes to evaluate on (default: 400)")
-    tiny.add_argument("--embed", action="store_true", help="make the result the checkpoint in this package")
 
 
 def run(arguments: argparse.Namespace) -> int:

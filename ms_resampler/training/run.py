@@ -16,7 +16,8 @@ from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import add_adapters, four_bit_config
 from .batches import BatchMaker
 from .data import ConversationCollator, open_records
-from .parameters import count_parameters, freeze, set_precision
+from .liger import fuse_loss
+from .parameters import count_parameters, freeze, set_precision, sharded_units
 from .recipes import Recipe
 from .run_record import RunRecord, open_record
 from .schedule import Schedule, check_budgets
@@ -166,21 +167,14 @@ def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
     dtype = model.dtype
     model._no_split_modules = sharded_units(model)
     freeze(model, recipe.rates)
+    if recipe.liger:
+        fuse_loss(model)
     if recipe.adapters:
         set_seed(recipe.seed)  # adapters start at random
         model = add_adapters(model, recipe.adapters, recipe.rates)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # which keeps float32 copies of its own
         set_precision(model, torch.bfloat16 if recipe.bf16 else None)
     return model, dtype
-
-
-def sharded_units(model: Any) -> list[str]:
-    """The classes that FSDP gathers one at a time: the layers of tower and language model.
-
-    It insists on finding each, and the model has but one of all projectors, which is small enough to stay gathered.
-    """
-    used = {type(module).__name__ for module in model.modules()} & set(model._no_split_modules)
-    return sorted(used - {type(model.model.projector).__name__})
 
 
 def save_result(trainer: CheckedTrainer, dtype: torch.dtype, record: RunRecord, target: Path) -> None:

@@ -1,0 +1,50 @@
+"""Liger's fused loss: head and cross-entropy piece by piece, so that the logits are never there all at once."""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..modeling_ms_resampler import MSResamplerCausalLMOutputWithPast
+from .data import IGNORED
+
+# weight (vocabulary, T), hidden states (n, T), targets (n), cap of the logits or None -> the sum of their losses
+FusedLoss = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+
+SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")  # fields of families that multiply their logits
+
+
+def fuse_loss(model: Any, fused: FusedLoss | None = None) -> None:
+    """Makes the forward of a MSResamplerForConditionalGeneration return its loss alone, and no logits.
+
+    Raises ValueError where Liger's kernels cannot run, or for a language model that multiplies its logits.
+    """
+    text = model.config.text_config
+    if any(hasattr(text, field) for field in SCALES):
+        raise ValueError(f"Liger's fused loss does not scale logits as {text.model_type} does: leave --liger out.")
+    fused = fused or liger_loss()
+    cap = getattr(text, "final_logit_softcapping", None)
+
+    def forward(self: Any, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> Any:
+        hidden = self.model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
+        targets = labels[:, 1:].flatten()
+        total = fused(self.lm_head.weight.to(hidden.dtype), hidden, targets, cap)
+        return MSResamplerCausalLMOutputWithPast(loss=total / (num_items_in_batch or (targets != IGNORED).sum()))
+
+    model.forward = MethodType(forward, model)
+
+
+def liger_loss() -> FusedLoss:
+    """Liger's kernel. Raises ValueError where it cannot run."""
+    if not torch.cuda.is_available():
+        raise ValueError("Liger's fused loss needs a CUDA device, and there is none here: leave --liger out.")
+    from liger_kernel.transformers import (  # type: ignore[import-not-found]
+        LigerFusedLinearCrossEntropyLoss,
+    )
+
+    def loss(weight: Tensor, hidden: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+        return LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap)(weight, hidden, targets)
+
+    return loss

@@ -1,0 +1,116 @@
+"""A few steps of training with random weights: how long they take, and the memory that they take at most."""
+
+import json
+import platform
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from .adapters import add_adapters
+from .memory import BatchShape
+from .parameters import freeze, parameter_groups, set_precision
+from .recipes import Recipe
+
+WARM_UP, TIMED = 2, 3  # batches; the moments of Adam are there from the second one on
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of a step of the whole batch on one device, and the bytes that tensors took at most."""
+
+    device: str
+    step_seconds: float
+    peak_bytes: int
+
+
+def measure(config: Any, recipe: Recipe, shape: BatchShape, accumulation: int) -> Measurement:
+    """Runs forward, backward and optimiser on random batches, on the device that is here."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with memory_trace(trace):
+            model = random_model(config, recipe).to("cuda" if torch.cuda.is_available() else "cpu").train()
+            groups = parameter_groups(model, recipe.rates, recipe.weight_decay)
+            optimiser = torch.optim.AdamW(groups, fused=True)
+            for _ in range(WARM_UP):
+                backward(model, config, recipe, shape)
+                update(model, optimiser, recipe)
+        peak = peak_bytes(trace)
+    batch_seconds, optimiser_seconds = [], []
+    for _ in range(TIMED):
+        batch_seconds.append(timed(partial(backward, model, config, recipe, shape)))
+        optimiser_seconds.append(timed(partial(update, model, optimiser, recipe)))
+    return Measurement(
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
+        step_seconds=accumulation * statistics.median(batch_seconds) + statistics.median(optimiser_seconds),
+        peak_bytes=peak,
+    )
+
+
+def memory_trace(path: Path) -> Any:
+    """A context in which, on a CPU, every allocation is written to `path`; CUDA keeps count by itself."""
+    if torch.cuda.is_available():
+        return nullcontext()
+    return torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU],
+        profile_memory=True,
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+    )
+
+
+def peak_bytes(trace: Path) -> int:
+    """The most that was allocated at a time, above what was there before."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    rows = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    first = min(rows, key=lambda row: row["ts"])["args"]
+    before = first["Total Allocated"] - first["Bytes"]
+    return max(row["args"]["Total Allocated"] for row in rows) - before
+
+
+def random_model(config: Any, recipe: Recipe) -> Any:
+    """The model as the recipe's run would hold it, its weights drawn at random."""
+    model: Any = MSResamplerForConditionalGeneration(config)
+    freeze(model, recipe.rates)
+    if recipe.adapters:
+        model = add_adapters(model, recipe.adapters, recipe.rates)
+    set_precision(model, torch.bfloat16 if recipe.bf16 else None)
+    if recipe.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def backward(model: nn.Module, config: Any, recipe: Recipe, shape: BatchShape) -> None:
+    """Loss and gradients of a random batch, one image a record."""
+    device = next(model.parameters()).device
+    rows, columns = config.token_grid((shape.image_size, shape.image_size))
+    ids = torch.full((shape.records, shape.length), (config.image_token_id + 1) % config.text_config.vocab_size)
+    ids[:, : rows * columns] = config.image_token_id
+    pixels = torch.randn(shape.records, 3, shape.image_size, shape.image_size)
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+        loss = model(input_ids=ids.to(device), pixel_values=pixels.to(device), labels=ids.to(device)).loss
+    loss.backward()
+
+
+def update(model: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe) -> None:
+    """The optimiser's part of a step."""
+    nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+def timed(work: Any) -> float:
+    """Seconds that something takes, the device's queue included."""
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

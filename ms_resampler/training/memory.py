@@ -1,0 +1,188 @@
+"""What a training step takes of a device's memory: the real step, run on tensors without data."""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from .adapters import add_adapters
+from .parameters import count_parameters, freeze, set_precision, sharded_units
+from .recipes import Recipe
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """A batch on a device: records, tokens of each (visual ones included), and pixels of its one image's sides."""
+
+    records: int
+    length: int
+    image_size: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a step is made of: parameters by part, and bytes of activations on one device.
+
+    `layer` counts the parameters of the largest layer, which sharding gathers one at a time; `rest` those outside of
+    layers (tables of words, projector), which stay gathered.
+    """
+
+    parts: dict[str, dict[str, int]]
+    activations: int
+    layer: int
+    rest: int
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that learn."""
+        return sum(part["trainable"] for part in self.parts.values())
+
+    @property
+    def frozen(self) -> int:
+        """Parameters that do not."""
+        return sum(part["frozen"] for part in self.parts.values())
+
+
+def device_bytes(sizes: Sizes, recipe: Recipe, launcher: str, devices: int) -> dict[str, float]:
+    """The bytes that each device holds, by kind.
+
+    What learns has float32 weights and two float32 moments (Adam). DDP holds everything everywhere, and gradients
+    once more in its buckets; FSDP2 and ZeRO-3 share out weights, gradients and moments, and gather layers in 16 bits
+    as they go, one ahead; ZeRO-2 keeps 16-bit weights everywhere and shares out the rest.
+    """
+    narrow = 2 if recipe.bf16 else 4
+    everything = sizes.trainable + sizes.frozen
+    gathered = narrow * (2 * sizes.layer + sizes.rest) + 4 * sizes.layer
+    weights = 4 * sizes.trainable + narrow * sizes.frozen
+    kinds: dict[str, float] = {
+        "weights": weights,
+        "gradients": 4 * sizes.trainable,
+        "optimiser": 8 * sizes.trainable,
+        "gathered": 4 * sizes.trainable * (devices > 1),
+    }
+    if launcher in ("fsdp2", "zero3"):
+        kinds = {kind: size / devices for kind, size in kinds.items()} | {"gathered": gathered}
+    elif launcher == "zero2":
+        kinds["weights"] = narrow * everything
+        kinds["gradients"] = narrow * sizes.trainable / devices
+        kinds["optimiser"] = 12 * sizes.trainable / devices
+        kinds["gathered"] = 0
+    return kinds | {"activations": sizes.activations}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, while they live; `peak` is the most at a time."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.known = WeakIdKeyDictionary()
+        self.live = self.peak = 0
+        for tensor in known:
+            self.known[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.known:
+            return
+        self.known[storage] = True
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+def step_sizes(config: Any, recipe: Recipe, shape: BatchShape, launcher: str) -> Sizes:
+    """Traces forward and backward of one batch, on a CPU's kernels, and counts.
+
+    Raises ValueError if the recipe's text is shorter than an image's tokens.
+    """
+    narrow = torch.bfloat16 if recipe.bf16 else torch.float32
+    with torch.device("meta"):
+        model: Any = MSResamplerForConditionalGeneration(config).to(narrow)
+        freeze(model, recipe.rates)
+        whole = add_adapters(model, recipe.adapters, recipe.rates) if recipe.adapters else model
+        if launcher == "ddp":  # the others hand the layers weights of 16 bits, which autocast need not copy
+            set_precision(whole, narrow)
+    if recipe.activation_checkpointing:
+        whole.activation_checkpointing_enable({"use_reentrant": False})
+    parts, (layer, rest) = count_parameters(whole), unit_sizes(model)
+    with FakeTensorMode():
+        imagine_on_cpu(model)
+        activations = trace(model.train(), recipe, shape)
+    return Sizes(parts, activations, layer, rest)
+
+
+def imagine_on_cpu(model: nn.Module) -> None:
+    """Gives the tensors of a model on the meta device the ways of a CPU's: it has the kernels that a run would use."""
+    done: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for tensors in tables:
+            for name, old in tensors.items():
+                if old is not None and old not in done:
+                    new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    done[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                if old is not None:
+                    tensors[name] = done[old]
+
+
+def trace(model: Any, recipe: Recipe, shape: BatchShape) -> int:
+    """The most bytes of activations at a time, gradients of parameters left out."""
+    live = LiveBytes([*model.parameters(), *model.buffers()])
+
+    def leave_out(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        storage = parameter.grad.untyped_storage()
+        if storage in live.known:
+            live.live -= storage.nbytes()
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(leave_out)
+    with live:
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+            loss = forward(model, shape, recipe.liger)
+        loss.backward()
+    return live.peak
+
+
+def forward(model: Any, shape: BatchShape, fused: bool) -> Tensor:
+    """The model's loss, its parts called one by one: the whole looks at values, which are not there."""
+    base = model.model
+    pixels = torch.zeros(shape.records, 3, shape.image_size, shape.image_size)
+    images = torch.stack(list(base.get_image_features(pixels, return_dict=True).pooler_output))
+    text = shape.length - images.shape[1]
+    if text < 1:
+        raise ValueError(f"{shape.length} tokens are too few for an image of {images.shape[1]} and an answer.")
+    words = base.get_input_embeddings()(torch.zeros(shape.records, text, dtype=torch.long))
+    hidden = base.language_model(inputs_embeds=torch.cat([images.to(words.dtype), words], dim=1)).last_hidden_state
+    if fused:  # the logits are made and used up piece by piece
+        return hidden.float().mean()
+    labels = torch.zeros(hidden.shape[:2], dtype=torch.long)
+    return model.loss_function(
+        logits=model._logits(hidden), labels=labels, vocab_size=model.config.text_config.vocab_size
+    )
+
+
+def unit_sizes(model: Any) -> tuple[int, int]:
+    """Parameters of the largest layer, and of everything outside of layers."""
+    units = set(sharded_units(model))
+    layers = [list(module.parameters()) for module in model.modules() if type(module).__name__ in units]
+    inside = {id(parameter) for layer in layers for parameter in layer}
+    largest = max(sum(parameter.numel() for parameter in layer) for layer in layers)
+    return largest, sum(p.numel() for p in model.parameters() if id(p) not in inside)
