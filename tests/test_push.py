@@ -301,7 +301,8 @@ def test_a_token_across_two_blocks_is_found(tmp_path):
 def test_oversized_files_are_refused(hub, token, folder, unverified, capsys, monkeypatch):
     monkeypatch.setitem(safety.LIMITS, "*.safetensors", 100_000)
     assert main(["push", str(folder), NAME]) == 2
-    assert "model.safetensors: too large: give --max-shard-size" in error(capsys)
+    assert "model.safetensors: too large; weights can be split with --max-shard-size 5GB" in error(capsys)
+    assert main(["push", str(folder), NAME, "--max-shard-size", "50KB", "--dry-run"]) == 0
 
 
 def test_weights_whose_length_begins_like_a_pickle_are_none(tmp_path):

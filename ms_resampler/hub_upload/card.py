@@ -15,7 +15,7 @@ from ..configuration_ms_resampler import MSResamplerConfig
 from ..evaluation.scenes import FamilyScore, markdown_table
 from ..projectors_ms_resampler import PROJECTORS
 from ..training.scenes import COLOURS, SHAPES, WORDS
-from .staging import PROJECTOR, tensor_elements, tensor_files
+from .staging import PROJECTOR, RECORD, tensor_elements, tensor_files
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 JINJA: dict[str, Any] = {
@@ -98,7 +98,7 @@ def check_card(folder: Path) -> None:
 def render_card(folder: Path, title: str | None = None, *, repo: str | None = None, **metadata: Any) -> str:
     """The text of a checkpoint's card; title, metadata and notes are those of the present card where it has some."""
     text = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
-    record = read_json(folder / "training_record.json")
+    record = read_json(folder / RECORD)
     config = MSResamplerConfig.from_pretrained(folder)
     title = title or first_group(r"^# (.+)$", text) or f"MS-Resampler {folder.resolve().name}"
     fields = kept_metadata(folder / "README.md") | metadata
@@ -151,17 +151,27 @@ def facts_of_training(record: dict[str, Any]) -> dict[str, Any]:
     """What the training record says, if there is one."""
     versions = [f"{name} {version}" for name, version in record.get("versions", {}).items()]
     return {
-        "stages": [stage_row(stage) for stage in record.get("stages", [])],
+        "stages": [stage_row(stage) for stage in [*record.get("stages", []), *recipe_stage(record)]],
         "versions": ", ".join(versions),
         "scenes": scene_results(record) if "scores" in record else None,
     }
 
 
+def recipe_stage(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The run of a recipe as a stage: its record has one recipe, and rates by part of the model."""
+    if "recipe" not in record:
+        return []
+    rates = ", ".join(f"{part} {rate:g}" for part, rate in record["recipe"].get("rates", {}).items() if rate)
+    run = {"steps": record.get("steps"), "seconds": record.get("last_session_seconds"), "learning_rate": rates}
+    return [record["recipe"] | run | {"data_sha256": record.get("data", {}).get("sha256", "")}]
+
+
 def stage_row(stage: dict[str, Any]) -> list[str]:
     """A stage of the training as the cells of a table."""
+    numbers = [stage.get(name) for name in ("steps", "batch_size", "learning_rate", "seed")]
+    cells = [f"{number:,}" if isinstance(number, int | float) else str(number or "") for number in numbers]
     hours = f"{stage['seconds'] / 3600:.2f}" if stage.get("seconds") else ""
-    numbers = [f"{stage[name]:,}" if name in stage else "" for name in ("steps", "batch_size", "learning_rate", "seed")]
-    return [stage["name"], *numbers, hours, stage.get("data_sha256", "")[:12]]
+    return [stage["name"], *cells, hours, stage.get("data_sha256", "")[:12]]
 
 
 def scene_results(record: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .card import check_card, check_metadata, is_made_here, render_card
 from .client import check_repository_name, hub_errors, patiently
 from .plan import Remote, describe, look_at, make_plan, size
 from .publish import check_published, choose_tag, publish, set_tag
-from .safety import check_folder
+from .safety import check_folder, check_sizes
 from .staging import allowed_files, check_checkpoint, is_ours, remote_code_files, stage_checkpoint
 from .verification import answer_of_a_stranger
 
@@ -116,6 +116,7 @@ def prepare(arguments: argparse.Namespace, staged: Path) -> bytes:
     check_folder(folder, files)
     check_room(staged.parent, 2 * sum(file.stat().st_size for file in files))
     stage_checkpoint(folder, staged, max_shard_size=arguments.max_shard_size, projector_only=bool(base))
+    check_sizes(staged.iterdir())
     put_card(folder, staged, arguments.name, base)
     return answer_of_a_stranger(str(staged))
 

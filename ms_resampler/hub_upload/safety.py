@@ -1,4 +1,4 @@
-"""What must not leave this machine: links out of the folder, pickles, secrets, damaged and oversized files."""
+"""What must not leave this machine: links, pickles, secrets, damaged and oversized files."""
 
 import json
 import re
@@ -44,9 +44,14 @@ def check_folder(folder: Path, allowed: Iterable[Path]) -> None:
     refuse([file for file in allowed if file.stat().st_size == 0], "empty: save the checkpoint again")
     for file in allowed:
         check_content(file)
-    refuse([file for file in allowed if file.stat().st_size > limit_of(file)], "too large: give --max-shard-size 5GB")
     for file in allowed:
         check_secrets(file)
+
+
+def check_sizes(files: Iterable[Path]) -> None:
+    """Raises ValueError, naming them, if there are files that are too large to publish."""
+    large = [file for file in files if file.stat().st_size > limit_of(file)]
+    refuse(large, "too large; weights can be split with --max-shard-size 5GB")
 
 
 def refuse(files: list[Path], reason: str) -> None:

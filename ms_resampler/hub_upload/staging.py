@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 
 PACKAGE = Path(__file__).parent.parent
 WEIGHTS, INDEX, PROJECTOR = "model.safetensors", "model.safetensors.index.json", "projector.safetensors"
+RECORD = "training_record.json"
 
 # The only files that leave a folder. Code is never taken from the folder: the package's is the only copy.
 ALLOWED = (
     "*.safetensors", INDEX, "config.json", "generation_config.json",
     "processor_config.json", "preprocessor_config.json", "tokenizer*.json", "special_tokens_map.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
-    "README.md", "LICENSE", "training_record.json", "*.png",
+    "README.md", "LICENSE", RECORD, "*.png",
 )  # fmt: skip
 
 
@@ -60,11 +61,21 @@ def stage_checkpoint(
     for file in [*allowed_files(source), *remote_code_files()]:
         if not (rewrite and (file.suffix == ".safetensors" or file.name == INDEX)):
             shutil.copyfile(file, target / file.name)
+    if (target / RECORD).is_file():
+        hide_folders(target / RECORD)
     if projector_only:
         write_projector(source, target / PROJECTOR)
     elif max_shard_size is not None:
         write_shards(source, target, max_shard_size)
     return sorted(file.name for file in target.iterdir())
+
+
+def hide_folders(record: Path) -> None:
+    """Takes the folders of this machine out of a record: "/home/ada/data/a.json" becomes "a.json"."""
+    text = record.read_text(encoding="utf-8")
+    shown = re.sub(r'(?<=")(?:/|~/|[A-Za-z]:\\\\)[^"\n]*?([^/\\"\n]+)[/\\]*(?=")', r"\1", text)
+    if shown != text:
+        record.write_text(shown, encoding="utf-8")
 
 
 def check_checkpoint(folder: Path) -> None:
