@@ -20,6 +20,8 @@ COMMANDS = {
     "demo": ("ms_resampler.demo", "open a page on which you ask about a picture and see where the model looked"),
     "chat": ("ms_resampler.chat", "ask about one or several pictures, here in the terminal"),
     "export": ("ms_resampler.hub_upload.export", "copy a checkpoint with its code into a folder that loads anywhere"),
+    "init": ("ms_resampler.init_command", "assemble a model from a vision tower and a language model"),
+    "data": ("ms_resampler.training.check", "check training data before training on them"),
     "train": ("ms_resampler.training.command", "run a training recipe, and measure what it made"),
     "merge": ("ms_resampler.training.merge", "fold a run's adapters into a whole model"),
     "plan": ("ms_resampler.training.plan", "tell what a recipe takes of memory and time, before it runs"),

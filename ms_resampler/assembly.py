@@ -1,0 +1,290 @@
+"""Assembles a model from a pretrained vision tower and a pretrained language model, with a fresh projector between.
+
+Weights are moved, not copied: each is loaded once, in the type of the language model's.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from .chat_format import ChatFormat, image_aware, packaged_template
+from .cli import model_or_embedded
+from .configuration_ms_resampler import FEATURE_MAP_TOWERS, MSResamplerConfig, token_grid
+from .modeling_ms_resampler import MSResamplerForConditionalGeneration
+from .processing_ms_resampler import MSResamplerProcessor
+from .projectors_ms_resampler import build_projector
+
+# The templates of this package by name, with the tokens that a tokenizer must know to use them.
+TEMPLATES = {"chatml": ("<|im_start|>", "<|im_end|>"), "vicuna": ("</s>",)}
+PADDING = ("<|finetune_right_pad_id|>", "<pad>", "<unk>")  # tokens that stand for padding where none is declared
+ROWS = 64  # a table of embeddings that has to grow grows to a multiple of this, which matrix kernels like
+
+
+@dataclass(frozen=True)
+class Components:
+    """What to assemble a model from.
+
+    Fields:
+        vision, llm: folders or Hub repositories of the tower (a whole CLIP or SigLIP will do) and the language model.
+        projector: fields of MSResamplerProjectorConfig; the budget is 144 tokens if it does not say otherwise.
+        vision_feature_layer: the tower layers to read; None is the last but one (the last of a ConvNeXt).
+        image_token: the placeholder of a visual token; added to the tokenizer unless it is there.
+        chat_template: "chatml", "vicuna" or a file; None takes the language model's own.
+    """
+
+    vision: str
+    llm: str
+    projector: dict[str, Any] = field(default_factory=dict)
+    vision_feature_layer: int | list[int] | None = None
+    image_token: str = "<image>"
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A model, its processor, and what there is to tell about how they came about, one sentence each."""
+
+    model: MSResamplerForConditionalGeneration
+    processor: MSResamplerProcessor
+    notes: list[str]
+
+
+def assemble(components: Components) -> Assembled:
+    """Loads tower and language model, and puts them together with a fresh projector.
+
+    Raises ValueError if the parts do not fit, OSError if one cannot be loaded.
+    """
+    tower_config, text_config = tower_config_of(components.vision), text_config_of(components.llm)
+    make_config(components, tower_config, text_config, image_token_id=0)  # what does not fit fails before the loading
+    with naming(components.vision):
+        image_processor = AutoImageProcessor.from_pretrained(components.vision)
+    tokenizer = load_tokenizer(components.llm)
+    template, template_note = choose_template(tokenizer, components)
+    tokenizer.chat_template = None  # it moves to the processor, which saves it beside its own settings
+
+    llm = load_llm(components.llm)
+    token_note = fit_embeddings(llm, tokenizer, components.image_token)
+    tower = load_tower(components.vision, tower_config, llm.dtype)
+    token_id = tokenizer.get_vocab()[components.image_token]
+    config: Any = make_config(components, tower.config, llm.config, token_id)
+    processor = MSResamplerProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=config.patch_size,
+        visual_tokens=config.projector_config.visual_tokens,
+        image_token=components.image_token,
+        chat_template=template,
+    )
+    model = join(config, tower, llm)
+    set_generation(model, llm, tokenizer, ChatFormat(template, tokenizer).end_token)
+    notes = [template_note, token_note, check_grids(model, processor)]
+    return Assembled(model.eval(), processor, notes)
+
+
+@contextmanager
+def naming(component: str) -> Iterator[None]:
+    """Makes one sentence, with the component's name, of an error in loading it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{component} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def load_tokenizer(llm: str) -> Any:
+    """The language model's tokenizer, with a token for padding. Raises ValueError if it tells no token offsets."""
+    with naming(llm):
+        tokenizer = AutoTokenizer.from_pretrained(llm)
+    if not tokenizer.is_fast:
+        raise ValueError(f"The tokenizer of {llm} has no fast form (tokenizer.json), which training labels need.")
+    if tokenizer.pad_token is None:
+        known = tokenizer.get_vocab()
+        tokenizer.pad_token = next((token for token in PADDING if token in known), tokenizer.eos_token)
+    return tokenizer
+
+
+def choose_template(tokenizer: Any, components: Components) -> tuple[str, str]:
+    """The chat template, and a sentence about it: the one asked for, else the tokenizer's own, else Vicuna's.
+
+    Raises ValueError if there is none that fits.
+    """
+    name, token = components.chat_template, components.image_token
+    if name is None and tokenizer.chat_template is None:
+        if tokenizer.eos_token != "</s>":  # that of Llama 1 and 2, and so of Vicuna
+            raise ValueError(
+                f"The tokenizer of {components.llm} has no chat template: give one with --chat-template "
+                f"({', '.join(TEMPLATES)}, or a file)."
+            )
+        name = "vicuna"
+    own = tokenizer.get_chat_template() if name is None else template_text(name, token, tokenizer)
+    template = image_aware(own, token, tokenizer)
+    source = "the language model's own" if name is None else name
+    prelude = "" if template == own else ", with a prelude that takes images"
+    end = ChatFormat(template, tokenizer).end_token
+    return template, f"Chat template: {source}{prelude}; answers end with {end}."
+
+
+def template_text(name: str, image_token: str, tokenizer: Any) -> str:
+    """A template by its name in this package, or from a file. Raises ValueError if the tokenizer cannot write it."""
+    if name not in TEMPLATES:
+        if not Path(name).is_file():
+            raise ValueError(f"There is no chat template {name!r}: give {', '.join(TEMPLATES)} or a file.")
+        return Path(name).read_text(encoding="utf-8")
+    missing = [token for token in TEMPLATES[name] if token not in tokenizer.get_vocab()]
+    if missing:
+        raise ValueError(f"The chat template {name!r} needs the token {missing[0]}, which the tokenizer does not know.")
+    return packaged_template(name).replace("<image>", image_token)
+
+
+def tower_config_of(vision: str) -> PretrainedConfig:
+    """The configuration of a tower, or of the tower in a checkpoint like CLIP's."""
+    with naming(vision):
+        config = AutoConfig.from_pretrained(model_or_embedded(vision))
+    return getattr(config, "vision_config", config)
+
+
+def text_config_of(llm: str) -> PretrainedConfig:
+    """The configuration of a language model. Raises ValueError if it reads more than text or is quantized."""
+    with naming(llm):
+        config = AutoConfig.from_pretrained(model_or_embedded(llm))
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"{llm} is a `{config.model_type}` model, which is more than a language model: give one of text only."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{llm} is quantized: give the model in full precision; training can quantize it later.")
+    return config
+
+
+def make_config(
+    components: Components, vision: PretrainedConfig, text: PretrainedConfig, image_token_id: int
+) -> MSResamplerConfig:
+    """The model's configuration; learned queries are laid out as the visual tokens are, unless told otherwise."""
+    layer = components.vision_feature_layer
+    if layer is None:
+        layer = -1 if vision.model_type in FEATURE_MAP_TOWERS else -2
+
+    def config_with(projector: dict[str, Any]) -> MSResamplerConfig:
+        return MSResamplerConfig(
+            vision_config=vision,
+            text_config=text,
+            projector_config=projector,
+            image_token_id=image_token_id,
+            vision_feature_layer=layer,
+            dtype=text.dtype,
+        )
+
+    config = config_with(components.projector)
+    fields = dict(components.projector)
+    if fields.get("projector_type") == "mlp":
+        fields.setdefault("visual_tokens", list(config.native_patch_grid))
+    budget = fields.get("visual_tokens")
+    if budget is not None:
+        fields.setdefault("query_grid", list(token_grid(budget, config.native_patch_grid)))
+    return config_with(fields)
+
+
+def load_llm(llm: str) -> PreTrainedModel:
+    """The language model with its head, in the type in which it is stored."""
+    with naming(llm):
+        model, info = AutoModelForCausalLM.from_pretrained(llm, dtype="auto", output_loading_info=True)
+    require_complete(llm, info)
+    return model
+
+
+def load_tower(vision: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The tower alone, also out of a checkpoint that holds more."""
+    with naming(vision):
+        model, info = MODEL_MAPPING[type(config)].from_pretrained(
+            vision, config=config, dtype=dtype, output_loading_info=True
+        )
+    require_complete(vision, info)
+    return model
+
+
+def require_complete(name: str, info: dict[str, Any]) -> None:
+    """Raises ValueError if weights that are used were not in the checkpoint; the poolers of towers are not."""
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} weights of its own architecture, such as {missing[0]}.")
+
+
+@torch.no_grad()
+def fit_embeddings(llm: PreTrainedModel, tokenizer: Any, image_token: str) -> str:
+    """Adds the image token to the tokenizer, and rows to the embeddings if they have no room; a sentence about it.
+
+    New rows are the mean of the old ones: a token that nobody has seen is neither likely nor unlikely.
+    """
+    known = image_token in tokenizer.get_vocab()
+    if not known:
+        tokenizer.add_tokens([image_token], special_tokens=True)
+    rows = llm.get_input_embeddings().weight.shape[0]
+    about = f"Image token: {image_token}, id {tokenizer.get_vocab()[image_token]}, {'reused' if known else 'added'}"
+    if len(tokenizer) <= rows:
+        return f"{about}; the {rows:,} rows of embeddings have room for it."
+    llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROWS, mean_resizing=False)
+    for table in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+        table.weight[rows:] = table.weight[:rows].mean(dim=0, dtype=torch.float32).to(table.weight.dtype)
+    return f"{about}; embeddings grew from {rows:,} to {llm.config.vocab_size:,} rows."
+
+
+def join(
+    config: MSResamplerConfig, tower: PreTrainedModel, llm: PreTrainedModel
+) -> MSResamplerForConditionalGeneration:
+    """A model around a tower and a language model that are loaded, with a fresh projector."""
+    with torch.device("meta"):
+        model = MSResamplerForConditionalGeneration(config)
+    model.model.vision_tower = tower
+    model.model.language_model = llm.get_decoder()
+    model.lm_head = llm.get_output_embeddings()
+    model.model.projector = build_projector(config).to(llm.dtype)
+    model.model.projector.apply(model.model._init_weights)
+    return model
+
+
+def set_generation(model: Any, llm: PreTrainedModel, tokenizer: Any, end_token: str) -> None:
+    """The language model's settings for generation, which stop at the chat template's end and never write an image."""
+    settings = llm.generation_config
+    ends = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    end = tokenizer.get_vocab()[end_token]
+    settings.eos_token_id = [end, *(other for other in ends if other != end)]
+    settings.pad_token_id = tokenizer.pad_token_id
+    settings.suppress_tokens = [model.config.image_token_id]
+    model.generation_config = settings
+
+
+@torch.no_grad()
+def check_grids(model: MSResamplerForConditionalGeneration, processor: MSResamplerProcessor) -> str:
+    """Asks the projector for the visual tokens of a square picture; a sentence about them.
+
+    Raises ValueError if it cannot make them of the patches that the image processor makes of it.
+    """
+    config: Any = model.config
+    square = processor.image_processor([Image.new("RGB", (512, 512))])
+    if "spatial_shapes" in square:
+        height, width = map(int, square["spatial_shapes"][0])
+    else:
+        height, width = config.patch_grid(square["pixel_values"][0].shape[-2:])
+    patches = height, width
+    rows, columns = token_grid(config.projector_config.visual_tokens, patches)
+    features = torch.zeros(1, patches[0] * patches[1], config.feature_width, dtype=model.dtype)
+    model.model.projector(features, patches, (rows, columns))
+    note = f"Visual tokens: {rows} x {columns} = {rows * columns} of {patches[0]} x {patches[1]} patches."
+    if patches != config.native_patch_grid:
+        native = " x ".join(map(str, config.native_patch_grid))
+        note += f" The tower was made for {native}: its positions are interpolated."
+    return note

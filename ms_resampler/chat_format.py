@@ -1,0 +1,136 @@
+"""What a chat template makes of a conversation: its text, where the answers are, and what ends them.
+
+Nothing here knows a language model by name: a template is asked by rendering conversations with it.
+"""
+
+import re
+from functools import cached_property
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+Span = tuple[int, int]
+
+# Stands for the content of a message; no template changes it, and no data hold it.
+CONTENT = "\ue000content\ue001"
+
+
+def packaged_template(name: str) -> str:
+    """The text of a template in this package: "chatml", "vicuna" or "image_parts"."""
+    return (files("ms_resampler") / "chat_templates" / f"{name}.jinja").read_text()
+
+
+class ChatFormat:
+    """A chat template that takes messages in parts, with the tokenizer whose special tokens it writes."""
+
+    def __init__(self, template: str, tokenizer: Any):
+        self.template = template
+        self.special_tokens = tokenizer.special_tokens_map
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        self.added_token = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
+        self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+    def render(self, messages: list[dict[str, Any]]) -> str:
+        """The text of a conversation. Raises ValueError with the template's reason if it refuses it."""
+        return self._render(messages, marks=False)[0]
+
+    def _render(self, messages: list[dict[str, Any]], marks: bool) -> tuple[str, list[Span]]:
+        try:
+            texts, spans = render_jinja_template(
+                [messages], chat_template=self.template, return_assistant_tokens_mask=marks, **self.special_tokens
+            )
+        except (TemplateError, TypeError) as error:  # a template that knows texts only adds a list to a string
+            raise ValueError(f"The chat template refuses the conversation: {error}") from error
+        return texts[0], spans[0] if marks else []
+
+    def render_with_answers(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+        """The text of a conversation, and the character ranges of its answers, each with what ends its turn.
+
+        A template that marks answers (`{% generation %}`) is believed. For any other the conversation is rendered
+        again with a stand-in for every answer: what is left is the frame, and between its pieces are the answers.
+        Raises ValueError if the template refuses the conversation or leaves an answer out.
+        """
+        if self.marks_answers:
+            return self._render(messages, marks=True)
+        text = self.render(messages)
+        answers = [text_of(message) for message in messages if message["role"] == "assistant"]
+        instead = {"content": [{"type": "text", "text": CONTENT}]}
+        frame = self.render([m | instead if m["role"] == "assistant" else m for m in messages])
+        pieces = frame.split(CONTENT)
+        if len(pieces) != len(answers) + 1 or not text.startswith(pieces[0]):
+            raise ValueError("The chat template leaves an answer out, or repeats one.")
+        spans, start = [], len(pieces[0])
+        for number, (answer, piece) in enumerate(zip(answers, pieces[1:], strict=True), start=1):
+            is_last = number == len(answers)
+            end = end_of_answer(text, start, answer, piece, is_last)
+            closing = self.turn_ends[is_last]
+            spans.append((start, end + len(closing) if text.startswith(closing, end) else end))
+            start = end + len(piece)
+        return text, spans
+
+    @cached_property
+    def turn_ends(self) -> tuple[str, str]:
+        """What ends an answer that is followed by a question, and the last answer of a conversation.
+
+        Both reach up to and including the first added token that the template itself writes after an answer,
+        "<|im_end|>" in ChatML; "" if there is none.
+        """
+        said = [{"role": role, "content": [{"type": "text", "text": CONTENT}]} for role in ("user", "assistant") * 2]
+        pieces = self.render(said).split(CONTENT)
+        if len(pieces) != 5:
+            raise ValueError("The chat template does not write every message once, so its answers cannot be found.")
+        found = [self.added_token.search(piece) for piece in (pieces[2], pieces[4])]
+        between, last = (match.string[: match.end()] if match else "" for match in found)
+        return between, last
+
+    @property
+    def end_token(self) -> str:
+        """The token that ends an answer, such as "<|im_end|>". Raises ValueError if there is none."""
+        between, last = self.turn_ends
+        match = self.added_token.search(last) or self.added_token.search(between)
+        if match is None:
+            raise ValueError("The chat template ends answers with no token of its own, so a model would never stop.")
+        return match.group()
+
+
+def text_of(message: dict[str, Any]) -> str:
+    """The text of a message, without its images."""
+    return "".join(part.get("text", "") for part in message["content"])
+
+
+def end_of_answer(text: str, start: int, answer: str, following: str, is_last: bool) -> int:
+    """Where the answer that begins at `start` ends, and `following` begins: as it was said, or as it was stripped.
+
+    Raises ValueError if the template made something else of it that cannot be told from what follows.
+    """
+    for kept in (answer, answer.strip(), answer.rstrip(), answer.lstrip()):
+        end = start + len(kept)
+        if text.startswith(kept, start) and text.startswith(following, end):
+            return end
+    end = len(text) - len(following) if is_last else text.find(following, start)
+    if end < start or not following or not text.startswith(following, end):
+        raise ValueError(f"The chat template changes the answer {answer[:40]!r} so that it cannot be found again.")
+    return end
+
+
+def image_aware(template: str, image_token: str, tokenizer: Any) -> str:
+    """The template if it writes `image_token` for an image, else with a prelude that does so before it.
+
+    Raises ValueError if it does not write image and text even then.
+    """
+    prelude = packaged_template("image_parts").rstrip("\n").replace("<image>", image_token)
+    for candidate in (template, prelude + template):
+        if _writes_images(ChatFormat(candidate, tokenizer), image_token):
+            return candidate
+    raise ValueError("The chat template does not write images and text: give another one.")
+
+
+def _writes_images(chat_format: ChatFormat, image_token: str) -> bool:
+    parts = [{"type": "image"}, {"type": "text", "text": CONTENT}]
+    try:
+        text = chat_format.render([{"role": "user", "content": parts}])
+    except ValueError:
+        return False
+    return text.count(image_token) == text.count(CONTENT) == 1 and "'type'" not in text

@@ -1,0 +1,273 @@
+"""`ms-resampler init`: the parts arrive whole, the tokenizer and the template fit, and nothing is left half-written."""
+
+import subprocess
+import sys
+
+import pytest
+import tiny_models as tiny
+import torch
+from components import CHATML, LLAMA_3, TOKENIZERS, save_llm, save_tower
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
+
+from ms_resampler import MSResamplerForConditionalGeneration
+from ms_resampler.chat_format import ChatFormat, image_aware
+from ms_resampler.cli import main
+
+TOWERS = ("clip", "siglip", "siglip2", "dinov2", "convnext")
+EXACT = {"atol": 0, "rtol": 0}
+PROJECTOR = ["--visual-tokens", "4", "--set", "hidden_size=16", "--set", "num_attention_heads=2"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    towers = {
+        kind: str(save_tower(folder / kind, kind)) for kind in ("clip", "siglip", "siglip2", "dinov2", "convnext")
+    }
+    llms = {name: str(save_llm(folder / name, name, "llama" if "llama" in name else name)) for name in TOKENIZERS}
+    return towers | llms
+
+
+def init(parts, out, vision="clip", llm="qwen2", *more):
+    return main(["init", "--vision", parts[vision], "--llm", parts[llm], "--out", str(out), *PROJECTOR, *more])
+
+
+@pytest.mark.parametrize("llm", TOKENIZERS)
+def test_the_parts_arrive_whole(parts, tmp_path, llm, capsys):
+    assert init(parts, tmp_path / "model", "clip", llm) == 0
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    clip = CLIPModel.from_pretrained(parts["clip"]).vision_model.state_dict()
+    for name, tensor in clip.items():
+        assert_close(weights[f"model.vision_tower.{name}"], tensor.bfloat16(), **EXACT)
+    original = AutoModelForCausalLM.from_pretrained(parts[llm], dtype="auto").state_dict()
+    for name, tensor in original.items():
+        ours = "lm_head.weight" if name == "lm_head.weight" else name.replace("model.", "model.language_model.", 1)
+        assert_close(weights[ours][: len(tensor)], tensor, **EXACT)
+        for row in weights[ours][len(tensor) :]:
+            assert_close(row, tensor.float().mean(0).bfloat16())
+    known = {name for name in weights if not name.startswith("model.projector.")}
+    assert len(known) == len(clip) + len(original)
+
+
+def test_the_projector_starts_as_in_a_new_model(parts, tmp_path):
+    init(parts, tmp_path / "model")
+    model = MSResamplerForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    one, other = (MSResamplerForConditionalGeneration(model.config).model.projector.state_dict() for _ in range(2))
+    for name, tensor in model.model.projector.state_dict().items():
+        if torch.equal(one[name], other[name]):
+            assert_close(tensor, one[name].bfloat16().float(), **EXACT, msg=name)
+        else:
+            assert tensor.std().item() == pytest.approx(one[name].std().item(), rel=0.4), name
+
+
+@pytest.mark.parametrize("vision", TOWERS)
+def test_every_tower_answers_through_the_auto_classes(parts, tmp_path, vision):
+    more = ["--visual-tokens", "2"] if vision == "convnext" else []
+    assert init(parts, tmp_path / "model", vision, "qwen2", *more) == 0
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    content = [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "What is it?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.dtype)
+    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert 1 <= len(ids) <= 3
+    assert model.config.image_token_id not in ids
+
+
+@pytest.mark.parametrize(
+    ("projector", "tokens"),
+    [("mlp", 36), ("avg_pool", 6), ("token_packer", 9), ("qwen_resampler", 6), ("mqt", 6), ("q_former", 6)],
+)
+def test_every_kind_of_projector_can_be_asked_for(parts, tmp_path, projector, tokens, capsys):
+    budget = {"mlp": [], "token_packer": ["--visual-tokens", "3x3"]}.get(projector, ["--visual-tokens", "2x3"])
+    command = ["init", "--vision", parts["clip"], "--llm", parts["qwen2"], "--out", str(tmp_path / "model")]
+    size = ["--set", "hidden_size=16", "--set", "num_attention_heads=2", "--set", "intermediate_size=32"]
+    assert main([*command, "--projector", projector, *budget, *size]) == 0
+    assert f"= {tokens} of 6 x 6 patches" in capsys.readouterr().out
+    model = MSResamplerForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert model.config.projector_config.projector_type == projector
+    assert len(model.get_image_features(tiny.pixels(), return_dict=True).pooler_output[0]) == tokens
+
+
+def test_a_picture_of_another_size_than_the_towers_is_told(parts, tmp_path, capsys):
+    tower = save_tower(tmp_path / "small", "dinov2")
+    settings = (tower / "preprocessor_config.json").read_text().replace("24", "16")
+    (tower / "preprocessor_config.json").write_text(settings)
+    assert init(parts | {"small": str(tower)}, tmp_path / "model", "small") == 0
+    assert "of 4 x 4 patches. The tower was made for 6 x 6: its positions" in capsys.readouterr().out
+
+
+def test_settings_for_generation_survive(parts, tmp_path):
+    init(parts, tmp_path / "model", "clip", "llama_3")
+    settings = MSResamplerForConditionalGeneration.from_pretrained(tmp_path / "model").generation_config
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab()
+    assert settings.eos_token_id == [vocabulary["<|eot_id|>"], vocabulary["<|end_of_text|>"]]
+    assert settings.pad_token_id == vocabulary["<|end_of_text|>"]
+    assert settings.suppress_tokens == [vocabulary["<image>"]]
+
+
+def test_the_image_token_is_reused_and_rows_are_added_only_if_needed(parts, tmp_path, capsys):
+    assert init(parts, tmp_path / "grown") == 0
+    printed = capsys.readouterr().out
+    rows = len(TOKENIZERS["qwen2"]())
+    grown = load_file(tmp_path / "grown" / "model.safetensors")["lm_head.weight"]
+    assert f"<image>, id {rows}, added; embeddings grew from {rows} to {len(grown)} rows" in printed
+    assert len(grown) % 64 == 0
+
+    roomy = save_llm(tmp_path / "roomy", vocab_size=rows + 1)
+    assert init(parts | {"roomy": str(roomy)}, tmp_path / "same", "clip", "roomy") == 0
+    assert f"added; the {rows + 1} rows of embeddings have room for it" in capsys.readouterr().out
+    assert len(load_file(tmp_path / "same" / "model.safetensors")["lm_head.weight"]) == rows + 1
+
+    assert init(parts, tmp_path / "reused", "clip", "qwen2", "--image-token", "<|endoftext|>") == 0
+    assert "<|endoftext|>, id 0, reused" in capsys.readouterr().out
+    processor = AutoProcessor.from_pretrained(tmp_path / "reused")
+    picture = {"type": "image", "image": tiny.picture()}
+    ids = processor.apply_chat_template([{"role": "user", "content": [picture]}], tokenize=True, return_dict=True)
+    assert ids["input_ids"][0].count(0) == 4
+
+
+def test_tied_embeddings_stay_tied(parts, tmp_path, capsys):
+    tied = save_llm(tmp_path / "tied", tie_word_embeddings=True)
+    assert init(parts | {"tied": str(tied)}, tmp_path / "model", "clip", "tied") == 0
+    assert "tied" in capsys.readouterr().out
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    model = MSResamplerForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_the_table_adds_up(parts, tmp_path, capsys):
+    init(parts, tmp_path / "model")
+    lines = capsys.readouterr().out.splitlines()
+    counts = [int(line[14:].split()[0].replace(",", "")) for line in lines[1:6]]
+    assert sum(counts[:4]) == counts[4]
+    model = MSResamplerForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert counts[4] == sum(p.numel() for p in model.parameters())
+    assert [line.split()[-2:] for line in lines[1:5]] == [
+        ["frozen", "frozen"],
+        ["trained"] * 2,
+        *[["frozen", "trained"]] * 2,
+    ]
+
+
+DIALOGUE = [
+    {"role": "user", "content": "Which is older?"},
+    {"role": "assistant", "content": "The first."},
+    {"role": "user", "content": "Why?"},
+]
+
+
+@pytest.mark.parametrize(("name", "template"), [("qwen2", CHATML), ("llama_3", LLAMA_3)])
+def test_a_template_made_for_texts_says_the_same_with_images(name, template):
+    tokenizer = TOKENIZERS[name]()
+    aware = ChatFormat(image_aware(template, "<image>", tokenizer), tokenizer)
+    plain = ChatFormat(template, tokenizer)
+    assert aware.template != template
+    assert aware.render(DIALOGUE) == plain.render(DIALOGUE)
+    listed = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in DIALOGUE]
+    assert aware.render(listed) == plain.render(DIALOGUE)
+    listed[0]["content"].insert(0, {"type": "image"})
+    first = DIALOGUE[0] | {"content": "<image>\n" + DIALOGUE[0]["content"]}
+    assert aware.render(listed) == plain.render([first, *DIALOGUE[1:]])
+    assert image_aware(aware.template, "<image>", tokenizer) == aware.template
+
+
+def test_a_tokenizer_without_a_template_speaks_as_vicuna(parts, tmp_path, capsys):
+    assert init(parts, tmp_path / "model", "clip", "llama_2") == 0
+    assert "Chat template: vicuna; answers end with </s>." in capsys.readouterr().out
+    assert "USER: " in (tmp_path / "model" / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--projector", "telescope"], "projector_type"),
+        (["--set", "scope_sigma=1"], "`scope_sigma` is not a field of MSResamplerProjectorConfig; did you mean"),
+        (["--visual-tokens", "100"], "A budget of 100 visual tokens is impossible for 6 x 6 = 36 patches"),
+        (["--projector", "pixel_shuffle", "--visual-tokens", "4x6"], "`pixel_shuffle` joins whole patches"),
+        (["--vision-feature-layer", "9"], "`vision_feature_layer` 9 does not exist"),
+        (["--chat-template", "vicuna"], "needs the token </s>"),
+        (["--chat-template", "no.jinja"], "There is no chat template 'no.jinja'"),
+        (["--chat-template", "ENDLESS"], "ends answers with no token of its own"),
+        (["--chat-template", "DEAF"], "does not write images and text"),
+        (["--vision", "QWEN"], "the vision tower `qwen2`"),
+        (["--llm", "nobody/nothing"], "nobody/nothing cannot be loaded: "),
+        (["--vision", "no/such/folder"], "neither a folder nor the name"),
+        (["--llm", "CLIP"], "which is more than a language model"),
+    ],
+)
+def test_what_does_not_fit_is_a_sentence_and_leaves_nothing(parts, tmp_path, more, sentence, capsys):
+    (tmp_path / "endless.jinja").write_text("{% for m in messages %}{{ m['role'] + m['content'] }}\n{% endfor %}")
+    (tmp_path / "deaf.jinja").write_text("{{ messages[0]['role'] }}")
+    names = {"QWEN": parts["qwen2"], "CLIP": parts["clip"]}
+    names |= {"ENDLESS": str(tmp_path / "endless.jinja"), "DEAF": str(tmp_path / "deaf.jinja")}
+    before = sorted(tmp_path.iterdir())
+    assert init(parts, tmp_path / "model", "clip", "qwen2", *(names.get(word, word) for word in more)) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err.splitlines()[-1]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_weights_that_are_missing_are_named(parts, tmp_path, capsys):
+    broken = save_tower(tmp_path / "broken", "dinov2")
+    config = (broken / "config.json").read_text()
+    (broken / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    assert init(parts | {"broken": str(broken)}, tmp_path / "model", "broken") == 2
+    assert "of its own architecture, such as " in capsys.readouterr().err
+
+
+def test_a_folder_that_is_there_is_left_alone(parts, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    assert init(parts, tmp_path / "model") == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_folder(parts, tmp_path, capsys, monkeypatch):
+    def full(self, folder, **kwargs):
+        (folder / "config.json").touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MSResamplerForConditionalGeneration, "save_pretrained", full)
+    assert init(parts, tmp_path / "model") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import transformers.models.clip.modeling_clip, transformers.models.llama.modeling_llama
+from ms_resampler.assembly import Components, assemble
+from ms_resampler.init_command import save_whole
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+before, (vision, llm, out) = peak(), sys.argv[1:]
+made = assemble(Components(vision, llm, {"hidden_size": 16, "num_attention_heads": 2, "visual_tokens": 4}))
+save_whole(Path(out), made.model, made.processor)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_near_one_copy_of_the_weights(parts, tmp_path):
+    size = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16}
+    config = tiny.text_config("llama", **size, num_key_value_heads=16)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "big")
+    TOKENIZERS["qwen2"]().save_pretrained(tmp_path / "big")
+    weights = (tmp_path / "big" / "model.safetensors").stat().st_size
+    assert weights > 500e6
+    command = [sys.executable, "-c", MEASURED, parts["clip"], str(tmp_path / "big"), str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert weights < int(done.stdout) < 1.25 * weights
