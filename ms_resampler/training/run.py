@@ -119,6 +119,8 @@ def training_arguments(recipe: Recipe, options: RunOptions, steps: int) -> Train
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,  # the trainer stops there
         report_to=options.report_to,
+        project="ms-resampler",
+        trackio_static_space_id=False,  # trackio stays on this machine
         seed=recipe.seed,
     )
 

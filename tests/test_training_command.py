@@ -1,0 +1,119 @@
+"""`ms-resampler train`: what it prints, what it changes, what it refuses; and the published numbers of the recipes."""
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+from tiny_runs import make_start
+
+from ms_resampler import cli
+from ms_resampler.training.recipes import RECIPES, Adapters, LearningRates, Recipe
+
+
+def shown(capsys, *arguments):
+    assert cli.main(["train", *arguments, "--show"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "rates"),
+    [
+        ("llava-1.5-align", 256, {"projector": 1e-3}),
+        ("llava-1.5-instruct", 128, {"projector": 2e-5, "llm": 2e-5, "embeddings": 2e-5}),
+        ("tokenpacker-align", 256, {"projector": 1e-3}),
+        ("tokenpacker-instruct", 128, {"projector": 2e-5, "llm": 2e-5, "embeddings": 2e-5}),
+        ("mqt-align", 256, {"projector": 1e-3}),
+        ("mqt-instruct", 128, {"projector": 2e-5, "llm": 2e-5, "embeddings": 2e-5}),
+        ("mobilevlm-v2-align", 256, {"projector": 1e-3, "llm": 2e-5, "embeddings": 2e-5}),
+        ("mobilevlm-v2-instruct", 128, {"projector": 4e-5, "llm": 4e-5, "embeddings": 4e-5}),
+        ("instruct_lora", 128, {"projector": 2e-5, "llm": 2e-4}),
+    ],
+)
+def test_the_published_recipes(name, batch, rates, capsys):
+    recipe = shown(capsys, name)
+    assert recipe["name"] == name
+    assert recipe["batch_size"] == batch
+    assert recipe["rates"] == dict.fromkeys(("tower", "projector", "llm", "embeddings")) | rates
+    assert (recipe["warmup_ratio"], recipe["weight_decay"], recipe["max_length"]) == (0.03, 0, 2048)
+    assert recipe["group_by_modality"] == (recipe["text"] == "chat") == ("align" not in name)
+    assert recipe["epochs"] == (2 if name == "mqt-instruct" else 1)
+
+
+def test_the_list_names_every_recipe(capsys):
+    assert cli.main(["train", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [*RECIPES, "tiny"]
+    assert all(make().name == name for name, make in RECIPES.items())
+
+
+def test_a_few_fields_are_changed_and_the_others_stay(capsys):
+    changes = ["--steps", "7", "--batch-size", "32", "--seed", "3", "--no-bf16", "--bad-records", "skip"]
+    changed, whole = shown(capsys, "instruct", *changes), shown(capsys, "instruct")
+    assert {name: value for name, value in changed.items() if value != whole[name]} == {
+        "steps": 7, "batch_size": 32, "seed": 3, "bf16": False, "bad_records": "skip",
+    }  # fmt: skip
+    assert set(whole) == {field.name for field in dataclasses.fields(Recipe)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        (["1e-4"], {"projector": 1e-4, "llm": 1e-4, "embeddings": 1e-4}),
+        (["tower=2e-6"], {"tower": 2e-6, "projector": 2e-5, "llm": 2e-5, "embeddings": 2e-5}),
+        (["1e-4", "projector=1e-3", "embeddings=frozen"], {"projector": 1e-3, "llm": 1e-4}),
+    ],
+)
+def test_learning_rates_are_changed_for_all_or_for_a_part(changes, rates, capsys):
+    changed = shown(capsys, "instruct", "--learning-rate", *changes)["rates"]
+    assert {part: rate for part, rate in changed.items() if rate is not None} == rates
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "Name a recipe; `ms-resampler train --list` shows them."),
+        (["align"], "The recipe align needs --model and --data."),
+        (["align", "--model", "gone/away/x", "--data", "d.json"], "neither a folder nor the name of a Hub repository"),
+        (["align", "--learning-rate", "fast"], "'fast' is no learning rate: write 1e-4"),
+        (["align", "--learning-rate", "eyes=1e-4"], "'eyes' is no part of a model: the parts are tower, projector"),
+        (["align", "--learning-rate", "projector=frozen"], "Every part of the model is frozen"),
+        (["align", "--learning-rate", "3"], "The learning rate of the projector must lie between 0 and 1, got 3.0."),
+        (["align", "--steps", "0"], "Steps and batch size must be at least 1, got 0 and 256."),
+        (["instruct_lora", "--learning-rate", "embeddings=1e-5"], "the embeddings stay frozen"),
+        (["tiny", "--data", "d.json"], "The recipe tiny makes its own model and data: it takes no --data."),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(arguments, sentence, capsys):
+    assert cli.main(["train", *arguments, *(["--show"] if len(arguments) == 3 else [])]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+
+
+def test_fields_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="Adapters train at the rate of `llm`"):
+        dataclasses.replace(RECIPES["instruct_lora"](), rates=LearningRates(projector=1e-4))
+    assert Adapters() == Adapters(rank=128, alpha=256)
+
+
+def test_the_command_trains_and_a_finished_run_is_not_run_again(tmp_path, capfd):
+    start, out = make_start(tmp_path, records=8), tmp_path / "run"
+    command = ["train", "align", "--model", str(start / "start"), "--data", str(start / "data.json")]
+    command += ["--images", str(start / "images"), "--out", str(out), "--steps", "2", "--batch-size", "2"]
+    command += ["--workers", "0", "--no-bf16", "--max-length", "512"]
+    assert cli.main(command) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == str(out / "model")
+    log = (out / "log.jsonl").read_text()
+    assert cli.main(command) == 0
+    assert (out / "log.jsonl").read_text() == log
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_read(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    command = ["train", "align", "--model", "a/b", "--data", "d.json", "--out", str(tmp_path / "run")]
+    assert cli.main([*command, "--report-to", "tensorboard"]) == 2
+    assert "This run needs the package tensorboard: pip install tensorboard." in capsys.readouterr().err
+    assert cli.main([*command, "--liger"]) == 2
+    assert "This run needs the package liger_kernel: pip install liger-kernel." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
