@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ms_resampler import TINY
-from ms_resampler.cli import main
+from ms_resampler.cli import build_parser, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,6 +38,14 @@ def test_the_chat_and_export_commands_run_as_printed(monkeypatch, capsys, tmp_pa
     monkeypatch.chdir(tmp_path)
     assert main(export) == 0
     assert (tmp_path / export[-1] / "modeling_ms_resampler.py").is_file()
+
+
+def test_every_command_line_is_one_that_the_commands_take():
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("ms-resampler")]
+    assert len(lines) > 10
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        build_parser(words).parse_args(words)
 
 
 def test_every_command_named_exists():
