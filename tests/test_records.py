@@ -34,6 +34,7 @@ def save(path, rows, form):
         "pretty": lambda: json.dumps(rows, indent=2),
         "lines": lambda: "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
         "lines, blank": lambda: "\n\n".join(json.dumps(row) for row in rows) + "\n\n",
+        "lines, with a mark": lambda: "\ufeff" + "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
         "with a mark": lambda: "\ufeff" + json.dumps(rows, ensure_ascii=False),
     }[form]()
     path.write_text(text, encoding="utf-8")
@@ -46,7 +47,7 @@ def expected(row, folder):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100, 1 << 20])
-@pytest.mark.parametrize("form", ["list", "pretty", "lines", "lines, blank", "with a mark"])
+@pytest.mark.parametrize("form", ["list", "pretty", "lines", "lines, blank", "with a mark", "lines, with a mark"])
 def test_json_comes_back_record_by_record(tmp_path, monkeypatch, form, chunk):
     monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     rows = rows_of()
