@@ -303,8 +303,9 @@ class MQTResampler(nn.Module):
         tokens = token_grid[0] * token_grid[1]
         if tokens > len(self.query_QC):
             raise ValueError(f"`mqt` has {len(self.query_QC)} queries (`query_grid`), so no more tokens than that.")
-        query = self.q_norm(self.query_QC[:tokens] + self.position_QC[:tokens])
-        key = self.k_norm(resize_table(self.position_QC, self.grid, patch_grid))
+        position_QC = self.position_QC.to(x_BNC.dtype)  # a buffer may stay in float32
+        query = self.q_norm(self.query_QC[:tokens] + position_QC[:tokens])
+        key = self.k_norm(resize_table(position_QC, self.grid, patch_grid))
         query, key = (t.expand(len(x_BNC), -1, -1) for t in (query, key))
         return self.attention(query, key, self.v_norm(x_BNC), need_weights=False)[0] @ self.output_CT
 
@@ -338,8 +339,9 @@ class QwenResampler(nn.Module):
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         require_queries("qwen_resampler", len(self.query_MD), token_grid)
         x_BND = self.kv_norm(self.kv_proj(x_BNC))
-        query = (self.q_norm(self.query_MD) + self.position_MD).expand(len(x_BND), -1, -1)
-        key = x_BND + resize_table(self.position_MD, self.grid, patch_grid)
+        position_MD = self.position_MD.to(x_BND.dtype)  # a buffer may stay in float32
+        query = (self.q_norm(self.query_MD) + position_MD).expand(len(x_BND), -1, -1)
+        key = x_BND + resize_table(position_MD, self.grid, patch_grid)
         out_BMD = self.attention(query, key, x_BND, need_weights=False)[0]
         return self.output_norm(out_BMD) @ self.output_DT
 

@@ -12,7 +12,13 @@ from tiny_models import picture, tiny_model, tiny_processor
 from transformers import AutoModelForImageTextToText, Blip2Config, Blip2ForConditionalGeneration, Idefics2Config
 from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
 
-from ms_resampler.projectors_ms_resampler import PROJECTORS, rename, resize_table, sincos_table
+from ms_resampler.projectors_ms_resampler import (
+    PROJECTORS,
+    init_projector_weights,
+    rename,
+    resize_table,
+    sincos_table,
+)
 
 ORIGINALS = Path(__file__).parent / "reference_projectors"
 
@@ -287,3 +293,18 @@ def test_the_resampler_is_the_multi_scope_code_with_one_scope():
     assert torch.equal(ours.pooler_output[0], theirs.pooler_output[0])
     local = tiny_model(projector={"projector_type": "resampler", "scope_sigmas": [0.5]})
     assert local.config.projector_config.scope_names == ["local"]
+
+
+@pytest.mark.parametrize("kind", ["mqt", "qwen_resampler"])
+@torch.no_grad()
+def test_tables_of_positions_that_stay_in_float32_do_not_matter(kind):
+    """transformers leaves buffers as they are when it loads in half precision."""
+    torch.manual_seed(0)
+    projector = PROJECTORS[kind](sizes(32, 48, (8, 8), (4, 4), width=32)).apply(init_projector_weights)
+    x_BNC = torch.randn(2, 64, 32)
+    expected = projector(x_BNC, (8, 8), (4, 4))
+    for parameter in projector.parameters():
+        parameter.data = parameter.data.bfloat16()
+    got = projector(x_BNC.bfloat16(), (8, 8), (4, 4))
+    assert got.dtype == torch.bfloat16
+    assert (got - expected).norm() < 0.03 * expected.norm()
