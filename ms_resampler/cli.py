@@ -22,6 +22,9 @@ COMMANDS = {
     "export": ("ms_resampler.hub_upload.export", "copy a checkpoint with its code into a folder that loads anywhere"),
     "card": ("ms_resampler.hub_upload.card", "write a checkpoint's model card from its results, or check it"),
     "push": ("ms_resampler.hub_upload.push", "publish a checkpoint, its code and its card on the Hub"),
+    "push-space": ("ms_resampler.hub_upload.push_space", "publish the demo of a published checkpoint as a Space"),
+    "pull": ("ms_resampler.hub_upload.pull", "download a checkpoint from the Hub, checked"),
+    "verify": ("ms_resampler.hub_upload.verify", "check a checkpoint on the Hub: files, hashes, whose code it runs"),
     "train": ("ms_resampler.training.command", "run a training recipe, and measure what it made"),
     "study": ("ms_resampler.study.command", "train every projector under the same conditions, and compare them"),
 }
