@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_processor
 
 from ms_resampler.cli import main
-from ms_resampler.hub_upload import plan, publish, push, safety
+from ms_resampler.hub_upload import content, plan, publish, push, secret_scan
 from ms_resampler.hub_upload.redaction import redact, redacted
 from ms_resampler.hub_upload.staging import remote_code_files
 
@@ -294,12 +294,12 @@ def test_the_token_in_use_is_found_whatever_its_form(hub, folder, unverified, ca
 
 def test_a_token_across_two_blocks_is_found(tmp_path):
     (tmp_path / "file").write_bytes(b"x" * 90 + HUB_TOKEN.encode() + b"x")
-    assert safety.holds_token(tmp_path / "file", block=100)
-    assert not safety.holds_token(Path(__file__).with_name("conftest.py"), block=100)
+    assert secret_scan.holds_token(tmp_path / "file", block=100)
+    assert not secret_scan.holds_token(Path(__file__).with_name("conftest.py"), block=100)
 
 
 def test_oversized_files_are_refused(hub, token, folder, unverified, capsys, monkeypatch):
-    monkeypatch.setitem(safety.LIMITS, "*.safetensors", 100_000)
+    monkeypatch.setitem(content.LIMITS, "*.safetensors", 100_000)
     assert main(["push", str(folder), NAME]) == 2
     assert "model.safetensors: too large; weights can be split with --max-shard-size 5GB" in error(capsys)
     assert main(["push", str(folder), NAME, "--max-shard-size", "50KB", "--dry-run"]) == 0
@@ -312,7 +312,7 @@ def test_weights_whose_length_begins_like_a_pickle_are_none(tmp_path):
             break
     else:
         pytest.fail("no such length was met")
-    safety.check_folder(tmp_path, [tmp_path / "a.safetensors"])
+    content.check_folder(tmp_path, [tmp_path / "a.safetensors"])
 
 
 # What goes wrong on the way

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -43,6 +43,19 @@ def look_at(api: HfApi, name: str, branch: str, kind: str = "model") -> Remote:
     tags = {tag.name: tag.target_commit for tag in refs.tags}
     hashes = hashes_at(api, name, about.sha, kind)
     return Remote(name, kind, True, bool(about.private), has_branch, about.sha, hashes, tags)
+
+
+def as_visible_as(remote: Remote, public: bool) -> Remote:
+    """The repository, if it is or will be as public as was asked for.
+
+    Raises ValueError if everybody would see what was to be private, or the other way round.
+    """
+    if not remote.exists:
+        return replace(remote, private=not public)
+    if remote.private == public:
+        found, remedy = ("private", "leave out --public") if remote.private else ("public", "give --public")
+        raise ValueError(f"{remote.name} exists and is {found}: {remedy}, or change it on its settings page.")
+    return remote
 
 
 def hashes_at(api: HfApi, name: str, commit: str, kind: str = "model") -> dict[str, str]:

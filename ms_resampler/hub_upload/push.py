@@ -5,7 +5,6 @@ import re
 import shutil
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import httpx2
@@ -14,10 +13,11 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from .card import check_card, check_metadata, is_made_here, render_card
 from .client import check_repository_name, hub_errors, patiently
-from .plan import Remote, describe, look_at, make_plan, size
+from .content import check_folder, check_sizes
+from .plan import Remote, as_visible_as, describe, look_at, make_plan, size
 from .publish import check_published, choose_tag, publish, set_tag
-from .safety import check_folder, check_sizes
-from .staging import allowed_files, check_checkpoint, is_ours, remote_code_files, stage_checkpoint
+from .secret_scan import check_secrets
+from .staging import allowed_files, check_checkpoint, is_loaded, remote_code_files, stage_checkpoint
 from .verification import answer_of_a_stranger
 
 REFERENCE = re.compile(r"\w(?:[\w-]|[./](?=\w))*")
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         api, staged, home = HfApi(), Path(place, "staged"), Path(place, "home")
         remote = look_first(api, arguments)
         answer = prepare(arguments, staged)
-        plan = make_plan(staged, remote, is_ours, left_out(arguments.folder))
+        plan = make_plan(staged, remote, is_loaded, left_out(arguments.folder))
         print(describe(plan, branch), flush=True)
         if arguments.dry_run:
             print(f"\n{(staged / 'README.md').read_text(encoding='utf-8')}\nNothing was sent (--dry-run).")
@@ -89,14 +89,9 @@ def look_first(api: HfApi, arguments: argparse.Namespace) -> Remote:
             raise
         print(f"The Hub cannot be reached; the plan takes it that {name} does not exist yet.")
         remote = Remote(name)
-    if not remote.exists:
-        if arguments.public and not arguments.dry_run:
-            ask_for_consent(name)
-        return replace(remote, private=not arguments.public)
-    if remote.private == arguments.public:
-        found, remedy = ("private", "leave out --public") if remote.private else ("public", "give --public")
-        raise ValueError(f"{name} exists and is {found}: {remedy}, or change it on the repository's settings page.")
-    return remote
+    if not remote.exists and arguments.public and not arguments.dry_run:
+        ask_for_consent(name)
+    return as_visible_as(remote, arguments.public)
 
 
 def ask_for_consent(name: str) -> None:
@@ -114,6 +109,8 @@ def prepare(arguments: argparse.Namespace, staged: Path) -> bytes:
     check_checkpoint(folder)
     files = allowed_files(folder)
     check_folder(folder, files)
+    for file in files:
+        check_secrets(file)
     check_room(staged.parent, 2 * sum(file.stat().st_size for file in files))
     stage_checkpoint(folder, staged, max_shard_size=arguments.max_shard_size, projector_only=bool(base))
     check_sizes(staged.iterdir())

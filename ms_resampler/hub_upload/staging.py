@@ -31,7 +31,7 @@ def remote_code_files() -> list[Path]:
 
 def is_allowed(name: str) -> bool:
     """Whether a file of this name may leave a folder."""
-    return any(fnmatch(name, pattern) for pattern in ALLOWED)
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in ALLOWED)
 
 
 def allowed_files(folder: Path) -> list[Path]:
@@ -42,6 +42,11 @@ def allowed_files(folder: Path) -> list[Path]:
 def is_ours(name: str) -> bool:
     """Whether a file of this name, in a repository, is one that staging puts there."""
     return is_allowed(name) or name in {file.name for file in remote_code_files()}
+
+
+def is_loaded(name: str) -> bool:
+    """Whether a file of this name is read when a repository is loaded, and misleads if it is an old one."""
+    return is_ours(name) and not fnmatch(name, "*.png") and name not in ("LICENSE", "README.md")
 
 
 def stage_checkpoint(

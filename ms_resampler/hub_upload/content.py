@@ -1,4 +1,4 @@
-"""What must not leave this machine: links, pickles, secrets, damaged and oversized files."""
+"""What a file holds: links, pickles, damaged and oversized files are found before they leave this machine."""
 
 import json
 import re
@@ -6,13 +6,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from detect_secrets.core.scan import scan_file
-from detect_secrets.settings import transient_settings
-from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
-
-from . import hub_token_detector
-from .hub_token_detector import HUB_TOKEN
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
 # A pickle of protocol 2 to 5, and the archive in which torch.save puts one.
@@ -21,14 +15,6 @@ PICKLE_BYTES = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")
 MEGABYTE, GIGABYTE = 10**6, 10**9
 # The Hub refuses files over 50 GB; everything but weights is small.
 LIMITS = {"*.safetensors": 50 * GIGABYTE, "tokenizer.*": 100 * MEGABYTE, "*": 10 * MEGABYTE}
-
-# Detectors of what has a shape of its own. Those of high entropy would find every hash in a record.
-SECRET_DETECTORS = (
-    "ArtifactoryDetector", "AWSKeyDetector", "AzureStorageKeyDetector", "BasicAuthDetector", "DiscordBotTokenDetector",
-    "GitHubTokenDetector", "GitLabTokenDetector", "JwtTokenDetector", "KeywordDetector", "MailchimpDetector",
-    "NpmDetector", "OpenAIDetector", "PrivateKeyDetector", "PypiTokenDetector", "SendGridDetector", "SlackDetector",
-    "SquareOAuthDetector", "StripeDetector", "TelegramBotTokenDetector", "TwilioKeyDetector",
-)  # fmt: skip
 
 
 def check_folder(folder: Path, allowed: Iterable[Path]) -> None:
@@ -44,8 +30,6 @@ def check_folder(folder: Path, allowed: Iterable[Path]) -> None:
     refuse([file for file in allowed if file.stat().st_size == 0], "empty: save the checkpoint again")
     for file in allowed:
         check_content(file)
-    for file in allowed:
-        check_secrets(file)
 
 
 def check_sizes(files: Iterable[Path]) -> None:
@@ -104,30 +88,3 @@ CONTENT_CHECKS: dict[str, Callable[[Path], object]] = {
     ".md": lambda file: file.read_text(encoding="utf-8"),
     ".jinja": lambda file: file.read_text(encoding="utf-8"),
 }
-
-
-def check_secrets(file: Path) -> None:
-    """Raises ValueError, without repeating it, if a file holds something that looks like a secret."""
-    if holds_token(file):
-        raise ValueError(f"Nothing was sent. {file.name} holds a Hugging Face token: remove it, and revoke it.")
-    if file.suffix in (".safetensors", ".png") or file.name in ("tokenizer.json", "vocab.json", "merges.txt"):
-        return
-    ours = {"name": "HubTokenDetector", "path": f"file://{hub_token_detector.__file__}"}
-    with transient_settings({"plugins_used": [*({"name": name} for name in SECRET_DETECTORS), ours]}):
-        for secret in scan_file(str(file)):
-            where = f"{file.name}, line {secret.line_number}"
-            raise ValueError(f"Nothing was sent. {where}, looks like a secret ({secret.type}): remove it.")
-
-
-def holds_token(file: Path, block: int = 2**22) -> bool:
-    """Whether the bytes of a file, of whatever kind, hold a token: any of the Hub's form, or the one in use."""
-    patterns, known = [HUB_TOKEN.pattern.encode()], get_token()
-    if known:
-        patterns.append(re.escape(known.encode()))
-    pattern, rest = re.compile(b"|".join(patterns)), b""
-    with file.open("rb") as opened:
-        while data := opened.read(block):
-            if pattern.search(rest + data):
-                return True
-            rest = data[-256:]
-    return False
