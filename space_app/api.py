@@ -68,16 +68,15 @@ class Api:
 
     def build(self) -> None:
         """Adds the endpoints; what they take is shown nowhere on the page."""
-        plain = Settings()
         with gr.Row(visible=False):
             images = gr.File(label="images", file_count="multiple")
             question = gr.Textbox(label="question")
             budget = gr.Number(None, label="visual_tokens")
             settings = [
-                gr.Textbox(plain.system_prompt, label="system_prompt"),
-                gr.Number(plain.temperature, label="temperature"),
-                gr.Number(plain.top_p, label="top_p"),
-                gr.Number(plain.max_new_tokens, label="max_new_tokens"),
+                gr.Textbox(Settings.system_prompt, label="system_prompt"),
+                gr.Number(Settings.temperature, label="temperature"),
+                gr.Number(Settings.top_p, label="top_p"),
+                gr.Number(Settings.max_new_tokens, label="max_new_tokens"),
             ]
             answer, maps = gr.JSON(label="answer"), gr.JSON(label="maps")
             gr.Button().click(self.ask, [images, question, budget, *settings], answer, api_name="ask", **ONE_AT_A_TIME)

@@ -23,11 +23,12 @@ from elements import EXAMPLES, HERE, header
 from pictures import MAX_FILE_MEGABYTES
 
 QUEUE_LENGTH = 32
-# Gradio leaves the box, its Stop button and the pictures in the conversation nameless for screen readers.
+# What Gradio leaves nameless for screen readers: the box, its Stop button, the pictures in chat and box.
 NAMES_SCRIPT = """() => {
   const name = () => {
     document.querySelectorAll('.ask textarea').forEach(box => box.setAttribute('aria-label', 'Your question'));
     document.querySelectorAll('.ask .stop-button').forEach(button => button.setAttribute('aria-label', 'Stop'));
+    document.querySelectorAll('.ask [role="listitem"]').forEach(item => { item.role = 'group'; });  // of no list
     document.querySelectorAll('#chat [aria-label="Undo"]').forEach(
       button => { button.ariaLabel = button.title = 'Edit the question'; });
     document.querySelectorAll('#chat img[alt=""]').forEach(image => { image.alt = 'The picture asked about'; });
@@ -65,6 +66,11 @@ def launch_options() -> dict[str, Any]:
             # Gradio brings this font along; the semi-bold it brings has no Latin letters.
             font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
             font_mono=["ui-monospace", "monospace"],
+        ).set(  # greys that can be read: Gradio's own are too pale on white
+            body_text_color_subdued="*neutral_600",
+            body_text_color_subdued_dark="*neutral_400",
+            input_placeholder_color="*neutral_500",
+            input_placeholder_color_dark="*neutral_400",
         ),
         "css_paths": HERE / "style.css",
         "js": NAMES_SCRIPT,

@@ -54,7 +54,6 @@ def budget_slider(answerer: Answerer, budget: int, label: str, elem_id: str) -> 
 
 def settings_panel() -> list[gr.components.Component]:
     """System prompt and sampling, out of the way."""
-    plain = Settings()
     with gr.Accordion("More settings", open=False, elem_id="settings"):
         return [
             gr.Textbox(
@@ -64,10 +63,15 @@ def settings_panel() -> list[gr.components.Component]:
                 max_length=MAX_SYSTEM_CHARACTERS,
             ),
             gr.Slider(
-                0, MAX_TEMPERATURE, plain.temperature, step=0.05, label="Temperature", info="0 takes the likeliest word"
+                0,
+                MAX_TEMPERATURE,
+                Settings.temperature,
+                step=0.05,
+                label="Temperature",
+                info="0 takes the likeliest word",
             ),
-            gr.Slider(MIN_TOP_P, 1, plain.top_p, step=0.05, label="Top-p", info="With a temperature above 0"),
-            gr.Slider(1, MAX_NEW_TOKENS, plain.max_new_tokens, step=1, label="Longest answer, in tokens"),
+            gr.Slider(MIN_TOP_P, 1, Settings.top_p, step=0.05, label="Top-p", info="With a temperature above 0"),
+            gr.Slider(1, MAX_NEW_TOKENS, Settings.max_new_tokens, step=1, label="Longest answer, in tokens"),
         ]
 
 

@@ -9,11 +9,11 @@ async function unpack(text, Numbers) {
   return new Numbers(await new Response(stream).arrayBuffer());
 }
 
-// Rows of shares, from bytes of 1/255 of the row's peak.
+// Rows of shares, from steps of 1/65535 of the row's peak.
 async function unpackRows(packed) {
-  const peaks = await unpack(packed.peaks, Float32Array), levels = await unpack(packed.levels, Uint8Array);
-  const width = levels.length / peaks.length;
-  return Float32Array.from(levels, (level, place) => level / 255 * peaks[Math.floor(place / width)]);
+  const peaks = await unpack(packed.peaks, Float32Array), steps = await unpack(packed.steps, Uint16Array);
+  const width = steps.length / peaks.length;
+  return Float32Array.from(steps, (step, place) => step / 65535 * peaks[Math.floor(place / width)]);
 }
 
 function sum(numbers) {

@@ -57,10 +57,10 @@ def words_value(words: list[Word], number: int) -> dict[str, Any]:
 
 
 def packed_rows(rows: np.ndarray) -> dict[str, str]:
-    """Rows of shares, each as bytes of 1/255 of its peak: no number is off by more than 0.2% of its row's largest."""
+    """Rows of shares, each in steps of 1/65535 of its peak."""
     peaks = rows.max(axis=-1, keepdims=True, initial=0)
-    levels = np.divide(255 * rows, peaks, out=np.zeros_like(rows, dtype=float), where=peaks > 0)
-    return {"peaks": packed(peaks.astype("<f4")), "levels": packed(levels.round().astype(np.uint8))}
+    steps = np.divide(65535 * rows, peaks, out=np.zeros_like(rows, dtype=float), where=peaks > 0)
+    return {"peaks": packed(peaks.astype("<f4")), "steps": packed(steps.round().astype("<u2"))}
 
 
 def packed(numbers: np.ndarray) -> str:

@@ -81,7 +81,7 @@ function caption(title, colour = null, note = '') {
 
 function figures(answer, picture) {
   const maps = answer.scopes.map(({name, colour}, scope) => mapFigure(picture, name, colour, scope));
-  if (picture.scopes > 1) maps.unshift(mapFigure(picture, 'All scopes, fused', props.fused_colour, 'fused'));
+  if (picture.scopes > 1) maps.unshift(mapFigure(picture, 'all scopes, fused', props.fused_colour, 'fused'));
   return make('div', {class: 'figures'}, pictureFigure(picture), tokenFigure(answer, picture), ...maps);
 }
 
@@ -100,7 +100,7 @@ function pictureFigure(picture) {
     cursor = Math.min(rows - 1, Math.max(0, row + moved[0])) * columns + Math.min(columns - 1, Math.max(0, column + moved[1]));
     select({kind: 'place', patch: cursor});
   };
-  const name = 'Places in the picture: arrow keys move over its patches, and show which tokens read them';
+  const name = 'Places in the picture. Arrow keys move over its patches and show which tokens read them';
   return make('figure', {'data-figure': 'picture'}, caption('The picture', null, `as seen, ${width} × ${height}`),
     make('div', {class: 'frame', role: 'application', tabindex: 0, 'data-focus': 'picture', 'aria-label': name, keydown: go,
       ...placing(picture, true)}, canvas));
@@ -153,7 +153,7 @@ function walk(event) {
 function mapFigure(picture, name, colour, key) {
   const ramp = `background:linear-gradient(90deg, transparent, ${colour})`;
   return make('figure', {'data-figure': key}, caption(name, colour),
-    make('div', {class: 'frame', ...placing(picture, false)}, canvasOf(picture, `Where the tokens looked: ${name}`)),
+    make('div', {class: 'frame', ...placing(picture, false)}, canvasOf(picture, `Where the tokens looked, ${name}`)),
     make('div', {class: 'legend', title: 'Share of the attention that a patch got'},
       make('span', {}, '0'), make('i', {style: ramp}), make('span', {class: 'peak'})));
 }

@@ -335,14 +335,14 @@ def test_the_view_is_given_the_maps(answerer, maps):
     assert (picture["token_grid"], picture["patch_grid"], picture["size"]) == ([2, 2], [6, 6], [24, 24])
     np.testing.assert_array_equal(unpacked(picture["weights"], "<f4").reshape(3, 4), maps.weights)
     peaks = unpacked(picture["peaks"], "<f4").reshape(3, 4, 1)
-    shares = unpacked(picture["levels"], np.uint8).reshape(3, 4, 36) / 255 * peaks
-    assert (np.abs(shares - maps.attentions) <= peaks / 509).all()
+    shares = unpacked(picture["steps"], "<u2").reshape(3, 4, 36) / 65535 * peaks
+    assert (np.abs(shares - maps.attentions) <= peaks / 131000).all()
 
 
 def test_rows_without_attention_stay_empty():
     packed = scope_view.packed_rows(np.zeros((2, 3)))
-    assert unpacked(packed["levels"], np.uint8).tolist() == [0] * 6
-    assert unpacked(scope_view.packed_rows(np.zeros((0, 4, 9)))["levels"], np.uint8).size == 0
+    assert unpacked(packed["steps"], "<u2").tolist() == [0] * 6
+    assert unpacked(scope_view.packed_rows(np.zeros((0, 4, 9)))["steps"], "<u2").size == 0
 
 
 def test_scopes_have_colours_of_their_own():

@@ -15,7 +15,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def pass_on(self):
         if not self.path.startswith(self.path_prefix):
-            return self.send_error(404)
+            # Browsers ask every host for this, and websites that have paths for others have one.
+            return self.send_error(204 if self.path == "/favicon.ico" else 404)
         host = urlsplit(self.target).netloc
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")}
