@@ -17,6 +17,8 @@ log = logging.getLogger("ms_resampler.space")
 SORRY = "Something went wrong here; please try again, or try another picture."
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
 UNSEEN = {"show_progress": "hidden", "api_visibility": "private"}
+# Who waits sees the place in the queue.
+QUEUED = {"show_progress": "minimal", "api_visibility": "private", **ONE_AT_A_TIME}
 # A photograph goes into the box without a look at the server.
 TAKE_PHOTOGRAPH = """(photograph, box) => photograph
   ? [null, {text: box?.text || '', files: [...(box?.files || []), photograph]}] : [photograph, box]"""
@@ -85,7 +87,7 @@ class AskPage:
 
     def words(self, history: list[dict], event: gr.EventData) -> dict[str, Any]:
         """The words of an answer, for the view that asks for them."""
-        number = int(event.number)
+        number = event.number
         with warnings_in_a_sentence():
             wanted = checked(event.visual_tokens, event.system_prompt, 0, 1, 1)
             place = answers_in(history)[number]
@@ -122,7 +124,7 @@ class AskPage:
 
     def connect(self, chatbot, box, scenes, view, settings: list) -> None:
         """The events of the page."""
-        page = {"outputs": [chatbot, box, view], **UNSEEN, **ONE_AT_A_TIME}
+        page = {"outputs": [chatbot, box, view], **QUEUED, "show_progress_on": chatbot}
         asked = [
             box.submit(self.submit, [box, chatbot, *settings], **page),
             scenes.choose(self.choose, [chatbot, *settings], **page),

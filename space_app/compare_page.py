@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 from answering import Answerer
-from ask_page import ONE_AT_A_TIME, UNSEEN, warnings_in_a_sentence
+from ask_page import QUEUED, UNSEEN, warnings_in_a_sentence
 from conversation import topic, user_turn
 from elements import EXAMPLES, ask_box, box_update, budget_slider, example_scenes, scope_view
 from scope_view import view_value
@@ -67,7 +67,7 @@ class ComparePage:
                 with gr.Column(scale=1, min_width=320):
                     shown.append(gr.Textbox(label=f"{name} answers", interactive=False, elem_id=f"answer-{letter}"))
                     shown.append(scope_view(side, f"view-{letter}", plays=False))
-        page = {"outputs": [box, *shown], **UNSEEN, **ONE_AT_A_TIME}
+        page = {"outputs": [box, *shown], **QUEUED, "show_progress_on": [shown[0], shown[2]]}
         asked = [
             box.submit(self.compare, [box, *budgets], **page),
             scenes.choose(self.choose, budgets, **page),

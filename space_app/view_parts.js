@@ -19,8 +19,9 @@ function place([, columns], cell) {
 }
 
 function blankView() {
-  const names = props.scopes.map(({name, colour}) => caption(name, colour));
-  const figures = [caption('The picture'), caption('Its visual tokens'), ...names].map(
+  const maps = props.scopes.map(({name, colour}) => caption(name, colour));
+  if (maps.length > 1) maps.unshift(caption('all scopes, fused', props.fused_colour));
+  const figures = [caption('The picture'), caption('Its visual tokens'), ...maps].map(
     title => make('figure', {}, title, make('div', {class: 'blank'})));
   const how = 'Ask about a picture, and this shows where each scope looked in it, how far each visual token trusted it, '
     + 'and what each word of the answer attended to.';

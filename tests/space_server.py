@@ -21,11 +21,16 @@ def talkative(model):
     return model
 
 
+def make_model(*args, **kwargs):
+    """A model of three scopes and 2 x 2 tokens over 6 x 6 patches, or as `tiny_model` takes it; and its processor."""
+    return talkative(tiny_models.tiny_model(*args, **kwargs)), tiny_models.tiny_processor()
+
+
 def make_answerer(*args, **kwargs):
-    """A model of three scopes and 2 x 2 tokens over 6 x 6 patches, or as `tiny_model` takes it, ready to be asked."""
+    """The same, ready to be asked."""
     from answering import Answerer
 
-    return Answerer(talkative(tiny_models.tiny_model(*args, **kwargs)), tiny_models.tiny_processor(), "tiny")
+    return Answerer(*make_model(*args, **kwargs), "tiny")
 
 
 def slowed(answerer, seconds: float):

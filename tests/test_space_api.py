@@ -166,9 +166,8 @@ def test_the_api_works_behind_a_path_of_a_proxy(answerer, picture_file):
 
 
 def test_app_runs_alone_on_a_folder(tmp_path, picture_file):
-    made = space_server.make_answerer()
-    made.model.save_pretrained(tmp_path / "model")
-    made.processor.save_pretrained(tmp_path / "model")
+    for part in space_server.make_model():
+        part.save_pretrained(tmp_path / "model")
     shutil.copytree(space_server.SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
