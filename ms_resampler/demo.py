@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from .cli import model_or_embedded
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `demo`."""
     parser.add_argument("--model", help="folder or Hub repository (default: the embedded checkpoint)")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    parser.add_argument("--compare", metavar="MODEL", help="a second folder or repository, to compare with")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this computer only)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
@@ -30,8 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("The demo needs Gradio: pip install 'ms-resampler[demo]'.")
     check_port(arguments.host, arguments.port)
     app_file = find_app()
-    with loadable(model_or_embedded(arguments.model)) as model, ending_on_sigterm():
-        app = subprocess.Popen([sys.executable, str(app_file)], env=environment(arguments, model))
+    other = nullcontext() if arguments.compare is None else loadable(model_or_embedded(arguments.compare))
+    with loadable(model_or_embedded(arguments.model)) as model, other as compared, ending_on_sigterm():
+        app = subprocess.Popen([sys.executable, str(app_file)], env=environment(arguments, model, compared))
         try:
             return app.wait()
         finally:
@@ -85,11 +87,12 @@ def ending_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def environment(arguments: argparse.Namespace, model: str) -> dict[str, str]:
+def environment(arguments: argparse.Namespace, model: str, compared: str | None = None) -> dict[str, str]:
     """The app's settings, on top of this process's environment."""
     settings = {
         "MODEL_ID": model,
         "MODEL_REVISION": arguments.revision,
+        "COMPARE_MODEL_ID": compared,
         "GRADIO_SERVER_NAME": arguments.host,
         "GRADIO_SERVER_PORT": None if arguments.port is None else str(arguments.port),
         "OPEN_BROWSER": None if arguments.no_browser else "1",

@@ -1,18 +1,23 @@
-"""From a picture and a question to visual tokens, scope maps and a streamed answer; nothing of Gradio here.
+"""From pictures and a question to visual tokens, scope maps and a streamed answer.
 
 The model is loaded by the Auto classes of transformers, with the code that lies beside its weights: this is
 what a stranger does with it.
 """
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from html import escape
 from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from jinja2 import TemplateError
+from pictures import Refusal
+from PIL import Image
+from settings import Settings
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -20,17 +25,54 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
+from words import Word, attended_words
 
-MAX_FILE_MEGABYTES = 20
-MAX_PIXELS = 40_000_000
-MAX_QUESTION_CHARACTERS = 500
-MAX_NEW_TOKENS = 128
-TOO_MANY_PIXELS = f"The picture has more than {MAX_PIXELS // 10**6} million pixels; please scale it down."
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+try:
+    import spaces
+except ImportError:
+    spaces = None
+
+PIXELS = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes")
 
 
-class Refusal(ValueError):
-    """One sentence for the person who asked: what is wrong with the question or the picture."""
+@dataclass(frozen=True)
+class ScopeMaps:
+    """What the projector did with one picture: S scopes, M visual tokens in a grid, N patches in a grid.
+
+    picture is what the model saw (cropped and scaled); weights (S, M) sum to one over the scopes, attentions
+    (S, M, N) over the patches; grids are (rows, columns). S is 0 for a projector without scopes.
+    """
+
+    picture: Image.Image
+    weights: np.ndarray
+    attentions: np.ndarray
+    token_grid: tuple[int, int]
+    patch_grid: tuple[int, int]
+
+    @property
+    def patches(self) -> int:
+        """N."""
+        return math.prod(self.patch_grid)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Model inputs, on the CPU, and the pictures that they were made from."""
+
+    inputs: Any
+    pictures: list[Image.Image]
+
+
+@dataclass(frozen=True)
+class Step:
+    """An answer as far as it has grown, and the milliseconds since the model began.
+
+    The first step, taken with the first token, brings the maps of the pictures.
+    """
+
+    text: str
+    milliseconds: float
+    maps: list[ScopeMaps] | None = None
 
 
 class Stop(StoppingCriteria):
@@ -44,159 +86,165 @@ class Stop(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-@dataclass(frozen=True)
-class ScopeMaps:
-    """What the projector did with one picture: S scopes, M visual tokens in a grid, N patches in a grid.
-
-    picture is what the model saw (cropped and scaled); weights (S, M) sum to one over the scopes, attentions
-    (S, M, N) over the patches; grids are (rows, columns).
-    """
-
-    picture: Image.Image
-    names: list[str]
-    weights: np.ndarray
-    attentions: np.ndarray
-    token_grid: tuple[int, int]
-    patch_grid: tuple[int, int]
-
-    def overall(self, scope: int) -> np.ndarray:
-        """Where a scope looked for all tokens, each weighted by its trust in that scope: (rows, columns)."""
-        return (self.weights[scope] @ self.attentions[scope]).reshape(self.patch_grid)
-
-    def of_token(self, scope: int, token: int) -> np.ndarray:
-        """Where a scope looked for one token: (rows, columns)."""
-        return self.attentions[scope, token].reshape(self.patch_grid)
-
-    def most_decided_token(self) -> int:
-        """The token that trusted one scope the most."""
-        return int(self.weights.max(axis=0).argmax())
+def on_gpu(function: Callable) -> Callable:
+    """The function as ZeroGPU runs it; itself, where there is no such thing."""
+    return spaces.GPU(function) if spaces else function
 
 
-def load(model_id: str, revision: str | None = None) -> tuple[Any, Any]:
-    """Model and processor of a folder or a Hub repository, on the GPU if there is one."""
+class Answerer:
+    """A model and its processor, asked; it keeps nothing between questions."""
+
+    def __init__(self, model: Any, processor: Any, name: str):
+        self.model, self.processor, self.name = model, processor, name
+        # ZeroGPU runs these in a process of its own: bound here, so that the model need not travel with each call.
+        self.reply, self.look, self.attend = on_gpu(self.reply), on_gpu(self.look), on_gpu(self.attend)
+
+    @property
+    def scopes(self) -> list[str]:
+        """Names of the scopes; none for a projector without scopes."""
+        return list(self.model.config.projector_config.scope_names)
+
+    @property
+    def patches(self) -> int:
+        """Patches of a picture of the tower's own size."""
+        rows, columns = self.model.config.native_patch_grid
+        return rows * columns
+
+    @property
+    def trained_budget(self) -> int:
+        """Visual tokens a picture, unless asked otherwise."""
+        budget = self.model.config.projector_config.visual_tokens
+        return budget if isinstance(budget, int) else math.prod(budget)
+
+    def budgets(self) -> list[int]:
+        """Numbers of visual tokens to offer: of the grids that have the patches' proportions, and its own."""
+        rows, columns = self.model.config.native_patch_grid
+        return sorted({n * max(1, round(n * columns / rows)) for n in range(1, rows + 1)} | {self.trained_budget})
+
+    def prepare(self, turns: list[dict], pictures: list[Image.Image], settings: Settings) -> Prompt:
+        """Model inputs of a conversation. Raises Refusal if this model cannot be asked like that."""
+        if settings.system_prompt:
+            system = {"role": "system", "content": [{"type": "text", "text": settings.system_prompt}]}
+            turns = [system, *turns]
+        budget = {} if settings.visual_tokens is None else {"visual_tokens": settings.visual_tokens}
+        try:
+            inputs = self.processor.apply_chat_template(
+                turns,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs=budget,
+            )
+        except TemplateError as error:
+            raise Refusal("This model takes no system prompt; please leave it empty.") from error
+        except ValueError as error:
+            raise Refusal(escape(str(error))) from error
+        room = self._room(inputs)
+        if room < 1:
+            raise Refusal(
+                f"The conversation has {inputs['input_ids'].shape[1]} tokens, {1 - room} too many for this model; "
+                "please clear it, or ask with fewer visual tokens."
+            )
+        return Prompt(inputs, pictures)
+
+    def _room(self, inputs: Any) -> int:
+        """Tokens that an answer may have before the model's positions end."""
+        return getattr(self.model.config.text_config, "max_position_embeddings", 2**20) - inputs["input_ids"].shape[1]
+
+    @torch.inference_mode()
+    def encode(self, prompt: Prompt) -> tuple[dict, Any, list[ScopeMaps]]:
+        """Inputs without pixels on the model's device, its visual tokens, and the maps of how they came about."""
+        inputs = prompt.inputs.to(self.model.device, self.model.dtype)
+        pixels = {key: inputs[key] for key in PIXELS if key in inputs}
+        try:
+            features = self.model.get_image_features(**pixels, output_scopes=bool(self.scopes), return_dict=True)
+        except ValueError as error:  # a projector whose budget is fixed
+            raise Refusal(escape(str(error))) from error
+        maps = [self._maps_of(features, number, pixels, picture) for number, picture in enumerate(prompt.pictures)]
+        return {key: inputs[key] for key in inputs if key not in PIXELS}, features, maps
+
+    def _maps_of(self, features: Any, number: int, pixels: dict, picture: Image.Image) -> ScopeMaps:
+        """Of one of the pictures."""
+        token_grid, patch_grid = tuple(features.token_grids[number]), tuple(features.patch_grids[number])
+        tokens, patches = math.prod(token_grid), math.prod(patch_grid)
+        weights, attentions = np.zeros((0, tokens)), np.zeros((0, tokens, patches))
+        if self.scopes:
+            weights = features.scope_weights[number].float().cpu().numpy()
+            attentions = features.scope_attentions[number].float().cpu().numpy()
+        seen = seen_picture(self.processor.image_processor, pixels["pixel_values"][number], picture)
+        return ScopeMaps(seen, weights, attentions, token_grid, patch_grid)
+
+    def look(self, pictures: list[Image.Image], settings: Settings) -> list[ScopeMaps]:
+        """The maps of pictures alone: they do not depend on the question."""
+        content = [{"type": "image", "image": picture} for picture in pictures]
+        return self.encode(self.prepare([{"role": "user", "content": content}], pictures, settings))[2]
+
+    def attend(self, prompt: Prompt, answer: str) -> list[Word]:
+        """The words of an answer, and what each attended to."""
+        inputs, features, _ = self.encode(prompt)
+        return attended_words(self.model, self.processor.tokenizer, inputs["input_ids"], features, answer)
+
+    def reply(self, prompt: Prompt, settings: Settings) -> Iterator[Step]:
+        """The answer as it grows. Closing this iterator stops the generation, which runs in a thread of its own."""
+        started = time.perf_counter()
+        inputs, features, maps = self.encode(prompt)
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stop, failures = Event(), []
+
+        def generate() -> None:
+            try:
+                self.model.generate(
+                    **inputs,
+                    mm_encoder_outputs={"image": features},
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([Stop(stop)]),
+                    max_new_tokens=min(settings.max_new_tokens, self._room(inputs)),
+                    **sampling(settings),
+                )
+            except Exception as error:  # handed to the reader of the stream, below
+                failures.append(error)
+                streamer.end()
+
+        Thread(target=generate, daemon=True).start()
+        try:
+            text = ""
+            for piece in streamer:
+                text += piece
+                yield Step(text.strip(), 1000 * (time.perf_counter() - started), maps)
+                maps = None
+        finally:
+            stop.set()
+        if failures:
+            raise failures[0]
+
+
+def sampling(settings: Settings) -> dict[str, Any]:
+    """How `generate` is to choose tokens."""
+    if settings.temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+
+
+def load(model_id: str, revision: str | None = None) -> Answerer:
+    """The model of a folder or a Hub repository, on the GPU if there is one."""
     processor = AutoProcessor.from_pretrained(model_id, revision=revision, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(
         model_id, revision=revision, trust_remote_code=True, dtype="auto"
     )
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Answerer(model.eval().to(device), processor, model_id.rstrip("/").rsplit("/", 1)[-1])
 
 
-def check_question(text: str | None) -> str:
-    """The question, trimmed. Raises Refusal if it is empty or too long."""
-    question = (text or "").strip()
-    if not question:
-        raise Refusal("Please type a question about the picture.")
-    if len(question) > MAX_QUESTION_CHARACTERS:
-        raise Refusal(f"The question has {len(question)} characters; please ask in at most {MAX_QUESTION_CHARACTERS}.")
-    return question
-
-
-def check_files(paths: list[str], has_earlier_picture: bool) -> None:
-    """Raises Refusal unless there is exactly one picture to ask about."""
-    if len(paths) > 1:
-        raise Refusal(f"Please add one picture at a time; these are {len(paths)}.")
-    if not paths and not has_earlier_picture:
-        raise Refusal("Please add a picture first: drop one here, or pick a scene.")
-
-
-def open_picture(path: str | Path) -> Image.Image:
-    """An upright RGB picture; its header is judged before it is decoded. Raises Refusal if it cannot be used."""
-    try:
-        if Path(path).stat().st_size > MAX_FILE_MEGABYTES * 2**20:
-            raise Refusal(f"The file is larger than {MAX_FILE_MEGABYTES} MB; please choose a smaller one.")
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise Refusal(TOO_MANY_PIXELS)
-            return over_white(ImageOps.exif_transpose(image))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Refusal(TOO_MANY_PIXELS) from error
-    except (OSError, SyntaxError) as error:
-        raise Refusal("This file cannot be read as a picture; please use a PNG, JPEG or WebP file.") from error
-
-
-def over_white(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white."""
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def prepare(processor: Any, model: Any, conversation: list[dict]) -> Any:
-    """Model inputs of a conversation that has one picture."""
-    inputs = processor.apply_chat_template(
-        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    return inputs.to(model.device, model.dtype)
-
-
-@torch.inference_mode()
-def encode(model: Any, processor: Any, inputs: Any, picture: Image.Image) -> tuple[Any, ScopeMaps]:
-    """The visual tokens of the picture, for `generate`, and the maps of how they came about.
-
-    Takes the pixels out of `inputs`: the vision tower has run, and need not run again.
-    """
-    keys = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes")
-    pixels = {key: inputs.pop(key) for key in keys if key in inputs}
-    features = model.get_image_features(**pixels, output_scopes=True, return_dict=True)
-    maps = ScopeMaps(
-        picture=seen_picture(processor.image_processor, pixels["pixel_values"], picture),
-        names=list(model.config.projector_config.scope_names),
-        weights=features.scope_weights[0].float().cpu().numpy(),
-        attentions=features.scope_attentions[0].float().cpu().numpy(),
-        token_grid=tuple(features.token_grids[0]),
-        patch_grid=tuple(features.patch_grids[0]),
-    )
-    return features, maps
-
-
-def look(model: Any, processor: Any, picture: Image.Image) -> ScopeMaps:
-    """The maps of a picture alone: they do not depend on the question."""
-    message = {"role": "user", "content": [{"type": "image", "image": picture}]}
-    return encode(model, processor, prepare(processor, model, [message]), picture)[1]
-
-
-def seen_picture(image_processor: Any, pixel_values: torch.Tensor, picture: Image.Image) -> Image.Image:
+def seen_picture(image_processor: Any, pixels: torch.Tensor, picture: Image.Image) -> Image.Image:
     """The picture as the model saw it, cropped and scaled, so that maps lie on it exactly.
 
     Towers that take patches instead of pixels (SigLIP 2) see the whole picture.
     """
-    if pixel_values.ndim != 4:
+    if pixels.ndim != 3:
         return picture
-    pixels = pixel_values[0].float().cpu()
+    pixels = pixels.float().cpu()
     if getattr(image_processor, "do_normalize", True):
         mean, std = (torch.tensor(x)[:, None, None] for x in (image_processor.image_mean, image_processor.image_std))
         pixels = pixels * std + mean
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-
-
-def stream_answer(model: Any, processor: Any, inputs: Any, features: Any, max_new_tokens: int) -> Iterator[str]:
-    """The answer as it grows. Closing this iterator stops the generation, which runs in a thread of its own."""
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    stop, failures = Event(), []
-
-    def generate() -> None:
-        try:
-            model.generate(
-                **inputs,
-                mm_encoder_outputs={"image": features},
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([Stop(stop)]),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-            )
-        except Exception as error:  # handed to the reader of the stream, below
-            failures.append(error)
-            streamer.end()
-
-    Thread(target=generate, daemon=True).start()
-    try:
-        text = ""
-        for piece in streamer:
-            text += piece
-            yield text.strip()
-    finally:
-        stop.set()
-    if failures:
-        raise failures[0]

@@ -1,5 +1,6 @@
 """The Space app around a small random model that talks: for the tests of its contract and of its page."""
 
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -20,13 +21,21 @@ def talkative(model):
     return model
 
 
-def make_model():
-    """A model of three scopes and 2 x 2 tokens over 6 x 6 patches, and its processor."""
-    return talkative(tiny_models.tiny_model()), tiny_models.tiny_processor()
+def make_model(*args, **kwargs):
+    """A model of three scopes and 2 x 2 tokens over 6 x 6 patches, or as `tiny_model` takes it; and its processor."""
+    return talkative(tiny_models.tiny_model(*args, **kwargs)), tiny_models.tiny_processor()
 
 
-def slowed(model, seconds: float):
-    """The model, with a rest before every token; `model.tokens_made` counts them."""
+def make_answerer(*args, **kwargs):
+    """The same, ready to be asked."""
+    from answering import Answerer
+
+    return Answerer(*make_model(*args, **kwargs), "tiny")
+
+
+def slowed(answerer, seconds: float):
+    """The same, with a rest before every token; `answerer.model.tokens_made` counts them."""
+    model = answerer.model
     forward, model.tokens_made = model.forward, 0
 
     def slow_forward(*args, **kwargs):
@@ -35,16 +44,19 @@ def slowed(model, seconds: float):
         return forward(*args, **kwargs)
 
     model.forward = slow_forward
-    return model
+    return answerer
 
 
 @contextmanager
-def served(model, processor) -> Iterator[str]:
+def served(*answerers, **options) -> Iterator[str]:
     """The address of the app, as long as the context lasts."""
     import app
 
-    demo = app.build_demo(model, processor)
-    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.launch_options())
+    demo = app.build_demo(*answerers)
+    with socket.socket() as probe:  # Gradio's own search for a port leaves sockets open
+        probe.bind(("127.0.0.1", 0))
+        options["server_port"] = probe.getsockname()[1]
+    _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.launch_options(), **options)
     try:
         yield address.rstrip("/")
     finally:

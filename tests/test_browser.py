@@ -1,34 +1,60 @@
+"""The Space as people meet it: its page in Chromium."""
+
+import io
+import re
+from base64 import b64decode
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 import space_server
 import tiny_models
+import tiny_proxy
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
+
+import settings  # isort: skip (space_server made it importable)
+import scope_view
 
 pytestmark = pytest.mark.browser
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 QUESTION = "What is this?"
-SECONDS_A_TOKEN = 0.03
+TOKENS, SECONDS_A_TOKEN = 60, 0.03
+expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(scope="module")
-def model_and_processor():
-    model, processor = space_server.make_model()
+def answerer():
+    return space_server.make_answerer()
+
+
+@pytest.fixture(scope="module")
+def slow():
+    return space_server.slowed(space_server.make_answerer(), SECONDS_A_TOKEN)
+
+
+@pytest.fixture(scope="module")
+def address(answerer):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.MAX_NEW_TOKENS", 60)
-        yield space_server.slowed(model, SECONDS_A_TOKEN), processor
+        patch.setattr(settings.Settings, "max_new_tokens", 12)
+        with space_server.served(answerer) as address:
+            yield address
 
 
 @pytest.fixture(scope="module")
-def address(model_and_processor):
-    with space_server.served(*model_and_processor) as address:
-        yield address
+def slow_address(slow):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings.Settings, "max_new_tokens", TOKENS)
+        with space_server.served(slow) as address:
+            yield address
 
 
 @pytest.fixture(scope="module")
 def browser(chromium):
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)
+        browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS + CAMERA)
         yield browser
         browser.close()
 
@@ -38,13 +64,17 @@ def open_page(browser, address):
     """Opens the page; afterwards there was no error in the console, and no request left this computer."""
     complaints, pages = [], []
 
-    def open_page(**options):
+    def open_page(address=address, **options):
         page = browser.new_page(**{"viewport": {"width": 1400, "height": 900}, **options})
-        page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
+        page.set_default_timeout(60_000)
+        page.on(
+            "console",
+            lambda message: message.type == "error" and complaints.append(f"{message.text} {message.location}"),
+        )
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: is_local(request.url) or complaints.append(request.url))
         page.goto(address)
-        page.locator("[data-scene='0']").wait_for()
+        page.locator("#scenes [data-scene='0']").wait_for()
         pages.append(page)
         return page
 
@@ -54,145 +84,501 @@ def open_page(browser, address):
     assert complaints == []
 
 
+@pytest.fixture
+def picture_files(tmp_path):
+    for seed in range(5):
+        tiny_models.picture(seed).save(tmp_path / f"{seed}.png")
+    return [tmp_path / f"{seed}.png" for seed in range(5)]
+
+
 def is_local(url):
     parts = urlsplit(url)
     return parts.scheme in ("data", "blob") or parts.hostname in ("127.0.0.1", "localhost")
 
 
-def answer(page):
-    return page.locator("#chat .bot .message-content").last
+def wait_until_done(page, box="#ask"):
+    expect(page.locator(f"{box} [data-testid=submit-button]")).to_be_visible()
 
 
-def wait_until_done(page):
-    expect(page.get_by_test_id("submit-button")).to_be_visible(timeout=30_000)
+def ask_example(page, number=0):
+    page.locator(f"#scenes [data-scene='{number}']").click()
+    page.locator("#view .tokens").wait_for()
+    wait_until_done(page)
 
 
-@pytest.fixture
-def picture_file(tmp_path):
-    path = tmp_path / "picture.png"
-    tiny_models.picture().save(path)
-    return path
+def ask(page, question=QUESTION, files=()):
+    if files:
+        page.locator("#ask input[type=file]").set_input_files(files)
+        expect(page.locator("#ask .thumbnail-item")).to_have_count(len(files))
+    page.locator("#ask textarea").fill(question)
+    page.locator("#ask textarea").press("Enter")
 
 
-def test_an_example_is_answered_word_by_word(open_page):
-    page = open_page()
-    page.locator("[data-scene='1']").click()
+def answers(page):
+    return page.locator("#chat .bot .message-content")
+
+
+def status(page, view="#view"):
+    return page.locator(f"{view} .status")
+
+
+def drawn(page, figure, view="#view"):
+    """What stands on a canvas of the view, (height, width, 3)."""
+    url = page.locator(f"{view} [data-figure='{figure}'] canvas").evaluate("canvas => canvas.toDataURL()")
+    return np.asarray(Image.open(io.BytesIO(b64decode(url.split(",")[1]))).convert("RGB")).astype(float)
+
+
+def percents(text):
+    return [float(number) for number in re.findall(r"([\d.]+) %", text)]
+
+
+# --- Asking -----------------------------------------------------------------------------------------------------
+
+
+def test_an_example_is_answered_word_by_word(open_page, slow_address):
+    page = open_page(slow_address)
+    page.locator("#scenes [data-scene='1']").click()
     expect(page.locator("#chat .user .message-content")).to_have_text("Where is the red star?")
-    page.locator(".picker").wait_for()
+    page.locator("#view .tokens").wait_for()
     lengths = []
-    while page.get_by_test_id("submit-button").count() == 0:
-        lengths.append(len(answer(page).inner_text()))
+    while page.locator("#ask [data-testid=submit-button]").count() == 0:
+        lengths.append(len(answers(page).last.inner_text()))
         page.wait_for_timeout(100)
     assert len(set(lengths)) > 2
     assert lengths == sorted(lengths)
 
 
-def test_stop_stops(open_page, model_and_processor):
-    page = open_page()
-    page.locator("[data-scene='0']").click()
-    page.locator(".picker").wait_for()
-    page.get_by_role("button", name="Stop").click()
+def test_stop_stops(open_page, slow_address, slow):
+    page = open_page(slow_address)
+    page.locator("#scenes [data-scene='0']").click()
+    page.locator("#view .tokens").wait_for()
+    page.get_by_role("button", name="Stop", exact=True).click()
     wait_until_done(page)
     page.wait_for_timeout(1000 * SECONDS_A_TOKEN + 100)
-    made, text = model_and_processor[0].tokens_made, answer(page).inner_text()
+    made, text = slow.model.tokens_made, answers(page).last.inner_text()
     page.wait_for_timeout(600)
-    assert model_and_processor[0].tokens_made == made
-    assert answer(page).inner_text() == text
-    page.locator("[data-scene='1']").click()
-    expect(page.locator("#chat .bot .message-content")).to_have_count(2)
+    assert slow.model.tokens_made == made
+    assert answers(page).last.inner_text() == text
+    page.locator("#scenes [data-scene='1']").click()
+    expect(answers(page)).to_have_count(2)
     wait_until_done(page)
 
 
-def test_clear_clears(open_page):
-    page = open_page()
-    page.locator("[data-scene='0']").click()
-    page.locator(".picker").wait_for()
+def test_clear_clears_what_is_being_written(open_page, slow_address):
+    page = open_page(slow_address)
+    page.locator("#scenes [data-scene='0']").click()
+    page.locator("#view .tokens").wait_for()
     page.get_by_role("button", name="Clear").click()
-    expect(page.locator(".picker")).to_have_count(0)
+    expect(page.locator("#view .tokens")).to_have_count(0)
     expect(page.locator("#chat .message-content")).to_have_count(0)
     wait_until_done(page)
 
 
-def test_a_picture_is_dropped_and_asked_about_twice(open_page, picture_file):
+def test_several_pictures_are_asked_about_twice(open_page, answerer, picture_files):
     page = open_page()
-    page.locator("#ask input[type=file]").set_input_files(picture_file)
-    page.locator("#ask .thumbnail-item").wait_for()
-    page.get_by_label("Your question", exact=True).fill(QUESTION)
-    page.keyboard.press("Enter")
-    page.locator(".picker").wait_for()
-    expect(page.get_by_label("Your question", exact=True)).to_have_value("")
+    ask(page, files=picture_files[:2])
+    page.locator("#view .tokens").wait_for()
+    expect(page.locator("#ask textarea")).to_have_value("")
+    expect(page.locator("#view .cost")).to_contain_text("8 visual tokens from 72 patches, 89 % saved · first token")
     wait_until_done(page)
-    page.get_by_label("Your question", exact=True).fill("And now?")
-    page.keyboard.press("Enter")
-    expect(page.locator("#chat .bot .message-content")).to_have_count(2)
+    for number, maps in enumerate(answerer.look([tiny_models.picture(0), tiny_models.picture(1)], settings.Settings())):
+        page.get_by_role("button", name=f"Picture {number + 1}").click()
+        page.locator("#view [data-token='2']").click()
+        expect(status(page)).to_contain_text("row 2, column 1")
+        np.testing.assert_allclose(percents(status(page).inner_text()), 100 * maps.weights[:, 2], atol=0.51)
+    ask(page, "And now?")
+    expect(answers(page)).to_have_count(2)
     wait_until_done(page)
+    page.get_by_role("button", name="Answer 1").click()
+    expect(page.get_by_role("button", name="Answer 1")).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name="Answer 1")).to_be_focused()
 
 
-def test_a_token_is_picked_by_mouse_and_by_keys(open_page):
+def test_a_picture_is_pasted(open_page, picture_files):
     page = open_page()
-    page.locator("[data-scene='2']").click()
-    page.locator(".picker").wait_for()
+    page.locator("#ask textarea").focus()
+    page.locator("#ask textarea").evaluate(
+        """(box, bytes) => {
+          const data = new DataTransfer();
+          data.items.add(new File([new Uint8Array(bytes)], 'pasted.png', {type: 'image/png'}));
+          box.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data, bubbles: true, cancelable: true}));
+        }""",
+        list(picture_files[0].read_bytes()),
+    )
+    expect(page.locator("#ask .thumbnail-item")).to_have_count(1)
+    ask(page)
+    page.locator("#view .tokens").wait_for()
     wait_until_done(page)
-    maps = page.locator("#view .figures").nth(1)
-    page.locator("[data-token='0']").click()
-    expect(page.locator("[data-token='0']")).to_have_attribute("aria-pressed", "true")
-    first = [image.get_attribute("src") for image in maps.locator("img").all()]
-    page.locator("[data-token='0']").press("ArrowRight")
-    page.keyboard.press("Enter")
-    expect(page.locator("[data-token='1']")).to_have_attribute("aria-pressed", "true")
-    expect(page.locator("[data-token='1']")).to_be_focused()
-    expect(page.get_by_text("row 1, column 2", exact=True)).to_be_visible()
-    second = [image.get_attribute("src") for image in maps.locator("img").all()]
-    assert len(first) == len(second) == 3
-    assert all(before != after for before, after in zip(first, second, strict=True))
 
 
-def test_what_is_no_picture_is_refused_in_a_sentence(open_page, tmp_path):
+def test_a_photograph_goes_into_the_box(open_page):
+    page = open_page(permissions=["camera"])
+    page.get_by_role("button", name="Camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.get_by_role("button", name="capture photo").click()
+    expect(page.locator("#ask .thumbnail-item")).to_have_count(1)
+    ask(page)
+    page.locator("#view .tokens").wait_for()
+    wait_until_done(page)
+
+
+def test_a_question_is_edited_and_asked_again(open_page, picture_files):
+    page = open_page()
+    ask(page, files=picture_files[:1])
+    wait_until_done(page)
+    page.get_by_role("button", name="Edit the question").click()
+    expect(page.locator("#ask textarea")).to_have_value(QUESTION)
+    expect(page.locator("#chat .message-content")).to_have_count(0)
+    expect(page.locator("#ask .thumbnail-item")).to_have_count(1)
+    ask(page, "And what is that?")
+    expect(page.locator("#chat .user .message-content").last).to_have_text("And what is that?")
+    wait_until_done(page)
+    before = answers(page).inner_text()
+    page.get_by_role("button", name="Retry").click()
+    page.locator("#ask .stop-button").or_(page.locator("#ask [data-testid=submit-button]")).first.wait_for()
+    wait_until_done(page)
+    expect(answers(page)).to_have_text(before)  # the likeliest words are the same again
+    expect(page.get_by_role("button", name="Answer 2")).to_have_count(0)
+
+
+def test_a_budget_is_chosen(open_page):
+    page = open_page()
+    slider = page.get_by_role("slider", name="Visual tokens a picture")
+    expect(page.locator("#budget output")).to_have_text("4 for 36 patches, 89 % saved")
+    slider.press("ArrowRight")
+    expect(page.locator("#budget output")).to_have_text("9 for 36 patches, 75 % saved; the model was trained with 4")
+    ask_example(page)
+    expect(page.locator("#view [data-token]")).to_have_count(9)
+    expect(page.locator("#view .cost")).to_contain_text("9 visual tokens from 36 patches, 75 % saved")
+
+
+@pytest.mark.parametrize(
+    ("question", "files", "sentence"),
+    [
+        (QUESTION, 0, "Please add a picture first"),
+        ("", 1, "Please type a question"),
+        (QUESTION, 5, "at most 4 pictures to a question; these are 5"),
+        (QUESTION, "text", "This file cannot be read as a picture"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_a_sentence(open_page, picture_files, tmp_path, question, files, sentence):
     page = open_page()
     (tmp_path / "text.png").write_text("no picture")
-    page.locator("#ask input[type=file]").set_input_files(tmp_path / "text.png")
-    page.locator("#ask .thumbnail-item").wait_for()
-    page.get_by_label("Your question", exact=True).fill(QUESTION)
-    page.keyboard.press("Enter")
-    expect(page.get_by_text("This file cannot be read as a picture")).to_be_visible()
-    expect(page.get_by_label("Your question", exact=True)).to_have_value(QUESTION)
+    ask(page, question, [tmp_path / "text.png"] if files == "text" else picture_files[:files])
+    expect(page.get_by_text(sentence)).to_be_visible()
+    expect(page.locator("#ask textarea")).to_have_value(question)
+    expect(page.locator("#chat .message-content")).to_have_count(0)
 
 
-def test_a_question_without_a_picture_is_refused_in_a_sentence(open_page):
+# --- Seeing -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(open_page, answerer, picture_files):
+    """A page with an answer, and the maps that it is to show."""
     page = open_page()
-    page.get_by_label("Your question", exact=True).fill(QUESTION)
-    page.keyboard.press("Enter")
-    expect(page.get_by_text("Please add a picture first")).to_be_visible()
-
-
-def test_everything_has_a_name(open_page):
-    page = open_page()
-    page.locator("[data-scene='3']").click()
-    page.locator(".picker").wait_for()
+    ask(page, files=picture_files[:1])
+    page.locator("#view .tokens").wait_for()
     wait_until_done(page)
-    assert (
-        page.locator("img:not([alt]), img[alt='']")
-        .locator("visible=true")
-        .evaluate_all("images => images.filter(image => !image.closest('footer')).map(image => image.outerHTML)")
-        == []
-    )
-    assert (
-        page.locator("button:visible, textarea:visible").evaluate_all(
-            "all => all.filter(e => !(e.ariaLabel || e.title || e.innerText.trim() || e.querySelector('img[alt]')))"
-            ".map(e => e.outerHTML)"
+    return page, answerer.look([tiny_models.picture()], settings.Settings())[0]
+
+
+def heat(page, figure, patch_grid=(6, 6)):
+    """How far a heat map is from white at the centre of each patch, (rows * columns), at most 1."""
+    pixels = drawn(page, figure)
+    height, width = pixels.shape[0] // patch_grid[0], pixels.shape[1] // patch_grid[1]
+    centres = pixels[height // 2 :: height, width // 2 :: width][: patch_grid[0], : patch_grid[1]]
+    distance = np.abs(255 - centres).sum(-1).ravel()
+    return distance / distance.max()
+
+
+def test_maps_show_where_each_scope_looked(seen):
+    page, maps = seen
+    page.get_by_text("Heat map").click()
+    page.mouse.move(2, 2)
+    for scope in range(3):
+        np.testing.assert_allclose(
+            percents(page.locator(f"#view [data-figure='{scope}'] .number").inner_text()),
+            [100 * maps.weights[scope].mean()],
+            atol=0.51,
         )
-        == []
+        assert np.corrcoef(heat(page, scope), maps.attentions[scope].mean(0))[0, 1] > 0.97
+    fused = np.einsum("sm,smn->n", maps.weights, maps.attentions) / 4
+    assert np.corrcoef(heat(page, "fused"), fused)[0, 1] > 0.97
+    np.testing.assert_allclose(
+        percents(page.locator("#view [data-figure='fused'] .peak").inner_text()), [100 * fused.max()], atol=0.52
     )
+    page.get_by_text("Original").click()
+    np.testing.assert_array_equal(drawn(page, 0), drawn(page, "picture"))
+    page.get_by_text("Overlay").click()
+    faint = drawn(page, 0)
+    page.get_by_role("slider", name="Opacity").press("Home")
+    assert np.abs(faint - drawn(page, 0)).mean() > 1
+
+
+def test_tokens_are_coloured_by_trust(seen):
+    page, maps = seen
+    pixels = drawn(page, "tokens")
+    for scope in range(3):
+        colour = [int(scope_view.PALETTE[scope][place : place + 2], 16) for place in (1, 3, 5)]
+        share = (np.abs(pixels - colour).max(-1) < 3).mean()
+        assert share == pytest.approx(maps.weights[scope].mean(), abs=0.05)
+
+
+def test_a_token_is_picked_by_mouse_and_by_keys(seen):
+    page, maps = seen
+    page.get_by_text("Heat map").click()
+    page.locator("#view [data-token='0']").click()
+    expect(page.locator("#view [data-token='0']")).to_have_attribute("aria-pressed", "true")
+    page.locator("#view [data-token='0']").press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(page.locator("#view [data-token='3']")).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#view [data-token='3']")).to_be_focused()
+    page.mouse.move(2, 2)
+    expect(status(page)).to_contain_text("Token in row 2, column 2 trusts local")
+    np.testing.assert_allclose(percents(status(page).inner_text()), 100 * maps.weights[:, 3], atol=0.51)
+    for scope in range(3):  # the mark of the token's place hides some of the map: 3 x 3 patches, at the rim
+        inside = np.ones((6, 6), bool)
+        assert np.corrcoef(heat(page, scope)[inside.ravel()], maps.attentions[scope, 3])[0, 1] > 0.97
+    page.locator("#view [data-token='1']").hover()
+    expect(status(page)).to_contain_text("Token in row 1, column 2")
+    page.mouse.move(2, 2)
+    expect(status(page)).to_contain_text("Token in row 2, column 2")
+    page.get_by_role("button", name="Show all tokens").click()
+    expect(status(page)).to_contain_text("All 4 visual tokens")
+
+
+def test_a_place_in_the_picture_shows_who_read_it(seen):
+    page, maps = seen
+    frame = page.get_by_role("application", name="Places in the picture")
+    box = frame.bounding_box()
+    frame.click(position={"x": box["width"] * 4.5 / 6, "y": box["height"] * 1.5 / 6})
+    patch = 1 * 6 + 4
+    page.mouse.move(2, 2)
+    expect(status(page)).to_contain_text("Place in row 2, column 5")
+    read = (maps.weights * maps.attentions[:, :, patch]).sum(0)
+    most = np.argsort(-read)[:3]
+    said = re.findall(r"row (\d), column (\d) \(([\d.]+) %\)", status(page).inner_text())
+    assert [(int(row) - 1) * 2 + int(column) - 1 for row, column, _ in said] == most.tolist()
+    np.testing.assert_allclose([float(share) for *_, share in said], 100 * read[most] / read.sum(), atol=0.6)
+    frame.focus()
+    page.keyboard.press("ArrowDown")  # from the middle, where the cursor began
+    expect(status(page)).to_contain_text("Place in row 5, column 1")
+
+
+def test_the_words_of_an_answer_are_played(seen, answerer):
+    page, _ = seen
+    text = answers(page).inner_text()
+    everything = drawn(page, "tokens")
+    page.get_by_role("button", name="Play the words").click()
+    expect(page.locator("#view [data-word]")).to_have_count(len(text.split()))
+    assert page.locator("#view [data-word]").all_inner_texts() == text.split()
+    page.locator("#view [data-word]").last.click()
+    page.mouse.move(2, 2)
+    content = [{"type": "image", "image": tiny_models.picture()}, {"type": "text", "text": QUESTION}]
+    prompt = answerer.prepare([{"role": "user", "content": content}], [tiny_models.picture()], settings.Settings())
+    word = answerer.attend(prompt, text)[-1]
+    expect(status(page)).to_contain_text(f"“{word.text}” gave")
+    np.testing.assert_allclose(percents(status(page).inner_text())[0], 100 * word.shares.sum(), atol=0.6)
+    assert not np.array_equal(drawn(page, "tokens"), everything)
+
+
+def test_the_maps_are_saved_as_one_picture(seen, tmp_path):
+    page, _ = seen
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save as PNG").click()
+    download.value.save_as(tmp_path / "scopes.png")
+    with Image.open(tmp_path / "scopes.png") as sheet:
+        assert sheet.size == (3 * 384 + 4 * 24, 24 + 2 * (384 + 34 + 24) + 34)
+        corner = np.asarray(sheet.convert("RGB")).astype(float)[24 + 34 : 24 + 34 + 384, 24 : 24 + 384]
+    np.testing.assert_array_equal(corner, drawn(page, "picture"))
+
+
+def test_a_projector_without_scopes_says_so(open_page):
+    peer = space_server.make_answerer(projector={"projector_type": "avg_pool"})
+    with space_server.served(peer) as address:
+        page = open_page(address)
+        ask_example(page)
+        expect(page.get_by_text("The projector of this model, avg_pool, has no scopes")).to_be_visible()
+        expect(page.locator("#view [data-figure]")).to_have_count(2)
+        page.get_by_role("button", name="Play the words").click()
+        expect(status(page)).to_contain_text("of its attention to the picture")
+
+
+def test_a_scope_that_takes_all_the_trust_is_named(open_page, monkeypatch):
+    one_sided = space_server.make_answerer()
+    original = one_sided._maps_of
+
+    def all_to_the_second(*args):
+        maps = original(*args)
+        maps.weights[:] = np.array([[0.02], [0.97], [0.01]])
+        return maps
+
+    monkeypatch.setattr(one_sided, "_maps_of", all_to_the_second)
+    with space_server.served(one_sided) as address:
+        page = open_page(address)
+        ask_example(page)
+        expect(page.get_by_text("Here the regional scope took nearly all the trust")).to_be_visible()
+
+
+# --- Comparing --------------------------------------------------------------------------------------------------
+
+
+def test_two_budgets_are_compared(open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("slider", name="B, visual tokens").press("End")
+    page.locator("#compare-scenes [data-scene='1']").click()
+    expect(page.locator("#view-b [data-token]")).to_have_count(36)
+    expect(page.locator("#view-a [data-token]")).to_have_count(4)
+    wait_until_done(page, "#compare-ask")
+    expect(page.locator("#view-b .cost")).to_contain_text("36 visual tokens from 36 patches · first token after")
+    one, other = (page.get_by_label(f"{side} answers").input_value() for side in "AB")
+    assert one
+    assert other
+    assert one != other
+    page.locator("#view-a [data-token='3']").click()
+    expect(status(page, "#view-a")).to_contain_text("Token in row 2, column 2")
+    expect(status(page, "#view-b")).to_contain_text("All 36 visual tokens")
+
+
+def test_two_models_are_compared(open_page, answerer, picture_files):
+    other = space_server.make_answerer(projector={"projector_type": "avg_pool"})
+    other.name = "average"
+    with space_server.served(answerer, other) as address:
+        page = open_page(address)
+        page.get_by_role("tab", name="Compare").click()
+        page.locator("#compare-ask input[type=file]").set_input_files(picture_files[0])
+        page.locator("#compare-ask .thumbnail-item").wait_for()
+        page.locator("#compare-ask textarea").fill(QUESTION)
+        page.locator("#compare-ask textarea").press("Enter")
+        expect(page.locator("#view-b").get_by_text("has no scopes")).to_be_visible()
+        wait_until_done(page, "#compare-ask")
+        expect(page.locator("#view-a [data-figure]")).to_have_count(6)
+        for name in ("A: tiny answers", "B: average answers"):
+            assert page.get_by_label(name).input_value()
+
+
+# --- For everyone, everywhere -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_fits_a_telephone(open_page, scheme):
-    page = open_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
-    page.locator("[data-scene='0']").click()
-    page.locator(".picker").wait_for()
-    wait_until_done(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    for box in page.locator("#view img, #view .picker").all():
+def test_axe_finds_nothing_serious(open_page, scheme):
+    page = open_page(color_scheme=scheme)
+    found = []
+    for act in (
+        lambda: None,
+        lambda: ask_example(page, 3),
+        lambda: page.get_by_role("button", name="More settings").click(),
+        lambda: page.get_by_role("tab", name="Compare").click(),
+        lambda: page.locator("#compare-scenes [data-scene='2']").click(),
+        lambda: page.locator("#view-b .tokens").wait_for(),
+    ):
+        act()
+        page.wait_for_timeout(400)  # what fades in has its full contrast
+        found += [
+            (finding["id"], finding["nodes"][0]["html"])
+            for finding in Axe().run(page).response["violations"]
+            if finding["impact"] in ("serious", "critical")
+        ]
+    wait_until_done(page, "#compare-ask")
+    assert found == []
+
+
+def test_the_accessibility_tree_names_what_matters(open_page):
+    page = open_page()
+    ask_example(page)
+    expect(page.locator(".talk")).to_match_aria_snapshot("""
+      - button "Clear"
+      - log "chatbot conversation":
+        - button "The picture asked about"
+        - button "Copy message"
+        - button "Retry"
+        - button "Edit the question"
+      - group "Multimedia input field":
+        - button "Upload a file"
+        - textbox "Your question"
+        - button "Submit"
+      - slider "Visual tokens a picture"
+      - heading "Or ask about one of these" [level=2]
+      - button "More settings ▼"
+      - button "Camera ▼"
+    """)
+    expect(page.locator("#view")).to_match_aria_snapshot("""
+      - heading "What each scope looked at" [level=2]
+      - group "Words of the answer":
+        - button "▶ Play the words"
+      - figure:
+        - application "Places in the picture. Arrow keys move over its patches and show which tokens read them":
+          - img "The picture as the model saw it"
+      - figure:
+        - group "Visual tokens":
+          - button /Token in row 1, column 1/
+      - figure:
+        - img "Where the tokens looked, all scopes, fused"
+      - figure:
+        - img "Where the tokens looked, local"
+      - figure:
+        - img "Where the tokens looked, regional"
+      - figure:
+        - img "Where the tokens looked, global"
+      - group "Show":
+        - radio "Original"
+        - radio "Overlay" [checked]
+        - radio "Heat map"
+      - slider "Opacity"
+      - button "Save as PNG"
+    """)
+    nameless = page.locator("img:not([alt]), img[alt='']").locator("visible=true")
+    assert nameless.evaluate_all("all => all.filter(i => !i.closest('footer')).map(i => i.outerHTML)") == []
+
+
+def test_keys_lead_through_the_page_in_reading_order(open_page):
+    page = open_page()
+    ask_example(page)
+    page.locator("#ask textarea").focus()
+    order = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        order.append(
+            page.evaluate(
+                """() => {
+                  const e = document.activeElement, outline = getComputedStyle(e).outlineStyle;
+                  const label = e.closest('label') || e;
+                  const name = e.dataset.scene && 'scene' || e.dataset.focus || e.type;
+                  return [name, outline + getComputedStyle(label).outlineStyle];
+                }"""
+            )
+        )
+    names = [name for name, _ in order]
+    wanted = ["range", "scene", "play", "picture", "token0", "overlay"]
+    places = [names.index(name) for name in wanted]
+    assert places == sorted(places)
+    assert all("solid" in outline or "auto" in outline for name, outline in order if name in wanted), order
+
+
+@pytest.mark.parametrize("width", [390, 768, 2560])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_fits(open_page, scheme, width):
+    page = open_page(viewport={"width": width, "height": 844}, color_scheme=scheme, reduced_motion="reduce")
+    ask_example(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for box in page.locator("#view canvas, #view button, #view input, #ask, #budget input").all():
         place = box.bounding_box()
-        assert place["x"] >= 0
-        assert place["x"] + place["width"] <= 390
+        if place:
+            assert place["x"] >= 0
+            assert place["x"] + place["width"] <= width
+    moving = "all => all.filter(e => parseFloat(getComputedStyle(e).transitionDuration) > 0).length"
+    assert page.locator("#view *, #scenes *").evaluate_all(moving) == 0
+
+
+def test_the_page_works_behind_a_path_of_a_proxy(open_page, answerer):
+    with tiny_proxy.proxy("/models/scopes") as (front, connect), space_server.served(answerer, root_path=front) as own:
+        connect(own)
+        page = open_page(f"{front}/")
+        requested = []
+        page.on("request", lambda request: requested.append(request.url))
+        ask_example(page)
+        assert [url for url in requested if not url.startswith((front, "data:", "blob:"))] == []
+        page.close()

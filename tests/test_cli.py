@@ -152,6 +152,12 @@ def test_demo_gives_the_app_its_settings(folder):
     assert demo.environment(parser.parse_args(["demo"]), model)["OPEN_BROWSER"] == "1"
 
 
+def test_demo_compares_two_models(folder):
+    arguments = cli.build_parser(["demo"]).parse_args(["demo", "--model", folder, "--compare", "someone/else"])
+    assert demo.environment(arguments, folder, "someone/else")["COMPARE_MODEL_ID"] == "someone/else"
+    assert "COMPARE_MODEL_ID" not in demo.environment(arguments, folder)
+
+
 def test_demo_adds_the_code_to_a_folder_of_weights(folder, tmp_path):
     weights = tmp_path / "weights"
     weights.mkdir()

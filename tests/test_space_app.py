@@ -1,37 +1,42 @@
-import os
-import shutil
-import socket
-import subprocess
+"""The parts of the Space, without a server."""
+
+import base64
 import sys
 import time
+import types
+import zlib
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import space_server
 import tiny_models
-from gradio_client import Client, handle_file
-from gradio_client.exceptions import AppError
+import torch
 from PIL import Image
 
 import answering  # isort: skip (space_server made it importable)
 import app
+import ask_page
+import conversation
+import elements
+import pictures
 import scope_view
+import settings
+import words
+from pictures import Refusal
 
 QUESTION = "What is this?"
+PLAIN = settings.Settings()
 
 
 @pytest.fixture(scope="module")
-def model_and_processor():
-    return space_server.make_model()
+def answerer():
+    return space_server.make_answerer()
 
 
 @pytest.fixture(scope="module")
-def client(model_and_processor):
-    with space_server.served(*model_and_processor) as address:
-        client = Client(address, verbose=False, analytics_enabled=False)
-        yield client
-        client.close()
+def without_scopes():
+    return space_server.make_answerer(projector={"projector_type": "avg_pool"})
 
 
 @pytest.fixture
@@ -42,21 +47,50 @@ def picture_file(tmp_path):
 
 
 @pytest.fixture
-def maps(model_and_processor):
-    return answering.look(*model_and_processor, tiny_models.picture())
+def maps(answerer):
+    return answerer.look([tiny_models.picture()], PLAIN)[0]
 
 
-# --- The parts, without a server -------------------------------------------------------------------------------
+def turns_about(*images, question=QUESTION):
+    content = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}], list(images)
 
 
-def test_maps_are_what_the_model_says(model_and_processor, maps):
-    model, processor = model_and_processor
-    pixels = processor.image_processor([tiny_models.picture()], return_tensors="pt")["pixel_values"]
-    features = model.get_image_features(pixels, output_scopes=True)
+# --- What the model says ----------------------------------------------------------------------------------------
+
+
+def test_maps_are_what_the_model_says(answerer, maps):
+    pixels = answerer.processor.image_processor([tiny_models.picture()], return_tensors="pt")["pixel_values"]
+    features = answerer.model.get_image_features(pixels, output_scopes=True)
     np.testing.assert_allclose(maps.weights, features.scope_weights[0].detach().numpy(), atol=1e-6)
     np.testing.assert_allclose(maps.attentions, features.scope_attentions[0].detach().numpy(), atol=1e-6)
-    assert maps.names == ["local", "regional", "global"]
+    assert answerer.scopes == ["local", "regional", "global"]
     assert (maps.token_grid, maps.patch_grid, maps.picture.size) == ((2, 2), (6, 6), (24, 24))
+
+
+def test_another_budget_is_another_grid_of_the_same_model(answerer):
+    (nine,) = answerer.look([tiny_models.picture()], settings.Settings(visual_tokens=9))
+    pixels = answerer.processor.image_processor([tiny_models.picture()], return_tensors="pt")["pixel_values"]
+    features = answerer.model.get_image_features(pixels, token_grids=torch.tensor([[3, 3]]), output_scopes=True)
+    assert nine.token_grid == (3, 3)
+    np.testing.assert_allclose(nine.attentions, features.scope_attentions[0].detach().numpy(), atol=1e-6)
+
+
+def test_every_budget_that_is_offered_can_be_asked_for(answerer):
+    assert answerer.budgets() == [1, 4, 9, 16, 25, 36]
+    for budget in answerer.budgets():
+        (maps,) = answerer.look([tiny_models.picture()], settings.Settings(visual_tokens=budget))
+        assert maps.weights.shape == (3, budget)
+
+
+def test_pictures_of_one_question_do_not_see_each_other(answerer):
+    images = [tiny_models.picture(seed) for seed in range(3)]
+    together = answerer.look(images, PLAIN)
+    for image, one in zip(images, together, strict=True):
+        (alone,) = answerer.look([image], PLAIN)
+        np.testing.assert_allclose(one.weights, alone.weights, atol=1e-5)
+        np.testing.assert_allclose(one.attentions, alone.attentions, atol=1e-5)
+        np.testing.assert_array_equal(np.asarray(one.picture), np.asarray(alone.picture))
 
 
 def test_seen_picture_is_the_crop_that_the_processor_made(maps):
@@ -65,63 +99,166 @@ def test_seen_picture_is_the_crop_that_the_processor_made(maps):
     np.testing.assert_allclose(np.asarray(maps.picture), np.asarray(whole)[:, 4:28], atol=2)
 
 
-def test_streamed_answer_is_the_one_that_pixels_give(model_and_processor):
-    model, processor = model_and_processor
-    conversation = [
-        {
-            "role": "user",
-            "content": [{"type": "image", "image": tiny_models.picture()}, {"type": "text", "text": QUESTION}],
-        }
-    ]
-    inputs = answering.prepare(processor, model, conversation)
-    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    expected = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    features, _ = answering.encode(model, processor, inputs, tiny_models.picture())
-    pieces = list(answering.stream_answer(model, processor, inputs, features, 12))
-    assert pieces[-1] == expected != ""
-    assert all(after.startswith(before) for before, after in pairwise(pieces))
+@pytest.mark.parametrize(
+    ("images", "wanted", "options"),
+    [
+        (1, settings.Settings(max_new_tokens=12), {}),
+        (2, settings.Settings(max_new_tokens=12, visual_tokens=9, system_prompt="Be brief."), {"visual_tokens": 9}),
+        (1, settings.Settings(max_new_tokens=12, temperature=0.7, top_p=0.9), {}),
+    ],
+    ids=["plain", "two pictures, budget, system prompt", "sampled"],
+)
+def test_streamed_answer_is_the_one_that_pixels_give(answerer, images, wanted, options):
+    turns, seen = turns_about(*(tiny_models.picture(seed) for seed in range(images)))
+    system = [{"role": "system", "content": wanted.system_prompt}] if wanted.system_prompt else []
+    inputs = answerer.processor.apply_chat_template(
+        [*system, *turns],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=options,
+    )
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0} if wanted.temperature else {}
+    torch.manual_seed(3)
+    ids = answerer.model.generate(**inputs, max_new_tokens=12, **sampling)
+    expected = answerer.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    torch.manual_seed(3)
+    steps = list(answerer.reply(answerer.prepare(turns, seen, wanted), wanted))
+    assert steps[-1].text == expected != ""
+    assert all(after.text.startswith(before.text) for before, after in pairwise(steps))
+    assert [len(step.maps or []) for step in steps] == [images] + [0] * (len(steps) - 1)
+    assert 0 < steps[0].milliseconds <= steps[-1].milliseconds
 
 
 def test_closing_the_stream_stops_the_generation():
-    model, processor = space_server.make_model()
-    space_server.slowed(model, 0.02)
-    space = app.Space(model, processor)
-    path = str(space_server.SPACE / "examples" / space.scenes[0]["file"])
-    stream = space.reply([app.user_turn(QUESTION, [path], [])])
+    slow = space_server.slowed(space_server.make_answerer(), 0.02)
+    stream = slow.reply(slow.prepare(*turns_about(tiny_models.picture()), PLAIN), PLAIN)
     next(stream)
     stream.close()
     time.sleep(0.1)  # the token that was under way
-    made = model.tokens_made
+    made = slow.model.tokens_made
     time.sleep(0.2)
-    assert model.tokens_made == made < answering.MAX_NEW_TOKENS
+    assert slow.model.tokens_made == made < PLAIN.max_new_tokens
 
 
-def test_a_failing_generation_raises_where_the_answer_is_read(model_and_processor, picture_file):
-    model, processor = model_and_processor
-    inputs = answering.prepare(processor, model, [{"role": "user", "content": [{"type": "text", "text": "?"}]}])
+def test_a_failing_generation_raises_where_the_answer_is_read(answerer):
+    prompt = answerer.prepare(*turns_about(tiny_models.picture()), PLAIN)
     with pytest.raises(ValueError, match="max_new_tokens"):
-        list(answering.stream_answer(model, processor, inputs, None, -1))
+        list(answerer.reply(prompt, settings.Settings(max_new_tokens=-1)))
 
 
-def test_conversation_starts_with_the_last_picture(picture_file):
+def test_an_answer_ends_with_the_positions_of_the_model(answerer):
+    long = "x" * 200  # of 256 positions
+    prompt = answerer.prepare(*turns_about(tiny_models.picture(), question=long), PLAIN)
+    *_, last = answerer.reply(prompt, PLAIN)
+    room = 256 - prompt.inputs["input_ids"].shape[1]
+    assert 0 < len(last.text) <= room < PLAIN.max_new_tokens
+    with pytest.raises(Refusal, match="too many for this model"):
+        answerer.prepare(*turns_about(tiny_models.picture(), question=2 * long), PLAIN)
+
+
+def test_what_a_model_cannot_do_is_refused_in_its_own_words(answerer, monkeypatch):
+    asked = turns_about(tiny_models.picture())
+    with pytest.raises(Refusal, match="7 visual tokens cannot be laid out"):
+        answerer.prepare(*asked, settings.Settings(visual_tokens=7))
+    with pytest.raises(Refusal, match="impossible for 6 x 6 = 36 patches"):
+        answerer.prepare(*asked, settings.Settings(visual_tokens=64))
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    monkeypatch.setattr(answerer.processor, "chat_template", template + tiny_models.CHAT_TEMPLATE)
+    with pytest.raises(Refusal, match="takes no system prompt"):
+        answerer.prepare(*asked, settings.Settings(system_prompt="Be brief."))
+    fixed = space_server.make_answerer(projector={"projector_type": "pixel_shuffle", "visual_tokens": 9})
+    with pytest.raises(Refusal, match="pixel_shuffle"):
+        next(fixed.reply(fixed.prepare(*asked, settings.Settings(visual_tokens=4)), PLAIN))
+
+
+def test_a_projector_without_scopes_answers_and_shows_no_maps(without_scopes):
+    prompt = without_scopes.prepare(*turns_about(tiny_models.picture()), PLAIN)
+    first, *_, last = without_scopes.reply(prompt, PLAIN)
+    assert last.text
+    assert without_scopes.scopes == []
+    assert (first.maps[0].weights.shape, first.maps[0].attentions.shape) == ((0, 4), (0, 4, 36))
+    view = elements.scope_view(without_scopes, "view", plays=True)
+    assert "avg_pool, has no scopes" in view.props["without_scopes"]
+
+
+def test_zerogpu_gets_bound_functions(monkeypatch):
+    taken = []
+    monkeypatch.setattr(answering, "spaces", types.SimpleNamespace(GPU=lambda task: taken.append(task) or task))
+    made = space_server.make_answerer()
+    assert {task.__name__ for task in taken} == {"reply", "look", "attend"}
+    assert all(task.__self__ is made for task in taken)
+
+
+# --- Words and what they attended to ----------------------------------------------------------------------------
+
+
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("language_model", "changes", "whole_layers"), [("qwen3", {}, [0, 1]), ("gemma3_text", SLIDING, [1])]
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_words_attend_as_in_one_pass_over_everything(language_model, changes, whole_layers, count):
+    answerer = space_server.make_answerer(text=language_model, text_changes=changes)
+    asked = turns_about(*(tiny_models.picture(seed) for seed in range(count)))
+    answer = "ab cad  e."
+    found = answerer.attend(answerer.prepare(*asked, PLAIN), answer)
+    assert answerer.model.model.language_model.config._attn_implementation == "sdpa"
+
+    inputs = answerer.prepare(*asked, PLAIN).inputs
+    prompt = inputs.pop("input_ids")
+    letters = answerer.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    assert len(letters) == len(answer)
+    answerer.model.model.language_model.set_attn_implementation("eager")
+    everything = torch.cat([prompt, torch.tensor([letters])], dim=1)
+    pixels = {key: inputs[key] for key in inputs if key != "attention_mask"}
+    with torch.no_grad():
+        layers = answerer.model(input_ids=everything, **pixels, output_attentions=True).attentions
+    rows = torch.stack([layers[number] for number in whole_layers]).mean(dim=(0, 2))[0]
+    to_pictures = rows[:, (everything[0] == answerer.model.config.image_token_id)]
+    first = prompt.shape[1] - 1  # the place from which the first letter was predicted
+    expected = {"ab": [0, 1], "cad": [3, 4, 5], "e.": [8, 9]}
+    assert [word.text for word in found] == list(expected)
+    for word in found:
+        places = [first + number for number in expected[word.text]]
+        np.testing.assert_allclose(word.shares, to_pictures[places].mean(dim=0).numpy(), atol=1e-5)
+        assert word.shares.shape == (4 * count,)
+        assert 0 < word.shares.sum() < 1
+
+
+def test_a_token_belongs_to_the_words_that_it_touches():
+    text = "a bc, d"
+    assert list(words.words_of(text, [(0, 1), (1, 4), (4, 5), (5, 7)])) == [(0, 1, [0]), (2, 5, [1, 2]), (6, 7, [3])]
+    assert list(words.words_of("  ", [(0, 2)])) == []
+
+
+# --- The conversation, and what may be asked --------------------------------------------------------------------
+
+
+def test_a_topic_starts_with_the_last_question_with_pictures(picture_file):
     history = [
         {"role": "user", "content": [{"path": "an older one"}, "Which?"]},
         {"role": "assistant", "content": "That."},
-        {"role": "user", "content": [{"type": "file", "file": {"path": picture_file}}, "And?"]},
+        {"role": "user", "content": [{"type": "file", "file": {"path": picture_file}}, {"path": picture_file}, "And?"]},
         {"role": "assistant", "content": [{"type": "text", "text": "This."}]},
         {"role": "user", "content": ["Why?"]},
     ]
-    turns, picture = app.conversation_of(history)
-    assert picture.size == tiny_models.picture().size
-    assert [part["type"] for part in turns[0]["content"]] == ["image", "text"]
+    turns, images = conversation.topic(history)
+    assert [image.size for image in images] == [tiny_models.picture().size] * 2
+    assert [part["type"] for part in turns[0]["content"]] == ["image", "image", "text"]
     assert [turn["content"][-1]["text"] for turn in turns] == ["And?", "This.", "Why?"]
+    assert conversation.last_question(history) == 4
+    assert conversation.answers_in(history) == [1, 3]
 
 
 @pytest.mark.parametrize(
     ("text", "files", "sentence"),
     [
         (QUESTION, [], "add a picture"),
-        (QUESTION, ["a.png", "b.png"], "one picture at a time; these are 2"),
+        (QUESTION, ["a.png"] * 5, "at most 4 pictures to a question; these are 5"),
         ("  ", ["picture"], "type a question"),
         ("x" * 501, ["picture"], "501 characters"),
         (QUESTION, ["text"], "cannot be read"),
@@ -136,139 +273,98 @@ def test_what_cannot_be_asked_is_refused_in_one_sentence(text, files, sentence, 
     Image.new("1", (8000, 5001)).save(paths["wide"], "PNG")
     with open(paths["heavy"], "wb") as heavy:
         heavy.truncate(21 * 2**20)
-    with pytest.raises(answering.Refusal, match=sentence) as refusal:
-        app.user_turn(text, [paths.get(name, name) for name in files], [])
-    assert str(refusal.value).count(".") == 1
+    with pytest.raises(Refusal, match=sentence) as refusal:
+        conversation.user_turn(text, [paths.get(name, name) for name in files], [])
+    assert refusal.value.message.count(".") == 1
 
 
 def test_a_later_question_needs_no_picture(picture_file):
-    first = app.user_turn(QUESTION, [picture_file], [])
-    assert app.user_turn("And now?", [], [first]) == {"role": "user", "content": ["And now?"]}
+    first = conversation.user_turn(QUESTION, [picture_file], [])
+    assert conversation.user_turn("And now?", [], [first]) == {"role": "user", "content": ["And now?"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"visual_tokens": 0}, "number of visual tokens must be a number from 1"),
+        ({"visual_tokens": 2.5}, "must be a whole number"),
+        ({"visual_tokens": "many"}, "must be a number"),
+        ({"temperature": -0.1}, "temperature must be a number from 0 to 2"),
+        ({"temperature": float("nan")}, "temperature must be a number"),
+        ({"top_p": 0}, "top-p must be a number from 0.05 to 1"),
+        ({"max_new_tokens": 513}, "length limit must be a number from 1 to 512"),
+        ({"max_new_tokens": None}, "length limit must be a number"),
+        ({"system_prompt": "x" * 2001}, "2001 characters"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, sentence):
+    good = {"visual_tokens": 36.0, "system_prompt": " Hi ", "temperature": 0, "top_p": "0.9", "max_new_tokens": 64}
+    assert settings.checked(**good) == settings.Settings(36, "Hi", 0.0, 0.9, 64)
+    with pytest.raises(Refusal, match=sentence):
+        settings.checked(**good | changes)
+
+
+def test_a_question_taken_back_is_in_the_box_with_its_pictures(answerer, picture_file):
+    page = ask_page.AskPage(answerer, [])
+    first = conversation.user_turn(QUESTION, [picture_file], [])
+    history = [first, conversation.assistant_turn("This.")]
+    kept, box = page.take_back(history)
+    assert kept == []
+    (file,) = box.value["files"]  # Gradio's copy of it
+    assert box.value["text"] == QUESTION
+    assert pictures.open_picture(file["path"]) == pictures.open_picture(picture_file)
 
 
 def test_transparent_picture_stands_on_white():
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
-    assert answering.over_white(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert pictures.over_white(clear).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_overlay_covers_the_place_with_attention_most():
-    heat = np.zeros((4, 4))
-    heat[0, 3] = 0.2
-    picture = Image.new("RGB", (40, 40), "white")
-    covered = np.asarray(scope_view.overlay(picture, heat, "#0072B2")).astype(int)
-    colour = np.array([0x00, 0x72, 0xB2])
-    distance = np.abs(covered - colour).sum(-1)
-    row, column = np.unravel_index(distance.argmin(), distance.shape)
-    assert row < 10
-    assert column >= 30
-    assert len(set(covered[30, 10])) == 1  # grey, where nothing was looked at
+# --- What the page is given -------------------------------------------------------------------------------------
 
 
-def test_view_says_what_the_maps_say(maps):
-    html = scope_view.view_html(maps, 3)
-    assert html.count("data-token=") == 4
-    assert html.count('aria-pressed="true"') == 1
-    assert html.count("<img") == html.count('alt="') == 7  # the picture, and three scopes twice
-    for name, mean, one in zip(maps.names, maps.weights.mean(1), maps.weights[:, 3], strict=True):
-        assert f"{name}</b>" in html
-        assert f"trust {scope_view.percent(mean)}" in html
-        assert f"trust {scope_view.percent(one)}" in html
+def unpacked(text, kind):
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=kind)
 
 
-def test_example_scenes_are_there(model_and_processor):
-    for scene in app.Space(*model_and_processor).scenes:
-        assert answering.check_question(scene["question"])
-        assert answering.open_picture(app.EXAMPLES / scene["file"]).size == (96, 96)
+def test_the_view_is_given_the_maps(answerer, maps):
+    value = scope_view.view_value(answerer.scopes, [maps], 12.3, settings.Settings(visual_tokens=4), number=2)
+    (picture,) = value["pictures"]
+    assert (value["number"], value["milliseconds"]) == (2, 12)
+    assert [scope["name"] for scope in value["scopes"]] == answerer.scopes
+    assert (picture["token_grid"], picture["patch_grid"], picture["size"]) == ([2, 2], [6, 6], [24, 24])
+    np.testing.assert_array_equal(unpacked(picture["weights"], "<f4").reshape(3, 4), maps.weights)
+    peaks = unpacked(picture["peaks"], "<f4").reshape(3, 4, 1)
+    shares = unpacked(picture["steps"], "<u2").reshape(3, 4, 36) / 65535 * peaks
+    assert (np.abs(shares - maps.attentions) <= peaks / 131000).all()
+
+
+def test_rows_without_attention_stay_empty():
+    packed = scope_view.packed_rows(np.zeros((2, 3)))
+    assert unpacked(packed["steps"], "<u2").tolist() == [0] * 6
+    assert unpacked(scope_view.packed_rows(np.zeros((0, 4, 9)))["steps"], "<u2").size == 0
+
+
+def test_scopes_have_colours_of_their_own():
+    assert len({*scope_view.PALETTE, scope_view.FUSED_COLOUR}) == 6
+
+
+def test_example_scenes_are_there():
+    for scene in app.about_the_model()["scenes"]:
+        assert conversation.check_question(scene["question"])
+        assert pictures.open_picture(elements.EXAMPLES / scene["file"]).size == (96, 96)
         assert scene["alt"].startswith("A drawn scene")
 
 
-def test_server_keeps_nothing(model_and_processor):
-    demo = app.build_demo(*model_and_processor)
+def test_server_keeps_nothing(answerer):
+    demo = app.build_demo(answerer)
     assert not any(block.stateful for block in demo.blocks.values() if hasattr(block, "stateful"))
     assert app.launch_options()["run_history"] is False
 
 
-# --- The contract of the API -----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_endpoints_have_names(client):
-    api = client.view_api(return_format="dict", print_info=False)
-    assert set(api["named_endpoints"]) == {"/ask", "/scopes"}
-    names = [parameter["parameter_name"] for parameter in api["named_endpoints"]["/ask"]["parameters"]]
-    assert names == ["image", "question"]
-
-
-@pytest.mark.slow
-def test_ask_streams(client, picture_file):
-    job = client.submit(handle_file(picture_file), QUESTION, api_name="/ask")
-    answer, growing = job.result(timeout=60), job.outputs()
-    assert growing[-1] == answer != ""
-    assert len(growing) > 1
-
-
-@pytest.mark.slow
-def test_scopes_gives_numbers_and_pictures(client, picture_file, maps):
-    for token in (None, 3):
-        numbers, pictures = client.predict(handle_file(picture_file), token, api_name="/scopes")
-        weights = maps.weights.mean(1) if token is None else maps.weights[:, token]
-        np.testing.assert_allclose(list(numbers["weights"].values()), weights, atol=1e-3)
-        assert (numbers["token_grid"], numbers["patch_grid"], numbers["token"]) == ([2, 2], [6, 6], token)
-        assert [picture["caption"] for picture in pictures] == maps.names
-        with Image.open(pictures[0]["image"]) as overlay:
-            assert overlay.size == (scope_view.SHOWN_PIXELS,) * 2
-
-
-@pytest.mark.slow
-def test_errors_are_sentences(client, picture_file, tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
-    broken = handle_file(str(tmp_path / "text.png"))
-    for arguments, endpoint, sentence in [
-        ((None, QUESTION), "/ask", "add a picture"),
-        ((broken, QUESTION), "/ask", "cannot be read"),
-        ((handle_file(picture_file), ""), "/ask", "type a question"),
-        ((handle_file(picture_file), 4), "/scopes", "There is no token 4"),
-    ]:
-        with pytest.raises(AppError, match=sentence) as error:
-            client.predict(*arguments, api_name=endpoint)
-        assert "Traceback" not in str(error.value)
-
-
-# --- Alone, as on a Space ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_app_runs_alone_on_a_folder(tmp_path, picture_file):
-    model, processor = space_server.make_model()
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    shutil.copytree(space_server.SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {"MODEL_ID": str(tmp_path / "model"), "GRADIO_SERVER_PORT": str(port)}
-    without_us = "import runpy, sys; sys.modules['ms_resampler'] = None; sys.path.insert(0, ''); "
-    process = subprocess.Popen(
-        [sys.executable, "-c", without_us + "runpy.run_path('app.py', run_name='__main__')"],
-        cwd=tmp_path / "space",
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings,
-    )
-    try:
-        client = wait_for_client(f"http://127.0.0.1:{port}", process)
-        assert client.predict(handle_file(picture_file), QUESTION, api_name="/ask")
-        client.close()
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def wait_for_client(address: str, process: subprocess.Popen) -> Client:
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1])), timeout=1).close()
-        except OSError:
-            time.sleep(0.3)
-        else:
-            return Client(address, verbose=False, analytics_enabled=False)
-    raise AssertionError("the app did not start")
+def test_the_app_imports_nothing_of_the_package():
+    for name in ("app", "answering", "words", "scope_view"):
+        source = (space_server.SPACE / f"{name}.py").read_text()
+        assert "import ms_resampler" not in source
+        assert "from ms_resampler" not in source
+    assert "ms_resampler" in sys.modules  # so that the check above is of the text, not of luck

@@ -1,0 +1,93 @@
+"""The endpoints /ask and /scopes, for programs."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from answering import Answerer, ScopeMaps
+from ask_page import ONE_AT_A_TIME, SORRY
+from conversation import topic, user_turn
+from pictures import Refusal, check_count, open_picture
+from settings import Settings, checked
+
+log = logging.getLogger("ms_resampler.space")
+
+
+@contextmanager
+def errors_in_a_sentence() -> Iterator[None]:
+    """Whatever goes wrong reaches the caller as one sentence, without a trace."""
+    try:
+        yield
+    except Refusal:
+        raise
+    except Exception as error:
+        log.exception("A request failed")
+        raise gr.Error(SORRY, print_exception=False) from error
+
+
+class Api:
+    """The endpoints around one model; nothing is kept between calls."""
+
+    def __init__(self, answerer: Answerer):
+        self.answerer = answerer
+
+    def ask(
+        self,
+        images: list[str] | None,
+        question: str,
+        visual_tokens: float | None,
+        system_prompt: str,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: float,
+    ) -> Iterator[dict[str, Any]]:
+        """Streams the answer to a question about pictures, with what it cost."""
+        with errors_in_a_sentence():
+            wanted = checked(visual_tokens, system_prompt, temperature, top_p, max_new_tokens)
+            prompt = self.answerer.prepare(*topic([user_turn(question, images, [])]), wanted)
+            cost: dict[str, Any] = {}
+            for step in self.answerer.reply(prompt, wanted):
+                if step.maps:
+                    cost = {
+                        "visual_tokens": [maps.weights.shape[-1] for maps in step.maps],
+                        "patches": [maps.patches for maps in step.maps],
+                        "milliseconds_to_first_token": round(step.milliseconds, 1),
+                    }
+                yield {"answer": step.text, "milliseconds": round(step.milliseconds, 1), **cost}
+
+    def scopes(self, images: list[str] | None, visual_tokens: float | None) -> dict[str, Any]:
+        """How far each visual token of each picture trusted each scope, and where it looked in it."""
+        with errors_in_a_sentence():
+            check_count(images or [])
+            wanted = checked(visual_tokens, "", 0, 1, 1)
+            maps = self.answerer.look([open_picture(path) for path in images or []], wanted)
+            return {"scopes": self.answerer.scopes, "images": [in_json(one) for one in maps]}
+
+    def build(self) -> None:
+        """Adds the endpoints; what they take is shown nowhere on the page."""
+        with gr.Row(visible=False):
+            images = gr.File(label="images", file_count="multiple")
+            question = gr.Textbox(label="question")
+            budget = gr.Number(None, label="visual_tokens")
+            settings = [
+                gr.Textbox(Settings.system_prompt, label="system_prompt"),
+                gr.Number(Settings.temperature, label="temperature"),
+                gr.Number(Settings.top_p, label="top_p"),
+                gr.Number(Settings.max_new_tokens, label="max_new_tokens"),
+            ]
+            answer, maps = gr.JSON(label="answer"), gr.JSON(label="maps")
+            gr.Button().click(self.ask, [images, question, budget, *settings], answer, api_name="ask", **ONE_AT_A_TIME)
+            gr.Button().click(self.scopes, [images, budget], maps, api_name="scopes", **ONE_AT_A_TIME)
+
+
+def in_json(maps: ScopeMaps) -> dict[str, Any]:
+    """The maps of a picture as lists, with four digits: weights [scope][token], attentions [scope][token][patch]."""
+    return {
+        "token_grid": list(maps.token_grid),
+        "patch_grid": list(maps.patch_grid),
+        "weights": np.round(maps.weights, 4).tolist(),
+        "attentions": np.round(maps.attentions, 4).tolist(),
+    }

@@ -1,0 +1,80 @@
+"""The page on which two budgets, or two models, answer the same question about the same pictures, side by side."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+from answering import Answerer
+from ask_page import QUEUED, UNSEEN, warnings_in_a_sentence
+from conversation import topic, user_turn
+from elements import EXAMPLES, ask_box, box_update, budget_slider, example_scenes, scope_view
+from scope_view import view_value
+from settings import Settings, checked
+
+
+class ComparePage:
+    """The events of the page around two models, which may be one and the same."""
+
+    def __init__(self, one: Answerer, other: Answerer, scenes: list[dict[str, Any]]):
+        self.sides, self.scenes = (one, other), scenes
+
+    def compare(self, message: dict, *budgets: Any) -> Iterator[tuple]:
+        """Yields the box, then answer and view of one side, and of the other, one after the other."""
+        prompts = []
+        with warnings_in_a_sentence():
+            conversation = topic([user_turn(message["text"], message["files"], [])])
+            wanted = [checked(budget, "", 0, 1, Settings.max_new_tokens) for budget in budgets]
+            prompts = [side.prepare(*conversation, settings) for side, settings in zip(self.sides, wanted, strict=True)]
+        if not prompts:
+            yield tuple([gr.skip()] * 5)
+            return
+        yield box_update(answering=True), "", None, "", None
+        with warnings_in_a_sentence():
+            for number, (side, prompt, settings) in enumerate(zip(self.sides, prompts, wanted, strict=True)):
+                for step in side.reply(prompt, settings):
+                    view = gr.skip()
+                    if step.maps:
+                        view = view_value(side.scopes, step.maps, step.milliseconds, settings)
+                    changes = [gr.skip()] * 5
+                    changes[1 + 2 * number : 3 + 2 * number] = step.text or "…", view
+                    yield tuple(changes)
+        yield box_update(answering=False), *[gr.skip()] * 4
+
+    def choose(self, event: gr.EventData, *budgets: Any) -> Iterator[tuple]:
+        """An example picked in the page: it is put into the box, and compared at once."""
+        scene = self.scenes[event.scene]
+        message = {"text": scene["question"], "files": [str(EXAMPLES / scene["file"])]}
+        yield gr.MultimodalTextbox(value=message), *[gr.skip()] * 4
+        yield from self.compare(message, *budgets)
+
+    def build(self) -> None:
+        """Lays the page out and connects it."""
+        one, other = self.sides
+        names = ("A", "B") if one is other else (f"A: {one.name}", f"B: {other.name}")
+        second = other.trained_budget if one is not other else nearest(other.budgets(), other.trained_budget / 2)
+        with gr.Row(elem_classes="page"):
+            with gr.Column(scale=1, min_width=320):
+                box = ask_box("compare-ask")
+                budgets = [
+                    budget_slider(one, one.trained_budget, f"{names[0]}, visual tokens", "budget-a"),
+                    budget_slider(other, second, f"{names[1]}, visual tokens", "budget-b"),
+                ]
+            with gr.Column(scale=1, min_width=320):
+                scenes = example_scenes(self.scenes, "Or compare on one of these", "compare-scenes")
+        shown: list = []
+        with gr.Row(elem_classes="page"):
+            for letter, name, side in zip("ab", names, self.sides, strict=True):
+                with gr.Column(scale=1, min_width=320):
+                    shown.append(gr.Textbox(label=f"{name} answers", interactive=False, elem_id=f"answer-{letter}"))
+                    shown.append(scope_view(side, f"view-{letter}", plays=False))
+        page = {"outputs": [box, *shown], **QUEUED, "show_progress_on": [shown[0], shown[2]]}
+        asked = [
+            box.submit(self.compare, [box, *budgets], **page),
+            scenes.choose(self.choose, budgets, **page),
+        ]
+        box.stop(lambda: box_update(answering=False), None, box, cancels=asked, **UNSEEN)
+
+
+def nearest(numbers: list[int], wanted: float) -> int:
+    """The number nearest to the one wanted."""
+    return min(numbers, key=lambda number: abs(number - wanted))

@@ -1,0 +1,77 @@
+"""The chat as Gradio keeps it, in the browser, and as a model's processor takes it."""
+
+from typing import Any
+
+from pictures import Refusal, check_count, open_picture
+from PIL import Image
+
+MAX_QUESTION_CHARACTERS = 500
+
+
+def user_turn(text: str | None, files: list[str] | None, history: list[dict]) -> dict:
+    """A question, with the pictures that it brings. Raises Refusal if it cannot be asked."""
+    files = files or []
+    check_count(files, has_earlier_picture=any(pictures_of(turn) for turn in history))
+    question = check_question(text)
+    for path in files:
+        open_picture(path)
+    return {
+        "role": "user",
+        "content": [*({"path": path, "alt_text": "The picture asked about"} for path in files), question],
+    }
+
+
+def check_question(text: str | None) -> str:
+    """The question, trimmed. Raises Refusal if it is empty or too long."""
+    question = (text or "").strip()
+    if not question:
+        raise Refusal("Please type a question about the picture.")
+    if len(question) > MAX_QUESTION_CHARACTERS:
+        raise Refusal(f"The question has {len(question)} characters; please ask in at most {MAX_QUESTION_CHARACTERS}.")
+    return question
+
+
+def assistant_turn(text: str) -> dict:
+    """An answer, or what there is of it."""
+    return {"role": "assistant", "content": text or "…"}
+
+
+def pictures_of(turn: dict) -> list[str]:
+    """The paths of the pictures in a turn, as this app or Gradio writes them."""
+    content = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
+    parts = [part.get("file", part) for part in content if isinstance(part, dict)]
+    return [part["path"] for part in parts if "path" in part]
+
+
+def text_of(turn: dict) -> str:
+    """The words of a turn."""
+    content = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
+    return "".join(part if isinstance(part, str) else part.get("text", "") for part in content)
+
+
+def last_question(history: list[dict]) -> int:
+    """The place of the last question in the chat."""
+    return max(place for place, turn in enumerate(history) if turn["role"] == "user")
+
+
+def answers_in(history: list[dict]) -> list[int]:
+    """The places of the answers in the chat."""
+    return [place for place, turn in enumerate(history) if turn["role"] == "assistant"]
+
+
+def topic(history: list[dict]) -> tuple[list[dict], list[Image.Image]]:
+    """The turns since the last question with pictures, as a processor takes them, and those pictures.
+
+    A question with pictures begins a new topic. Raises Refusal if none of the questions has a picture.
+    """
+    starts = [place for place, turn in enumerate(history) if pictures_of(turn)]
+    if not starts:
+        check_count([])
+    paths = pictures_of(history[starts[-1]])
+    check_count(paths)
+    pictures = [open_picture(path) for path in paths]
+    turns: list[dict[str, Any]] = [
+        {"role": turn["role"], "content": [{"type": "text", "text": text_of(turn)}]} for turn in history[starts[-1] :]
+    ]
+    turns[0]["content"][:0] = [{"type": "image", "image": picture} for picture in pictures]
+    return turns, pictures

@@ -1,0 +1,134 @@
+"""The parts of the pages: their HTML and scripts around what Gradio brings."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from answering import Answerer
+from conversation import MAX_QUESTION_CHARACTERS
+from PIL import Image
+from scope_view import FUSED_COLOUR, colour_of, data_url
+from settings import MAX_NEW_TOKENS, MAX_SYSTEM_CHARACTERS, MAX_TEMPERATURE, MIN_TOP_P, Settings
+
+HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE / "examples"
+VIEW_SCRIPT = "\n".join((HERE / name).read_text() for name in ("heat.js", "view_parts.js", "view.js"))
+EXAMPLES_SCRIPT = """
+element.addEventListener('click', event => {
+  const scene = event.target.closest('[data-scene]');
+  if (scene) trigger('choose', {scene: Number(scene.dataset.scene)});
+});
+"""
+BUDGET_SCRIPT = """
+const {budgets, patches, trained} = props;
+const range = element.querySelector('input'), out = element.querySelector('output');
+const show = () => {
+  const count = budgets[range.value], saved = Math.round(100 * (1 - count / patches));
+  const own = count === trained ? '' : `; the model was trained with ${trained}`;
+  out.textContent = `${count} for ${patches} patches, ${saved} % saved${own}`;
+  range.setAttribute('aria-valuetext', out.textContent);
+};
+range.max = budgets.length - 1;
+range.value = budgets.indexOf(props.value);
+range.addEventListener('input', () => { props.value = budgets[range.value]; show(); });
+show();
+"""
+WITHOUT_SCOPES = "The projector of this model, {}, has no scopes, so there are no maps of them to see."
+
+
+def budget_slider(answerer: Answerer, budget: int, label: str, elem_id: str) -> gr.HTML:
+    """How many visual tokens a picture becomes, and what that saves; its value is the number."""
+    return gr.HTML(
+        budget,
+        html_template=f'<label><span>{escape(label)}</span><input type="range" min="0"></label><output></output>',
+        js_on_load=BUDGET_SCRIPT,
+        apply_default_css=False,
+        elem_id=elem_id,
+        elem_classes="budget",
+        budgets=answerer.budgets(),
+        patches=answerer.patches,
+        trained=answerer.trained_budget,
+    )
+
+
+def settings_panel() -> list[gr.components.Component]:
+    """System prompt and sampling, out of the way."""
+    with gr.Accordion("More settings", open=False, elem_id="settings"):
+        return [
+            gr.Textbox(
+                label="System prompt",
+                placeholder="None: most answers are best without",
+                lines=2,
+                max_length=MAX_SYSTEM_CHARACTERS,
+            ),
+            gr.Slider(
+                0,
+                MAX_TEMPERATURE,
+                Settings.temperature,
+                step=0.05,
+                label="Temperature",
+                info="0 takes the likeliest word",
+            ),
+            gr.Slider(MIN_TOP_P, 1, Settings.top_p, step=0.05, label="Top-p", info="With a temperature above 0"),
+            gr.Slider(1, MAX_NEW_TOKENS, Settings.max_new_tokens, step=1, label="Longest answer, in tokens"),
+        ]
+
+
+def ask_box(elem_id: str) -> gr.MultimodalTextbox:
+    """The box to type in."""
+    return gr.MultimodalTextbox(
+        label="Your question and pictures",
+        show_label=False,
+        placeholder="Drop or paste a picture here, and ask about it",
+        sources=["upload"],
+        file_types=["image"],
+        file_count="multiple",
+        max_plain_text_length=MAX_QUESTION_CHARACTERS,
+        html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+        elem_id=elem_id,
+        elem_classes="ask",
+    )
+
+
+def box_update(answering: bool, **changes: Any) -> gr.MultimodalTextbox:
+    """A change of the box: a Stop button stands in place of Send while an answer is written."""
+    return gr.MultimodalTextbox(submit_btn=not answering, stop_btn=answering, **changes)
+
+
+def scope_view(answerer: Answerer, elem_id: str, plays: bool) -> gr.HTML:
+    """Where an answer's maps are drawn; `plays` if the words of the answer can be played."""
+    kind = answerer.model.config.projector_config.projector_type
+    return gr.HTML(
+        None,
+        html_template='<div class="view"></div>',
+        js_on_load=VIEW_SCRIPT,
+        apply_default_css=False,
+        elem_id=elem_id,
+        elem_classes="scope-view",
+        scopes=[{"name": name, "colour": colour_of(number)} for number, name in enumerate(answerer.scopes)],
+        fused_colour=FUSED_COLOUR,
+        without_scopes=WITHOUT_SCOPES.format(kind),
+        plays=plays,
+    )
+
+
+def header(note: str) -> gr.HTML:
+    """The title, what the page shows, and what this model can be asked."""
+    return gr.HTML(
+        "<h1>MS-Resampler</h1><p>Ask about a picture. The model reads it through a few <em>scopes</em>, from local "
+        "to global; beside the answer you see where each scope looked, and how far every visual token trusted it."
+        f'</p><p class="quiet">{escape(note)}</p>',
+        elem_id="header",
+    )
+
+
+def example_scenes(scenes: list[dict[str, Any]], title: str, elem_id: str) -> gr.HTML:
+    """The example pictures, each a button with its question."""
+    buttons = "".join(
+        f'<button type="button" data-scene="{number}"><img src="{data_url(Image.open(EXAMPLES / scene["file"]))}" '
+        f'alt="{escape(scene["alt"])}"><span>{escape(scene["question"])}</span></button>'
+        for number, scene in enumerate(scenes)
+    )
+    html = f'<h2>{escape(title)}</h2><div class="scenes">{buttons}</div>'
+    return gr.HTML(html, js_on_load=EXAMPLES_SCRIPT, elem_id=elem_id, elem_classes="examples")

@@ -1,0 +1,143 @@
+// Numbers and paint of the scope view: what a selection of tokens read, and how that looks on a canvas.
+// A picture has S scopes, M visual tokens and N patches; weights is S x M, shares S x M x N, both in one row.
+
+const CANVAS_PIXELS = 384;
+
+async function unpack(text, Numbers) {
+  const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream('deflate'));
+  return new Numbers(await new Response(stream).arrayBuffer());
+}
+
+// Rows of shares, from steps of 1/65535 of the row's peak.
+async function unpackRows(packed) {
+  const peaks = await unpack(packed.peaks, Float32Array), steps = await unpack(packed.steps, Uint16Array);
+  const width = steps.length / peaks.length;
+  return Float32Array.from(steps, (step, place) => step / 65535 * peaks[Math.floor(place / width)]);
+}
+
+function sum(numbers) {
+  return numbers.reduce((total, value) => total + value, 0);
+}
+
+function normalised(numbers) {
+  const total = sum(numbers);
+  return total > 0 ? numbers.map(value => value / total) : numbers;
+}
+
+function largest(numbers) {
+  return numbers.reduce((best, value) => Math.max(best, value), 0);
+}
+
+// How much a picture's tokens have to do with a selection: (M), sums to one.
+function tokenShares(picture, selection) {
+  const {tokens, patches, scopes, weights, shares} = picture;
+  if (selection.kind === 'token') return new Float32Array(tokens).fill(0).fill(1, selection.token, selection.token + 1);
+  if (selection.kind === 'word') return normalised(selection.shares);
+  const all = new Float32Array(tokens).fill(1 / tokens);
+  if (selection.kind !== 'place') return all;
+  const readers = all.map((_, token) => {
+    let read = 0;
+    for (let scope = 0; scope < scopes; scope++) {
+      const row = scope * tokens + token;
+      read += weights[row] * shares[row * patches + selection.patch];
+    }
+    return read;
+  });
+  return normalised(readers);
+}
+
+// The trust that tokens put in a scope.
+function trustIn(picture, scope, ofTokens) {
+  return ofTokens.reduce((total, share, token) => total + share * picture.weights[scope * picture.tokens + token], 0);
+}
+
+// Where tokens looked in a scope; `trusted` counts each as much as it trusted that scope. (N)
+function scopeMap(picture, scope, ofTokens, trusted = false) {
+  const {tokens, patches, weights, shares} = picture, map = new Float32Array(patches);
+  for (let token = 0; token < tokens; token++) {
+    const row = scope * tokens + token, factor = ofTokens[token] * (trusted ? weights[row] : 1);
+    if (factor) for (let patch = 0; patch < patches; patch++) map[patch] += factor * shares[row * patches + patch];
+  }
+  return map;
+}
+
+// Where tokens looked in all scopes, each as far as they trusted it. (N)
+function fusedMap(picture, ofTokens) {
+  const map = new Float32Array(picture.patches);
+  for (let scope = 0; scope < picture.scopes; scope++) {
+    scopeMap(picture, scope, ofTokens, true).forEach((value, patch) => { map[patch] += value; });
+  }
+  return map;
+}
+
+function newCanvas(width, height) {
+  return Object.assign(document.createElement('canvas'), {width, height});
+}
+
+// The picture in faint greys, under a heat map; what is too dark for light paper, or the reverse, becomes a negative.
+function faintGrey(image, width, height, darkPaper) {
+  const canvas = newCanvas(width, height), context = canvas.getContext('2d');
+  context.drawImage(image, 0, 0, width, height);
+  const pixels = context.getImageData(0, 0, width, height), data = pixels.data, grey = new Float32Array(width * height);
+  for (let i = 0; i < grey.length; i++) grey[i] = 0.299 * data[4 * i] + 0.587 * data[4 * i + 1] + 0.114 * data[4 * i + 2];
+  const darkPicture = sum(grey) < 127 * grey.length, lowest = darkPaper ? 25 : 125;
+  grey.forEach((value, i) => {
+    const kept = darkPicture === darkPaper ? value : 255 - value;
+    data.fill(lowest + (darkPaper ? 0.4 : 0.5) * kept, 4 * i, 4 * i + 3);
+  });
+  context.putImageData(pixels, 0, 0);
+  return canvas;
+}
+
+// A map over its grid in one colour: the more, the less transparent.
+function heatCanvas(map, [rows, columns], colour) {
+  const canvas = newCanvas(columns, rows), context = canvas.getContext('2d'), pixels = context.createImageData(columns, rows);
+  const peak = largest(map) || 1, channels = [1, 3, 5].map(start => parseInt(colour.slice(start, start + 2), 16));
+  map.forEach((value, i) => pixels.data.set([...channels, 255 * value / peak], 4 * i));
+  context.putImageData(pixels, 0, 0);
+  return canvas;
+}
+
+// mode: picture, overlay or heat; opacity from 0 to 1; paper, ink: the page's colours.
+function paintMap(canvas, picture, map, colour, {mode, opacity, paper, dark}) {
+  const context = canvas.getContext('2d'), whole = [0, 0, canvas.width, canvas.height];
+  context.fillStyle = paper;
+  context.fillRect(...whole);
+  if (mode === 'overlay') context.drawImage(dark ? picture.darkGrey : picture.lightGrey, ...whole);
+  if (mode === 'picture') return context.drawImage(picture.image, ...whole);
+  context.imageSmoothingQuality = 'high';
+  context.globalAlpha = opacity;
+  context.drawImage(heatCanvas(map, picture.patch_grid, colour), ...whole);
+  context.globalAlpha = 1;
+}
+
+// A mark around a cell of a grid, visible on any ground.
+function paintFrame(canvas, [rows, columns], cell) {
+  const context = canvas.getContext('2d'), width = canvas.width / columns, height = canvas.height / rows;
+  const left = cell % columns * width, top = Math.floor(cell / columns) * height;
+  [['#fff', 5], ['#111', 2.5]].forEach(([colour, line]) => {
+    Object.assign(context, {strokeStyle: colour, lineWidth: line});
+    context.strokeRect(left + 2, top + 2, Math.max(width - 4, 1), Math.max(height - 4, 1));
+  });
+}
+
+// The token grid: a cell is filled with the scopes' colours by their weights, and fades with its share.
+function paintTokens(canvas, picture, ofTokens, colours, {paper, ink}) {
+  const context = canvas.getContext('2d'), [rows, columns] = picture.token_grid, peak = largest(ofTokens) || 1;
+  const width = canvas.width / columns, height = canvas.height / rows, gap = Math.min(4, width / 8);
+  context.fillStyle = paper;
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  ofTokens.forEach((share, token) => {
+    const left = token % columns * width + gap / 2, bottom = Math.floor(token / columns + 1) * height - gap / 2;
+    context.globalAlpha = 0.12 + 0.88 * share / peak;
+    const stripes = picture.scopes ? colours.map((_, scope) => picture.weights[scope * picture.tokens + token]) : [1];
+    let filled = 0;
+    stripes.forEach((weight, scope) => {
+      context.fillStyle = picture.scopes ? colours[scope] : ink;
+      context.fillRect(left, bottom - (filled + weight) * (height - gap), width - gap, weight * (height - gap));
+      filled += weight;
+    });
+  });
+  context.globalAlpha = 1;
+}

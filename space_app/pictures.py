@@ -1,0 +1,56 @@
+"""Pictures that people bring: judged by their headers, then opened upright and in RGB. And how a request is refused."""
+
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image, ImageOps
+
+MAX_FILE_MEGABYTES = 20
+MAX_PIXELS = 40_000_000
+MAX_PICTURES = 4
+TOO_MANY_PIXELS = f"The picture has more than {MAX_PIXELS // 10**6} million pixels; please scale it down."
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+class Refusal(gr.Error):
+    """One sentence for the person who asked: what is wrong with the question or the picture.
+
+    Gradio shows its own errors as they are, and ZeroGPU carries them out of its worker process.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message, title="Not yet", print_exception=False)
+
+
+def check_count(paths: list[str], has_earlier_picture: bool = False) -> None:
+    """Raises Refusal unless there are pictures to ask about, and not too many."""
+    if len(paths) > MAX_PICTURES:
+        raise Refusal(f"Please add at most {MAX_PICTURES} pictures to a question; these are {len(paths)}.")
+    if not paths and not has_earlier_picture:
+        raise Refusal("Please add a picture first: drop one here, or pick a scene.")
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """An upright RGB picture; its header is judged before it is decoded. Raises Refusal if it cannot be used."""
+    try:
+        if Path(path).stat().st_size > MAX_FILE_MEGABYTES * 2**20:
+            raise Refusal(f"The file is larger than {MAX_FILE_MEGABYTES} MB; please choose a smaller one.")
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise Refusal(TOO_MANY_PIXELS)
+            return over_white(ImageOps.exif_transpose(image))
+    except Refusal:  # which is a ValueError, as all of Gradio's errors are
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Refusal(TOO_MANY_PIXELS) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise Refusal("This file cannot be read as a picture; please use a PNG, JPEG or WebP file.") from error
+
+
+def over_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

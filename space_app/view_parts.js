@@ -1,0 +1,174 @@
+// The elements of the scope view, built anew for every answer and picture; view.js fills and moves them.
+
+function make(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === 'function') made.addEventListener(name, value);
+    else if (value !== null && value !== false) made.setAttribute(name, value);
+  }
+  made.append(...children);
+  return made;
+}
+
+function percent(share) {
+  return share > 0 && share < 0.01 ? `${(100 * share).toFixed(1)} %` : `${Math.round(100 * share)} %`;
+}
+
+function place([, columns], cell) {
+  return `row ${Math.floor(cell / columns) + 1}, column ${cell % columns + 1}`;
+}
+
+function blankView() {
+  const maps = props.scopes.map(({name, colour}) => caption(name, colour));
+  if (maps.length > 1) maps.unshift(caption('all scopes, fused', props.fused_colour));
+  const figures = [caption('The picture'), caption('Its visual tokens'), ...maps].map(
+    title => make('figure', {}, title, make('div', {class: 'blank'})));
+  const how = 'Ask about a picture, and this shows where each scope looked in it, how far each visual token trusted it, '
+    + 'and what each word of the answer attended to.';
+  return [make('h2', {}, 'What each scope looked at'), make('p', {class: 'quiet'}, how), make('div', {class: 'figures'}, ...figures)];
+}
+
+function answerView(answer) {
+  const picture = answer.pictures[state.picture];
+  const parts = [make('div', {class: 'title'}, make('h2', {}, 'What each scope looked at'), costLine(answer)), selectors(answer)];
+  if (!picture.scopes) parts.push(make('p', {class: 'note'}, props.without_scopes));
+  else if (dominant(answer, picture)) parts.push(make('p', {class: 'note'}, dominant(answer, picture)));
+  if (props.plays) parts.push(wordStrip(answer));
+  return [...parts, make('p', {class: 'status', 'aria-live': 'polite'}), figures(answer, picture), toolbar(picture)];
+}
+
+function costLine(answer) {
+  const tokens = sum(answer.pictures.map(picture => picture.tokens)), patches = sum(answer.pictures.map(picture => picture.patches));
+  const saved = tokens < patches ? `, ${percent(1 - tokens / patches)} saved` : '';
+  return make('p', {class: 'cost'},
+    make('b', {}, `${tokens} visual tokens`), ` from ${patches} patches${saved} · first token after `,
+    make('b', {}, `${answer.milliseconds} ms`));
+}
+
+function selectors(answer) {
+  const row = make('div', {class: 'selectors'});
+  const choice = (kind, numbers, current, choose) => numbers.length > 1 && row.append(make('div', {role: 'group', 'aria-label': kind},
+    ...numbers.map(number => make('button', {
+      type: 'button', 'aria-pressed': String(number === current), 'data-focus': `${kind}${number}`,
+      click: () => { select(ALL); Object.assign(state, choose(number)); build(); },
+    }, `${kind} ${number + 1}`))));
+  choice('Answer', Object.keys(state.answers).map(Number), state.shown, number => ({shown: number, picture: 0}));
+  choice('Picture', [...answer.pictures.keys()], state.picture, number => ({picture: number}));
+  return row;
+}
+
+function dominant(answer, picture) {
+  const everywhere = tokenShares(picture, ALL);
+  const first = answer.scopes.findIndex((_, scope) => trustIn(picture, scope, everywhere) > 0.95);
+  return picture.scopes > 1 && first >= 0 && `Here the ${answer.scopes[first].name} scope took nearly all the trust: the other `
+    + 'maps show where those scopes looked, not what reached the answer.';
+}
+
+function toolbar(picture) {
+  const modes = [['picture', 'Original'], ['overlay', 'Overlay'], ['heat', 'Heat map']].map(([mode, label]) => make('label', {},
+    make('input', {type: 'radio', name: `mode-${element.id}`, value: mode, 'data-focus': mode, ...(mode === state.mode ? {checked: ''} : {}),
+      change: () => { state.mode = mode; refresh(); }}), label));
+  const opacity = make('input', {type: 'range', min: 10, max: 100, value: 100 * state.opacity,
+    input: event => { state.opacity = event.target.value / 100; refresh(); }});
+  return make('div', {class: 'toolbar', ...(picture.scopes ? {} : {hidden: ''})},
+    make('fieldset', {}, make('legend', {}, 'Show'), ...modes), make('label', {class: 'opacity'}, 'Opacity', opacity),
+    make('button', {type: 'button', click: save}, 'Save as PNG'));
+}
+
+function caption(title, colour = null, note = '') {
+  const name = make('b', {}, ...(colour ? [make('i', {class: 'swatch', style: `background:${colour}`})] : []), title);
+  return make('figcaption', {}, name, make('span', {class: 'number'}, note));
+}
+
+function figures(answer, picture) {
+  const maps = answer.scopes.map(({name, colour}, scope) => mapFigure(picture, name, colour, scope));
+  if (picture.scopes > 1) maps.unshift(mapFigure(picture, 'all scopes, fused', props.fused_colour, 'fused'));
+  return make('div', {class: 'figures'}, pictureFigure(picture), tokenFigure(answer, picture), ...maps);
+}
+
+function canvasOf(picture, label) {
+  return make('canvas', {width: picture.width, height: picture.height, role: 'img', 'aria-label': label});
+}
+
+function pictureFigure(picture) {
+  const canvas = canvasOf(picture, 'The picture as the model saw it'), [width, height] = picture.size;
+  let cursor = Math.floor(picture.patches / 2);
+  const go = event => {
+    const [rows, columns] = picture.patch_grid, row = Math.floor(cursor / columns), column = cursor % columns;
+    const moved = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]}[event.key];
+    if (!moved || !picture.scopes) return;
+    event.preventDefault();
+    cursor = Math.min(rows - 1, Math.max(0, row + moved[0])) * columns + Math.min(columns - 1, Math.max(0, column + moved[1]));
+    select({kind: 'place', patch: cursor});
+  };
+  const name = 'Places in the picture. Arrow keys move over its patches and show which tokens read them';
+  return make('figure', {'data-figure': 'picture'}, caption('The picture', null, `as seen, ${width} × ${height}`),
+    make('div', {class: 'frame', role: 'application', tabindex: 0, 'data-focus': 'picture', 'aria-label': name, keydown: go,
+      ...placing(picture, true)}, canvas));
+}
+
+// Listeners that turn a point of a canvas into a place in the picture.
+function placing(picture, pointing) {
+  if (!picture.scopes) return {};
+  const at = event => {
+    const box = event.currentTarget.getBoundingClientRect(), [rows, columns] = picture.patch_grid;
+    const cell = (offset, length, count) => Math.min(count - 1, Math.max(0, Math.floor(offset / length * count)));
+    const row = cell(event.clientY - box.top, box.height, rows), column = cell(event.clientX - box.left, box.width, columns);
+    return {kind: 'place', patch: row * columns + column};
+  };
+  const click = {click: event => select(at(event))};
+  if (!pointing) return click;
+  return {...click, pointermove: event => event.pointerType === 'mouse' && select(at(event), true), pointerleave: unpoint};
+}
+
+function unpoint() {
+  if (state.pointed) select(null, true);
+}
+
+function tokenFigure(answer, picture) {
+  const [rows, columns] = picture.token_grid, grid = make('div', {
+    class: 'tokens', role: 'group', 'aria-label': 'Visual tokens', style: `--columns:${columns}`, keydown: walk, pointerleave: unpoint,
+  });
+  for (let token = 0; token < picture.tokens; token++) {
+    const trusts = answer.scopes.map(({name}, scope) => `${name} ${percent(picture.weights[scope * picture.tokens + token])}`);
+    const label = `Token in ${place(picture.token_grid, token)}${trusts.length ? `: ${trusts.join(', ')}` : ''}`;
+    grid.append(make('button', {
+      type: 'button', 'data-token': token, 'data-focus': `token${token}`, 'aria-label': label,
+      click: () => select({kind: 'token', token}),
+      pointerenter: event => event.pointerType === 'mouse' && select({kind: 'token', token}, true),
+    }));
+  }
+  return make('figure', {'data-figure': 'tokens'}, caption('Its visual tokens', null, `${rows} × ${columns}${picture.scopes ? ', by trust' : ''}`),
+    make('div', {class: 'frame'}, canvasOf(picture, 'The grid of visual tokens, coloured by the scopes that they trusted'), grid));
+}
+
+function walk(event) {
+  const columns = Number(event.currentTarget.style.getPropertyValue('--columns'));
+  const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns}[event.key];
+  const next = step && event.currentTarget.children[Number(event.target.dataset.token) + step];
+  if (!step) return;
+  event.preventDefault();
+  next?.focus();
+}
+
+function mapFigure(picture, name, colour, key) {
+  const ramp = `background:linear-gradient(90deg, transparent, ${colour})`;
+  return make('figure', {'data-figure': key}, caption(name, colour),
+    make('div', {class: 'frame', ...placing(picture, false)}, canvasOf(picture, `Where the tokens looked, ${name}`)),
+    make('div', {class: 'legend', title: 'Share of the attention that a patch got'},
+      make('span', {}, '0'), make('i', {style: ramp}), make('span', {class: 'peak'})));
+}
+
+function wordStrip(answer) {
+  const words = (answer.words || []).map((word, number) => make('button', {
+    type: 'button', 'data-word': number, 'data-focus': `word${number}`, click: () => select(wordSelection(number)),
+    pointerenter: event => event.pointerType === 'mouse' && !state.timer && select(wordSelection(number), true), pointerleave: unpoint,
+  }, word.text));
+  const request = {number: state.shown, ...answer.asked};
+  const start = make('button', {type: 'button', class: 'play', 'data-focus': 'play', click: event => {
+    if (answer.words?.length) return play();
+    event.currentTarget.setAttribute('aria-busy', 'true');
+    trigger('words', request);
+  }}, '▶ Play the words');
+  return make('div', {class: 'words', role: 'group', 'aria-label': 'Words of the answer'}, start, ...words);
+}

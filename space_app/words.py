@@ -1,0 +1,73 @@
+"""Which visual tokens each word of an answer attended to, in the language model."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pictures import Refusal
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word, and the shares of its attention (visual tokens of all pictures) that went to them.
+
+    The mean over the language model's layers and heads, and over the tokens of the word: what is missing to a sum
+    of one went to text.
+    """
+
+    text: str
+    shares: np.ndarray
+
+
+@torch.inference_mode()
+def attended_words(model: Any, tokenizer: Any, prompt: torch.Tensor, features: Any, answer: str) -> list[Word]:
+    """The words of an answer to a prompt (1, L) whose pictures are encoded.
+
+    A word's attention is that of the places from which its tokens were predicted. The prompt goes through as it did
+    for the answer; only the answer's few rows of attention are ever made.
+    Raises Refusal if the model's layers keep no attention weights.
+    """
+    tokens = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+    answer_ids = torch.tensor([tokens["input_ids"]], device=prompt.device)
+    cache = model(
+        input_ids=prompt[:, :-1], mm_encoder_outputs={"image": features}, use_cache=True, logits_to_keep=1
+    ).past_key_values
+    with eager_attention(model.model.language_model):
+        rows = torch.cat([prompt[:, -1:], answer_ids[:, :-1]], dim=1)
+        layers = model(input_ids=rows, past_key_values=cache, output_attentions=True, logits_to_keep=1).attentions
+    length = prompt.shape[1] + answer_ids.shape[1] - 1
+    layers = [layer for layer in layers or () if layer is not None and layer.shape[-1] == length]
+    if not layers:
+        raise Refusal("This language model keeps no attention weights, so its words cannot be played.")
+    shares = sum(layer[0].float().mean(dim=0) for layer in layers) / len(layers)
+    to_pictures = shares[:, : prompt.shape[1]][:, prompt[0] == model.config.image_token_id].cpu().numpy()
+    return [
+        Word(answer[start:end], to_pictures[numbers].mean(axis=0))
+        for start, end, numbers in words_of(answer, tokens["offset_mapping"])
+    ]
+
+
+@contextmanager
+def eager_attention(language_model: Any) -> Iterator[None]:
+    """The fused kernels return no attention weights: in this context they are not used."""
+    before = language_model.config._attn_implementation
+    language_model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation(before)
+
+
+def words_of(text: str, offsets: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[int]]]:
+    """Begin, end and token numbers of each word, from the tokens' places in the text.
+
+    A token belongs to each word that it touches: "a bc" in tokens "a", " b", "c" -> (0, 1, [0]), (2, 4, [1, 2])
+    """
+    for match in re.finditer(r"\S+", text):
+        touching = [n for n, (start, end) in enumerate(offsets) if start < match.end() and end > match.start()]
+        if touching:
+            yield match.start(), match.end(), touching

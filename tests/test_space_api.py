@@ -1,0 +1,228 @@
+"""The Space as programs meet it: its endpoints, its limits, behind a proxy, alone in a folder, in a crowd."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import httpx
+import numpy as np
+import pytest
+import space_server
+import tiny_models
+import tiny_proxy
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+
+import settings  # isort: skip (space_server made it importable)
+
+QUESTION = "What is this?"
+PLAIN = settings.Settings()
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def answerer():
+    return space_server.make_answerer()
+
+
+@pytest.fixture(scope="module")
+def address(answerer):
+    with space_server.served(answerer) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address):
+    with closing(Client(address, verbose=False, analytics_enabled=False)) as client:
+        yield client
+
+
+@pytest.fixture
+def picture_file(tmp_path):
+    path = tmp_path / "picture.png"
+    tiny_models.picture().save(path)
+    return str(path)
+
+
+def expected_answer(answerer, picture, question, wanted=PLAIN):
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    *_, last = answerer.reply(answerer.prepare([{"role": "user", "content": content}], [picture], wanted), wanted)
+    return last.text
+
+
+# --- The contract -----------------------------------------------------------------------------------------------
+
+
+def test_endpoints_have_names_and_defaults(client):
+    api = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    parameters = {name: [one["parameter_name"] for one in api[name]["parameters"]] for name in api}
+    sampling = ["system_prompt", "temperature", "top_p", "max_new_tokens"]
+    assert parameters == {
+        "/ask": ["images", "question", "visual_tokens", *sampling],
+        "/scopes": ["images", "visual_tokens"],
+    }
+
+
+def test_ask_streams_json(client, answerer, picture_file):
+    job = client.submit([handle_file(picture_file)], QUESTION, None, api_name="/ask")
+    last, steps = job.result(timeout=60), job.outputs()
+    assert steps[-1] == last
+    assert len(steps) > 1
+    assert last["answer"] == expected_answer(answerer, tiny_models.picture(), QUESTION) != ""
+    assert (last["visual_tokens"], last["patches"]) == ([4], [36])
+    assert 0 < last["milliseconds_to_first_token"] <= last["milliseconds"]
+
+
+def test_ask_takes_several_pictures_and_settings(client, answerer, picture_file, tmp_path):
+    tiny_models.picture(1).save(tmp_path / "other.png")
+    files = [handle_file(picture_file), handle_file(str(tmp_path / "other.png"))]
+    answer = client.predict(files, QUESTION, visual_tokens=9, max_new_tokens=5, api_name="/ask")
+    assert answer["visual_tokens"] == [9, 9]
+    assert len(answer["answer"]) <= 5
+
+
+def test_scopes_gives_the_maps_in_json(client, answerer, picture_file):
+    for budget in (None, 9):
+        found = client.predict([handle_file(picture_file)], budget, api_name="/scopes")
+        (maps,) = answerer.look([tiny_models.picture()], settings.Settings(visual_tokens=budget))
+        (image,) = found["images"]
+        assert found["scopes"] == ["local", "regional", "global"]
+        assert (image["token_grid"], image["patch_grid"]) == (list(maps.token_grid), [6, 6])
+        np.testing.assert_allclose(image["weights"], maps.weights, atol=6e-5)
+        np.testing.assert_allclose(image["attentions"], maps.attentions, atol=6e-5)
+
+
+def test_the_example_in_the_readme_runs(address, picture_file):
+    readme = (space_server.SPACE / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    names: dict = {}
+    exec(example.replace("http://127.0.0.1:7860", address).replace("scene.png", picture_file), names)
+    names["client"].close()
+    assert names["answer"]["answer"]
+    assert len(names["scopes"]["images"][0]["weights"]) == 3
+
+
+def test_errors_are_sentences(client, picture_file, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    broken, good = handle_file(str(tmp_path / "text.png")), handle_file(picture_file)
+    for endpoint, arguments, sentence in [
+        ("/ask", (None, QUESTION, None), "add a picture"),
+        ("/ask", ([broken], QUESTION, None), "cannot be read"),
+        ("/ask", ([good], "", None), "type a question"),
+        ("/ask", ([good], QUESTION, 7), "7 visual tokens cannot be laid out"),
+        ("/ask", ([good] * 5, QUESTION, None), "at most 4 pictures"),
+        ("/scopes", ([good], 0), "number of visual tokens must be"),
+        ("/scopes", (None, None), "add a picture"),
+    ]:
+        with pytest.raises(AppError, match=sentence) as error:
+            client.predict(*arguments, api_name=endpoint)
+        assert "Traceback" not in str(error.value)
+        assert str(space_server.SPACE) not in str(error.value)
+
+
+def test_a_failure_inside_tells_nothing_of_the_machine(client, answerer, picture_file, monkeypatch):
+    def fail(*_args):
+        raise RuntimeError(f"{space_server.SPACE}/secret went wrong")
+
+    monkeypatch.setattr(answerer, "look", fail)
+    with pytest.raises(AppError, match="Something went wrong here; please try again") as error:
+        client.predict([handle_file(picture_file)], None, api_name="/scopes")
+    assert "secret" not in str(error.value)
+
+
+def test_no_file_of_the_machine_is_read_for_a_stranger(address, picture_file):
+    base = f"{address}/gradio_api"
+    assert httpx.get(f"{base}/file={picture_file}").status_code == 403
+    config = httpx.get(f"{address}/config").json()
+    submit = next(event for event in config["dependencies"] if len(event["inputs"]) == 7 and len(event["outputs"]) == 3)
+    message = {"text": QUESTION, "files": [{"path": picture_file, "meta": {"_type": "gradio.FileData"}}]}
+    body = {"data": [message, [], 4, "", 0, 1, 8], "fn_index": submit["id"], "session_hash": "stranger"}
+    httpx.post(f"{base}/queue/join", json=body).raise_for_status()
+    events = httpx.get(f"{base}/queue/data", params={"session_hash": "stranger"}, timeout=60).text
+    done = [json.loads(line[5:]) for line in events.splitlines() if '"process_completed"' in line]
+    assert [event["success"] for event in done] == [False]
+    assert picture_file not in events
+
+
+# --- Where it runs ----------------------------------------------------------------------------------------------
+
+
+def test_the_api_works_behind_a_path_of_a_proxy(answerer, picture_file):
+    with (
+        tiny_proxy.proxy("/models/scopes") as (front, connect),
+        space_server.served(answerer, root_path=front) as address,
+    ):
+        connect(address)
+        with closing(Client(f"{front}/", verbose=False, analytics_enabled=False)) as client:
+            assert client.predict([handle_file(picture_file)], QUESTION, None, api_name="/ask")["answer"]
+
+
+def test_app_runs_alone_on_a_folder(tmp_path, picture_file):
+    for part in space_server.make_model():
+        part.save_pretrained(tmp_path / "model")
+    shutil.copytree(space_server.SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    model = str(tmp_path / "model")
+    added = {"MODEL_ID": model, "COMPARE_MODEL_ID": model, "GRADIO_SERVER_PORT": str(port)}
+    without_us = "import runpy, sys; sys.modules['ms_resampler'] = None; sys.path.insert(0, ''); "
+    process = subprocess.Popen(
+        [sys.executable, "-c", without_us + "runpy.run_path('app.py', run_name='__main__')"],
+        cwd=tmp_path / "space",
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | added,
+    )
+    try:
+        with closing(wait_for_client(f"http://127.0.0.1:{port}", process)) as client:
+            assert client.predict([handle_file(picture_file)], QUESTION, None, api_name="/ask")["answer"]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_for_client(address: str, process: subprocess.Popen) -> Client:
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1])), timeout=1).close()
+        except OSError:
+            time.sleep(0.3)
+        else:
+            return Client(address, verbose=False, analytics_enabled=False)
+    raise AssertionError("the app did not start")
+
+
+# --- A crowd ----------------------------------------------------------------------------------------------------
+
+
+def test_twenty_at_once_get_the_answers_to_their_own_questions(address, answerer, tmp_path):
+    people, short = 20, settings.Settings(max_new_tokens=12)
+    questions = [f"{chr(97 + person) * 9}?" for person in range(people)]
+    images = [tiny_models.picture(person) for person in range(people)]
+    expected = [expected_answer(answerer, images[0], question, short) for question in questions]
+    assert len(set(expected)) > people / 2  # a mix-up would show
+    together = threading.Barrier(people)
+
+    def ask(person: int) -> tuple:
+        images[person].save(tmp_path / f"{person}.png")
+        file = handle_file(str(tmp_path / f"{person}.png"))
+        with closing(Client(address, verbose=False, analytics_enabled=False)) as client:
+            together.wait(timeout=120)
+            answer = client.predict([first], questions[person], None, max_new_tokens=12, api_name="/ask")
+            return answer["answer"], client.predict([file], None, api_name="/scopes")["images"][0]["weights"]
+
+    images[0].save(tmp_path / "first.png")
+    first = handle_file(str(tmp_path / "first.png"))
+    with ThreadPoolExecutor(people) as crowd:
+        answers, weights = zip(*crowd.map(ask, range(people)), strict=True)
+    assert list(answers) == expected
+    for image, found in zip(images, weights, strict=True):
+        np.testing.assert_allclose(found, answerer.look([image], PLAIN)[0].weights, atol=6e-5)
