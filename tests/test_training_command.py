@@ -98,7 +98,7 @@ def test_fields_that_contradict_each_other_are_refused():
 
 
 def test_the_command_trains_and_a_finished_run_is_not_run_again(tmp_path, capfd):
-    start, out = make_start(tmp_path, records=8), tmp_path / "run"
+    start, out = make_start(tmp_path, records=3), tmp_path / "run"
     command = ["train", "align", "--model", str(start / "start"), "--data", str(start / "data.json")]
     command += ["--images", str(start / "images"), "--out", str(out), "--steps", "2", "--batch-size", "2"]
     command += ["--workers", "0", "--no-bf16", "--max-length", "512"]

@@ -14,12 +14,12 @@ from transformers import AutoProcessor, TrainingArguments, set_seed
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import add_adapters, four_bit_config
 from .batches import BatchMaker
+from .data import ConversationCollator, open_records
 from .liger import fuse_loss
 from .parameters import count_parameters, freeze, set_precision, sharded_units
 from .recipes import Recipe
 from .run_record import RunRecord, open_record
 from .schedule import Schedule, check_budgets
-from .standin import make_collator, open_records
 from .train import keep_freed_memory
 from .trainer import CheckedTrainer, JsonlLog, last_checkpoint, sync
 
@@ -66,7 +66,10 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
         args=arguments,
         train_dataset=schedule,
         data_collator=BatchMaker(
-            partial(make_collator, recipe), processor, recipe.bad_records, options.out / "skipped.jsonl"
+            partial(ConversationCollator, max_length=recipe.max_length, plain=recipe.text == "plain"),
+            processor,
+            recipe.bad_records,
+            options.out / "skipped.jsonl",
         ),
         processing_class=processor,
         callbacks=[JsonlLog(options.out / "log.jsonl")],

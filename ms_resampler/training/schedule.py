@@ -12,8 +12,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ..configuration_ms_resampler import token_grid
+from .data import epoch_order
 from .recipes import Recipe
-from .standin import epoch_order
 
 Budget = int | tuple[int, int]
 
@@ -34,7 +34,8 @@ class Schedule(Dataset):
         epoch, place = divmod(position, len(self.records))
         if self._order[0] != epoch:
             recipe = self.recipe
-            order = epoch_order(self.records, recipe.batch_size, recipe.seed, epoch, recipe.group_by_modality)
+            begun = epoch * len(self.records) % recipe.batch_size
+            order = epoch_order(self.records, recipe.batch_size, recipe.seed, epoch, recipe.group_by_modality, begun)
             self._order = epoch, order
         return self.records[self._order[1][place]], self.budget(position // self.recipe.batch_size)
 
