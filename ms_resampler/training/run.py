@@ -72,8 +72,10 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
             options.out / "skipped.jsonl",
         ),
         processing_class=processor,
-        callbacks=[JsonlLog(options.out / "log.jsonl")],
+        callbacks=[JsonlLog(options.out / "log.jsonl", schedule.epochs)],
     )
+    if options.writes:
+        print(summary(recipe, schedule, last_checkpoint(options.out)))
     model.config.use_cache = use_cache  # the Trainer switches it off, and would save it so
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
         raise ValueError("accelerate shards (FSDP) on accelerators only, and finds none: launch with ddp.")
@@ -81,6 +83,16 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
     record.finish(trainer)
     save_result(trainer, dtype, record, result)
     return result
+
+
+def summary(recipe: Recipe, schedule: Schedule, checkpoint: str | None) -> str:
+    """What is about to be run, in a line or two."""
+    rates = ", ".join(f"{part} {rate:g}" for part, rate in vars(recipe.rates).items() if rate)
+    lines = [
+        f"{recipe.name}: {schedule.steps:,} steps of {recipe.batch_size} records, {schedule.epochs:.2f} times through "
+        f"{len(schedule.records):,}; learning rates: {rates}."
+    ]
+    return "\n".join([*lines, f"Going on from {checkpoint}."] if checkpoint else lines)
 
 
 def training_arguments(recipe: Recipe, options: RunOptions, steps: int) -> TrainingArguments:

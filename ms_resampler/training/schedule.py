@@ -27,6 +27,11 @@ class Schedule(Dataset):
         self.steps = recipe.steps or math.ceil(recipe.epochs * len(records) / recipe.batch_size)
         self._order: tuple[int, Sequence[int]] = (-1, ())
 
+    @property
+    def epochs(self) -> float:
+        """How often the run goes through the records."""
+        return len(self) / len(self.records)
+
     def __len__(self) -> int:
         return self.steps * self.recipe.batch_size
 
