@@ -5,6 +5,7 @@ import importlib.util
 import json
 
 import pytest
+from components import save_llm, save_tower
 from tiny_runs import make_start
 
 from ms_resampler import cli
@@ -98,7 +99,7 @@ def test_fields_that_contradict_each_other_are_refused():
 
 
 def test_the_command_trains_and_a_finished_run_is_not_run_again(tmp_path, capfd):
-    start, out = make_start(tmp_path, records=8), tmp_path / "run"
+    start, out = make_start(tmp_path, records=3), tmp_path / "run"
     command = ["train", "align", "--model", str(start / "start"), "--data", str(start / "data.json")]
     command += ["--images", str(start / "images"), "--out", str(out), "--steps", "2", "--batch-size", "2"]
     command += ["--workers", "0", "--no-bf16", "--max-length", "512"]
@@ -117,3 +118,24 @@ def test_a_package_that_is_missing_is_named_before_anything_is_read(monkeypatch,
     assert cli.main([*command, "--liger"]) == 2
     assert "This run needs the package liger_kernel: pip install liger-kernel." in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_commands_make_a_model_of_a_tower_and_a_language_model_that_answers(tmp_path, capfd):
+    make_start(tmp_path, records=12)
+    rows = [row for row in json.loads((tmp_path / "data.json").read_text()) if "image" in row]
+    (tmp_path / "captions.json").write_text(json.dumps(rows))
+    tower, llm, model = save_tower(tmp_path / "clip"), save_llm(tmp_path / "qwen2"), str(tmp_path / "model")
+    fields = ["--visual-tokens", "4", "--set", "hidden_size=32", "--set", "num_attention_heads=4"]
+    assert cli.main(["init", "--vision", str(tower), "--llm", str(llm), "--out", model, *fields]) == 0
+
+    common = ["--images", str(tmp_path / "images"), "--batch-size", "4", "--workers", "0", "--steps", "2"]
+    for recipe, data in (("align", "captions.json"), ("instruct", "data.json")):
+        files = ["--model", model, "--data", str(tmp_path / data), "--out", str(tmp_path / recipe)]
+        assert cli.main(["train", recipe, *files, *common]) == 0
+        assert f"{recipe}: 2 steps of 4 records" in capfd.readouterr().out
+        model = str(tmp_path / recipe / "model")
+
+    image = str(tmp_path / "images" / "0.png")
+    assert cli.main(["chat", "What is 0?", "--model", model, "--image", image, "--max-new-tokens", "4", "--json"]) == 0
+    assert '"visual_tokens": 4' in capfd.readouterr().out

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.training.batches import BatchMaker
-from ms_resampler.training.data import IGNORED, open_records
+from ms_resampler.training.data import IGNORED, ConversationCollator, open_records
 from ms_resampler.training.parameters import count_parameters, freeze, parameter_groups, part_of
 from ms_resampler.training.recipes import LearningRates
-from ms_resampler.training.run import collator_of, run_recipe, share_batch
+from ms_resampler.training.run import run_recipe, share_batch
 from ms_resampler.training.schedule import Schedule
 from ms_resampler.training.trainer import CheckedTrainer, last_checkpoint
 
@@ -144,7 +145,9 @@ def test_a_budget_holds_for_a_whole_step_and_changes_from_step_to_step(start):
 
 def batch_maker(start, tmp_path, recipe, bad_records="fatal"):
     processor = AutoProcessor.from_pretrained(start / "start")
-    return BatchMaker(collator_of(recipe), processor, bad_records, tmp_path / "skipped.jsonl")
+    return BatchMaker(
+        partial(ConversationCollator, max_length=recipe.max_length), processor, bad_records, tmp_path / "skipped.jsonl"
+    )
 
 
 @pytest.mark.parametrize(("budget", "grid"), [(None, None), (9, [3, 3]), ((1, 6), [1, 6])])
@@ -177,8 +180,8 @@ def bad_data(start, folder):
     """The data with a missing image, an image that is none, and an answer that is too long."""
     rows = json.loads((start / "data.json").read_text())
     rows[0]["image"] = "missing.png"
-    rows[1]["image"] = "broken.png"
-    (start / "images" / "broken.png").write_bytes(b"no picture")
+    (start / "images" / "none.png").write_text("no picture")
+    rows[1]["image"] = "none.png"
     rows[2]["conversations"][1]["value"] = "x" * 600
     (folder / "data.json").write_text(json.dumps(rows))
     return dataclasses.replace(options_in(start, folder / "run"), data=str(folder / "data.json"))
@@ -186,7 +189,7 @@ def bad_data(start, folder):
 
 def test_bad_records_stop_a_run_or_are_counted_and_named(start, tmp_path):
     options = bad_data(start, tmp_path)
-    with pytest.raises(ValueError, match=r"missing\.png|Record r1|Record r2"):
+    with pytest.raises(ValueError, match=r"Record r[012] "):
         run_recipe(small("instruct", steps=6), options)
     options = dataclasses.replace(options, out=tmp_path / "skipping")
     result = run_recipe(small("instruct", steps=6, bad_records="skip"), options)

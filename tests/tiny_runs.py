@@ -33,10 +33,18 @@ def make_row(number: int, images: Path) -> dict:
 
 
 def small(name: str, **changes) -> Recipe:
-    """A recipe of a few small steps in float32, on conversations: plain captions have no rows without a picture."""
-    sizes = {"batch_size": 4, "steps": 4, "bf16": False, "workers": 0, "save_steps": 2, "logging_steps": 1}
-    sizes |= {"text": "chat"}
-    return dataclasses.replace(RECIPES[name](), **sizes | {"max_length": 512} | changes)
+    """A recipe of a few small steps in float32, on chats: plain captions take no text-only records."""
+    sizes = {
+        "batch_size": 4,
+        "steps": 4,
+        "bf16": False,
+        "workers": 0,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "max_length": 512,
+        "text": "chat",
+    }
+    return dataclasses.replace(RECIPES[name](), **sizes | changes)
 
 
 def options_in(folder: Path, out: Path, **changes) -> RunOptions:

@@ -3,8 +3,7 @@
 import argparse
 from typing import Any
 
-from transformers import AutoConfig
-
+from ..assembly import Components, make_config, text_config_of, tower_config_of
 from ..cli import model_or_embedded
 from ..configuration_ms_resampler import MSResamplerConfig
 from .command import add_recipe_changes, changed_recipe
@@ -61,13 +60,8 @@ def model_config(arguments: argparse.Namespace) -> Any:
         return MSResamplerConfig.from_pretrained(model_or_embedded(arguments.model))
     if not (arguments.vision and arguments.llm):
         raise ValueError("Name a --model, or a --vision tower and an --llm.")
-    vision, text = (AutoConfig.from_pretrained(name) for name in (arguments.vision, arguments.llm))
-    return MSResamplerConfig(
-        vision_config=getattr(vision, "vision_config", vision),
-        text_config=text.get_text_config(),
-        projector_config={"visual_tokens": arguments.visual_tokens},
-        image_token_id=0,
-    )
+    components = Components(arguments.vision, arguments.llm, {"visual_tokens": arguments.visual_tokens})
+    return make_config(components, tower_config_of(arguments.vision), text_config_of(arguments.llm), image_token_id=0)
 
 
 def image_size(config: Any) -> int:

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,10 +65,17 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
         rates=recipe.rates,
         args=arguments,
         train_dataset=schedule,
-        data_collator=BatchMaker(collator_of(recipe), processor, recipe.bad_records, options.out / "skipped.jsonl"),
+        data_collator=BatchMaker(
+            partial(ConversationCollator, max_length=recipe.max_length, plain=recipe.text == "plain"),
+            processor,
+            recipe.bad_records,
+            options.out / "skipped.jsonl",
+        ),
         processing_class=processor,
-        callbacks=[JsonlLog(options.out / "log.jsonl")],
+        callbacks=[JsonlLog(options.out / "log.jsonl", schedule.epochs)],
     )
+    if options.writes:
+        print(summary(recipe, schedule, last_checkpoint(options.out)))
     model.config.use_cache = use_cache  # the Trainer switches it off, and would save it so
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
         raise ValueError("accelerate shards (FSDP) on accelerators only, and finds none: launch with ddp.")
@@ -79,9 +85,14 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
     return result
 
 
-def collator_of(recipe: Recipe) -> Callable[[Any], ConversationCollator]:
-    """What makes a collator in the recipe's form of a processor."""
-    return partial(ConversationCollator, max_length=recipe.max_length, plain=recipe.text == "plain")
+def summary(recipe: Recipe, schedule: Schedule, checkpoint: str | None) -> str:
+    """What is about to be run, in a line or two."""
+    rates = ", ".join(f"{part} {rate:g}" for part, rate in vars(recipe.rates).items() if rate)
+    lines = [
+        f"{recipe.name}: {schedule.steps:,} steps of {recipe.batch_size} records, {schedule.epochs:.2f} times through "
+        f"{len(schedule.records):,}; learning rates: {rates}."
+    ]
+    return "\n".join([*lines, f"Going on from {checkpoint}."] if checkpoint else lines)
 
 
 def training_arguments(recipe: Recipe, options: RunOptions, steps: int) -> TrainingArguments:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .run import RunOptions
 
 PACKAGES = ("ms-resampler", "torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "liger-kernel")
+SAMPLED = 1000  # records of a Hub data set that make up its hash
 SHOWN = 20  # skipped records that are named in the record; skipped.jsonl has all
 
 
@@ -68,7 +69,11 @@ def open_record(recipe: Recipe, options: "RunOptions", schedule: Schedule) -> Ru
     values = {
         "recipe": dataclasses.asdict(recipe),
         "model": options.model,
-        "data": {"source": str(options.data), "records": len(schedule.records), "sha256": file_hash(options.data)},
+        "data": {
+            "source": str(options.data),
+            "records": len(schedule.records),
+            "sha256": data_hash(options.data, schedule.records),
+        },
         "versions": {"python": platform.python_version(), **installed(PACKAGES)},
     }
     record = RunRecord(options.out / "record.json", options.writes, json.loads(json.dumps(values)))
@@ -90,10 +95,14 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [name for name, old, new in pairs if old != new]
 
 
-def file_hash(source: str) -> str:
-    """SHA-256 of a file, or of the names and contents of a folder's files."""
+def data_hash(source: str, records: Any) -> str:
+    """SHA-256 of a file, or of the names and contents of a folder's files; of a Hub data set, of some records."""
     path, digest = Path(source), hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+    if not path.exists():
+        for index in range(0, len(records), max(1, len(records) // SAMPLED)):
+            digest.update(json.dumps(records[index]["conversations"]).encode())
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files:
         if file.is_file():
             digest.update(file.relative_to(path.parent).as_posix().encode())
             with file.open("rb") as opened:

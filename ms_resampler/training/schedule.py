@@ -27,6 +27,11 @@ class Schedule(Dataset):
         self.steps = recipe.steps or math.ceil(recipe.epochs * len(records) / recipe.batch_size)
         self._order: tuple[int, Sequence[int]] = (-1, ())
 
+    @property
+    def epochs(self) -> float:
+        """How often the run goes through the records."""
+        return len(self) / len(self.records)
+
     def __len__(self) -> int:
         return self.steps * self.recipe.batch_size
 
@@ -35,8 +40,7 @@ class Schedule(Dataset):
         if self._order[0] != epoch:
             recipe = self.recipe
             begun = epoch * len(self.records) % recipe.batch_size
-            grouped = recipe.group_by_modality
-            order = epoch_order(self.records, recipe.batch_size, recipe.seed, epoch, grouped, begun)
+            order = epoch_order(self.records, recipe.batch_size, recipe.seed, epoch, recipe.group_by_modality, begun)
             self._order = epoch, order
         return self.records[self._order[1][place]], self.budget(position // self.recipe.batch_size)
 

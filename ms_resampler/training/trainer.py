@@ -20,15 +20,22 @@ UNFINISHED = "unfinished"  # the folder in which a checkpoint is written
 
 
 class JsonlLog(TrainerCallback):
-    """Appends every log of the Trainer to a file, one JSON object a line."""
+    """Appends every log of the Trainer to a file, one JSON object a line.
 
-    def __init__(self, path: Path):
+    `epochs` is how often the Trainer's one epoch goes through the data.
+    """
+
+    def __init__(self, path: Path, epochs: float = 1.0):
         self.path = path
+        self.epochs = epochs
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
+            row = {"step": state.global_step, **(logs or {})}
+            if "epoch" in row:
+                row["epoch"] *= self.epochs
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+                file.write(json.dumps(row) + "\n")
 
 
 class CheckedTrainer(Trainer):
