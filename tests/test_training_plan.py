@@ -77,6 +77,7 @@ def test_what_sharding_leaves_on_a_device():
         "weights": 12000, "gradients": 4000, "optimiser": 8000, "gathered": 0, "activations": 7,
     }  # fmt: skip
     assert device_bytes(sizes, recipe, "ddp", 4)["gathered"] == 4000
+    assert device_bytes(sizes, RECIPES["instruct_qlora"](), "ddp", 1)["weights"] == 4000 + 4000 * 4.127 / 8
     for launcher in ("fsdp2", "zero3"):
         assert device_bytes(sizes, recipe, launcher, 4) == {
             "weights": 3000, "gradients": 1000, "optimiser": 2000, "gathered": 2 * 210 + 400, "activations": 7,

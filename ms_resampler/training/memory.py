@@ -17,6 +17,9 @@ from .parameters import count_parameters, freeze, set_precision, sharded_units
 from .recipes import Recipe
 
 
+NF4_BYTES = 4.127 / 8  # a weight in four bits, with its share of the twice quantized scales
+
+
 @dataclass(frozen=True)
 class BatchShape:
     """A batch on a device: records, tokens of each (visual ones included), and pixels of its one image's sides."""
@@ -60,7 +63,8 @@ def device_bytes(sizes: Sizes, recipe: Recipe, launcher: str, devices: int) -> d
     narrow = 2 if recipe.bf16 else 4
     everything = sizes.trainable + sizes.frozen
     gathered = narrow * (2 * sizes.layer + sizes.rest) + 4 * sizes.layer
-    weights = 4 * sizes.trainable + narrow * sizes.frozen
+    layers = sizes.parts["llm"]["frozen"] if recipe.adapters and recipe.adapters.four_bits else 0
+    weights = 4 * sizes.trainable + narrow * (sizes.frozen - layers) + NF4_BYTES * layers
     kinds: dict[str, float] = {
         "weights": weights,
         "gradients": 4 * sizes.trainable,

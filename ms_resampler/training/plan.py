@@ -86,7 +86,7 @@ def memory_table(kinds: dict[str, float], shape: BatchShape, memory: float) -> s
         "activations": f"{shape.records} records of {shape.length} tokens at a time",
     }
     rows = [f"{'memory':12}{'GB a device':>14}"]
-    rows += [f"{kind:12}{size / GB:>14.2f}  {notes.get(kind, '')}".rstrip() for kind, size in kinds.items()]
+    rows += [f"{kind:12}{size / GB:>14.2f}  {notes.get(kind, '')}".rstrip() for kind, size in kinds.items() if size]
     total = sum(kinds.values())
     spare = memory - (total + CONTEXT) / GB
     verdict = (
