@@ -19,6 +19,7 @@ from tiny_runs import losses_of, make_start, options_in, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ms_resampler import MSResamplerForConditionalGeneration
+from ms_resampler.training import run
 from ms_resampler.training.batches import BatchMaker
 from ms_resampler.training.data import IGNORED, ConversationCollator, open_records
 from ms_resampler.training.parameters import count_parameters, freeze, parameter_groups, part_of
@@ -79,6 +80,18 @@ def test_bf16_trains_in_float32_and_gives_back_the_precision_of_the_start(start,
     kept = weights(tmp_path / "run" / "checkpoint-1")
     assert {part_of(name) for name, value in kept.items() if value.dtype == torch.float32} == {"projector"}
     assert {value.dtype for value in weights(result).values()} == {torch.bfloat16}
+
+
+def test_a_tied_head_is_saved_once_and_comes_back_tied(start, tmp_path):
+    tied = tiny_model(text="qwen2", text_changes={"max_position_embeddings": 512, "tie_word_embeddings": True})
+    tied.save_pretrained(tmp_path / "start")
+    AutoProcessor.from_pretrained(start / "start").save_pretrained(tmp_path / "start")
+    options = dataclasses.replace(options_in(start, tmp_path / "run"), model=str(tmp_path / "start"))
+    result = run_recipe(small("instruct", steps=2), options)
+    assert weights(result).keys() == weights(tmp_path / "start").keys()
+    model = AutoModelForImageTextToText.from_pretrained(result)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert changed_parts(weights(tmp_path / "start"), weights(result)) == {"projector", "llm", "embeddings"}
 
 
 def test_groups_have_their_rates_and_decay_matrices_alone():
@@ -230,11 +243,33 @@ def test_a_run_is_not_gone_on_with_by_another_recipe_or_other_data(start, tmp_pa
         run_recipe(small("align", steps=1), other)
 
 
+def test_a_result_that_cannot_be_written_leaves_no_half_and_comes_with_the_next_try(start, tmp_path, monkeypatch):
+    def fail(trained, state, dtype, folder):
+        folder.mkdir()
+        raise RuntimeError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_weights", fail)
+        with pytest.raises(OSError, match=r"The result could not be written \(No space left on device\)"):
+            run_recipe(small("align", steps=2), options_in(start, tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "log.jsonl", "record.json"]
+    assert run_recipe(small("align", steps=2), options_in(start, tmp_path)) == tmp_path / "model"
+    assert weights(tmp_path / "model").keys() == weights(start / "start").keys()
+
+
+def test_data_without_records_are_refused(start, tmp_path):
+    (tmp_path / "data.json").write_text("[]")
+    options = dataclasses.replace(options_in(start, tmp_path / "run"), data=str(tmp_path / "data.json"))
+    with pytest.raises(ValueError, match="The data hold no records"):
+        run_recipe(small("align"), options)
+
+
 RUN = """
 import sys
 from pathlib import Path
 import torch
 from tiny_runs import options_in, small
+from ms_resampler.training import run
 from ms_resampler.training.run import run_recipe
 torch.set_num_threads(1)
 start, out, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -314,7 +349,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(start, unbroke
     error = run.communicate()[1]
     assert run.returncode != 0
     assert "The checkpoint of step 12 could not be written (" in error
-    assert f"The last whole one is {out / 'checkpoint-9'}: make room, then run the same command." in error
+    assert f"The last whole checkpoint is {out / 'checkpoint-9'}: make room, then run the same command." in error
     assert not (out / "unfinished").exists()
     finish(start_run(start, out))
     assert_same_weights(out, unbroken)

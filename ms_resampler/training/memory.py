@@ -16,7 +16,6 @@ from .adapters import add_adapters
 from .parameters import count_parameters, freeze, set_precision, sharded_units
 from .recipes import Recipe
 
-
 NF4_BYTES = 4.127 / 8  # a weight in four bits, with its share of the twice quantized scales
 
 

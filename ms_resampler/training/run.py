@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from .recipes import Recipe
 from .run_record import RunRecord, open_record
 from .schedule import Schedule, check_budgets
 from .train import keep_freed_memory
-from .trainer import CheckedTrainer, JsonlLog, last_checkpoint, sync
+from .trainer import CheckedTrainer, JsonlLog, last_checkpoint, sync, writing
 
 
 @dataclass(frozen=True)
@@ -196,22 +195,21 @@ def save_result(trainer: CheckedTrainer, dtype: torch.dtype, record: RunRecord, 
     if trainer.args.should_save:
         unfinished = target.with_name(f"{target.name}.unfinished")
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        if hasattr(trained, "peft_config"):
-            trained.save_pretrained(unfinished, state_dict=state)
-            (unfinished / "README.md").unlink()  # a form, not filled in
-        else:
-            save_whole(trained, state, dtype, unfinished)
-        trainer.processing_class.save_pretrained(unfinished)
-        record.write(unfinished / "training_record.json")
-        sync(unfinished)
-        shutil.rmtree(target, ignore_errors=True)
+        with writing("The result", unfinished):
+            save_weights(trainer.accelerator.unwrap_model(trainer.model), state, dtype, unfinished)
+            trainer.processing_class.save_pretrained(unfinished)
+            record.write(unfinished / "training_record.json")
+            sync(unfinished)
         unfinished.rename(target)
     trainer.accelerator.wait_for_everyone()
 
 
-def save_whole(trained: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> None:
-    """Saves through a model without weights, whose class is ours: FSDP has changed that of `trained`."""
+def save_weights(trained: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> None:
+    """Saves adapters, or a whole model through one without weights: FSDP puts a class of its own over ours."""
+    if hasattr(trained, "peft_config"):
+        trained.save_pretrained(folder, state_dict=state)
+        (folder / "README.md").unlink()  # a form, not filled in
+        return
     with torch.device("meta"):
         shell = MSResamplerForConditionalGeneration(trained.config).to(dtype)
     shell.generation_config = trained.generation_config

@@ -22,6 +22,8 @@ class Schedule(Dataset):
     """The records of a whole run in the order of training, epoch after epoch, each with its step's budget."""
 
     def __init__(self, records: Any, recipe: Recipe):
+        if not len(records):
+            raise ValueError("The data hold no records.")
         self.records = records
         self.recipe = recipe
         self.steps = recipe.steps or math.ceil(recipe.epochs * len(records) / recipe.batch_size)

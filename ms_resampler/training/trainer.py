@@ -4,6 +4,8 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +99,8 @@ class CheckedTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        try:
+        with writing(f"The checkpoint of step {self.state.global_step}", unfinished):
             super()._save_checkpoint(model, trial)
-        except Exception as error:  # the writers of torch and safetensors raise their own kinds
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise OSError(
-                f"The checkpoint of step {self.state.global_step} could not be written ({_first_line(error)}). The "
-                f"last whole one is {last_checkpoint(folder) or 'none'}: make room, then run the same command."
-            ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             sync(unfinished)
@@ -115,8 +111,18 @@ class CheckedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+@contextmanager
+def writing(what: str, unfinished: Path) -> Iterator[None]:
+    """Removes the folder `unfinished` if it cannot be written, on a full disk say, and raises OSError about it."""
+    try:
+        yield
+    except Exception as error:  # the writers of torch and safetensors raise their own kinds
+        shutil.rmtree(unfinished, ignore_errors=True)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise OSError(
+            f"{what} could not be written ({reason}). The last whole checkpoint is "
+            f"{last_checkpoint(unfinished.parent) or 'none'}: make room, then run the same command."
+        ) from error
 
 
 def sync(folder: Path) -> None:
