@@ -70,6 +70,11 @@ def test_parameters_are_counted_as_they_are():
     assert sizes.layer == layer
 
 
+def test_a_tower_that_reads_its_grids_from_data_is_named():
+    with pytest.raises(ValueError, match="A tower like siglip2_vision_model, whose grids are data"):
+        step_sizes(tiny_config("siglip2_vision_model"), RECIPES["instruct"](), BatchShape(2, 20, 24), "ddp")
+
+
 def test_what_sharding_leaves_on_a_device():
     parts = {"projector": {"trainable": 1000, "frozen": 0}, "llm": {"trainable": 0, "frozen": 4000}}
     sizes, recipe = Sizes(parts, activations=7, layer=100, rest=10), RECIPES["align"]()

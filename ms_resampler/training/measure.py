@@ -16,6 +16,7 @@ from torch import nn
 
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import add_adapters
+from .liger import fuse_loss
 from .memory import BatchShape
 from .parameters import freeze, parameter_groups, set_precision
 from .recipes import Recipe
@@ -33,7 +34,12 @@ class Measurement:
 
 
 def measure(config: Any, recipe: Recipe, shape: BatchShape, accumulation: int) -> Measurement:
-    """Runs forward, backward and optimiser on random batches, on the device that is here."""
+    """Runs forward, backward and optimiser on random batches, on the device that is here.
+
+    Raises ValueError for a recipe in four bits.
+    """
+    if recipe.adapters and recipe.adapters.four_bits:
+        raise ValueError("Random weights are not put into four bits: measure instruct_lora instead.")
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         with memory_trace(trace):
@@ -80,6 +86,8 @@ def random_model(config: Any, recipe: Recipe) -> Any:
     """The model as the recipe's run would hold it, its weights drawn at random."""
     model: Any = MSResamplerForConditionalGeneration(config)
     freeze(model, recipe.rates)
+    if recipe.liger:
+        fuse_loss(model)
     if recipe.adapters:
         model = add_adapters(model, recipe.adapters, recipe.rates)
     set_precision(model, torch.bfloat16 if recipe.bf16 else None)

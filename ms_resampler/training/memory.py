@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
@@ -112,7 +112,7 @@ class LiveBytes(TorchDispatchMode):
 def step_sizes(config: Any, recipe: Recipe, shape: BatchShape, launcher: str) -> Sizes:
     """Traces forward and backward of one batch, on a CPU's kernels, and counts.
 
-    Raises ValueError if the recipe's text is shorter than an image's tokens.
+    Raises ValueError if the recipe's text is shorter than an image's tokens, or for a SigLIP 2 tower.
     """
     narrow = torch.bfloat16 if recipe.bf16 else torch.float32
     with torch.device("meta"):
@@ -168,7 +168,11 @@ def forward(model: Any, shape: BatchShape, fused: bool) -> Tensor:
     """The model's loss, its parts called one by one: the whole looks at values, which are not there."""
     base = model.model
     pixels = torch.zeros(shape.records, 3, shape.image_size, shape.image_size)
-    images = torch.stack(list(base.get_image_features(pixels, return_dict=True).pooler_output))
+    try:
+        images = torch.stack(list(base.get_image_features(pixels, return_dict=True).pooler_output))
+    except DataDependentOutputException as error:  # SigLIP 2 reads its grids from a tensor
+        kind = model.config.vision_config.model_type
+        raise ValueError(f"A tower like {kind}, whose grids are data, cannot be traced without weights.") from error
     text = shape.length - images.shape[1]
     if text < 1:
         raise ValueError(f"{shape.length} tokens are too few for an image of {images.shape[1]} and an answer.")

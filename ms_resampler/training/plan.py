@@ -1,6 +1,7 @@
 """`ms-resampler plan`: what a recipe takes of memory and time on given hardware, before it runs."""
 
 import argparse
+import math
 from typing import Any
 
 from ..assembly import Components, make_config, text_config_of, tower_config_of
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(tokens(config, recipe, shape))
     if arguments.measure:
         measurement = measure(config, recipe, shape, accumulation)
-        print(measured(measurement, kinds, recipe, arguments.records))
+        print(measured(measurement, kinds, recipe, arguments))
     return 0
 
 
@@ -107,14 +108,18 @@ def tokens(config: Any, recipe: Recipe, shape: BatchShape) -> str:
     )
 
 
-def measured(measurement: Measurement, kinds: dict[str, float], recipe: Recipe, records: int | None) -> str:
-    """What was measured here, beside the estimate, and the time of a run on this device alone."""
-    lines = [
-        f"Measured here, on {measurement.device}: {measurement.step_seconds:.2f} s a step on one such device, "
-        f"{measurement.peak_bytes / GB:.2f} GB at most ({sum(kinds.values()) / GB:.2f} estimated)."
-    ]
-    steps = recipe.steps or (records and -(-round(recipe.epochs * records) // recipe.batch_size))
+def measured(measurement: Measurement, kinds: dict[str, float], recipe: Recipe, arguments: argparse.Namespace) -> str:
+    """What was measured here, beside the estimate, and what a run would take on so many such devices."""
+    records = arguments.records
+    peak, estimate = measurement.peak_bytes / GB, sum(kinds.values()) / GB
+    lines = [f"Measured here, on one {measurement.device}: {peak:.2f} GB at most."]
+    if arguments.gpus == 1:
+        lines[0] += f" The estimate is {estimate:.2f} GB."
+    lines.append(
+        f"On {arguments.gpus} of these a step takes {measurement.step_seconds:.2f} s, their communication left out."
+    )
+    steps = recipe.steps or (records and math.ceil(recipe.epochs * records / recipe.batch_size))
     if steps:
         hours = steps * measurement.step_seconds / 3600
-        lines.append(f"{steps:,} steps take {hours:.1f} hours on one such device.")
+        lines.append(f"{steps:,} steps take {hours:.1f} hours.")
     return "\n".join(lines)
