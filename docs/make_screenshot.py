@@ -1,6 +1,6 @@
-"""Takes the README's picture of the demo: picks an example, waits for the answer, picks a token.
+"""Takes the pictures of the demo that README and docs/space.md show: asks, waits for the answer, looks around.
 
-python docs/make_screenshot.py [--model FOLDER] [--dark] [--narrow] [--output docs/screenshot.png]
+python docs/make_screenshot.py [--model FOLDER] [--only space_dark.png] [--folder docs]
 """
 
 import argparse
@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 BROWSERS = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
@@ -27,24 +28,88 @@ BROWSER_OPTIONS = [
     "--disable-sync",
     "--no-first-run",
 ]
-EXAMPLE, TOKEN = 2, 27  # the example asks about the green triangle, where this token has its place
+
+
+def ask(page: Page, example: int) -> None:
+    """Picks an example and reads the answer."""
+    page.locator(f"#scenes [data-scene='{example}']").click()
+    page.locator("#view .tokens").wait_for()
+    page.locator("#ask [data-testid=submit-button]").wait_for()  # it is back when the answer is complete
+
+
+def pick_a_token(page: Page) -> None:
+    """The example asks about the green triangle, where this token has its place."""
+    ask(page, 2)
+    page.locator("#view [data-token='27']").click()
+
+
+def click_a_place(page: Page) -> None:
+    """A place on the word in the picture."""
+    ask(page, 5)
+    frame = page.locator("#view [data-figure='picture'] .frame")
+    box = frame.bounding_box()
+    frame.click(position={"x": 0.5 * box["width"], "y": 0.6 * box["height"]})
+
+
+def play_a_word(page: Page) -> None:
+    """The word that names the thing at the bottom."""
+    ask(page, 5)
+    page.get_by_role("button", name="Play the words").click()
+    page.locator("#view [data-word]").last.click()
+
+
+def compare(page: Page) -> None:
+    """Two budgets, the model's own and half of it."""
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#compare-scenes [data-scene='5']").click()
+    page.locator("#view-b .tokens").wait_for()
+    page.locator("#compare-ask [data-testid=submit-button]").wait_for()
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture of the page: what is done first, the page's width in pixels, and its colours."""
+
+    act: Callable[[Page], None]
+    width: int = 1400
+    theme: str = "light"
+
+
+SHOTS = {
+    "screenshot.png": Shot(pick_a_token),
+    "space_dark.png": Shot(click_a_place, theme="dark"),
+    "space_narrow.png": Shot(play_a_word, width=390),
+    "space_compare.png": Shot(compare),
+    "space_wide.png": Shot(play_a_word, width=2560),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder or Hub repository (default: the embedded checkpoint)")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "screenshot.png")
-    parser.add_argument("--example", type=int, default=EXAMPLE, help="number of the example, from 0")
-    parser.add_argument("--token", type=int, default=TOKEN, help="number of the token to pick, from 0")
-    parser.add_argument("--dark", action="store_true")
-    parser.add_argument("--narrow", action="store_true", help="a telephone's width, the whole page")
-    parser.add_argument("--scale", type=int, default=1, help="pixels of the picture per pixel of the page")
+    parser.add_argument("--folder", type=Path, default=ROOT / "docs", help="where the pictures go")
+    parser.add_argument("--only", choices=SHOTS, help="take just this one")
     arguments = parser.parse_args()
-    with serve(arguments.model) as address, browse(arguments) as page:
-        page.goto(f"{address}/?__theme={'dark' if arguments.dark else 'light'}")
-        use(page, arguments.example, arguments.token)
-        page.screenshot(path=arguments.output, full_page=arguments.narrow, animations="disabled")
-    print(f"{arguments.output} ({arguments.output.stat().st_size / 1024:.0f} KiB)")
+    names = [arguments.only] if arguments.only else SHOTS
+    with serve(arguments.model) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=BROWSER_OPTIONS)
+        for name in names:
+            take(browser, address, SHOTS[name], arguments.folder / name)
+        browser.close()
+
+
+def take(browser: Browser, address: str, shot: Shot, path: Path) -> None:
+    """The whole page, when nothing moves any more."""
+    page = browser.new_page(viewport={"width": shot.width, "height": 900})
+    page.goto(f"{address}/?__theme={shot.theme}")
+    shot.act(page)
+    page.evaluate("document.fonts.ready")
+    page.mouse.move(2, 2)
+    page.evaluate("document.activeElement.blur()")
+    page.wait_for_timeout(800)
+    page.screenshot(path=path, full_page=True, animations="disabled")
+    page.close()
+    print(f"{path} ({path.stat().st_size / 1024:.0f} KiB)")
 
 
 @contextmanager
@@ -76,30 +141,12 @@ def wait_for(address: str, app: subprocess.Popen, seconds: int = 120) -> None:
     raise RuntimeError(f"The app did not answer at {address}.")
 
 
-@contextmanager
-def browse(arguments: argparse.Namespace) -> Iterator[Page]:
-    """An empty page in Chromium."""
-    browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser_path is None:
+def find_browser() -> str:
+    """The path of a Chromium; SystemExit if there is none."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
         raise SystemExit("No Chromium was found: install one, or set CHROMIUM to its path.")
-    size = {"width": 390, "height": 844} if arguments.narrow else {"width": 1400, "height": 900}
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path, args=BROWSER_OPTIONS)
-        yield browser.new_page(viewport=size, device_scale_factor=arguments.scale)
-        browser.close()
-
-
-def use(page: Page, example: int, token: int) -> None:
-    """What a person does: picks an example, reads the answer, picks a token."""
-    page.locator(f"[data-scene='{example}']").click()
-    page.locator(".picker").wait_for()
-    page.get_by_test_id("submit-button").wait_for()  # it is back when the answer is complete
-    page.locator(f"[data-token='{token}']").click()
-    page.locator(f"[data-token='{token}'][aria-pressed='true']").wait_for()
-    page.evaluate("document.fonts.ready")
-    page.mouse.move(2, 2)
-    page.evaluate("document.activeElement.blur()")
-    page.wait_for_timeout(600)
+    return path
 
 
 if __name__ == "__main__":
