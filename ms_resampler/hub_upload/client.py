@@ -133,7 +133,7 @@ def large_file_transfer(api: HfApi, name: str, kind: str = "model") -> Iterator[
         headers = utils.build_hf_headers(token=api.token)  # type: ignore[attr-defined]
         address = f"{api.endpoint}/api/{kind}s/{name}/xet-write-token/main"
         answer = patiently(get_session().get, address, headers=headers)
-        constants.HF_HUB_DISABLE_XET = answer.status_code == 404
+        constants.HF_HUB_DISABLE_XET = answer.status_code not in (200, 401, 403)
     try:
         yield
     finally:

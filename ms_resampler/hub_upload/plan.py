@@ -15,12 +15,15 @@ from .client import patiently
 
 @dataclass(frozen=True)
 class Remote:
-    """A repository as it is: `head` is the commit to build on, `hashes` are those of its files' contents."""
+    """A repository as it is: `head` is the commit to build on, `hashes` are those of its files' contents.
+
+    `private` is None where the server does not say.
+    """
 
     name: str
     kind: str = "model"
     exists: bool = False
-    private: bool = True
+    private: bool | None = True
     has_branch: bool = True
     head: str | None = None
     hashes: dict[str, str] = field(default_factory=dict)
@@ -38,11 +41,10 @@ def look_at(api: HfApi, name: str, branch: str, kind: str = "model") -> Remote:
             has_branch = False
     except RepositoryNotFoundError:
         return Remote(name, kind)
-    assert about.sha is not None
     refs = patiently(api.list_repo_refs, name, repo_type=kind)
     tags = {tag.name: tag.target_commit for tag in refs.tags}
-    hashes = hashes_at(api, name, about.sha, kind)
-    return Remote(name, kind, True, bool(about.private), has_branch, about.sha, hashes, tags)
+    hashes = hashes_at(api, name, about.sha, kind) if about.sha else {}
+    return Remote(name, kind, True, about.private, has_branch, about.sha, hashes, tags)
 
 
 def as_visible_as(remote: Remote, public: bool) -> Remote:
@@ -50,7 +52,7 @@ def as_visible_as(remote: Remote, public: bool) -> Remote:
 
     Raises ValueError if everybody would see what was to be private, or the other way round.
     """
-    if not remote.exists:
+    if not remote.exists or remote.private is None:
         return replace(remote, private=not public)
     if remote.private == public:
         found, remedy = ("private", "leave out --public") if remote.private else ("public", "give --public")

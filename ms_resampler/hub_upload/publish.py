@@ -22,10 +22,10 @@ def publish(
     The commit builds on the state that the plan was made for, and is refused if that is not the state any more.
     """
     remote = plan.remote
-    parent = remote.head or create(api, remote)
+    parent = remote.head if remote.exists else create(api, remote)
     if not remote.has_branch or (not remote.exists and branch != "main"):
         patiently(api.create_branch, remote.name, branch=branch, revision=parent, repo_type=remote.kind, exist_ok=True)
-    if not plan.changes:
+    if parent and not plan.changes:
         return parent, None
     additions = [CommitOperationAdd(name, str(staged / name)) for name in plan.to_send]
     where: dict[str, Any] = {"repo_type": remote.kind, "revision": branch, "create_pr": create_pr}
@@ -39,21 +39,19 @@ def publish(
     return commit_once(api, plan, staged, operations, options), None
 
 
-def create(api: HfApi, remote: Remote) -> str:
-    """Makes a repository, and returns its first commit."""
+def create(api: HfApi, remote: Remote) -> str | None:
+    """Makes a repository, and returns the first commit that the Hub puts into it."""
     visibility = "private" if remote.private else "public"
     more = {"space_sdk": "gradio"} if remote.kind == "space" else {}
     patiently(api.create_repo, remote.name, repo_type=remote.kind, visibility=visibility, exist_ok=True, **more)
-    if patiently(api.repo_info, remote.name, repo_type=remote.kind).private != remote.private:
+    if patiently(api.repo_info, remote.name, repo_type=remote.kind).private not in (remote.private, None):
         raise ValueError(f"{remote.name} was not made {visibility}: nothing was sent to it.")
     return head_of(api, remote, "main")
 
 
-def head_of(api: HfApi, remote: Remote, revision: str) -> str:
+def head_of(api: HfApi, remote: Remote, revision: str) -> str | None:
     """The commit that a branch or tag stands for."""
-    commit = patiently(api.repo_info, remote.name, repo_type=remote.kind, revision=revision).sha
-    assert commit is not None
-    return commit
+    return patiently(api.repo_info, remote.name, repo_type=remote.kind, revision=revision).sha
 
 
 def commit_once(api: HfApi, plan: Plan, staged: Path, operations: list, options: dict[str, Any]) -> str:
@@ -67,7 +65,7 @@ def commit_once(api: HfApi, plan: Plan, staged: Path, operations: list, options:
                 raise
         time.sleep(wait)
         head = head_of(api, remote, options["revision"])
-        if head != options["parent_commit"] and is_published(api, plan, staged, head):
+        if head and head != options["parent_commit"] and is_published(api, plan, staged, head):
             return head
     return api.create_commit(remote.name, operations, **options).oid
 

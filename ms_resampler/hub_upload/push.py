@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         check_published(api, name, commit, staged, home, answer)
         if tag:
             set_tag(api, name, tag, commit)
-        print(f"Published{'' if plan.changes else ' before'}: {pull or f'{api.endpoint}/{name}/tree/{tag}'}")
+        where = pull or f"{api.endpoint}/{name}/tree/{tag or commit}"
+        print(f"Published: {where}" if plan.changes else f"Nothing has changed since it was published: {where}")
         return 0
 
 
@@ -96,10 +97,8 @@ def look_first(api: HfApi, arguments: argparse.Namespace) -> Remote:
 
 def ask_for_consent(name: str) -> None:
     """Asks a person at a terminal whether everybody may see this; elsewhere `--public` is the answer."""
-    if sys.stdin.isatty() and input(f"Everybody will see {name}. Publish it? [y/N] ").strip().lower() not in (
-        "y",
-        "yes",
-    ):
+    question = f"Everybody will see {name}. Publish it? [y/N] "
+    if sys.stdin.isatty() and input(question).strip().lower() not in ("y", "yes"):
         raise ValueError("Nothing was sent.")
 
 

@@ -36,7 +36,7 @@ def is_allowed(name: str) -> bool:
 
 def allowed_files(folder: Path) -> list[Path]:
     """The files of a checkpoint folder that may leave it."""
-    return [file for file in sorted(folder.iterdir()) if is_allowed(file.name)]
+    return [file for file in sorted(folder.iterdir()) if is_allowed(file.name) and file.is_file()]
 
 
 def is_ours(name: str) -> bool:
