@@ -215,6 +215,7 @@ def test_a_photograph_goes_into_the_box(open_page):
     page = open_page(permissions=["camera"])
     page.get_by_role("button", name="Camera").click()
     page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#camera video')?.readyState >= 2")  # there is a frame to take
     page.get_by_role("button", name="capture photo").click()
     expect(page.locator("#ask .thumbnail-item")).to_have_count(1)
     ask(page)
