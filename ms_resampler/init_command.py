@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from .chat import budget
 from .configuration_ms_resampler import MSResamplerProjectorConfig
+from .folders import whole_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
         chat_template=arguments.chat_template,
     )
     assembled = assemble(components)
-    save_whole(arguments.out, assembled.model, assembled.processor)
+    with whole_folder(arguments.out) as folder:
+        assembled.model.save_pretrained(folder)
+        assembled.processor.save_pretrained(folder)
     print(parameter_table(assembled.model))
     print("\n".join(assembled.notes))
     print(f"The model is in {arguments.out}. Next: ms-resampler data check DATA.json --model {arguments.out}")
@@ -95,19 +96,6 @@ def projector_fields(arguments: argparse.Namespace) -> dict[str, Any]:
     except StrictDataclassError as error:
         raise ValueError(" ".join(str(error).split())) from error
     return fields
-
-
-def save_whole(out: Path, *parts: Any) -> None:
-    """Saves parts into one new folder, which has its name only when all is written."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        for part in parts:
-            part.save_pretrained(partial)
-        partial.chmod(0o755)  # mkdtemp keeps others out
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def parameter_table(model: Any) -> str:

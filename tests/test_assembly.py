@@ -246,7 +246,7 @@ import sys
 from pathlib import Path
 import transformers.models.clip.modeling_clip, transformers.models.llama.modeling_llama
 from ms_resampler.assembly import Components, assemble
-from ms_resampler.init_command import save_whole
+from ms_resampler.folders import whole_folder
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -254,7 +254,9 @@ def peak():
 
 before, (vision, llm, out) = peak(), sys.argv[1:]
 made = assemble(Components(vision, llm, {"hidden_size": 16, "num_attention_heads": 2, "visual_tokens": 4}))
-save_whole(Path(out), made.model, made.processor)
+with whole_folder(Path(out)) as folder:
+    made.model.save_pretrained(folder)
+    made.processor.save_pretrained(folder)
 print(peak() - before)
 """
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..folders import whole_folder
 from ..projectors_ms_resampler import build_projector
 from .sources import Source, empty_model
 from .tables import translate
-from .weights import Output, Weight, whole_folder, write_weights
+from .weights import Output, Weight, write_weights
 
 
 @dataclass(frozen=True)

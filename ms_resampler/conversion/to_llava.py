@@ -7,9 +7,10 @@ from typing import Any
 from transformers import LlavaConfig, LlavaProcessor
 
 from ..configuration_ms_resampler import MSResamplerConfig
+from ..folders import whole_folder
 from ..processing_ms_resampler import MSResamplerProcessor
 from .tables import TO_LLAVA, translate
-from .weights import Output, list_weights, whole_folder, write_weights
+from .weights import Output, list_weights, write_weights
 
 
 def to_llava(folder: Path, out: Path) -> None:

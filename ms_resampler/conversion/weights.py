@@ -2,10 +2,7 @@
 
 import json
 import pickle
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -140,18 +137,3 @@ def shards_of(outputs: Sequence[Output]) -> Iterator[list[Output]]:
             shard = []
         shard.append(output)
     yield shard
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which has its name only when all is written. Raises ValueError if there is one."""
-    if out.exists():
-        raise ValueError(f"{out} is there already: give a new folder, or remove it.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp keeps others out
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
