@@ -1,4 +1,7 @@
-"""What accelerate launches in the tests of several processes: python launched_run.py START OUT RECIPE CHANGES."""
+"""What accelerate launches in the tests of several processes.
+
+python launched_run.py START OUT RECIPE CHANGES OPTIONS
+"""
 
 import json
 import os
@@ -25,8 +28,9 @@ def init(self, *args, **kwargs):
 
 if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     PartialState.__init__ = init
-start, out, recipe, changes = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+start, out, recipe = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+changes, options = map(json.loads, sys.argv[4:])
 if "adapters" in changes:
     changes["adapters"] = Adapters(**changes["adapters"])
 torch.set_num_threads(1)
-run_recipe(small(recipe, **changes), options_in(start, out, device_batch=2))
+run_recipe(small(recipe, **changes), options_in(start, out, device_batch=2, **options))

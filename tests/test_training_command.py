@@ -80,7 +80,7 @@ def test_learning_rates_are_changed_for_all_or_for_a_part(changes, rates, capsys
         (["align", "--learning-rate", "eyes=1e-4"], "'eyes' is no part of a model: the parts are tower, projector"),
         (["align", "--learning-rate", "projector=frozen"], "Every part of the model is frozen"),
         (["align", "--learning-rate", "3"], "The learning rate of the projector must lie between 0 and 1, got 3.0."),
-        (["align", "--steps", "0"], "Steps and batch size must be at least 1, got 0 and 256."),
+        (["align", "--steps", "0"], "The recipe's steps must be at least 1, got 0."),
         (["instruct_lora", "--learning-rate", "embeddings=1e-5"], "the embeddings stay frozen"),
         (["tiny", "--data", "d.json"], "The recipe tiny makes its own model and data: it takes no --data."),
     ],

@@ -13,7 +13,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from safetensors.torch import load_file
-from tiny_runs import losses_of, make_start, options_in, small
+from tiny_runs import losses_of, make_shards, make_start, options_in, small
 from transformers import AutoModelForImageTextToText
 
 from ms_resampler import cli
@@ -40,13 +40,14 @@ def launcher(name, capsys):
     return capsys.readouterr().out.strip()
 
 
-def launch(configuration, start, out, recipe="instruct", **changes):
+def launch(configuration, start, out, recipe="instruct", options=(), **changes):
     """Two processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = ["-m", "accelerate.commands.launch", "--config_file", configuration, "--num_processes", "2"]
-    command += ["--main_process_port", str(port), SCRIPT, start, out, recipe, json.dumps(CHANGES | changes)]
+    command += ["--main_process_port", str(port), SCRIPT, start, out, recipe]
+    command += [json.dumps(CHANGES | changes), json.dumps(dict(options))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=240
@@ -91,6 +92,16 @@ def test_two_processes_learn_what_one_learns(name, start, alone, tmp_path, capsy
     shutil.rmtree(again / "model")
     launch(launcher(name, capsys), start, again)
     assert_close_weights(again, out, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream_as_two_workers_do(start, tmp_path, capsys):
+    ddp, shards = launcher("ddp", capsys), make_shards(start, tmp_path / "shards", 2)
+    options = {"data": str(shards), "streaming": True}
+    run_recipe(small("instruct", workers=2, **CHANGES), options_in(start, tmp_path / "one", device_batch=2, **options))
+    launch(ddp, start, tmp_path / "two", options=options)
+    torch.testing.assert_close(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-4, atol=0)
+    assert_close_weights(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3)])

@@ -2,18 +2,14 @@
 
 import dataclasses
 import json
-import os
+import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from killed_runs import assert_same_weights, finish, kill_at, start_run, weights
 from tiny_models import tiny_model, tiny_processor
 from tiny_runs import losses_of, make_start, options_in, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -32,10 +28,6 @@ from ms_resampler.training.trainer import CheckedTrainer, last_checkpoint
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     return make_start(tmp_path_factory.mktemp("training"))
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
 
 
 def changed_parts(before, after):
@@ -158,9 +150,7 @@ def test_a_budget_holds_for_a_whole_step_and_changes_from_step_to_step(start):
 
 def batch_maker(start, tmp_path, recipe, bad_records="fatal"):
     processor = AutoProcessor.from_pretrained(start / "start")
-    return BatchMaker(
-        partial(ConversationCollator, max_length=recipe.max_length), processor, bad_records, tmp_path / "skipped.jsonl"
-    )
+    return BatchMaker(partial(ConversationCollator, max_length=recipe.max_length), processor, bad_records, tmp_path)
 
 
 @pytest.mark.parametrize(("budget", "grid"), [(None, None), (9, [3, 3]), ((1, 6), [1, 6])])
@@ -210,6 +200,28 @@ def test_bad_records_stop_a_run_or_are_counted_and_named(start, tmp_path):
     assert skipped["records"] == 3
     assert skipped["first"].keys() == {"r0", "r1", "r2"}
     assert "tokens" in skipped["first"]["r2"]
+
+
+def test_records_that_are_cut_are_counted_and_the_rest_of_them_is_learned(start, tmp_path, capsys):
+    options = bad_data(start, tmp_path)
+    recipe = small("instruct", steps=6, bad_records="skip", truncate=True)
+    record = json.loads((run_recipe(recipe, options) / "training_record.json").read_text())
+    assert record["skipped"]["first"].keys() == {"r0", "r1"}
+    assert record["cut"]["records"] == 1
+    assert re.fullmatch(r"has 6\d\d tokens, of which 512 stay\.", record["cut"]["first"]["r2"])
+    told = capsys.readouterr().out
+    assert f"2 records could not be learned from and were skipped: {options.out}/skipped.jsonl." in told
+    assert f"1 records were longer than the recipe takes and were cut: {options.out}/cut.jsonl." in told
+    records = open_records(options.data, start / "images")
+    batch = BatchMaker(
+        partial(ConversationCollator, max_length=512, truncate=True),
+        AutoProcessor.from_pretrained(start / "start"),
+        "fatal",
+        tmp_path,
+    )([(records[2], None), (records[4], None)])
+    assert batch["input_ids"].shape == (2, 512)
+    assert batch["labels"][0, -1] == batch["input_ids"][0, -1]
+    assert [json.loads(line)["id"] for line in (tmp_path / "cut.jsonl").read_text().splitlines()] == ["r2"]
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
@@ -264,51 +276,14 @@ def test_data_without_records_are_refused(start, tmp_path):
         run_recipe(small("align"), options)
 
 
-RUN = """
-import sys
-from pathlib import Path
-import torch
-from tiny_runs import options_in, small
-from ms_resampler.training import run
-from ms_resampler.training.run import run_recipe
-torch.set_num_threads(1)
-start, out, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-run_recipe(small(name, steps=12, save_steps=3, token_budgets=(1, 4, 9)), options_in(start, out, device_batch=2))
-"""
-
-
-def start_run(start, out, name="instruct", **options):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_TOKEN": "hf_" + "s3cret" * 6}
-    command = [sys.executable, "-c", RUN, str(start), str(out), name]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
-
-
-def finish(run):
-    error = run.communicate()[1]
-    assert run.returncode == 0, error[-2000:]
-
-
-def assert_same_weights(ours, theirs):
-    ours, theirs = weights(ours / "model"), weights(theirs / "model")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def kill_at(run, out, when):
-    """kill -9 as soon as `when()` is true."""
-    while not when():
-        assert run.poll() is None, run.communicate()[1][-2000:]
-        time.sleep(0.005)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
-    assert not (out / "model").exists()
+CHANGES = {"steps": 12, "save_steps": 3, "token_budgets": [1, 4, 9]}
 
 
 @pytest.fixture(scope="module")
 def unbroken(start, tmp_path_factory):
     """The weights of a run that nobody stopped: budgets drawn at random, twice through shuffled data."""
     out = tmp_path_factory.mktemp("unbroken")
-    finish(start_run(start, out))
+    finish(start_run(start, out, CHANGES))
     return out
 
 
@@ -318,20 +293,22 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(start, 
     log = out / "log.jsonl"
     for lines in (2, 8):  # in the middle of a stretch between two checkpoints, the second time after a resume
         kill_at(
-            start_run(start, out), out, lambda lines=lines: log.exists() and len(log.read_text().splitlines()) > lines
+            start_run(start, out, CHANGES),
+            out,
+            lambda lines=lines: log.exists() and len(log.read_text().splitlines()) > lines,
         )
-    finish(start_run(start, out))
+    finish(start_run(start, out, CHANGES))
     assert_same_weights(out, unbroken)
 
 
 @pytest.mark.slow
 def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(start, unbroken, tmp_path):
     out = tmp_path / "run"
-    kill_at(start_run(start, out), out, lambda: last_checkpoint(out) and (out / "unfinished").exists())
+    kill_at(start_run(start, out, CHANGES), out, lambda: last_checkpoint(out) and (out / "unfinished").exists())
     (out / "unfinished" / "checkpoint-99").mkdir(parents=True, exist_ok=True)  # the kill may have come too late
     (out / "unfinished" / "checkpoint-99" / "trainer_state.json").write_text("{}")
     assert int(last_checkpoint(out).rsplit("-", 1)[1]) < 99
-    finish(start_run(start, out))
+    finish(start_run(start, out, CHANGES))
     assert_same_weights(out, unbroken)
 
 
@@ -345,13 +322,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(start, unbroke
     def no_large_files():  # a write of the weights fails in the middle, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    run = start_run(start, out, preexec_fn=no_large_files)
+    run = start_run(start, out, CHANGES, preexec_fn=no_large_files)
     error = run.communicate()[1]
     assert run.returncode != 0
     assert "The checkpoint of step 12 could not be written (" in error
     assert f"The last whole checkpoint is {out / 'checkpoint-9'}: make room, then run the same command." in error
     assert not (out / "unfinished").exists()
-    finish(start_run(start, out))
+    finish(start_run(start, out, CHANGES))
     assert_same_weights(out, unbroken)
 
 

@@ -32,6 +32,16 @@ def make_row(number: int, images: Path) -> dict:
     return {"id": f"r{number}", "image": f"{number}.png", "conversations": said}
 
 
+def make_shards(folder: Path, out: Path, shards: int) -> Path:
+    """The records of `make_start` as tables: JSON lines, the images beside them in `folder`."""
+    out.mkdir()
+    rows = json.loads((folder / "data.json").read_text())
+    for number in range(shards):
+        lines = [json.dumps({"image": None} | row) for row in rows[number::shards]]
+        (out / f"train-{number:05d}-of-{shards:05d}.jsonl").write_text("\n".join(lines))
+    return out
+
+
 def small(name: str, **changes) -> Recipe:
     """A recipe of a few small steps in float32, on chats: plain captions take no text-only records."""
     sizes = {
@@ -49,7 +59,13 @@ def small(name: str, **changes) -> Recipe:
 
 def options_in(folder: Path, out: Path, **changes) -> RunOptions:
     """Where `make_start` has put things."""
-    return RunOptions(str(folder / "start"), str(folder / "data.json"), folder / "images", out, **changes)
+    places = {
+        "model": str(folder / "start"),
+        "data": str(folder / "data.json"),
+        "images": folder / "images",
+        "out": out,
+    }
+    return RunOptions(**places | changes)
 
 
 def losses_of(out: Path) -> list[float]:

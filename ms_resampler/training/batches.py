@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from .data import IGNORED, images_of
+from .data import IGNORED, ConversationCollator, images_of
 from .schedule import Budget
 
 Record = dict[str, Any]
@@ -18,17 +18,18 @@ class BatchMaker:
     """Collates (record, budget) pairs of one step into model inputs, labels, and `record_ids`.
 
     `collator(processor)` makes inputs and labels of records, and raises ValueError, with its id, for a bad one.
-    `bad_records` "skip" leaves these out and writes them into the file `skipped`, one JSON object a line.
+    `bad_records` "skip" leaves these out. Which were left out, and which were cut, is written into skipped.jsonl and
+    cut.jsonl in `folder`, one JSON object a line.
 
     A batch without any image gets one more row, a blank picture without labels, whose gradient is zero: tower and
     projector then run in every process at every step, as sharded training requires.
     """
 
-    def __init__(self, collator: Callable[[Any], Callable], processor: Any, bad_records: str, skipped: Path):
+    def __init__(self, collator: Callable[[Any], ConversationCollator], processor: Any, bad_records: str, folder: Path):
         self.collator = collator
         self.processor = processor
         self.bad_records = bad_records
-        self.skipped = skipped
+        self.folder = folder
 
     def __call__(self, samples: Sequence[tuple[Record, Budget | None]]) -> dict[str, Any]:
         budget = samples[0][1]
@@ -49,21 +50,26 @@ class BatchMaker:
         processor.images_kwargs = {"visual_tokens": budget}
         return processor
 
-    def _batch(self, records: list[Record], collate: Callable) -> dict[str, Any]:
+    def _batch(self, records: list[Record], collate: ConversationCollator) -> dict[str, Any]:
         blank = not any(images_of(record) for record in records)
         batch = dict(collate([*records, blank_record()] if blank else records))
         if blank:
             batch["labels"][-1] = IGNORED
+        for record_id, why in collate.cut.items():
+            self._note("cut", record_id, why)
         return batch | {"record_ids": [str(record["id"]) for record in records]}
 
-    def _is_good(self, record: Record, collate: Callable) -> bool:
+    def _is_good(self, record: Record, collate: ConversationCollator) -> bool:
         try:
             collate([record])
         except ValueError as error:
-            with self.skipped.open("a") as file:
-                file.write(json.dumps({"id": str(record["id"]), "why": str(error)}) + "\n")
+            self._note("skipped", str(record["id"]), str(error))
             return False
         return True
+
+    def _note(self, what: str, record_id: str, why: str) -> None:
+        with (self.folder / f"{what}.jsonl").open("a") as file:
+            file.write(json.dumps({"id": record_id, "why": why}) + "\n")
 
 
 def blank_record() -> Record:

@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub name of the model to train")
     parser.add_argument("--data", help="conversations in LLaVA's format")
     parser.add_argument("--images", type=Path, help="the folder that the data's image names start from")
+    parser.add_argument("--split", default="train", help="of a table (default: %(default)s)")
+    parser.add_argument("--streaming", action="store_true", help="read a table as it comes, without storing it")
     parser.add_argument("--out", type=Path, help="where to work; the result is OUT/model (default: runs/RECIPE)")
     parser.add_argument("--report-to", choices=["none", "trackio", "tensorboard"], default="none")
     parser.add_argument("--device-batch-size", type=int, help="records on a device at a time (default: at most 16)")
@@ -44,6 +46,10 @@ def add_recipe_changes(parser: argparse.ArgumentParser) -> None:
         help=f"of all parts that learn, or of one of {', '.join(PARTS)}; `PART=frozen` freezes it",
     )
     changes.add_argument("--max-length", type=int, help="tokens of the longest record")
+    changes.add_argument(
+        "--truncate", action="store_true", default=None, help="cut what is longer, which is bad otherwise"
+    )
+    changes.add_argument("--shuffle-buffer", type=int, metavar="N", help="records of a stream shuffled at a time")
     changes.add_argument("--save-steps", type=int, help="steps from one checkpoint to the next")
     changes.add_argument("--workers", type=int, help="processes that prepare batches")
     changes.add_argument("--bad-records", choices=["fatal", "skip"])
@@ -116,6 +122,8 @@ def train_recipe(arguments: argparse.Namespace) -> None:
         out=arguments.out or Path("runs") / recipe.name,
         device_batch=arguments.device_batch_size,
         report_to=arguments.report_to,
+        split=arguments.split,
+        streaming=arguments.streaming,
     )
     result = run_recipe(recipe, options)
     if options.writes:

@@ -85,7 +85,8 @@ class ConversationCollator:
     """Makes model inputs and labels of a list of records, through the processor's own chat template.
 
     `plain` is the form of LLaVA's first stage: images, caption and a newline, without question or template.
-    A record of more than `max_length` tokens is a bad one, unless `truncate` cuts it, which never cuts images.
+    A record of more than `max_length` tokens is a bad one, unless `truncate` cuts it, which never cuts images; `cut`
+    has the ids of those of the last batch, each with a sentence.
     Raises BadRecord, with the record's id, for a record that has no such form or leaves nothing to learn.
     """
 
@@ -94,6 +95,7 @@ class ConversationCollator:
         self.max_length = max_length
         self.plain = plain
         self.truncate = truncate
+        self.cut: dict[str, str] = {}
         if processor.tokenizer.pad_token_id is None:
             raise ValueError("The tokenizer has no token for padding: set its `pad_token`.")
         if processor.chat_template is None and not plain:
@@ -101,6 +103,7 @@ class ConversationCollator:
         self.chat_format = ChatFormat(processor.chat_template or "", processor.tokenizer)
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        self.cut = {}
         rows = [self.encode(record) for record in records]
         fills = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
         batch = {name: pad_sequence([row.pop(name) for row in rows], True, fill) for name, fill in fills.items()}
@@ -173,6 +176,7 @@ class ConversationCollator:
         if (ids[self.max_length :] == self.processor.image_token_id).any():
             why = f"has images beyond token {self.max_length} of its {len(ids)}, which cannot be cut."
             raise BadRecord("too long", record, why)
+        self.cut[str(record.get("id"))] = f"has {len(ids)} tokens, of which {self.max_length} stay."
         return ids[: self.max_length], learned[: self.max_length]
 
 

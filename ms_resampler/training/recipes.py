@@ -41,7 +41,8 @@ class Recipe:
     The learning rates rise over the first `warmup_ratio` of the steps and fall along a cosine. `batch_size` counts
     records a step over all devices. `steps` None means `epochs` times through the data. `text` "plain" trains on
     `<image>{answer}` without a chat template. `token_budgets` draws the visual tokens of every step from these
-    counts or (rows, columns) grids; without them the model's own budget holds.
+    counts or (rows, columns) grids; without them the model's own budget holds. `truncate` cuts records of more than
+    `max_length` tokens, which are bad ones otherwise. `shuffle_buffer` and no `group_by_modality` are for streams.
     """
 
     name: str
@@ -53,7 +54,9 @@ class Recipe:
     steps: int | None = None
     text: Literal["chat", "plain"] = "chat"
     max_length: int = 2048
+    truncate: bool = False
     group_by_modality: bool = False
+    shuffle_buffer: int = 1000
     token_budgets: tuple[int | tuple[int, int], ...] = ()
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0  # of matrices; biases, norms and scales have none
@@ -79,8 +82,9 @@ class Recipe:
                 raise ValueError(f"The learning rate of the {part} must lie between 0 and 1, got {rate}.")
         if self.adapters and (self.rates.embeddings or not self.rates.llm):
             raise ValueError("Adapters train at the rate of `llm`, and the embeddings stay frozen: set these two so.")
-        if self.batch_size < 1 or (self.steps is not None and self.steps < 1):
-            raise ValueError(f"Steps and batch size must be at least 1, got {self.steps} and {self.batch_size}.")
+        for name in ("steps", "batch_size", "shuffle_buffer"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"The recipe's {name} must be at least 1, got {value}.")
 
 
 def align() -> Recipe:

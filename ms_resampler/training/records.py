@@ -5,6 +5,7 @@ opened when a batch is made, so that one that cannot be is known by its record's
 """
 
 import codecs
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 CHUNK_BYTES = 1 << 20
 CHARACTERS_A_TOKEN, TOKENS_AN_IMAGE = 4, 144  # for lengths, which need only be right in proportion
+READ_TOGETHER = 32  # rows of a stream
 POOL = 50  # batches whose records are sorted by length together: more is more alike, and less shuffled
 BETWEEN = re.compile("[\\s,\ufeff]*")  # the mark of UTF-8, too, which some editors put in front
 
@@ -105,7 +107,10 @@ class TableRecords(CountedRecords):
 
 
 class StreamedRecords(IterableDataset):
-    """The rows of a `datasets.IterableDataset` as they come; workers of a DataLoader share them out."""
+    """The rows of a `datasets.IterableDataset` as they come; workers of a DataLoader share them out.
+
+    Rows without an id are named by their place among those that a worker or part reads.
+    """
 
     def __init__(self, rows: Any, images: Path):
         self.rows = rows.decode(False)
@@ -114,6 +119,26 @@ class StreamedRecords(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for number, row in enumerate(self.rows, start=1):
             yield as_record(row, number, self.images)
+
+    def part(self, index: int, parts: int, seed: int, buffer: int) -> Iterator[dict[str, Any]]:
+        """One of `parts` that share out the rows, shuffled `buffer` at a time; it starts over without end.
+
+        A part reads shards of its own if `parts` divides their number, or else all of them and keeps its share of the
+        rows. Raises ValueError if it has none.
+        """
+        from datasets.distributed import split_dataset_by_node
+
+        number = 0
+        for again in itertools.count():
+            shuffled = self.rows.shuffle(seed=seed + again, buffer_size=buffer)
+            rows = split_dataset_by_node(shuffled, index, parts)
+            before = number
+            for batch in rows.iter(batch_size=READ_TOGETHER):  # plain iteration would share out once more
+                for values in zip(*batch.values(), strict=True):
+                    number += 1
+                    yield as_record(dict(zip(batch, values, strict=True)), f"{number} of part {index}", self.images)
+            if number == before:
+                raise ValueError(f"The stream has no rows for {parts} devices times workers: take fewer of them.")
 
 
 def open_table(source: str, split: str, streaming: bool) -> Any:
@@ -192,7 +217,7 @@ def may_go_on(error: json.JSONDecodeError, length: int) -> bool:
     return error.pos >= length - 16 or error.msg.startswith("Unterminated string")
 
 
-def as_record(row: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
+def as_record(row: dict[str, Any], number: int | str, folder: Path) -> dict[str, Any]:
     """A row in LLaVA's form: `messages` become `conversations`, image paths are in the folder, every row has an id."""
     record = row | {"id": f"number {number}" if row.get("id") is None else row["id"]}
     if record.get("conversations") is None and isinstance(record.get("messages"), (list, tuple)):

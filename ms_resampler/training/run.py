@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from .data import ConversationCollator, open_records
 from .liger import fuse_loss
 from .parameters import count_parameters, freeze, set_precision, sharded_units
 from .recipes import Recipe
+from .records import StreamedRecords
 from .run_record import RunRecord, open_record
-from .schedule import Schedule, check_budgets
+from .schedule import Schedule, StreamSchedule, check_budgets
 from .train import keep_freed_memory
 from .trainer import CheckedTrainer, JsonlLog, last_checkpoint, sync, writing
 
@@ -33,6 +34,13 @@ class RunOptions:
     out: Path
     device_batch: int | None = None
     report_to: str = "none"
+    split: str = "train"
+    streaming: bool = False
+
+    @property
+    def devices(self) -> int:
+        """How many processes train, each on a device."""
+        return int(os.environ.get("WORLD_SIZE", 1))
 
     @property
     def writes(self) -> bool:
@@ -49,7 +57,9 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
     result = options.out / ("adapter" if recipe.adapters else "model")
     check_packages(recipe, options)
     processor = AutoProcessor.from_pretrained(options.model)
-    schedule = Schedule(open_records(options.data, options.images), recipe)
+    if options.streaming:
+        recipe = replace(recipe, group_by_modality=False)
+    schedule = open_schedule(recipe, options)
     arguments = training_arguments(recipe, options, schedule.steps)  # before the model: ZeRO-3 shards as it loads
     record = open_record(recipe, options, schedule)
     if result.exists():
@@ -65,10 +75,15 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
         args=arguments,
         train_dataset=schedule,
         data_collator=BatchMaker(
-            partial(ConversationCollator, max_length=recipe.max_length, plain=recipe.text == "plain"),
+            partial(
+                ConversationCollator,
+                max_length=recipe.max_length,
+                plain=recipe.text == "plain",
+                truncate=recipe.truncate,
+            ),
             processor,
             recipe.bad_records,
-            options.out / "skipped.jsonl",
+            options.out,
         ),
         processing_class=processor,
         callbacks=[JsonlLog(options.out / "log.jsonl", schedule.epochs)],
@@ -81,29 +96,39 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
     trainer.train(resume_from_checkpoint=last_checkpoint(options.out))
     record.finish(trainer)
     save_result(trainer, dtype, record, result)
+    if options.writes:
+        print("".join(f"{sentence}\n" for sentence in record.losses()), end="")
     return result
+
+
+def open_schedule(recipe: Recipe, options: RunOptions) -> Schedule:
+    """The data of a run in the order of training. Raises ValueError if a stream is to be read without `steps`."""
+    records = open_records(options.data, options.images, options.split, options.streaming)
+    if isinstance(records, StreamedRecords):
+        device_batch, _ = share_batch(recipe, options.devices, options.device_batch)
+        return StreamSchedule(records, recipe, options.devices, device_batch)
+    return Schedule(records, recipe)
 
 
 def summary(recipe: Recipe, schedule: Schedule, checkpoint: str | None) -> str:
     """What is about to be run, in a line or two."""
     rates = ", ".join(f"{part} {rate:g}" for part, rate in vars(recipe.rates).items() if rate)
     lines = [
-        f"{recipe.name}: {schedule.steps:,} steps of {recipe.batch_size} records, {schedule.epochs:.2f} times through "
-        f"{len(schedule.records):,}; learning rates: {rates}."
+        f"{recipe.name}: {schedule.steps:,} steps of {recipe.batch_size} records, {schedule}; learning rates: {rates}."
     ]
+    lines += schedule.notes()
     return "\n".join([*lines, f"Going on from {checkpoint}."] if checkpoint else lines)
 
 
 def training_arguments(recipe: Recipe, options: RunOptions, steps: int) -> TrainingArguments:
     """The recipe in the Trainer's words, for the devices that are there. Raises ValueError if they do not fit."""
     on_gpu = torch.cuda.is_available()
-    devices = int(os.environ.get("WORLD_SIZE", 1))
-    if devices == 1 and torch.cuda.device_count() > 1:
+    if options.devices == 1 and torch.cuda.device_count() > 1:
         raise ValueError(
             f"There are {torch.cuda.device_count()} GPUs here: start the run through `accelerate launch` to use all of "
             "them, or set CUDA_VISIBLE_DEVICES=0 to use one."
         )
-    device_batch, accumulation = share_batch(recipe, devices, options.device_batch)
+    device_batch, accumulation = share_batch(recipe, options.devices, options.device_batch)
     return TrainingArguments(
         output_dir=str(options.out),
         max_steps=steps,

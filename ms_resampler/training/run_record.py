@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from transformers import Trainer
 
 from .recipes import Recipe
+from .records import StreamedRecords
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("ms-resampler", "torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "liger-kernel")
 SAMPLED = 1000  # records of a Hub data set that make up its hash
-SHOWN = 20  # skipped records that are named in the record; skipped.jsonl has all
+STREAMED = 100  # of a stream, the first ones
+SHOWN = 20  # records skipped or cut that are named in the record; skipped.jsonl and cut.jsonl have all
 
 
 class RunRecord:
@@ -46,7 +49,7 @@ class RunRecord:
         fresh.replace(path)
 
     def finish(self, trainer: Trainer) -> None:
-        """Notes the end of the run: time, hardware, the last loss, and what was skipped."""
+        """Notes the end of the run: time, hardware, the last loss, and what was skipped or cut."""
         history = trainer.state.log_history
         self.note(
             steps=trainer.state.global_step,
@@ -56,9 +59,19 @@ class RunRecord:
             accumulation=trainer.args.gradient_accumulation_steps,
             last_loss=next((row["loss"] for row in reversed(history) if "loss" in row), None),
             last_session_seconds=next((row["train_runtime"] for row in reversed(history) if "train_runtime" in row), 0),
-            skipped=read_skipped(self.path.with_name("skipped.jsonl")),
+            skipped=read_noted(self.path.with_name("skipped.jsonl")),
+            cut=read_noted(self.path.with_name("cut.jsonl")),
             finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
+
+    def losses(self) -> list[str]:
+        """Sentences on records that were left out, or of which something was."""
+        values, folder = self.values, self.path.parent
+        sentences = [
+            (values["skipped"]["records"], f"could not be learned from and were skipped: {folder}/skipped.jsonl."),
+            (values["cut"]["records"], f"were longer than the recipe takes and were cut: {folder}/cut.jsonl."),
+        ]
+        return [f"{count:,} records {what}" for count, what in sentences if count]
 
 
 def open_record(recipe: Recipe, options: "RunOptions", schedule: Schedule) -> RunRecord:
@@ -71,7 +84,8 @@ def open_record(recipe: Recipe, options: "RunOptions", schedule: Schedule) -> Ru
         "model": options.model,
         "data": {
             "source": str(options.data),
-            "records": len(schedule.records),
+            "split": options.split,
+            **schedule.extent(),
             "sha256": data_hash(options.data, schedule.records),
         },
         "versions": {"python": platform.python_version(), **installed(PACKAGES)},
@@ -89,9 +103,11 @@ def open_record(recipe: Recipe, options: "RunOptions", schedule: Schedule) -> Ru
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of recipe, model and data is not the same."""
+    """What of recipe, model and data is not the same; of a stream, how it is shared out, too."""
     pairs = [(name, before["recipe"].get(name), value) for name, value in now["recipe"].items()]
     pairs += [("model", before["model"], now["model"]), ("data", before["data"]["sha256"], now["data"]["sha256"])]
+    shares = {"split": "split", "parts": "number of devices or workers", "device_batch": "device batch size"}
+    pairs += [(words, before["data"].get(name), now["data"].get(name)) for name, words in shares.items()]
     return [name for name, old, new in pairs if old != new]
 
 
@@ -99,8 +115,8 @@ def data_hash(source: str, records: Any) -> str:
     """SHA-256 of a file, or of the names and contents of a folder's files; of a Hub data set, of some records."""
     path, digest = Path(source), hashlib.sha256()
     if not path.exists():
-        for index in range(0, len(records), max(1, len(records) // SAMPLED)):
-            digest.update(json.dumps(records[index]["conversations"]).encode())
+        for record in sample(records):
+            digest.update(json.dumps(record["conversations"]).encode())
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in files:
         if file.is_file():
@@ -108,6 +124,13 @@ def data_hash(source: str, records: Any) -> str:
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
+
+
+def sample(records: Any) -> Iterable[dict[str, Any]]:
+    """Records from all over the data, or the first ones of a stream."""
+    if isinstance(records, StreamedRecords):
+        return islice(records, STREAMED)
+    return (records[index] for index in range(0, len(records), max(1, len(records) // SAMPLED)))
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
@@ -121,8 +144,8 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-def read_skipped(path: Path) -> dict[str, Any]:
-    """How many records were skipped, and the first of them with the reason; a record counts once."""
+def read_noted(path: Path) -> dict[str, Any]:
+    """How many records were skipped or cut, and the first of them with the reason; a record counts once."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     reasons = {row["id"]: row["why"] for row in rows}
     return {"records": len(reasons), "first": dict(list(reasons.items())[:SHOWN])}

@@ -24,18 +24,19 @@ UNFINISHED = "unfinished"  # the folder in which a checkpoint is written
 class JsonlLog(TrainerCallback):
     """Appends every log of the Trainer to a file, one JSON object a line.
 
-    `epochs` is how often the Trainer's one epoch goes through the data.
+    `epochs` is how often the Trainer's one epoch goes through the data; None leaves epochs out.
     """
 
-    def __init__(self, path: Path, epochs: float = 1.0):
+    def __init__(self, path: Path, epochs: float | None = 1.0):
         self.path = path
         self.epochs = epochs
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             row = {"step": state.global_step, **(logs or {})}
-            if "epoch" in row:
-                row["epoch"] *= self.epochs
+            epoch = row.pop("epoch", None)
+            if epoch is not None and self.epochs is not None:
+                row["epoch"] = epoch * self.epochs
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 

@@ -35,6 +35,7 @@ class Api:
             Route(repo + "/settings", self.settings, methods=["PUT"]),
             Route(repo + "/revision/{rev}", self.info),
             Route(repo + "/tree/{rev}", self.tree),
+            Route(repo + "/tree/{rev}/{folder:path}", self.tree),
             Route(repo + "/paths-info/{rev}", self.paths_info, methods=["POST"]),
             Route(repo + "/commits/{rev}", self.commits),
             Route(repo + "/refs", self.refs),
@@ -136,9 +137,14 @@ class Api:
         return JSONResponse({})
 
     async def tree(self, request: Request) -> Response:
-        """Every file, a page at a time."""
+        """Every file, or those in a folder, a page at a time."""
         repo = self.repo(request)
-        files = repo.files(self.revision(repo, request))
+        folder = f"{request.path_params['folder']}/" if "folder" in request.path_params else ""
+        files = {
+            path: file for path, file in repo.files(self.revision(repo, request)).items() if path.startswith(folder)
+        }
+        if folder and not files:
+            raise Refused(404, f"{folder} does not exist", "EntryNotFound")
         start, size = int(request.query_params.get("cursor", 0)), self.hub.page_size
         rows = [files[path].described(path) | self.xet_hash(files[path]) for path in sorted(files)]
         more = f"<{self.hub.url}{request.url.path}?recursive=true&cursor={start + size}>"
