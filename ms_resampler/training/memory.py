@@ -4,14 +4,15 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from ..modeling_ms_resampler import MSResamplerForConditionalGeneration, flatten_patches
 from .adapters import add_adapters
 from .parameters import count_parameters, freeze, set_precision, sharded_units
 from .recipes import Recipe
@@ -112,7 +113,7 @@ class LiveBytes(TorchDispatchMode):
 def step_sizes(config: Any, recipe: Recipe, shape: BatchShape, launcher: str) -> Sizes:
     """Traces forward and backward of one batch, on a CPU's kernels, and counts.
 
-    Raises ValueError if the recipe's text is shorter than an image's tokens, or for a SigLIP 2 tower.
+    Raises ValueError if the recipe's text is shorter than an image's tokens.
     """
     narrow = torch.bfloat16 if recipe.bf16 else torch.float32
     with torch.device("meta"):
@@ -167,12 +168,8 @@ def trace(model: Any, recipe: Recipe, shape: BatchShape) -> int:
 def forward(model: Any, shape: BatchShape, fused: bool) -> Tensor:
     """The model's loss, its parts called one by one: the whole looks at values, which are not there."""
     base = model.model
-    pixels = torch.zeros(shape.records, 3, shape.image_size, shape.image_size)
-    try:
-        images = torch.stack(list(base.get_image_features(pixels, return_dict=True).pooler_output))
-    except DataDependentOutputException as error:  # SigLIP 2 reads its grids from a tensor
-        kind = model.config.vision_config.model_type
-        raise ValueError(f"A tower like {kind}, whose grids are data, cannot be traced without weights.") from error
+    features = base.get_image_features(**image_inputs(model.config, shape), return_dict=True)
+    images = torch.stack(list(features.pooler_output))
     text = shape.length - images.shape[1]
     if text < 1:
         raise ValueError(f"{shape.length} tokens are too few for an image of {images.shape[1]} and an answer.")
@@ -184,6 +181,16 @@ def forward(model: Any, shape: BatchShape, fused: bool) -> Tensor:
     return model.loss_function(
         logits=model._logits(hidden), labels=labels, vocab_size=model.config.text_config.vocab_size
     )
+
+
+def image_inputs(config: Any, shape: BatchShape) -> dict[str, Any]:
+    """An image a record; the grids that SigLIP 2 reads are real numbers, in an array that no tracing turns into none."""
+    pixels = torch.zeros(shape.records, 3, shape.image_size, shape.image_size)
+    if config.vision_config.model_type != "siglip2_vision_model":
+        return {"pixel_values": pixels}
+    patches, mask, grids = flatten_patches(pixels, config.patch_size)
+    side = shape.image_size // config.patch_size
+    return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": np.full(grids.shape, side)}
 
 
 def unit_sizes(model: Any) -> tuple[int, int]:
