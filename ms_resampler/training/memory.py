@@ -184,7 +184,7 @@ def forward(model: Any, shape: BatchShape, fused: bool) -> Tensor:
 
 
 def image_inputs(config: Any, shape: BatchShape) -> dict[str, Any]:
-    """An image a record; the grids that SigLIP 2 reads are real numbers, in an array that no tracing turns into none."""
+    """An image a record; SigLIP 2 looks at the values of its grids, so these come in an array, which is not traced."""
     pixels = torch.zeros(shape.records, 3, shape.image_size, shape.image_size)
     if config.vision_config.model_type != "siglip2_vision_model":
         return {"pixel_values": pixels}
