@@ -78,6 +78,19 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def post_init(self) -> None:
+        """As ever; then the units of sharding are those that the model has, which FSDP insists on."""
+        super().post_init()
+        self._no_split_modules = [*set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: `_init_weights` spares what is loaded, and so do the towers' and language models'.
+
+        Otherwise modules without weights would be skipped, and Falcon H1 fills its layers' buffers from one.
+        """
+        return False
+
 
 class MSResamplerModel(MSResamplerPreTrainedModel):
     """Vision tower, projector and language model, without the language model's head."""

@@ -429,6 +429,26 @@ def test_image_sizes_that_are_no_multiple_of_the_patch():
     assert model.get_image_features(tiny.pixels(1, (27, 33))).patch_grids == [(6, 8)]
 
 
+@pytest.mark.parametrize("kind", sorted(tiny.LANGUAGE_MODELS))
+def test_a_model_comes_back_whole_buffers_included(kind, tmp_path):
+    changes = {"ssm_multipliers": [1.5, 2.0, 3.0, 4.0, 5.0]} if kind == "falcon_h1" else None
+    model = tiny.tiny_model(text=kind, text_changes=changes)
+    model.save_pretrained(tmp_path)
+    loaded = MSResamplerForConditionalGeneration.from_pretrained(tmp_path)
+    for tensors in ("named_parameters", "named_buffers"):
+        ours, theirs = dict(getattr(loaded, tensors)()), dict(getattr(model, tensors)())
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize(("projector", "name"), [("ms_resampler", "MultiScopeResampler"), ("mlp", "MLPProjector")])
+def test_units_of_sharding_are_those_of_the_parts_that_are_there(projector, name):
+    fields = {"projector_type": projector, "visual_tokens": 36 if projector == "mlp" else 4}
+    model = tiny.tiny_model(projector=fields)
+    units = {"CLIPEncoderLayer", "CLIPVisionEmbeddings", "Qwen3DecoderLayer", name}
+    assert set(model._no_split_modules) == set(model.model._no_split_modules) == units
+
+
 def test_the_class_has_what_transformers_asks_of_it():
     model = tiny.tiny_model()
     assert isinstance(model, MSResamplerForConditionalGeneration)

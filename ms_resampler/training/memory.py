@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration, flatten_patches
 from .adapters import add_adapters
-from .parameters import count_parameters, freeze, set_precision, sharded_units
+from .parameters import count_parameters, freeze, set_precision
 from .recipes import Recipe
 
 NF4_BYTES = 4.127 / 8  # a weight in four bits, with its share of the twice quantized scales
@@ -34,7 +34,7 @@ class Sizes:
     """What a step is made of: parameters by part, and bytes of activations on one device.
 
     `layer` counts the parameters of the largest layer, which sharding gathers one at a time; `rest` those outside of
-    layers (tables of words, projector), which stay gathered.
+    layers (tables of words, norms), which stay gathered.
     """
 
     parts: dict[str, dict[str, int]]
@@ -195,7 +195,7 @@ def image_inputs(config: Any, shape: BatchShape) -> dict[str, Any]:
 
 def unit_sizes(model: Any) -> tuple[int, int]:
     """Parameters of the largest layer, and of everything outside of layers."""
-    units = set(sharded_units(model))
+    units = model._no_split_modules
     layers = [list(module.parameters()) for module in model.modules() if type(module).__name__ in units]
     inside = {id(parameter) for layer in layers for parameter in layer}
     largest = max(sum(parameter.numel() for parameter in layer) for layer in layers)

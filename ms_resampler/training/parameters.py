@@ -70,12 +70,3 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
         shape = getattr(parameter, "ds_shape", parameter.shape)
         counts[part_of(name)]["trainable" if parameter.requires_grad else "frozen"] += shape.numel()
     return counts
-
-
-def sharded_units(model: Any) -> list[str]:
-    """The classes that FSDP gathers one at a time: the layers of tower and language model.
-
-    It insists on finding each, and the model has but one of all projectors, which is small enough to stay gathered.
-    """
-    used = {type(module).__name__ for module in model.modules()} & set(model._no_split_modules)
-    return sorted(used - {type(model.model.projector).__name__})

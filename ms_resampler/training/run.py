@@ -15,7 +15,7 @@ from .adapters import add_adapters, four_bit_config
 from .batches import BatchMaker
 from .data import ConversationCollator, open_records
 from .liger import fuse_loss
-from .parameters import count_parameters, freeze, set_precision, sharded_units
+from .parameters import count_parameters, freeze, set_precision
 from .recipes import Recipe
 from .records import StreamedRecords
 from .run_record import RunRecord, open_record
@@ -202,7 +202,6 @@ def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
     if report["missing_keys"]:
         raise ValueError(f"{folder} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, ...")
     dtype = model.dtype
-    model._no_split_modules = sharded_units(model)
     freeze(model, recipe.rates)
     if recipe.liger:
         fuse_loss(model)
