@@ -83,13 +83,11 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
         super().post_init()
         self._no_split_modules = [*set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}]
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """No: `_init_weights` spares what is loaded, and so do the towers' and language models'.
-
-        Otherwise modules without weights would be skipped, and Falcon H1 fills its layers' buffers from one.
-        """
-        return False
+    def initialize_weights(self) -> None:
+        """As ever; then what a language model sets in its layers (Falcon H1's buffers), which custom code skips."""
+        super().initialize_weights()
+        language_model = self.base_model.language_model
+        language_model._init_weights(language_model)
 
 
 class MSResamplerModel(MSResamplerPreTrainedModel):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoProcessor, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import add_adapters, four_bit_config
@@ -234,6 +235,7 @@ def save_weights(trained: Any, state: dict[str, torch.Tensor], dtype: torch.dtyp
         trained.save_pretrained(folder, state_dict=state)
         (folder / "README.md").unlink()  # a form, not filled in
         return
+    unset_hf_deepspeed_config()  # ZeRO-3 would shard the shell, and wait for the other processes
     with torch.device("meta"):
         shell = MSResamplerForConditionalGeneration(trained.config).to(dtype)
     shell.generation_config = trained.generation_config
