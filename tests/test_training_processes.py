@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tiny_runs import losses_of, make_shards, make_start, options_in, small
 from transformers import AutoModelForImageTextToText
 
 from ms_resampler import cli
+from ms_resampler.training.recipes import Adapters
 from ms_resampler.training.run import run_recipe
 
 CHANGES = {"batch_size": 8, "steps": 6, "save_steps": 3, "token_budgets": [1, 4, 9]}
@@ -45,18 +47,31 @@ def launch(configuration, start, out, recipe="instruct", options=(), **changes):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = ["-m", "accelerate.commands.launch", "--config_file", configuration, "--num_processes", "2"]
+    deepspeed = ["--use_deepspeed", "--num_machines", "1", "--deepspeed_config_file"]
+    kind = deepspeed if configuration.endswith(".json") else ["--config_file"]
+    command = ["-m", "accelerate.commands.launch", *kind, configuration, "--num_processes", "2"]
     command += ["--main_process_port", str(port), SCRIPT, start, out, recipe]
     command += [json.dumps(CHANGES | changes), json.dumps(dict(options))]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=480,  # DeepSpeed compiles at first
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def assert_close_weights(ours, theirs, **tolerance):
-    ours, theirs = (load_file(next((out / "model").glob("*.safetensors"))) for out in (ours, theirs))
+    ours, theirs = (
+        load_file(next(file for part in ("model", "adapter") for file in (out / part).glob("*.safetensors")))
+        for out in (ours, theirs)
+    )
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
@@ -104,9 +119,25 @@ def test_two_processes_share_a_stream_as_two_workers_do(start, tmp_path, capsys)
     assert_close_weights(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("recipe", ["instruct", "instruct_lora"])
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_two_processes_of_deepspeed_learn_what_one_learns(name, recipe, start, tmp_path, capsys):
+    configuration, changes = launcher(name, capsys), {}
+    if recipe == "instruct_lora":
+        changes = {"adapters": {"rank": 4, "alpha": 8, "dropout": 0.0}}
+    launch(configuration, start, tmp_path / "two", recipe, **changes)
+    adapters = {name: Adapters(**fields) for name, fields in changes.items()}
+    run_recipe(small(recipe, **CHANGES | adapters), options_in(start, tmp_path / "one"))
+    torch.testing.assert_close(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-4, atol=0)
+    assert_close_weights(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=2e-5)
+
+
 @pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3)])
 def test_deepspeeds_files_leave_to_the_recipe_what_is_the_recipes(name, stage, capsys):
-    """As far as a CPU allows: read as accelerate reads it; nothing in it runs here."""
+    """Read as accelerate reads it."""
     configuration = HfDeepSpeedConfig(launcher(name, capsys))
     assert (configuration._stage, configuration.is_zero3(), configuration.is_offload()) == (stage, stage == 3, False)
     ours = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")

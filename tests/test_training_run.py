@@ -190,12 +190,13 @@ def bad_data(start, folder):
     return dataclasses.replace(options_in(start, folder / "run"), data=str(folder / "data.json"))
 
 
-def test_bad_records_stop_a_run_or_are_counted_and_named(start, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_records_stop_a_run_or_are_counted_and_named(workers, start, tmp_path):
     options = bad_data(start, tmp_path)
-    with pytest.raises(ValueError, match=r"Record r[012] "):
-        run_recipe(small("instruct", steps=6), options)
+    with pytest.raises(ValueError, match=r"^Record r[012] .*\.$"):
+        run_recipe(small("instruct", steps=6, workers=workers), options)
     options = dataclasses.replace(options, out=tmp_path / "skipping")
-    result = run_recipe(small("instruct", steps=6, bad_records="skip"), options)
+    result = run_recipe(small("instruct", steps=6, bad_records="skip", workers=workers), options)
     skipped = json.loads((result / "training_record.json").read_text())["skipped"]
     assert skipped["records"] == 3
     assert skipped["first"].keys() == {"r0", "r1", "r2"}
@@ -210,8 +211,8 @@ def test_records_that_are_cut_are_counted_and_the_rest_of_them_is_learned(start,
     assert record["cut"]["records"] == 1
     assert re.fullmatch(r"has 6\d\d tokens, of which 512 stay\.", record["cut"]["first"]["r2"])
     told = capsys.readouterr().out
-    assert f"2 records could not be learned from and were skipped: {options.out}/skipped.jsonl." in told
-    assert f"1 records were longer than the recipe takes and were cut: {options.out}/cut.jsonl." in told
+    assert f"Records skipped, for they cannot be learned from ({options.out}/skipped.jsonl): 2." in told
+    assert f"Records cut, for they are longer than the recipe takes ({options.out}/cut.jsonl): 1." in told
     records = open_records(options.data, start / "images")
     batch = BatchMaker(
         partial(ConversationCollator, max_length=512, truncate=True),

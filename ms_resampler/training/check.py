@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..cli import model_or_embedded
 from ..processing_ms_resampler import MSResamplerProcessor
-from .data import IGNORED, BadRecord, ConversationCollator, images_of, open_records
+from .data import IGNORED, BadRecord, ConversationCollator, errors_of_workers, images_of, open_records
 from .label_pictures import Example, coloured_text, example_of, page
 
 BINS = 8  # of the histogram of lengths
@@ -110,13 +110,10 @@ def examine_all(records: Any, examiner: Examiner, workers: int) -> Iterator[Verd
     """The verdict of every record, in order (those of a stream: as they come), with progress on stderr."""
     total = len(records) if hasattr(records, "__len__") else None
     loader = DataLoader(records, batch_size=16, collate_fn=examiner, num_workers=workers if total != 0 else 0)
-    with tqdm(total=total, desc="records", unit="") as progress:
-        try:
-            for verdicts in loader:
-                yield from verdicts
-                progress.update(len(verdicts))
-        except ValueError as error:  # of opening a record; from a worker it comes with its traceback as text
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    with tqdm(total=total, desc="records", unit="") as progress, errors_of_workers():
+        for verdicts in loader:
+            yield from verdicts
+            progress.update(len(verdicts))
 
 
 def first_examples(records: Any, collator: ConversationCollator, number: int) -> Iterator[Example]:

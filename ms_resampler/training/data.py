@@ -4,8 +4,10 @@ A record is `{"id": ..., "image": PIL image, path or bytes (or a list), "convers
 "value": "<image>\nWhat is this?"}, ...]}`; `<image>` marks where an image goes.
 """
 
+import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,19 @@ from torch.nn.utils.rnn import pad_sequence
 from ..chat_format import ChatFormat, Span
 from .records import epoch_order, open_records
 
-__all__ = ["IGNORED", "BadRecord", "ConversationCollator", "epoch_order", "images_of", "messages_of", "open_records"]
+__all__ = [
+    "IGNORED",
+    "BadRecord",
+    "ConversationCollator",
+    "epoch_order",
+    "errors_of_workers",
+    "images_of",
+    "messages_of",
+    "open_records",
+]
 
 IGNORED = -100
+WORKER_ERROR = re.compile(r"in DataLoader worker process .*^[\w.]*(BadRecord|ValueError|OSError): (.+)", re.M | re.S)
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
@@ -29,6 +41,20 @@ class BadRecord(ValueError):
     def __init__(self, kind: str, record: dict[str, Any], why: str):
         super().__init__(f"Record {record.get('id')} {why}")
         self.kind = kind
+
+
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """Makes ValueErrors of those that a worker of a DataLoader raised, which come as a traceback in text."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        told = re.search(
+            r"in DataLoader worker process .*^[\w.]*(BadRecord|ValueError|OSError): (.+)", str(error), WHOLE
+        )
+        if told is None:
+            raise
+        raise ValueError(told[2].strip()) from error
 
 
 def messages_of(record: dict[str, Any]) -> list[dict[str, Any]]:

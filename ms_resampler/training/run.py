@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import add_adapters, four_bit_config
 from .batches import BatchMaker
-from .data import ConversationCollator, open_records
+from .data import ConversationCollator, errors_of_workers, open_records
 from .liger import fuse_loss
 from .parameters import count_parameters, freeze, set_precision
 from .recipes import Recipe
@@ -94,7 +94,8 @@ def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
     model.config.use_cache = use_cache  # the Trainer switches it off, and would save it so
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
         raise ValueError("accelerate shards (FSDP) on accelerators only, and finds none: launch with ddp.")
-    trainer.train(resume_from_checkpoint=last_checkpoint(options.out))
+    with errors_of_workers():
+        trainer.train(resume_from_checkpoint=last_checkpoint(options.out))
     record.finish(trainer)
     save_result(trainer, dtype, record, result)
     if options.writes:

@@ -68,10 +68,10 @@ class RunRecord:
         """Sentences on records that were left out, or of which something was."""
         values, folder = self.values, self.path.parent
         sentences = [
-            (values["skipped"]["records"], f"could not be learned from and were skipped: {folder}/skipped.jsonl."),
-            (values["cut"]["records"], f"were longer than the recipe takes and were cut: {folder}/cut.jsonl."),
+            (values["skipped"]["records"], f"skipped, for they cannot be learned from ({folder}/skipped.jsonl)"),
+            (values["cut"]["records"], f"cut, for they are longer than the recipe takes ({folder}/cut.jsonl)"),
         ]
-        return [f"{count:,} records {what}" for count, what in sentences if count]
+        return [f"Records {what}: {count:,}." for count, what in sentences if count]
 
 
 def open_record(recipe: Recipe, options: "RunOptions", schedule: Schedule) -> RunRecord:
