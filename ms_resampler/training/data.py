@@ -49,9 +49,7 @@ def errors_of_workers() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, OSError) as error:
-        told = re.search(
-            r"in DataLoader worker process .*^[\w.]*(BadRecord|ValueError|OSError): (.+)", str(error), WHOLE
-        )
+        told = WORKER_ERROR.search(str(error))
         if told is None:
             raise
         raise ValueError(told[2].strip()) from error
