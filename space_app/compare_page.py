@@ -28,17 +28,16 @@ class ComparePage:
         if not prompts:
             yield tuple([gr.skip()] * 5)
             return
-        yield box_update(answering=True), "", None, "", None
+        shown: list = ["", None, "", None]
+        yield box_update(answering=True), *shown
         with warnings_in_a_sentence():
             for number, (side, prompt, settings) in enumerate(zip(self.sides, prompts, wanted, strict=True)):
                 for step in side.reply(prompt, settings):
-                    view = gr.skip()
+                    shown[2 * number] = step.text or "…"
                     if step.maps:
-                        view = view_value(side.scopes, step.maps, step.milliseconds, settings)
-                    changes = [gr.skip()] * 5
-                    changes[1 + 2 * number : 3 + 2 * number] = step.text or "…", view
-                    yield tuple(changes)
-        yield box_update(answering=False), *[gr.skip()] * 4
+                        shown[2 * number + 1] = view_value(side.scopes, step.maps, step.milliseconds, settings)
+                    yield gr.skip(), *shown
+        yield box_update(answering=False), *shown
 
     def choose(self, event: gr.EventData, *budgets: Any) -> Iterator[tuple]:
         """An example picked in the page: it is put into the box, and compared at once."""

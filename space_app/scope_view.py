@@ -30,7 +30,7 @@ def view_value(
         "number": number,
         "scopes": [{"name": name, "colour": colour_of(s)} for s, name in enumerate(scopes)],
         "pictures": [picture_value(one) for one in maps],
-        "milliseconds": round(milliseconds),
+        "milliseconds": milliseconds,  # not rounded: Gradio does not tell the page of a value that stays the same
         "asked": {"visual_tokens": settings.visual_tokens, "system_prompt": settings.system_prompt},
     }
 

@@ -42,7 +42,7 @@ function costLine(answer) {
   const saved = tokens < patches ? `, ${percent(1 - tokens / patches)} saved` : '';
   return make('p', {class: 'cost'},
     make('b', {}, `${tokens} visual tokens`), ` from ${patches} patches${saved} · first token after `,
-    make('b', {}, `${answer.milliseconds} ms`));
+    make('b', {}, `${Math.round(answer.milliseconds)} ms`));
 }
 
 function selectors(answer) {

@@ -17,6 +17,7 @@ from PIL import Image
 import answering  # isort: skip (space_server made it importable)
 import app
 import ask_page
+import compare_page
 import conversation
 import elements
 import pictures
@@ -304,6 +305,16 @@ def test_settings_out_of_range_are_refused(changes, sentence):
         settings.checked(**good | changes)
 
 
+def test_a_page_that_shows_only_the_latest_of_many_changes_has_the_maps(answerer, picture_file):
+    plain = (None, "", 0, 1, 6)
+    message = {"text": QUESTION, "files": [picture_file]}
+    *_, (_, _, view) = ask_page.AskPage(answerer, []).submit(message, [], *plain)
+    *_, (_, one, one_view, other, other_view) = compare_page.ComparePage(answerer, answerer, []).compare(message, 4, 9)
+    grids = [value["pictures"][0]["token_grid"] for value in (view, one_view, other_view)]
+    assert grids == [[2, 2], [2, 2], [3, 3]]
+    assert one != other != ""
+
+
 def test_a_question_taken_back_is_in_the_box_with_its_pictures(answerer, picture_file):
     page = ask_page.AskPage(answerer, [])
     first = conversation.user_turn(QUESTION, [picture_file], [])
@@ -330,7 +341,7 @@ def unpacked(text, kind):
 def test_the_view_is_given_the_maps(answerer, maps):
     value = scope_view.view_value(answerer.scopes, [maps], 12.3, settings.Settings(visual_tokens=4), number=2)
     (picture,) = value["pictures"]
-    assert (value["number"], value["milliseconds"]) == (2, 12)
+    assert (value["number"], value["milliseconds"]) == (2, 12.3)
     assert [scope["name"] for scope in value["scopes"]] == answerer.scopes
     assert (picture["token_grid"], picture["patch_grid"], picture["size"]) == ([2, 2], [6, 6], [24, 24])
     np.testing.assert_array_equal(unpacked(picture["weights"], "<f4").reshape(3, 4), maps.weights)
