@@ -54,6 +54,8 @@ def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
         with gr.Tab("Compare"):
             ComparePage(answerer, other or answerer, about["scenes"]).build()
         Api(answerer).build()
+        for side in {answerer, other or answerer}:
+            demo.unload(side.forget)
     return demo.queue(max_size=QUEUE_LENGTH)
 
 

@@ -37,7 +37,7 @@ def warnings_in_a_sentence() -> Iterator[None]:
 
 
 class AskPage:
-    """The events of the page around one model; nothing is kept between calls."""
+    """The events of the page around one model; the page itself keeps nothing between calls."""
 
     def __init__(self, answerer: Answerer, scenes: list[dict[str, Any]]):
         self.answerer, self.scenes = answerer, scenes
@@ -82,7 +82,7 @@ class AskPage:
             for step in self.answerer.reply(prompt, wanted):
                 if step.maps:
                     number = len(answers_in(history))
-                    view = view_value(self.answerer.scopes, step.maps, step.milliseconds, wanted, number)
+                    view = view_value(self.answerer.scopes, step, wanted, number)
                 yield [*history, assistant_turn(step.text)], gr.skip(), view
         yield gr.skip(), box_update(answering=False), view
 
@@ -135,5 +135,6 @@ class AskPage:
         box.stop(lambda: box_update(answering=False), None, box, cancels=asked, **UNSEEN)
         # First the answer is cancelled, then all is emptied: its last words must not arrive afterwards.
         cleared = chatbot.clear(None, cancels=asked)
+        cleared.then(self.answerer.forget, **UNSEEN)
         cleared.then(lambda: ([], box_update(answering=False, value=None), None), None, [chatbot, box, view], **UNSEEN)
         view.words(self.words, [chatbot], view, **UNSEEN, **ONE_AT_A_TIME)

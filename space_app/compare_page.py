@@ -35,7 +35,7 @@ class ComparePage:
                 for step in side.reply(prompt, settings):
                     shown[2 * number] = step.text or "…"
                     if step.maps:
-                        shown[2 * number + 1] = view_value(side.scopes, step.maps, step.milliseconds, settings)
+                        shown[2 * number + 1] = view_value(side.scopes, step, settings)
                     yield gr.skip(), *shown
         yield box_update(answering=False), *shown
 

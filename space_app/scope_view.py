@@ -6,7 +6,7 @@ import zlib
 from typing import Any
 
 import numpy as np
-from answering import ScopeMaps
+from answering import ScopeMaps, Step
 from PIL import Image
 from settings import Settings
 from words import Word
@@ -22,15 +22,14 @@ def colour_of(scope: int) -> str:
     return PALETTE[scope % len(PALETTE)]
 
 
-def view_value(
-    scopes: list[str], maps: list[ScopeMaps], milliseconds: float, settings: Settings, number: int = 0
-) -> dict[str, Any]:
-    """An answer's maps; number says which answer of the conversation it is, from 0."""
+def view_value(scopes: list[str], step: Step, settings: Settings, number: int = 0) -> dict[str, Any]:
+    """The maps of an answer's first step; number says which answer of the conversation it is, from 0."""
     return {
         "number": number,
         "scopes": [{"name": name, "colour": colour_of(s)} for s, name in enumerate(scopes)],
-        "pictures": [picture_value(one) for one in maps],
-        "milliseconds": milliseconds,  # not rounded: Gradio does not tell the page of a value that stays the same
+        "pictures": [picture_value(one) for one in step.maps or []],
+        "milliseconds": step.milliseconds,  # not rounded: Gradio does not tell the page of a value that stays the same
+        "reading": step.reading,
         "asked": {"visual_tokens": settings.visual_tokens, "system_prompt": settings.system_prompt},
     }
 

@@ -200,13 +200,14 @@ def test_several_pictures_are_asked_about_twice(open_page, answerer, picture_fil
     page = open_page()
     ask(page, files=picture_files[:2])
     expect(page.locator("#ask textarea")).to_have_value("")
-    expect(page.locator("#view .cost")).to_contain_text("8 visual tokens from 72 patches, 89 % saved · first token")
+    expect(page.locator("#view .cost")).to_contain_text("8 visual tokens from 72 patches, 89 % saved · read in")
     for number, maps in enumerate(answerer.look([tiny_models.picture(0), tiny_models.picture(1)], settings.Settings())):
         page.get_by_role("button", name=f"Picture {number + 1}").click()
         page.locator("#view [data-token='2']").click()
         expect(status(page)).to_contain_text("row 2, column 1")
         np.testing.assert_allclose(percents(status(page).inner_text()), 100 * maps.weights[:, 2], atol=0.51)
     ask(page, "And now?")
+    expect(page.locator("#view .cost")).to_contain_text("read before, and reused · first token after")
     expect(answers(page)).to_have_count(2)
     page.get_by_role("button", name="Answer 1").click()
     expect(page.get_by_role("button", name="Answer 1")).to_have_attribute("aria-pressed", "true")
@@ -444,7 +445,7 @@ def test_two_budgets_are_compared(open_page):
     expect(page.locator("#view-b [data-token]")).to_have_count(36)
     expect(page.locator("#view-a [data-token]")).to_have_count(4)
     wait_until_done(page, "#compare-ask")
-    expect(page.locator("#view-b .cost")).to_contain_text("36 visual tokens from 36 patches · first token after")
+    expect(page.locator("#view-b .cost")).to_contain_text("36 visual tokens from 36 patches · read")
     one, other = (page.get_by_label(f"{side} answers").input_value() for side in "AB")
     assert one
     assert other

@@ -81,7 +81,7 @@ def test_ask_streams_json(client, answerer, picture_file):
     assert len(steps) > 1
     assert last["answer"] == expected_answer(answerer, tiny_models.picture(), QUESTION) != ""
     assert (last["visual_tokens"], last["patches"]) == ([4], [36])
-    assert 0 < last["milliseconds_to_first_token"] <= last["milliseconds"]
+    assert 0 <= last["milliseconds_reading"] < last["milliseconds_to_first_token"] <= last["milliseconds"]
 
 
 def test_ask_takes_several_pictures_and_settings(client, answerer, picture_file, tmp_path):
