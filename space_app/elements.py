@@ -30,9 +30,10 @@ const show = () => {
   range.setAttribute('aria-valuetext', out.textContent);
 };
 range.max = budgets.length - 1;
-range.value = budgets.indexOf(props.value);
 range.addEventListener('input', () => { props.value = budgets[range.value]; show(); });
-show();
+const take = () => { range.value = budgets.indexOf(props.value); show(); };
+watch('value', take);
+take();
 """
 WITHOUT_SCOPES = "The projector of this model, {}, has no scopes, so there are no maps of them to see."
 

@@ -470,6 +470,12 @@ def test_two_models_are_compared(open_page, answerer, picture_files):
         expect(page.locator("#view-a [data-figure]")).to_have_count(6)
         for name in ("A: tiny answers", "B: average answers"):
             assert page.get_by_label(name).input_value()
+        page.get_by_role("radio", name="tiny").check()
+        expect(page.get_by_label("B: tiny answers")).to_have_value("")
+        expect(page.locator("#budget-b output")).to_contain_text("1 for 36 patches")
+        page.locator("#compare-scenes [data-scene='1']").click()
+        expect(page.locator("#view-b [data-token]")).to_have_count(1)
+        expect(page.locator("#view-b [data-figure]")).to_have_count(6)
 
 
 # --- For everyone, everywhere -----------------------------------------------------------------------------------

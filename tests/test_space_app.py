@@ -344,7 +344,9 @@ def test_a_page_that_shows_only_the_latest_of_many_changes_has_the_maps(answerer
     plain = (None, "", 0, 1, 6)
     message = {"text": QUESTION, "files": [picture_file]}
     *_, (_, _, view) = ask_page.AskPage(answerer, []).submit(message, [], *plain)
-    *_, (_, one, one_view, other, other_view) = compare_page.ComparePage(answerer, answerer, []).compare(message, 4, 9)
+    *_, (_, one, one_view, other, other_view) = compare_page.ComparePage(answerer, answerer, []).compare(
+        message, 1, 4, 9
+    )
     grids = [value["pictures"][0]["token_grid"] for value in (view, one_view, other_view)]
     assert grids == [[2, 2], [2, 2], [3, 3]]
     assert one != other != ""
