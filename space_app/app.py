@@ -52,7 +52,8 @@ def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
         with gr.Tab("Ask and see"):
             AskPage(answerer, about["scenes"]).build()
         with gr.Tab("Compare"):
-            ComparePage(answerer, other or answerer, about["scenes"]).build()
+            second = other or answerer
+            ComparePage(answerer, second, about["scenes"], about.get("models", {}).get(second.name)).build()
         Api(answerer).build()
         for side in {answerer, other or answerer}:
             demo.unload(side.forget)

@@ -15,8 +15,8 @@ from settings import Settings, checked
 class ComparePage:
     """The events of the page around two models, which may be one and the same."""
 
-    def __init__(self, one: Answerer, other: Answerer, scenes: list[dict[str, Any]]):
-        self.sides, self.scenes = (one, other), scenes
+    def __init__(self, one: Answerer, other: Answerer, scenes: list[dict[str, Any]], note: str | None = None):
+        self.sides, self.scenes, self.note = (one, other), scenes, note
 
     def compare(self, message: dict, second: int, *budgets: Any) -> Iterator[tuple]:
         """Yields the box, then answer and view of one side, and of the other, one after the other.
@@ -67,16 +67,15 @@ class ComparePage:
         with gr.Row(elem_classes="page"):
             with gr.Column(scale=1, min_width=320):
                 box = ask_box("compare-ask")
+                first_budget = budget_slider(one, one.trained_budget, "A, visual tokens", "budget-a")
                 second = gr.Radio(
                     [(side.name, number) for number, side in reversed(list(enumerate(self.sides)))],
                     value=1,
                     label=f"Compare {one.name} with",
+                    info=self.note,
                     visible=one is not other,
                 )
-                budgets = [
-                    budget_slider(one, one.trained_budget, "A, visual tokens", "budget-a"),
-                    budget_slider(other, self.second_budget(1), "B, visual tokens", "budget-b"),
-                ]
+                budgets = [first_budget, budget_slider(other, self.second_budget(1), "B, visual tokens", "budget-b")]
             with gr.Column(scale=1, min_width=320):
                 scenes = example_scenes(self.scenes, "Or compare on one of these", "compare-scenes")
         shown: list = []

@@ -397,6 +397,13 @@ def test_rows_without_attention_stay_empty():
 
 def test_scopes_have_colours_of_their_own():
     assert len({*scope_view.PALETTE, scope_view.FUSED_COLOUR}) == 6
+    three = scope_view.scope_legend(["local", "regional", "global"])
+    assert [scope["colour"] for scope in three] == list(scope_view.PALETTE[:3])
+    assert scope_view.scope_legend(["global"]) == three[2:]  # the same scope, the same colour, in every model
+    assert [scope["name"] for scope in scope_view.scope_legend(["local 0.3", "local 0.6"])] == [
+        "local 0.3",
+        "local 0.6",
+    ]
 
 
 def test_example_scenes_are_there():
