@@ -1,6 +1,6 @@
 """How the Space bears a crowd: start-up, many users at once, and memory over many conversations.
 
-    python benchmarks/space_load.py                  20 users for 60 seconds, then 200 conversations
+    python benchmarks/space_load.py                  20 users for 60 seconds, then twice 200 conversations
     python benchmarks/space_load.py --users 3 --seconds 5 --conversations 10
 
 Serves the app as `ms-resampler demo` does, and asks through its API. Every answer is held against the one that the
@@ -120,16 +120,16 @@ def crowd(address: str, expected: dict, users: int, seconds: float) -> tuple[lis
 def memory(address: str, pid: int, conversations: int) -> list[tuple[str, str]]:
     """The app's memory over conversations of two questions and a look at the maps, each by a visitor of its own."""
     sizes = [resident_megabytes(pid)]
-    for number in range(conversations):
+    for number in range(2 * conversations):
         file, question = QUESTIONS[number % len(QUESTIONS)]
         with closing(connect(address)) as client:
             ask(client, file, question)
             ask(client, file, "What is in the picture?")
             client.predict([handle_file(str(EXAMPLES / file))], visual_tokens=None, api_name="/scopes")
-        if (number + 1) % max(1, conversations // 4) == 0:
+        if (number + 1) % max(1, conversations // 2) == 0:
             sizes.append(resident_megabytes(pid))
     shown = ", ".join(f"{size:.0f}" for size in sizes)
-    return [(f"resident memory over {conversations} conversations, each quarter", f"{shown} MB")]
+    return [(f"resident memory over {conversations} conversations and as many again, each half", f"{shown} MB")]
 
 
 def cpu_seconds(pid: int) -> float:

@@ -59,7 +59,7 @@ def play_a_word(page: Page) -> None:
 
 
 def compare(page: Page) -> None:
-    """Two budgets, the model's own and half of it."""
+    """Two projectors, at the same budget."""
     page.get_by_role("tab", name="Compare").click()
     page.locator("#compare-scenes [data-scene='5']").click()
     page.locator("#view-b .tokens").wait_for()

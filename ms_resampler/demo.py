@@ -2,7 +2,9 @@
 
 import argparse
 import importlib.util
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,14 +14,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from . import TINY
 from .cli import model_or_embedded
+
+PEER = str(Path(TINY).with_name("tiny_resampler"))  # a projector of one scope, trained in the embedded checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `demo`."""
     parser.add_argument("--model", help="folder or Hub repository (default: the embedded checkpoint)")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
-    parser.add_argument("--compare", metavar="MODEL", help="a second folder or repository, to compare with")
+    parser.add_argument(
+        "--compare",
+        metavar="MODEL",
+        help="a second folder or repository, to compare with "
+        "(default, beside the embedded checkpoint: the same with one global scope)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this computer only)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
@@ -31,7 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("The demo needs Gradio: pip install 'ms-resampler[demo]'.")
     check_port(arguments.host, arguments.port)
     app_file = find_app()
-    other = nullcontext() if arguments.compare is None else loadable(model_or_embedded(arguments.compare))
+    second = arguments.compare or (PEER if arguments.model is None else None)
+    other = nullcontext() if second is None else loadable(model_or_embedded(second))
     with loadable(model_or_embedded(arguments.model)) as model, other as compared, ending_on_sigterm():
         app = subprocess.Popen([sys.executable, str(app_file)], env=environment(arguments, model, compared))
         try:
@@ -69,12 +80,32 @@ def loadable(model: str) -> Iterator[str]:
     if not folder.is_dir() or (folder / "modeling_ms_resampler.py").is_file():
         yield str(folder.resolve()) if folder.is_dir() else model
         return
-    from .hub_upload.staging import stage_checkpoint
+    from .hub_upload.staging import PROJECTOR, stage_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="ms-resampler-") as place:
         staged = Path(place) / folder.resolve().name
-        stage_checkpoint(folder, staged)
+        if (folder / PROJECTOR).is_file():
+            stage_in_embedded(folder, staged)
+        else:
+            stage_checkpoint(folder, staged)
         yield str(staged)
+
+
+def stage_in_embedded(folder: Path, target: Path) -> None:
+    """Stages the embedded checkpoint with the projector of a folder. Raises ValueError if it does not belong there."""
+    from safetensors.torch import load_file, save_file
+
+    from .hub_upload.staging import PROJECTOR, WEIGHTS, stage_checkpoint
+
+    ours, theirs = (json.loads((place / "config.json").read_text()) for place in (Path(TINY), folder))
+    if any(ours[part] | theirs[part] != ours[part] | {"dtype": "float32"} for part in ("vision_config", "text_config")):
+        raise ValueError(
+            f"{folder} holds a projector alone, and not one for the embedded checkpoint: name a whole model."
+        )
+    stage_checkpoint(Path(TINY), target)
+    shutil.copyfile(folder / "config.json", target / "config.json")
+    tensors = {name: tensor for name, tensor in load_file(target / WEIGHTS).items() if "projector." not in name}
+    save_file(tensors | load_file(folder / PROJECTOR), target / WEIGHTS, metadata={"format": "pt"})
 
 
 @contextmanager

@@ -54,6 +54,7 @@ class Api:
                     cost = {
                         "visual_tokens": [maps.weights.shape[-1] for maps in step.maps],
                         "patches": [maps.patches for maps in step.maps],
+                        "milliseconds_reading": round(step.reading, 1),
                         "milliseconds_to_first_token": round(step.milliseconds, 1),
                     }
                 yield {"answer": step.text, "milliseconds": round(step.milliseconds, 1), **cost}

@@ -23,6 +23,7 @@ from elements import EXAMPLES, HERE, header
 from pictures import MAX_FILE_MEGABYTES
 
 QUEUE_LENGTH = 32
+SESSIONS = 64  # of visitors, that Gradio keeps what it needs to serve them of: about a megabyte each
 # What Gradio leaves nameless for screen readers: the box, its Stop button, the pictures in chat and box.
 NAMES_SCRIPT = """() => {
   const name = () => {
@@ -51,8 +52,11 @@ def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
         with gr.Tab("Ask and see"):
             AskPage(answerer, about["scenes"]).build()
         with gr.Tab("Compare"):
-            ComparePage(answerer, other or answerer, about["scenes"]).build()
+            second = other or answerer
+            ComparePage(answerer, second, about["scenes"], about.get("models", {}).get(second.name)).build()
         Api(answerer).build()
+        for side in {answerer, other or answerer}:
+            demo.unload(side.forget)
     return demo.queue(max_size=QUEUE_LENGTH)
 
 
@@ -78,6 +82,7 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": MAX_FILE_MEGABYTES * 2**20,
         "show_error": False,
         "run_history": False,
+        "state_session_capacity": SESSIONS,
         "footer_links": ["api", "settings"],
         "inbrowser": os.environ.get("OPEN_BROWSER") == "1",
     }

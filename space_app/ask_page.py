@@ -37,7 +37,7 @@ def warnings_in_a_sentence() -> Iterator[None]:
 
 
 class AskPage:
-    """The events of the page around one model; nothing is kept between calls."""
+    """The events of the page around one model; the page itself keeps nothing between calls."""
 
     def __init__(self, answerer: Answerer, scenes: list[dict[str, Any]]):
         self.answerer, self.scenes = answerer, scenes
@@ -66,7 +66,8 @@ class AskPage:
     def answer(self, asked: Callable[[], list[dict]], settings: tuple) -> Iterator[tuple]:
         """Yields the chat, the box to type in and the scope view, as the answer to the last question grows.
 
-        What cannot be asked leaves all three as they are.
+        What cannot be asked leaves all three as they are. The view comes again with every word, though only what
+        changes is sent: a slow page shows the latest of several values, and would miss one that comes once.
         """
         prompt = None
         with warnings_in_a_sentence():
@@ -75,15 +76,15 @@ class AskPage:
         if prompt is None:
             yield gr.skip(), gr.skip(), gr.skip()
             return
-        yield [*history, assistant_turn("")], box_update(answering=True, value=None), gr.skip()
+        view = gr.skip()
+        yield [*history, assistant_turn("")], box_update(answering=True, value=None), view
         with warnings_in_a_sentence():
             for step in self.answerer.reply(prompt, wanted):
-                view = gr.skip()
                 if step.maps:
                     number = len(answers_in(history))
-                    view = view_value(self.answerer.scopes, step.maps, step.milliseconds, wanted, number)
+                    view = view_value(self.answerer.scopes, step, wanted, number)
                 yield [*history, assistant_turn(step.text)], gr.skip(), view
-        yield gr.skip(), box_update(answering=False), gr.skip()
+        yield gr.skip(), box_update(answering=False), view
 
     def words(self, history: list[dict], event: gr.EventData) -> dict[str, Any]:
         """The words of an answer, for the view that asks for them."""
@@ -134,5 +135,6 @@ class AskPage:
         box.stop(lambda: box_update(answering=False), None, box, cancels=asked, **UNSEEN)
         # First the answer is cancelled, then all is emptied: its last words must not arrive afterwards.
         cleared = chatbot.clear(None, cancels=asked)
+        cleared.then(self.answerer.forget, **UNSEEN)
         cleared.then(lambda: ([], box_update(answering=False, value=None), None), None, [chatbot, box, view], **UNSEEN)
         view.words(self.words, [chatbot], view, **UNSEEN, **ONE_AT_A_TIME)

@@ -15,50 +15,67 @@ from settings import Settings, checked
 class ComparePage:
     """The events of the page around two models, which may be one and the same."""
 
-    def __init__(self, one: Answerer, other: Answerer, scenes: list[dict[str, Any]]):
-        self.sides, self.scenes = (one, other), scenes
+    def __init__(self, one: Answerer, other: Answerer, scenes: list[dict[str, Any]], note: str | None = None):
+        self.sides, self.scenes, self.note = (one, other), scenes, note
 
-    def compare(self, message: dict, *budgets: Any) -> Iterator[tuple]:
-        """Yields the box, then answer and view of one side, and of the other, one after the other."""
-        prompts = []
+    def compare(self, message: dict, second: int, *budgets: Any) -> Iterator[tuple]:
+        """Yields the box, then answer and view of one side, and of the other, one after the other.
+
+        The other side is the model with the number `second`.
+        """
+        prompts, sides = [], (self.sides[0], self.sides[second])
         with warnings_in_a_sentence():
             conversation = topic([user_turn(message["text"], message["files"], [])])
             wanted = [checked(budget, "", 0, 1, Settings.max_new_tokens) for budget in budgets]
-            prompts = [side.prepare(*conversation, settings) for side, settings in zip(self.sides, wanted, strict=True)]
+            prompts = [side.prepare(*conversation, settings) for side, settings in zip(sides, wanted, strict=True)]
         if not prompts:
             yield tuple([gr.skip()] * 5)
             return
-        yield box_update(answering=True), "", None, "", None
+        shown: list = ["", None, "", None]
+        yield box_update(answering=True), *shown
         with warnings_in_a_sentence():
-            for number, (side, prompt, settings) in enumerate(zip(self.sides, prompts, wanted, strict=True)):
+            for number, (side, prompt, settings) in enumerate(zip(sides, prompts, wanted, strict=True)):
                 for step in side.reply(prompt, settings):
-                    view = gr.skip()
+                    shown[2 * number] = step.text or "…"
                     if step.maps:
-                        view = view_value(side.scopes, step.maps, step.milliseconds, settings)
-                    changes = [gr.skip()] * 5
-                    changes[1 + 2 * number : 3 + 2 * number] = step.text or "…", view
-                    yield tuple(changes)
-        yield box_update(answering=False), *[gr.skip()] * 4
+                        shown[2 * number + 1] = view_value(side.scopes, step, settings)
+                    yield gr.skip(), *shown
+        yield box_update(answering=False), *shown
 
-    def choose(self, event: gr.EventData, *budgets: Any) -> Iterator[tuple]:
+    def choose(self, event: gr.EventData, second: int, *budgets: Any) -> Iterator[tuple]:
         """An example picked in the page: it is put into the box, and compared at once."""
         scene = self.scenes[event.scene]
         message = {"text": scene["question"], "files": [str(EXAMPLES / scene["file"])]}
         yield gr.MultimodalTextbox(value=message), *[gr.skip()] * 4
-        yield from self.compare(message, *budgets)
+        yield from self.compare(message, second, *budgets)
+
+    def switch(self, second: int) -> tuple[gr.Textbox, None, int]:
+        """The label of the other side's answer, its view, empty, and the budget to begin with, for another model."""
+        side = self.sides[second]
+        return gr.Textbox("", label=f"B: {side.name} answers"), None, self.second_budget(second)
+
+    def second_budget(self, second: int) -> int:
+        """The other side's budget to begin with: the model's own, or about half if both sides are the same model."""
+        side = self.sides[second]
+        same = side is self.sides[0]
+        return nearest(side.budgets(), side.trained_budget / 2) if same else side.trained_budget
 
     def build(self) -> None:
         """Lays the page out and connects it."""
         one, other = self.sides
         names = ("A", "B") if one is other else (f"A: {one.name}", f"B: {other.name}")
-        second = other.trained_budget if one is not other else nearest(other.budgets(), other.trained_budget / 2)
         with gr.Row(elem_classes="page"):
             with gr.Column(scale=1, min_width=320):
                 box = ask_box("compare-ask")
-                budgets = [
-                    budget_slider(one, one.trained_budget, f"{names[0]}, visual tokens", "budget-a"),
-                    budget_slider(other, second, f"{names[1]}, visual tokens", "budget-b"),
-                ]
+                first_budget = budget_slider(one, one.trained_budget, "A, visual tokens", "budget-a")
+                second = gr.Radio(
+                    [(side.name, number) for number, side in reversed(list(enumerate(self.sides)))],
+                    value=1,
+                    label=f"Compare {one.name} with",
+                    info=self.note,
+                    visible=one is not other,
+                )
+                budgets = [first_budget, budget_slider(other, self.second_budget(1), "B, visual tokens", "budget-b")]
             with gr.Column(scale=1, min_width=320):
                 scenes = example_scenes(self.scenes, "Or compare on one of these", "compare-scenes")
         shown: list = []
@@ -69,9 +86,10 @@ class ComparePage:
                     shown.append(scope_view(side, f"view-{letter}", plays=False))
         page = {"outputs": [box, *shown], **QUEUED, "show_progress_on": [shown[0], shown[2]]}
         asked = [
-            box.submit(self.compare, [box, *budgets], **page),
-            scenes.choose(self.choose, budgets, **page),
+            box.submit(self.compare, [box, second, *budgets], **page),
+            scenes.choose(self.choose, [second, *budgets], **page),
         ]
+        second.change(self.switch, second, [*shown[2:], budgets[1]], **UNSEEN)
         box.stop(lambda: box_update(answering=False), None, box, cancels=asked, **UNSEEN)
 
 

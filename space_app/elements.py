@@ -8,7 +8,7 @@ import gradio as gr
 from answering import Answerer
 from conversation import MAX_QUESTION_CHARACTERS
 from PIL import Image
-from scope_view import FUSED_COLOUR, colour_of, data_url
+from scope_view import FUSED_COLOUR, data_url, scope_legend
 from settings import MAX_NEW_TOKENS, MAX_SYSTEM_CHARACTERS, MAX_TEMPERATURE, MIN_TOP_P, Settings
 
 HERE = Path(__file__).resolve().parent
@@ -30,9 +30,10 @@ const show = () => {
   range.setAttribute('aria-valuetext', out.textContent);
 };
 range.max = budgets.length - 1;
-range.value = budgets.indexOf(props.value);
 range.addEventListener('input', () => { props.value = budgets[range.value]; show(); });
-show();
+const take = () => { range.value = budgets.indexOf(props.value); show(); };
+watch('value', take);
+take();
 """
 WITHOUT_SCOPES = "The projector of this model, {}, has no scopes, so there are no maps of them to see."
 
@@ -106,7 +107,7 @@ def scope_view(answerer: Answerer, elem_id: str, plays: bool) -> gr.HTML:
         apply_default_css=False,
         elem_id=elem_id,
         elem_classes="scope-view",
-        scopes=[{"name": name, "colour": colour_of(number)} for number, name in enumerate(answerer.scopes)],
+        scopes=scope_legend(answerer.scopes),
         fused_colour=FUSED_COLOUR,
         without_scopes=WITHOUT_SCOPES.format(kind),
         plays=plays,

@@ -6,7 +6,7 @@ import zlib
 from typing import Any
 
 import numpy as np
-from answering import ScopeMaps
+from answering import ScopeMaps, Step
 from PIL import Image
 from settings import Settings
 from words import Word
@@ -17,20 +17,21 @@ FUSED_COLOUR = "#AA3377"
 SHOWN_PIXELS = 384
 
 
-def colour_of(scope: int) -> str:
-    """The colour of a scope, by its place in the configuration."""
-    return PALETTE[scope % len(PALETTE)]
+def scope_legend(names: list[str]) -> list[dict[str, str]]:
+    """Names and colours of a projector's scopes: a usual name has its colour in every model, others go by place."""
+    usual = ["local", "regional", "global"]
+    places = [usual.index(name) for name in names] if set(names) <= set(usual) else range(len(names))
+    return [{"name": name, "colour": PALETTE[place % len(PALETTE)]} for name, place in zip(names, places, strict=True)]
 
 
-def view_value(
-    scopes: list[str], maps: list[ScopeMaps], milliseconds: float, settings: Settings, number: int = 0
-) -> dict[str, Any]:
-    """An answer's maps; number says which answer of the conversation it is, from 0."""
+def view_value(scopes: list[str], step: Step, settings: Settings, number: int = 0) -> dict[str, Any]:
+    """The maps of an answer's first step; number says which answer of the conversation it is, from 0."""
     return {
         "number": number,
-        "scopes": [{"name": name, "colour": colour_of(s)} for s, name in enumerate(scopes)],
-        "pictures": [picture_value(one) for one in maps],
-        "milliseconds": round(milliseconds),
+        "scopes": scope_legend(scopes),
+        "pictures": [picture_value(one) for one in step.maps or []],
+        "milliseconds": step.milliseconds,  # not rounded: Gradio does not tell the page of a value that stays the same
+        "reading": step.reading,
         "asked": {"visual_tokens": settings.visual_tokens, "system_prompt": settings.system_prompt},
     }
 

@@ -40,9 +40,10 @@ function answerView(answer) {
 function costLine(answer) {
   const tokens = sum(answer.pictures.map(picture => picture.tokens)), patches = sum(answer.pictures.map(picture => picture.patches));
   const saved = tokens < patches ? `, ${percent(1 - tokens / patches)} saved` : '';
+  const read = answer.reading ? `read in ${Math.round(answer.reading)} ms` : 'read before, and reused';
   return make('p', {class: 'cost'},
-    make('b', {}, `${tokens} visual tokens`), ` from ${patches} patches${saved} · first token after `,
-    make('b', {}, `${answer.milliseconds} ms`));
+    make('b', {}, `${tokens} visual tokens`), ` from ${patches} patches${saved} · ${read} · first token after `,
+    make('b', {}, `${Math.round(answer.milliseconds)} ms`));
 }
 
 function selectors(answer) {

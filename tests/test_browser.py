@@ -3,6 +3,7 @@
 import io
 import re
 from base64 import b64decode
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -97,16 +98,31 @@ def is_local(url):
 
 
 def wait_until_done(page, box="#ask"):
+    """For the end of an answer that has begun: the box shows Send before it begins, too."""
     expect(page.locator(f"{box} [data-testid=submit-button]")).to_be_visible()
 
 
-def ask_example(page, number=0):
-    page.locator(f"#scenes [data-scene='{number}']").click()
-    page.locator("#view .tokens").wait_for()
+@contextmanager
+def answering(page):
+    """What is done in this context asks a question; it ends when the maps are drawn anew and the answer is whole."""
+    page.locator("#view .tokens").evaluate_all("all => all.forEach(tokens => { tokens.dataset.old = true; })")
+    yield
+    page.locator("#view .tokens:not([data-old])").wait_for()
     wait_until_done(page)
 
 
+def ask_example(page, number=0):
+    with answering(page):
+        page.locator(f"#scenes [data-scene='{number}']").click()
+
+
 def ask(page, question=QUESTION, files=()):
+    """Asks, and waits for the answer."""
+    with answering(page):
+        send(page, question, files)
+
+
+def send(page, question=QUESTION, files=()):
     if files:
         page.locator("#ask input[type=file]").set_input_files(files)
         expect(page.locator("#ask .thumbnail-item")).to_have_count(len(files))
@@ -115,7 +131,7 @@ def ask(page, question=QUESTION, files=()):
 
 
 def answers(page):
-    return page.locator("#chat .bot .message-content")
+    return page.locator("#chat .bot:not(.pending) .message-content")
 
 
 def status(page, view="#view"):
@@ -137,14 +153,18 @@ def percents(text):
 
 def test_an_example_is_answered_word_by_word(open_page, slow_address):
     page = open_page(slow_address)
-    page.locator("#scenes [data-scene='1']").click()
+    page.evaluate(
+        """() => {
+          window.lengths = [];
+          const note = () => lengths.push(document.querySelector('#chat .bot:not(.pending)')?.innerText.length || 0);
+          new MutationObserver(note).observe(
+            document.querySelector('#chat'), {childList: true, characterData: true, subtree: true});
+        }"""
+    )
+    ask_example(page, 1)
     expect(page.locator("#chat .user .message-content")).to_have_text("Where is the red star?")
-    page.locator("#view .tokens").wait_for()
-    lengths = []
-    while page.locator("#ask [data-testid=submit-button]").count() == 0:
-        lengths.append(len(answers(page).last.inner_text()))
-        page.wait_for_timeout(100)
-    assert len(set(lengths)) > 2
+    lengths = page.evaluate("lengths")
+    assert len(set(lengths)) > 4
     assert lengths == sorted(lengths)
 
 
@@ -159,9 +179,8 @@ def test_stop_stops(open_page, slow_address, slow):
     page.wait_for_timeout(600)
     assert slow.model.tokens_made == made
     assert answers(page).last.inner_text() == text
-    page.locator("#scenes [data-scene='1']").click()
+    ask_example(page, 1)
     expect(answers(page)).to_have_count(2)
-    wait_until_done(page)
 
 
 def test_clear_clears_what_is_being_written(open_page, slow_address):
@@ -172,23 +191,24 @@ def test_clear_clears_what_is_being_written(open_page, slow_address):
     expect(page.locator("#view .tokens")).to_have_count(0)
     expect(page.locator("#chat .message-content")).to_have_count(0)
     wait_until_done(page)
+    page.wait_for_timeout(1000 * 5 * SECONDS_A_TOKEN)  # words that were under way
+    expect(page.locator("#view .tokens")).to_have_count(0)
+    expect(page.locator("#chat .message-content")).to_have_count(0)
 
 
 def test_several_pictures_are_asked_about_twice(open_page, answerer, picture_files):
     page = open_page()
     ask(page, files=picture_files[:2])
-    page.locator("#view .tokens").wait_for()
     expect(page.locator("#ask textarea")).to_have_value("")
-    expect(page.locator("#view .cost")).to_contain_text("8 visual tokens from 72 patches, 89 % saved · first token")
-    wait_until_done(page)
+    expect(page.locator("#view .cost")).to_contain_text("8 visual tokens from 72 patches, 89 % saved · read in")
     for number, maps in enumerate(answerer.look([tiny_models.picture(0), tiny_models.picture(1)], settings.Settings())):
         page.get_by_role("button", name=f"Picture {number + 1}").click()
         page.locator("#view [data-token='2']").click()
         expect(status(page)).to_contain_text("row 2, column 1")
         np.testing.assert_allclose(percents(status(page).inner_text()), 100 * maps.weights[:, 2], atol=0.51)
     ask(page, "And now?")
+    expect(page.locator("#view .cost")).to_contain_text("read before, and reused · first token after")
     expect(answers(page)).to_have_count(2)
-    wait_until_done(page)
     page.get_by_role("button", name="Answer 1").click()
     expect(page.get_by_role("button", name="Answer 1")).to_have_attribute("aria-pressed", "true")
     expect(page.get_by_role("button", name="Answer 1")).to_be_focused()
@@ -207,8 +227,6 @@ def test_a_picture_is_pasted(open_page, picture_files):
     )
     expect(page.locator("#ask .thumbnail-item")).to_have_count(1)
     ask(page)
-    page.locator("#view .tokens").wait_for()
-    wait_until_done(page)
 
 
 def test_a_photograph_goes_into_the_box(open_page):
@@ -219,25 +237,20 @@ def test_a_photograph_goes_into_the_box(open_page):
     page.get_by_role("button", name="capture photo").click()
     expect(page.locator("#ask .thumbnail-item")).to_have_count(1)
     ask(page)
-    page.locator("#view .tokens").wait_for()
-    wait_until_done(page)
 
 
 def test_a_question_is_edited_and_asked_again(open_page, picture_files):
     page = open_page()
     ask(page, files=picture_files[:1])
-    wait_until_done(page)
     page.get_by_role("button", name="Edit the question").click()
     expect(page.locator("#ask textarea")).to_have_value(QUESTION)
     expect(page.locator("#chat .message-content")).to_have_count(0)
     expect(page.locator("#ask .thumbnail-item")).to_have_count(1)
     ask(page, "And what is that?")
     expect(page.locator("#chat .user .message-content").last).to_have_text("And what is that?")
-    wait_until_done(page)
     before = answers(page).inner_text()
-    page.get_by_role("button", name="Retry").click()
-    page.locator("#ask .stop-button").or_(page.locator("#ask [data-testid=submit-button]")).first.wait_for()
-    wait_until_done(page)
+    with answering(page):
+        page.get_by_role("button", name="Retry").click()
     expect(answers(page)).to_have_text(before)  # the likeliest words are the same again
     expect(page.get_by_role("button", name="Answer 2")).to_have_count(0)
 
@@ -265,7 +278,7 @@ def test_a_budget_is_chosen(open_page):
 def test_what_cannot_be_asked_is_refused_in_a_sentence(open_page, picture_files, tmp_path, question, files, sentence):
     page = open_page()
     (tmp_path / "text.png").write_text("no picture")
-    ask(page, question, [tmp_path / "text.png"] if files == "text" else picture_files[:files])
+    send(page, question, [tmp_path / "text.png"] if files == "text" else picture_files[:files])
     expect(page.get_by_text(sentence)).to_be_visible()
     expect(page.locator("#ask textarea")).to_have_value(question)
     expect(page.locator("#chat .message-content")).to_have_count(0)
@@ -279,8 +292,6 @@ def seen(open_page, answerer, picture_files):
     """A page with an answer, and the maps that it is to show."""
     page = open_page()
     ask(page, files=picture_files[:1])
-    page.locator("#view .tokens").wait_for()
-    wait_until_done(page)
     return page, answerer.look([tiny_models.picture()], settings.Settings())[0]
 
 
@@ -434,7 +445,7 @@ def test_two_budgets_are_compared(open_page):
     expect(page.locator("#view-b [data-token]")).to_have_count(36)
     expect(page.locator("#view-a [data-token]")).to_have_count(4)
     wait_until_done(page, "#compare-ask")
-    expect(page.locator("#view-b .cost")).to_contain_text("36 visual tokens from 36 patches · first token after")
+    expect(page.locator("#view-b .cost")).to_contain_text("36 visual tokens from 36 patches · read")
     one, other = (page.get_by_label(f"{side} answers").input_value() for side in "AB")
     assert one
     assert other
@@ -459,6 +470,12 @@ def test_two_models_are_compared(open_page, answerer, picture_files):
         expect(page.locator("#view-a [data-figure]")).to_have_count(6)
         for name in ("A: tiny answers", "B: average answers"):
             assert page.get_by_label(name).input_value()
+        page.get_by_role("radio", name="tiny").check()
+        expect(page.get_by_label("B: tiny answers")).to_have_value("")
+        expect(page.locator("#budget-b output")).to_contain_text("1 for 36 patches")
+        page.locator("#compare-scenes [data-scene='1']").click()
+        expect(page.locator("#view-b [data-token]")).to_have_count(1)
+        expect(page.locator("#view-b [data-figure]")).to_have_count(6)
 
 
 # --- For everyone, everywhere -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The Space as programs meet it: its endpoints, its limits, behind a proxy, alone in a folder, in a crowd."""
 
+import gc
 import json
 import os
 import re
@@ -18,10 +19,12 @@ import pytest
 import space_server
 import tiny_models
 import tiny_proxy
+from gradio.state_holder import SessionState
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-import settings  # isort: skip (space_server made it importable)
+import app  # isort: skip (space_server made it importable)
+import settings
 
 QUESTION = "What is this?"
 PLAIN = settings.Settings()
@@ -78,7 +81,7 @@ def test_ask_streams_json(client, answerer, picture_file):
     assert len(steps) > 1
     assert last["answer"] == expected_answer(answerer, tiny_models.picture(), QUESTION) != ""
     assert (last["visual_tokens"], last["patches"]) == ([4], [36])
-    assert 0 < last["milliseconds_to_first_token"] <= last["milliseconds"]
+    assert 0 <= last["milliseconds_reading"] < last["milliseconds_to_first_token"] <= last["milliseconds"]
 
 
 def test_ask_takes_several_pictures_and_settings(client, answerer, picture_file, tmp_path):
@@ -226,3 +229,17 @@ def test_twenty_at_once_get_the_answers_to_their_own_questions(address, answerer
     assert list(answers) == expected
     for image, found in zip(images, weights, strict=True):
         np.testing.assert_allclose(found, answerer.look([image], PLAIN)[0].weights, atol=6e-5)
+
+
+def test_no_more_visitors_are_remembered_than_allowed(answerer, picture_file, monkeypatch):
+    def remembered():
+        gc.collect()
+        return [thing for thing in gc.get_objects() if type(thing) is SessionState]
+
+    monkeypatch.setattr(app, "SESSIONS", 3)
+    before = remembered()
+    with space_server.served(answerer) as address:
+        for _ in range(6):
+            with closing(Client(address, verbose=False, analytics_enabled=False)) as client:
+                assert client.predict([handle_file(picture_file)], QUESTION, None, max_new_tokens=3, api_name="/ask")
+        assert len([one for one in remembered() if one not in before]) == 3

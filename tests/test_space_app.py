@@ -4,6 +4,7 @@ import base64
 import sys
 import time
 import types
+import weakref
 import zlib
 from itertools import pairwise
 
@@ -17,6 +18,7 @@ from PIL import Image
 import answering  # isort: skip (space_server made it importable)
 import app
 import ask_page
+import compare_page
 import conversation
 import elements
 import pictures
@@ -129,6 +131,40 @@ def test_streamed_answer_is_the_one_that_pixels_give(answerer, images, wanted, o
     assert all(after.text.startswith(before.text) for before, after in pairwise(steps))
     assert [len(step.maps or []) for step in steps] == [images] + [0] * (len(steps) - 1)
     assert 0 < steps[0].milliseconds <= steps[-1].milliseconds
+
+
+def test_a_second_question_about_a_picture_does_not_read_it_again(monkeypatch):
+    answerer, fresh = space_server.make_answerer(), space_server.make_answerer()
+    reads, read = [], answerer.model.get_image_features
+
+    def counted(*args, **options):
+        reads.append(options)
+        return read(*args, **options)
+
+    def steps(asked, picture, question, budget=None):
+        wanted = settings.Settings(max_new_tokens=12, visual_tokens=budget)
+        return list(
+            asked.reply(asked.prepare(*turns_about(tiny_models.picture(picture), question=question), wanted), wanted)
+        )
+
+    monkeypatch.setattr(answerer.model, "get_image_features", counted)
+    first, second, alone = steps(answerer, 0, "What?"), steps(answerer, 0, "Where?"), steps(fresh, 0, "Where?")
+    assert len(reads) == 1
+    assert first[0].reading > 0 == second[0].reading
+    assert first[-1].text != second[-1].text == alone[-1].text
+    np.testing.assert_array_equal(second[0].maps[0].attentions, alone[0].maps[0].attentions)
+    steps(answerer, 0, "What?", budget=9)
+    steps(answerer, 1, "What?")
+    assert len(reads) == 3
+    answerer.forget()
+    steps(answerer, 0, "What?")
+    assert len(reads) == 4
+
+
+def test_no_more_readings_are_kept_than_allowed(answerer):
+    answerer.forget()
+    kept = [weakref.ref(answerer.look([tiny_models.picture(seed)], PLAIN)[0]) for seed in range(answering.READINGS + 3)]
+    assert [one() is not None for one in kept] == [False] * 3 + [True] * answering.READINGS
 
 
 def test_closing_the_stream_stops_the_generation():
@@ -304,6 +340,18 @@ def test_settings_out_of_range_are_refused(changes, sentence):
         settings.checked(**good | changes)
 
 
+def test_a_page_that_shows_only_the_latest_of_many_changes_has_the_maps(answerer, picture_file):
+    plain = (None, "", 0, 1, 6)
+    message = {"text": QUESTION, "files": [picture_file]}
+    *_, (_, _, view) = ask_page.AskPage(answerer, []).submit(message, [], *plain)
+    *_, (_, one, one_view, other, other_view) = compare_page.ComparePage(answerer, answerer, []).compare(
+        message, 1, 4, 9
+    )
+    grids = [value["pictures"][0]["token_grid"] for value in (view, one_view, other_view)]
+    assert grids == [[2, 2], [2, 2], [3, 3]]
+    assert one != other != ""
+
+
 def test_a_question_taken_back_is_in_the_box_with_its_pictures(answerer, picture_file):
     page = ask_page.AskPage(answerer, [])
     first = conversation.user_turn(QUESTION, [picture_file], [])
@@ -328,9 +376,11 @@ def unpacked(text, kind):
 
 
 def test_the_view_is_given_the_maps(answerer, maps):
-    value = scope_view.view_value(answerer.scopes, [maps], 12.3, settings.Settings(visual_tokens=4), number=2)
+    value = scope_view.view_value(
+        answerer.scopes, answering.Step("This.", 12.3, 4.5, [maps]), settings.Settings(visual_tokens=4), number=2
+    )
     (picture,) = value["pictures"]
-    assert (value["number"], value["milliseconds"]) == (2, 12)
+    assert (value["number"], value["milliseconds"], value["reading"]) == (2, 12.3, 4.5)
     assert [scope["name"] for scope in value["scopes"]] == answerer.scopes
     assert (picture["token_grid"], picture["patch_grid"], picture["size"]) == ([2, 2], [6, 6], [24, 24])
     np.testing.assert_array_equal(unpacked(picture["weights"], "<f4").reshape(3, 4), maps.weights)
@@ -347,6 +397,13 @@ def test_rows_without_attention_stay_empty():
 
 def test_scopes_have_colours_of_their_own():
     assert len({*scope_view.PALETTE, scope_view.FUSED_COLOUR}) == 6
+    three = scope_view.scope_legend(["local", "regional", "global"])
+    assert [scope["colour"] for scope in three] == list(scope_view.PALETTE[:3])
+    assert scope_view.scope_legend(["global"]) == three[2:]  # the same scope, the same colour, in every model
+    assert [scope["name"] for scope in scope_view.scope_legend(["local 0.3", "local 0.6"])] == [
+        "local 0.3",
+        "local 0.6",
+    ]
 
 
 def test_example_scenes_are_there():

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_changes(parser)
     tiny = parser.add_argument_group("for the recipe tiny")
     tiny.add_argument("--scenes", type=int, default=400, help="held-out scenes to evaluate on (default: 400)")
+    tiny.add_argument(
+        "--projector", metavar="KIND", help="train another projector, avg_pool say, in the embedded checkpoint"
+    )
     tiny.add_argument("--embed", action="store_true", help="make the result the checkpoint in this package")
 
 
@@ -131,10 +134,11 @@ def train_recipe(arguments: argparse.Namespace) -> None:
 
 
 def train_tiny(arguments: argparse.Namespace) -> None:
-    """Trains the embedded checkpoint again."""
+    """Trains the embedded checkpoint again, or another projector in it."""
+    from .tiny_peer import run_peer
     from .tiny_run import run_tiny
 
     for name in ("model", "data", "images", "learning_rate", "batch_size", "epochs"):
         if getattr(arguments, name) is not None:
             raise ValueError(f"The recipe tiny makes its own model and data: it takes no --{name.replace('_', '-')}.")
-    run_tiny(arguments)
+    (run_tiny if arguments.projector is None else run_peer)(arguments)
