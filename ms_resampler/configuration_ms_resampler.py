@@ -67,9 +67,11 @@ _SCOPE_FIELDS = (
     "learn_scopes",
     "tile_heads",
     "scope_layout",
+    "scope_heads",
     "fusion",
     "share_kv",
     "patch_conv",
+    "cell_residual",
     "query_init",
     "prior_form",
 )
@@ -155,10 +157,14 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         scope_prior: "gaussian", "window" (a disc of radius 2 sigma, which has the same variance), or "none".
         learn_scopes: whether the Gaussian sigmas and offsets are learned, per scope and head.
         tile_heads: whether the heads of a Gaussian scope start spread over it, each on a part, or all alike.
-        scope_layout: "branches" (every scope has its own queries) or "heads" (scopes share out the heads).
+        scope_layout: "branches" (every scope has queries of its own for all heads) or "heads" (scopes share out the
+            heads, and three cost no more than one).
+        scope_heads: how many heads each scope has, in the layout "heads". The default is one in eight for every scope
+            but the first, and the rest for the first: 12, 2 and 2 of 16.
         fusion: "head", "token", "static" or "mean"; the layout "heads" has no "head".
         share_kv: one set of keys and values for all scopes, or one each (layout "branches" only).
         patch_conv: whether patches see their neighbours first, in a depthwise 3 x 3 convolution.
+        cell_residual: whether a token also receives the mean of the patches in its cell, so that scopes need not.
         query_init: "learned", or "content" to add the mean of the patches in a token's cell.
         prior_form: "channels" (appended to queries and keys) or "bias" (added to the scores); same function.
     """
@@ -193,9 +199,11 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     learn_scopes: bool = True
     tile_heads: bool = True
     scope_layout: Literal["branches", "heads"] = "branches"
+    scope_heads: list[int] | tuple[int, ...] | None = None
     fusion: Literal["head", "token", "static", "mean"] = "head"
     share_kv: bool = True
     patch_conv: bool = True
+    cell_residual: bool = False
     query_init: Literal["learned", "content"] = "learned"
     prior_form: Literal["channels", "bias"] = "channels"
     layer_norm_eps: float = 1e-6
@@ -256,12 +264,18 @@ class MSResamplerProjectorConfig(PretrainedConfig):
                 raise ValueError(f"A scope's sigma must be positive, or None for the global scope, got {sigma}.")
         if self.scope_layout == "heads":
             self._check_heads_layout()
+        elif self.scope_heads is not None:
+            raise ValueError('`scope_heads` needs `scope_layout="heads"`: in "branches" every scope has all heads.')
 
     def _check_heads_layout(self) -> None:
-        if self.num_attention_heads < self.num_scopes:
+        heads, scopes = self.num_attention_heads, self.num_scopes
+        if self.scope_heads is None:
+            others = [max(1, heads // 8)] * (scopes - 1)
+            self.scope_heads = [heads - sum(others), *others]
+        if len(self.scope_heads) != scopes or min(self.scope_heads) < 1 or sum(self.scope_heads) != heads:
             raise ValueError(
-                f'`scope_layout="heads"` shares {self.num_attention_heads} heads among {self.num_scopes} scopes: '
-                "use at least one head a scope."
+                f'`scope_layout="heads"` shares {heads} heads among {scopes} scopes, at least one a scope; '
+                f"`scope_heads` {list(self.scope_heads)} does not."
             )
         if self.fusion == "head":
             raise ValueError(

@@ -9,6 +9,9 @@
     z   = sum_s g^s (W_o o^s + q^s)                      adaptive fusion over the scopes
     z   = z + FFN(LN(z));   y = W_out LN(z)
 
+In the layout "heads" there is one q = z + e, every head belongs to a scope, and z = W_o [S g^s(h) o_h]_h + q. With
+`cell_residual`, z also receives the mean of the patches u in the token's cell.
+
 Dimensions, as name suffixes: B images, N patches, M visual tokens, S scopes, G query sets (S in the layout
 "branches", 1 in "heads"), C vision width, D resampler width, T text width, h heads, d head width.
 """
@@ -190,16 +193,16 @@ def scopes_of_heads(config) -> list[list[int]]:
 
     Two scopes and three heads: [[0, 0, 0], [1, 1, 1]] in the layout "branches", [[0, 0, 1]] in "heads".
     """
-    heads, scopes = config.num_attention_heads, config.num_scopes
     if config.scope_layout == "branches":
-        return [[scope] * heads for scope in range(scopes)]
-    return [[head * scopes // heads for head in range(heads)]]
+        return [[scope] * config.num_attention_heads for scope in range(config.num_scopes)]
+    return [[scope for scope, heads in enumerate(config.scope_heads) for _ in range(heads)]]
 
 
 class ScopeLayer(GradientCheckpointingLayer):
     """One round of resampling and fusion: tokens z (B, M, D) read patches u (B, N, D) in every scope.
 
-    Tokens that do not depend on the image yet may come once, as (1, M, D).
+    Tokens that do not depend on the image yet may come once, as (1, M, D). cell_BMD, or zero, is
+    added to the tokens that come out.
     """
 
     def __init__(self, config):
@@ -234,7 +237,14 @@ class ScopeLayer(GradientCheckpointingLayer):
             self.gate = nn.Linear(config.hidden_size, logits)
 
     def forward(
-        self, z_BMD: Tensor, u_BND: Tensor, pos_ND: Tensor, anchors_M2: Tensor, patches_N2: Tensor, output_scopes: bool
+        self,
+        z_BMD: Tensor,
+        u_BND: Tensor,
+        cell_BMD: Tensor | float,
+        pos_ND: Tensor,
+        anchors_M2: Tensor,
+        patches_N2: Tensor,
+        output_scopes: bool,
     ) -> tuple[Tensor, ScopeMaps | None]:
         """Steps 3 to 6 of the equations; anchors and patches (y, x) in units of the anchor pitch."""
         q_BGMD = z_BMD[:, None] + self.scope_embedding_GD[:, None]
@@ -244,6 +254,7 @@ class ScopeLayer(GradientCheckpointingLayer):
 
         o_BGhMd = self._attend(query_BGhMd, key_BKhNd, value_BKhNd, anchors_M2, patches_N2)
         z_BMD, weights_BSM = self._fuse(o_BGhMd, q_BGMD)
+        z_BMD = z_BMD + cell_BMD
         z_BMD = z_BMD + self.ffn(self.ffn_norm(z_BMD))
         if not output_scopes:
             return z_BMD, None
@@ -359,12 +370,16 @@ class MultiScopeResampler(nn.Module):
         anchors_M2 = cell_centres(token_grid, u_BND.device, wide(u_BND.dtype))
         patches_N2 = cell_centres(patch_grid, u_BND.device, wide(u_BND.dtype))
         pos_ND = sincos_positions(patches_N2, u_BND.shape[-1]).to(u_BND.dtype)
-        z_BMD, maps = self._first_queries(u_BND, anchors_M2, patch_grid, token_grid), None
+        mean_BMD = F.adaptive_avg_pool2d(u_BND.mT.unflatten(2, patch_grid), token_grid).flatten(2).mT
+        cell_BMD = mean_BMD if self.config.cell_residual else 0.0
+        z_BMD, maps = self._first_queries(anchors_M2, token_grid).to(u_BND.dtype), None
+        if self.config.query_init == "content":
+            z_BMD = z_BMD + mean_BMD
 
         pitches_2 = torch.tensor(token_grid, device=u_BND.device)  # in an image: the prior counts in them
         anchors_M2, patches_N2 = anchors_M2 * pitches_2, patches_N2 * pitches_2
         for layer in self.layers:
-            z_BMD, maps = layer(z_BMD, u_BND, pos_ND, anchors_M2, patches_N2, output_scopes)
+            z_BMD, maps = layer(z_BMD, u_BND, cell_BMD, pos_ND, anchors_M2, patches_N2, output_scopes)
         return self.output_proj(self.output_norm(z_BMD)), maps
 
     def _patches(self, x_BNC: Tensor, patch_grid: tuple[int, int]) -> Tensor:
@@ -374,20 +389,11 @@ class MultiScopeResampler(nn.Module):
             return u_BND
         return u_BND + self.patch_conv(u_BND.mT.unflatten(2, patch_grid)).flatten(2).mT
 
-    def _first_queries(
-        self, u_BND: Tensor, anchors_M2: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int]
-    ) -> Tensor:
-        """z (1, M, D) before the first layer, the same for every image: the base grid at the anchors + pos(a).
-
-        If asked for, + the mean of the patches in a token's cell, which makes it (B, M, D).
-        """
+    def _first_queries(self, anchors_M2: Tensor, token_grid: tuple[int, int]) -> Tensor:
+        """z (1, M, D) before the first layer, the same for every image: the base grid at the anchors + pos(a)."""
         query_1DHW = self.query_1DHW.to(anchors_M2.dtype)
         base_1DHW = F.interpolate(query_1DHW, size=token_grid, mode="bilinear", align_corners=False)
-        base_1MD = base_1DHW.flatten(2).mT + sincos_positions(anchors_M2, u_BND.shape[-1])
-        z_1MD = base_1MD.to(u_BND.dtype)
-        if self.config.query_init == "learned":
-            return z_1MD
-        return z_1MD + F.adaptive_avg_pool2d(u_BND.mT.unflatten(2, patch_grid), token_grid).flatten(2).mT
+        return base_1DHW.flatten(2).mT + sincos_positions(anchors_M2, self.config.hidden_size)
 
 
 @torch.no_grad()

@@ -32,7 +32,8 @@ def resample_image(weights: Weights, config: Any, x_NC: np.ndarray, patch_grid, 
     if config.query_init == "content":
         z = [query + cell_mean(u, patch_grid, token_grid, i) for i, query in enumerate(z)]
     for layer in range(config.num_hidden_layers):
-        z, gates, maps = scope_layer(weights, f"layers.{layer}.", config, z, u, anchors, patches, token_grid)
+        cells = [cell_mean(u, patch_grid, token_grid, i) if config.cell_residual else 0 for i in range(len(z))]
+        z, gates, maps = scope_layer(weights, f"layers.{layer}.", config, z, u, cells, anchors, patches, token_grid)
     y = [linear(weights, "output_proj", layer_norm(weights, "output_norm", token, config)) for token in z]
     return np.stack(y), gates, maps
 
@@ -48,7 +49,7 @@ def neighbours(weights: Weights, u, patch_grid, j: int) -> np.ndarray:
     return total
 
 
-def scope_layer(weights: Weights, at: str, config: Any, z, u, anchors, patches, token_grid):
+def scope_layer(weights: Weights, at: str, config: Any, z, u, cells, anchors, patches, token_grid):
     """One layer: tokens, gates (S, M) and maps (S, M, N)."""
     heads, scopes = config.num_attention_heads, config.num_scopes
     branches = config.scope_layout == "branches"
@@ -60,17 +61,22 @@ def scope_layer(weights: Weights, at: str, config: Any, z, u, anchors, patches, 
             q = np.split(linear(weights, at + "q_proj", layer_norm(weights, at + "query_norm", query, config)), heads)
             heard = []
             for head in range(heads):
-                scope = s if branches else head * scopes // heads
+                scope = s if branches else scope_of_head(config, head)
                 a = attend(weights, at, config, q[head], head, s, u, anchors[i], patches, token_grid)
                 heard.append(sum(a[j] * value(weights, at, config, u[j], head, s) for j in range(len(u))))
-                sharing = heads if branches else sum(h * scopes // heads == scope for h in range(heads))
-                maps[scope, i] += a / sharing
+                maps[scope, i] += a / (heads if branches else config.scope_heads[scope])
             outputs.append(heard)
             queries.append(query)
         token, gates[:, i] = fuse(weights, at, config, outputs, queries)
+        token = token + cells[i]
         hidden = linear(weights, at + "ffn.0", layer_norm(weights, at + "ffn_norm", token, config))
         tokens.append(token + linear(weights, at + "ffn.2", np.array([gelu(v) for v in hidden])))
     return tokens, gates, maps
+
+
+def scope_of_head(config, head) -> int:
+    """In the layout "heads": the first scope whose heads, with those of the scopes before it, reach this far."""
+    return next(scope for scope in range(config.num_scopes) if head < sum(config.scope_heads[: scope + 1]))
 
 
 def attend(weights, at, config, q, head, query_set, u, anchor, patches, token_grid) -> np.ndarray:
@@ -134,7 +140,7 @@ def fuse(weights, at, config, outputs, queries) -> tuple[np.ndarray, np.ndarray]
             g = softmax(gate(together + queries[0]))
         else:
             g = softmax(weights[at + "gate_S"]) if config.fusion == "static" else np.full(scopes, 1 / scopes)
-        scaled = np.concatenate([scopes * g[head * scopes // heads] * outputs[0][head] for head in range(heads)])
+        scaled = np.concatenate([scopes * g[scope_of_head(config, head)] * outputs[0][head] for head in range(heads)])
         return linear(weights, at + "o_proj", scaled) + queries[0], g
     joined = [np.concatenate(output) for output in outputs]
     if config.fusion == "head":

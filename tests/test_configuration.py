@@ -139,6 +139,11 @@ def test_models_that_cannot_be(fields, sentence):
             {"scope_layout": "heads", "fusion": "mean", "num_attention_heads": 2, "hidden_size": 32},
             "shares 2 heads among 3 scopes",
         ),
+        (
+            {"scope_layout": "heads", "fusion": "mean", "scope_heads": [8, 8]},
+            r"shares 16 heads among 3 scopes, at least one a scope; `scope_heads` \[8, 8\] does not",
+        ),
+        ({"scope_heads": [12, 2, 2]}, '`scope_heads` needs `scope_layout="heads"`'),
         ({"scope_sigmas": [0.5, math.inf]}, "sigma must be positive, or None for the global scope, got inf"),
         ({"scope_sigmas": [0.0]}, "sigma must be positive"),
         ({"visual_tokens": [3, 0]}, r"`visual_tokens` must be \[rows, columns\], two positive integers, got \[3, 0\]"),

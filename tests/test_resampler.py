@@ -29,12 +29,14 @@ ARRANGEMENTS = [
     *({"fusion": f, "scope_prior": p} for f, p in product(FUSIONS, ("gaussian", "window", "none"))),
     *({"scope_layout": "heads", "fusion": f} for f in ("token", "static", "mean")),
     {"scope_layout": "heads", "fusion": "mean", "scope_prior": "window"},
+    {"scope_layout": "heads", "fusion": "token", "scope_heads": [1, 1, 2], "cell_residual": True},
     {"share_kv": False},
     {"share_kv": False, "prior_form": "bias"},
     {"query_init": "content"},
     {"patch_conv": False},
     {"tile_heads": False},
-    {"num_hidden_layers": 2, "query_init": "content"},
+    {"cell_residual": True},
+    {"num_hidden_layers": 2, "query_init": "content", "cell_residual": True},
     {"learn_scopes": False},
     {"prior_form": "bias"},
     {"scope_sigmas": [None]},
@@ -246,6 +248,7 @@ def test_the_heads_of_a_scope_share_it_out(heads, layout):
     """Around its centre, within its sigma, each half as wide, no two at the same place; a head that is alone has it."""
     share = heads if layout == "branches" else 3 * heads
     changes = {"num_attention_heads": share, "hidden_size": 4 * share, "scope_layout": layout, "fusion": "mean"}
+    changes["scope_heads"] = None if layout == "branches" else [heads] * 3
     prior = ScopePrior(MSResamplerProjectorConfig(**SMALL | changes | {"scope_sigmas": [0.5, 2.0, None]}))
     sigma_Sh, offset_Sh2 = prior.sigma_Gh.view(3, heads), prior.offset_Gh2.view(3, heads, 2)
     for sigma_h, offset_h2, sigma in zip(sigma_Sh[:2], offset_Sh2[:2], (0.5, 2.0), strict=True):
@@ -337,7 +340,7 @@ def by_scope(name: str, tensor: torch.Tensor, config, order: list[int]) -> torch
 @pytest.mark.parametrize(
     "changes",
     [*({"fusion": f} for f in FUSIONS), {"share_kv": False}]
-    + [{"scope_layout": "heads", "fusion": f} for f in ("static", "mean")],
+    + [{"scope_layout": "heads", "scope_heads": [2, 2, 2], "fusion": f} for f in ("static", "mean")],
     ids=str,
 )
 def test_the_order_of_the_scopes_does_not_matter(changes):
@@ -382,6 +385,11 @@ def test_heads_are_shared_out_in_order():
     assert branches.layers[0].prior.sigma_Gh.tolist() == [[1.0] * 4, [2.0] * 4]
     heads = make(scope_sigmas=[0.5, 2, None], scope_layout="heads", fusion="mean", tile_heads=False)
     assert heads.layers[0].prior.sigma_Gh.tolist() == [[0.5, 0.5, 2.0, math.inf]]
+    asked = heads.config.to_dict() | {"scope_heads": [1, 1, 2]}
+    asked = MultiScopeResampler(MSResamplerProjectorConfig(**asked), VISION, TEXT)
+    assert asked.layers[0].prior.sigma_Gh.tolist() == [[0.5, 2.0, math.inf, math.inf]]
+    sixteen = MSResamplerProjectorConfig(scope_layout="heads", fusion="token")
+    assert sixteen.scope_heads == [12, 2, 2]
 
 
 def test_checkpointing_changes_no_gradient():
