@@ -8,9 +8,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from model import LANGUAGE_MODEL, TOWER, WORDS, make_models, make_runs
-from projectors import PUBLISHED, cost, make_run
-
-from ms_resampler.evaluation.timing import interleaved
+from projectors import PUBLISHED, Setting, cost, draw, measure, rates, table
 
 # Parameters and multiply-accumulates in millions, counted on the originals at 576 x 1024 -> 144 -> 4096. Tables of
 # positions that are never trained are not counted here: 256 x 1024 in mqt, 144 x 4096 in qwen_resampler.
@@ -35,12 +33,24 @@ def test_a_peer_costs_what_its_original_does(name):
     assert macs / 1e6 == pytest.approx(ORIGINALS[name][1], rel=0.02)
 
 
-def test_projectors_run_forward_and_backward_in_turn():
-    torch.manual_seed(0)
+def test_projectors_are_measured_in_turn(tmp_path, monkeypatch):
     assert set(PUBLISHED) >= set(ORIGINALS)
-    runs = {name: make_run(name, 1, torch.float32, backward=True) for name in ("resampler", "ms_resampler", "mqt")}
-    times = interleaved(runs, repeats=2)
-    assert {name: len(spent) for name, spent in times.items()} == dict.fromkeys(runs, 2)
+    monkeypatch.setattr("projectors.rates", lambda dtype: (1e9, 1e9))
+    names = ["resampler", "ms_resampler", "ms_resampler, heads", "mqt"]
+    setting = Setting(grid=4, tokens=4, batch=2, backward=True)
+    rows = measure(setting, names, repeats=2)
+    assert [(row["projector"], len(row["ms"])) for row in rows] == [(name, 2) for name in names]
+    assert rows[2]["macs"] <= rows[0]["macs"] < rows[1]["macs"]  # scopes that share out the heads cost nothing
+    assert all(row["peak_bytes"] > 4 * row["parameters"] for row in rows)  # the gradients are among it
+    assert len(table(rows).splitlines()) == 2 + len(names)
+    draw([{"setting": {"grid": 4, "tokens": 4}, "rows": rows}], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5_000
+
+
+def test_the_floor_is_what_this_machine_can_do():
+    macs, bytes_moved = rates(torch.float32)
+    assert 1e8 < macs < 1e15
+    assert 1e8 < bytes_moved < 1e14
 
 
 def test_llava_and_ours_answer_with_the_same_parts():

@@ -74,6 +74,7 @@ def open_page(browser, address):
         )
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: is_local(request.url) or complaints.append(request.url))
+        listen_to_streams(page)
         page.goto(address)
         page.locator("#scenes [data-scene='0']").wait_for()
         pages.append(page)
@@ -102,13 +103,31 @@ def wait_until_done(page, box="#ask"):
     expect(page.locator(f"{box} [data-testid=submit-button]")).to_be_visible()
 
 
+def listen_to_streams(page):
+    """Keeps account of the streams by which answers come."""
+    page.streams = set()
+    page.on("request", lambda request: "/queue/data" in request.url and page.streams.add(request))
+    for end in ("requestfinished", "requestfailed"):
+        page.on(end, lambda request: page.streams.discard(request))
+
+
+def settle(page):
+    """Waits until the last answer's stream is closed: Gradio's page loses an event that begins before, which only
+    a robot is quick enough to do."""
+    while page.streams:
+        page.wait_for_timeout(50)
+    page.wait_for_timeout(100)
+
+
 @contextmanager
 def answering(page):
     """What is done in this context asks a question; it ends when the maps are drawn anew and the answer is whole."""
+    settle(page)
     page.locator("#view .tokens").evaluate_all("all => all.forEach(tokens => { tokens.dataset.old = true; })")
     yield
     page.locator("#view .tokens:not([data-old])").wait_for()
     wait_until_done(page)
+    settle(page)
 
 
 def ask_example(page, number=0):
