@@ -114,7 +114,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
     def get_image_features(
         self,
         pixel_values: Tensor,
-        token_grids: Tensor | None = None,
+        token_grids: Tensor | list[tuple[int, int]] | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         output_scopes: bool = False,
@@ -123,9 +123,10 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         """Visual tokens of images, for `forward` or `generate` (`mm_encoder_outputs={"image": features}`).
 
         pixel_values is (B, 3, height, width), or SigLIP 2's patches with their mask and spatial_shapes (B, 2).
-        token_grids (B, 2) asks for a grid for every image, and None means the configured budget. The language
-        model gets the tokens as the projector made them: Gemma's multiplier belongs to its table of words and
-        does not reach them, Granite's belongs to its decoder and does.
+        token_grids (B, 2) asks for a grid for every image, and None means the configured budget; torch.compile wants
+        them as a list of tuples, and compiles once for every list. The language model gets the tokens as the
+        projector made them: Gemma's multiplier belongs to its table of words and does not reach them, Granite's
+        belongs to its decoder and does.
 
         The tower runs up to the last layer that is read, and its last_hidden_state is None if there are layers after
         that one. `output_hidden_states=True` or `output_attentions=True` runs all of it.
@@ -167,14 +168,16 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != (native, native)
         return self.vision_tower(pixel_values, return_dict=True, **kwargs)
 
-    def _token_grids(self, token_grids: Tensor | None, patch_grids: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def _token_grids(
+        self, token_grids: Tensor | list[tuple[int, int]] | None, patch_grids: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
         """The token grid (Mh, Mw) of every image: as asked for, or the configured budget laid over its patches."""
         if token_grids is None:
             budget = self.config.projector_config.visual_tokens
             return [token_grid(budget, patch_grid) for patch_grid in patch_grids]
         if len(token_grids) != len(patch_grids):
             raise ValueError(f"Got {len(token_grids)} token grids for {len(patch_grids)} images; give one an image.")
-        return [tuple(grid) for grid in token_grids.tolist()]
+        return [tuple(grid) for grid in (token_grids.tolist() if isinstance(token_grids, Tensor) else token_grids)]
 
     def _patch_features(self, tower: ModelOutput) -> Tensor:
         """Patches (B, N, C) of the configured layers side by side, without the tower's prefix tokens."""
@@ -243,7 +246,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        token_grids: Tensor | None = None,
+        token_grids: Tensor | list[tuple[int, int]] | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         mm_encoder_outputs: dict[str, MSResamplerImageFeatures] | None = None,
@@ -354,7 +357,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        token_grids: Tensor | None = None,
+        token_grids: Tensor | list[tuple[int, int]] | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         mm_encoder_outputs: dict[str, MSResamplerImageFeatures] | None = None,
