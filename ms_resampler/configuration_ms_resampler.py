@@ -385,6 +385,15 @@ class MSResamplerConfig(PretrainedConfig):
         return [layers] if isinstance(layers, int) else list(layers)
 
     @property
+    def unread_layers(self) -> int:
+        """How many layers at the tower's end nothing reads; 0 for towers that are not known to run without them."""
+        tower = self.vision_config
+        if tower.model_type not in _PREFIX_TOKENS or tower.model_type in FEATURE_MAP_TOWERS:
+            return 0
+        states = tower.num_hidden_layers + 1
+        return states - 1 - max(layer % states for layer in self.feature_layers)
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens to drop in front of the patches."""
         if self.vision_prefix_tokens is not None:

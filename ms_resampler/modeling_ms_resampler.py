@@ -5,6 +5,7 @@ places of the image tokens in the text -> language model -> logits.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     """What `get_image_features` returns: one entry an image, in the order of the images.
 
     pooler_output: visual tokens (M, T); patch_grids, token_grids: (rows, columns).
+    last_hidden_state, attentions and all hidden_states of the tower: if asked for, see get_image_features.
     scope_weights (S, M) and scope_attentions (S, M, N): with `output_scopes=True`, see ScopeMaps.
     """
 
@@ -95,7 +97,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
 
     def __init__(self, config: MSResamplerConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = make_unread_layers_skippable(AutoModel.from_config(config.vision_config), config)
         self.projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         if not hasattr(self.language_model, "embed_tokens"):
@@ -123,7 +125,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
     def get_image_features(
         self,
         pixel_values: Tensor,
-        token_grids: Tensor | None = None,
+        token_grids: Tensor | list[tuple[int, int]] | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         output_scopes: bool = False,
@@ -132,10 +134,18 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         """Visual tokens of images, for `forward` or `generate` (`mm_encoder_outputs={"image": features}`).
 
         pixel_values is (B, 3, height, width), or SigLIP 2's patches with their mask and spatial_shapes (B, 2).
-        token_grids (B, 2) asks for a grid for every image, and None means the configured budget. The language
-        model gets the tokens as the projector made them: Gemma's multiplier belongs to its table of words and
-        does not reach them, Granite's belongs to its decoder and does.
+        token_grids (B, 2) asks for a grid for every image, and None means the configured budget; torch.compile wants
+        them as a list of tuples, and compiles once for every list. The language model gets the tokens as the
+        projector made them: Gemma's multiplier belongs to its table of words and does not reach them, Granite's
+        belongs to its decoder and does.
+
+        The tower runs up to the last layer that is read, and its last_hidden_state is None if there are layers after
+        that one. `output_hidden_states=True` or `output_attentions=True` runs all of it.
         """
+        as_configured = kwargs["output_hidden_states"] == self.config.feature_layers
+        skip = as_configured and not kwargs.get("output_attentions") and self.config.unread_layers > 0
+        if skip:  # not handed to towers that do not know it
+            kwargs["skip_unread"] = True
         tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         if spatial_shapes is None:
             height, width = pixel_values.shape[-2:]
@@ -145,7 +155,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         wanted = self._token_grids(token_grids, patch_grids)
         tokens, maps = self._project(self._patch_features(tower), patch_grids, wanted, output_scopes)
         return MSResamplerImageFeatures(
-            last_hidden_state=tower.last_hidden_state,
+            last_hidden_state=None if skip else tower.last_hidden_state,
             pooler_output=tokens,
             hidden_states=tower.hidden_states,
             attentions=getattr(tower, "attentions", None),
@@ -169,14 +179,16 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != (native, native)
         return self.vision_tower(pixel_values, return_dict=True, **kwargs)
 
-    def _token_grids(self, token_grids: Tensor | None, patch_grids: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def _token_grids(
+        self, token_grids: Tensor | list[tuple[int, int]] | None, patch_grids: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
         """The token grid (Mh, Mw) of every image: as asked for, or the configured budget laid over its patches."""
         if token_grids is None:
             budget = self.config.projector_config.visual_tokens
             return [token_grid(budget, patch_grid) for patch_grid in patch_grids]
         if len(token_grids) != len(patch_grids):
             raise ValueError(f"Got {len(token_grids)} token grids for {len(patch_grids)} images; give one an image.")
-        return [tuple(grid) for grid in token_grids.tolist()]
+        return [tuple(grid) for grid in (token_grids.tolist() if isinstance(token_grids, Tensor) else token_grids)]
 
     def _patch_features(self, tower: ModelOutput) -> Tensor:
         """Patches (B, N, C) of the configured layers side by side, without the tower's prefix tokens."""
@@ -245,7 +257,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        token_grids: Tensor | None = None,
+        token_grids: Tensor | list[tuple[int, int]] | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         mm_encoder_outputs: dict[str, MSResamplerImageFeatures] | None = None,
@@ -287,6 +299,26 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             attentions=outputs.attentions,
             image_hidden_states=features,
         )
+
+
+def make_unread_layers_skippable(tower: PreTrainedModel, config: MSResamplerConfig) -> PreTrainedModel:
+    """The tower, whose layers after the last one that is read return their input when called with `skip_unread`.
+
+    They stay where they are, for checkpoints and for whoever runs the tower whole.
+    """
+    if config.unread_layers:
+        (layers,) = (
+            blocks
+            for blocks in tower.modules()
+            if isinstance(blocks, nn.ModuleList) and len(blocks) == config.vision_config.num_hidden_layers
+        )
+        for layer in layers[-config.unread_layers :]:
+            layer.forward = partial(_run_or_skip, layer)
+    return tower
+
+
+def _run_or_skip(layer: nn.Module, hidden_states: Tensor, *args: Any, skip_unread: bool = False, **kwargs: Any):
+    return hidden_states if skip_unread else type(layer).forward(layer, hidden_states, *args, **kwargs)
 
 
 def flatten_patches(pixel_values: Tensor, patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,7 +368,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        token_grids: Tensor | None = None,
+        token_grids: Tensor | list[tuple[int, int]] | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         mm_encoder_outputs: dict[str, MSResamplerImageFeatures] | None = None,

@@ -16,7 +16,7 @@ import warnings
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -201,12 +201,13 @@ class MSResamplerProcessor(ProcessorMixin):
                     return *image.size, None
                 image.load()
                 with contextlib.suppress(SyntaxError, ValueError, struct.error):  # damaged EXIF data say nothing
-                    image = ImageOps.exif_transpose(image)
+                    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies in any case
+                        image = ImageOps.exif_transpose(image)
                 return *image.size, to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB: transparency over white, 16-bit and float greys scaled to 8 bits."""
+    """Any PIL image as RGB, itself if it is that: transparency over white, 16-bit and float greys scaled to 8 bits."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
         top = 65535 if image.mode not in ("I", "F") or grey.max() > 255 else 255  # 32 bits do not tell their range
@@ -216,7 +217,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(paper, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _crop_to_reach(image: Any, reach: int | None) -> Any:

@@ -272,6 +272,23 @@ def test_sizes_and_budgets_are_compiled_once_each(model):
 
 
 @pytest.mark.slow
+@torch.no_grad()
+def test_a_prompt_with_mixed_budgets_is_one_graph_and_budgets_seen_before_are_not_compiled_again(model):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    frames = []
+    for grids in ([(2, 2), (2, 3)], [(2, 2), (1, 2)], [(1, 2), (1, 2)], [(2, 2), (2, 3)], [(1, 2), (1, 2)]):
+        ids = [token for rows, columns in grids for token in [7, *[tiny.IMAGE] * (rows * columns), 9]]
+        prompt = {"input_ids": torch.tensor([ids]), "pixel_values": tiny.pixels(2)}
+        expected = model(**prompt, token_grids=torch.tensor(grids)).logits
+        with torch._dynamo.config.patch(error_on_recompile=len(frames) >= 3):
+            assert_close(compiled(**prompt, token_grids=grids).logits, expected, atol=1e-5, rtol=1e-5)
+        frames.append(counter.frame_count)
+    assert frames == [1, 2, 3, 3, 3]
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about torch
 @torch.no_grad()
 def test_compiled_to_machine_code(model):

@@ -1,12 +1,15 @@
 """The forward pass, against towers and language models alone: features, logits, padding, images, refusals."""
 
+import copy
+import pickle
+
 import pytest
 import tiny_models as tiny
 import torch
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from ms_resampler import MSResamplerForConditionalGeneration
+from ms_resampler import MSResamplerForConditionalGeneration, MSResamplerModel
 from ms_resampler.modeling_ms_resampler import flatten_patches
 
 # What each tower puts in front of its patches, written down from the papers: CLS and registers.
@@ -33,14 +36,17 @@ def projector_inputs(model, **images) -> list[torch.Tensor]:
     return seen
 
 
-def block_outputs(tower, run) -> list[torch.Tensor]:
-    """What the tower's embeddings and each of its blocks put out while `run` runs: hidden states 0, 1, ..."""
-    blocks = next(
+def blocks_of(tower) -> torch.nn.ModuleList:
+    return next(
         module
         for module in tower.modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == tower.config.num_hidden_layers
     )
-    seen = []
+
+
+def block_outputs(tower, run) -> list[torch.Tensor]:
+    """What the tower's embeddings and each of its blocks put out while `run` runs: hidden states 0, 1, ..."""
+    blocks, seen = blocks_of(tower), []
     hooks = [blocks[0].register_forward_pre_hook(lambda _, args, kw: seen.append(args[0]), with_kwargs=True)]
     hooks += [
         block.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
@@ -156,6 +162,70 @@ def test_only_the_layers_that_are_read_are_kept():
     assert kept == [False, True, False, True]
     everything = model.get_image_features(tiny.pixels(), output_hidden_states=True).hidden_states
     assert all(state is not None for state in everything)
+
+
+def norms_run(model, **options) -> list[bool]:
+    """Whether each block of the tower computed anything while images were encoded."""
+    ran = [False] * len(blocks_of(model.vision_tower))
+    hooks = []
+    for n, block in enumerate(blocks_of(model.vision_tower)):
+        norm = next(module for module in block.modules() if isinstance(module, torch.nn.LayerNorm))
+        hooks.append(norm.register_forward_hook(lambda *_, n=n: ran.__setitem__(n, True)))
+    model.get_image_features(tiny.pixels(), **options)
+    for hook in hooks:
+        hook.remove()
+    return ran
+
+
+@pytest.mark.parametrize(("layer", "read"), [(-2, 2), (0, 0), ([1, -3], 1), (-1, 3)])
+@pytest.mark.parametrize("kind", [*TRANSFORMER_TOWERS, "siglip2_vision_model"])
+@torch.no_grad()
+def test_layers_after_the_last_one_that_is_read_do_not_run_unless_asked_for(kind, layer, read):
+    model = tiny.tiny_base_model(kind, vision_feature_layer=layer)
+    assert norms_run(model) == [n < read for n in range(3)]
+    assert norms_run(model, output_hidden_states=True) == [True] * 3
+    assert norms_run(model, output_hidden_states=[*model.config.feature_layers, -1]) == [True] * 3
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["plain", "gradient checkpointing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [*TRANSFORMER_TOWERS, "siglip2_vision_model"])
+def test_the_tower_cut_short_equals_the_whole_tower_to_the_bit(kind, dtype, training):
+    model = tiny.tiny_base_model(kind, vision_feature_layer=[1, -2]).to(dtype).train(training)
+    model.activation_checkpointing_enable()  # at work in training only
+    images = tiny.pixels(2).to(dtype)
+    weights = [*model.vision_tower.named_parameters(), *model.projector.named_parameters()]
+    runs = []
+    for options in ({}, {"output_hidden_states": True}):
+        model.zero_grad()
+        torch.manual_seed(0)  # dinov3 draws scales of its positions in training
+        features = model.get_image_features(images, **options)
+        tokens = torch.stack(features.pooler_output)
+        tokens.float().square().sum().backward()
+        runs.append({"tokens": tokens} | {name: weight.grad for name, weight in weights if weight.grad is not None})
+        assert (features.last_hidden_state is None) == (options == {})
+    short, whole = runs
+    assert len(short) > 20
+    assert_close(short, whole, **EXACT)
+
+
+def test_the_whole_tower_is_saved_loaded_copied_and_pickled(tmp_path):
+    model = tiny.tiny_base_model()
+    images = tiny.pixels()
+    expected = model.vision_tower(images).last_hidden_state
+    model.save_pretrained(tmp_path)
+    loaded, report = MSResamplerModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    for other in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert norms_run(other) == [True, True, False]
+        assert_close(other.vision_tower(images).last_hidden_state, expected, **EXACT)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in blocks_of(other.vision_tower)[-1].parameters():
+            weight.zero_()  # the copy's own layer, not the original's
+    assert_close(model.vision_tower(images).last_hidden_state, expected, **EXACT)
+    assert (other.vision_tower(images).last_hidden_state != expected).any()
 
 
 # --- Language models
