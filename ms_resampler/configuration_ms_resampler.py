@@ -72,6 +72,7 @@ _SCOPE_FIELDS = (
     "share_kv",
     "patch_conv",
     "cell_residual",
+    "pooled_mlp",
     "query_init",
     "prior_form",
 )
@@ -165,6 +166,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         share_kv: one set of keys and values for all scopes, or one each (layout "branches" only).
         patch_conv: whether patches see their neighbours first, in a depthwise 3 x 3 convolution.
         cell_residual: whether a token also receives the mean of the patches in its cell, so that scopes need not.
+        pooled_mlp: whether LLaVA's MLP of the mean of a cell's features is added to each visual token, which is where
+            the projector then starts.
         query_init: "learned", or "content" to add the mean of the patches in a token's cell.
         prior_form: "channels" (appended to queries and keys) or "bias" (added to the scores); same function.
     """
@@ -204,6 +207,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     share_kv: bool = True
     patch_conv: bool = True
     cell_residual: bool = False
+    pooled_mlp: bool = False
     query_init: Literal["learned", "content"] = "learned"
     prior_form: Literal["channels", "bias"] = "channels"
     layer_norm_eps: float = 1e-6

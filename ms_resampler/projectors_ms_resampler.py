@@ -18,7 +18,7 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2Perceive
 from transformers.models.idefics2.modeling_idefics2 import Idefics2MLP, Idefics2PerceiverResampler
 
 from .configuration_ms_resampler import token_grid
-from .resampler_ms_resampler import MultiScopeResampler, check_patches
+from .resampler_ms_resampler import MultiScopeResampler, cell_means, check_patches, mlp
 
 Grid = tuple[int, int]
 
@@ -74,11 +74,6 @@ def windows(x_BNC: Tensor, patch_grid: Grid, cell: Grid) -> Tensor:
     return x_BHhWwC.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def mlp(inputs: int, outputs: int, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
-    """Linear, activation, Linear: the hidden width is that of the output."""
-    return nn.Sequential(nn.Linear(inputs, outputs), activation(), nn.Linear(outputs, outputs))
-
-
 def sincos_table(grid: Grid, width: int) -> Tensor:
     """2-D sin-cos codes of a grid's indices (rows * columns, width): columns first, base 10000 (MAE's)."""
     frequency = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
@@ -114,7 +109,8 @@ class AveragePoolProjector(MLPProjector):
     """The mean of each token's cell, through LLaVA's MLP; any grids."""
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
-        return self.mlp(as_tokens(F.adaptive_avg_pool2d(as_map(x_BNC, patch_grid), token_grid)))
+        check_patches(x_BNC, patch_grid)
+        return self.mlp(cell_means(x_BNC, patch_grid, token_grid))
 
 
 class PixelShuffleProjector(nn.Module):

@@ -10,7 +10,8 @@
     z   = z + FFN(LN(z));   y = W_out LN(z)
 
 In the layout "heads" there is one q = z + e, every head belongs to a scope, and z = W_o [S g^s(h) o_h]_h + q. With
-`cell_residual`, z also receives the mean of the patches u in the token's cell.
+`cell_residual`, z also receives the mean of the patches u in the token's cell. With `pooled_mlp`,
+y = W_out LN(z) + MLP(mean of the features x in the cell), and W_out starts at zero.
 
 Dimensions, as name suffixes: B images, N patches, M visual tokens, S scopes, G query sets (S in the layout
 "branches", 1 in "heads"), C vision width, D resampler width, T text width, h heads, d head width.
@@ -67,6 +68,16 @@ def check_patches(x_BNC: Tensor, patch_grid: tuple[int, int]) -> None:
             f"Got {x_BNC.shape[1]} patch features for a grid of {patch_grid[0]} x {patch_grid[1]} patches: "
             "the vision tower's prefix tokens or the image size do not fit the configuration."
         )
+
+
+def cell_means(x_BNC: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int]) -> Tensor:
+    """The mean of the patches in each token's cell (B, M, C); cells share patches where grids do not divide."""
+    return F.adaptive_avg_pool2d(x_BNC.mT.unflatten(2, patch_grid), token_grid).flatten(2).mT
+
+
+def mlp(inputs: int, outputs: int, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
+    """Linear, activation, Linear: the hidden width is that of the output."""
+    return nn.Sequential(nn.Linear(inputs, outputs), activation(), nn.Linear(outputs, outputs))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -353,6 +364,8 @@ class MultiScopeResampler(nn.Module):
         self.layers = nn.ModuleList(ScopeLayer(config) for _ in range(config.num_hidden_layers))
         self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.output_proj = nn.Linear(width, text_width)
+        if config.pooled_mlp:
+            self.mlp = mlp(vision_width, text_width)
 
     def forward(
         self,
@@ -370,7 +383,7 @@ class MultiScopeResampler(nn.Module):
         anchors_M2 = cell_centres(token_grid, u_BND.device, wide(u_BND.dtype))
         patches_N2 = cell_centres(patch_grid, u_BND.device, wide(u_BND.dtype))
         pos_ND = sincos_positions(patches_N2, u_BND.shape[-1]).to(u_BND.dtype)
-        mean_BMD = F.adaptive_avg_pool2d(u_BND.mT.unflatten(2, patch_grid), token_grid).flatten(2).mT
+        mean_BMD = cell_means(u_BND, patch_grid, token_grid)
         cell_BMD = mean_BMD if self.config.cell_residual else 0.0
         z_BMD, maps = self._first_queries(anchors_M2, token_grid).to(u_BND.dtype), None
         if self.config.query_init == "content":
@@ -380,7 +393,10 @@ class MultiScopeResampler(nn.Module):
         anchors_M2, patches_N2 = anchors_M2 * pitches_2, patches_N2 * pitches_2
         for layer in self.layers:
             z_BMD, maps = layer(z_BMD, u_BND, cell_BMD, pos_ND, anchors_M2, patches_N2, output_scopes)
-        return self.output_proj(self.output_norm(z_BMD)), maps
+        y_BMT = self.output_proj(self.output_norm(z_BMD))
+        if self.config.pooled_mlp:
+            y_BMT = y_BMT + self.mlp(cell_means(x_BNC, patch_grid, token_grid))
+        return y_BMT, maps
 
     def _patches(self, x_BNC: Tensor, patch_grid: tuple[int, int]) -> Tensor:
         """u (B, N, D): the patches at the resampler's width, each with its neighbours."""
@@ -406,6 +422,7 @@ def init_resampler_weights(module: nn.Module) -> None:
     LayerNorm       weight 1, bias 0                               base queries     normal, std 0.02
     scope embedding normal, std 1: scopes differ from the start    log scale        0: the configured scopes
                     (std 0.02 where there is one query set)        static weights   0: even at the start
+    output matrix   0 beside a pooled MLP, which is all of the output at the start
     """
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -416,6 +433,8 @@ def init_resampler_weights(module: nn.Module) -> None:
         init.zeros_(module.bias)
     elif isinstance(module, MultiScopeResampler):
         init.normal_(module.query_1DHW, std=0.02)
+        if module.config.pooled_mlp:
+            init.zeros_(module.output_proj.weight)
     elif isinstance(module, ScopeLayer):
         init.normal_(module.scope_embedding_GD, std=1.0 if module.query_sets > 1 else 0.02)
         if module.fusion == "static":

@@ -35,6 +35,10 @@ def resample_image(weights: Weights, config: Any, x_NC: np.ndarray, patch_grid, 
         cells = [cell_mean(u, patch_grid, token_grid, i) if config.cell_residual else 0 for i in range(len(z))]
         z, gates, maps = scope_layer(weights, f"layers.{layer}.", config, z, u, cells, anchors, patches, token_grid)
     y = [linear(weights, "output_proj", layer_norm(weights, "output_norm", token, config)) for token in z]
+    if config.pooled_mlp:
+        pooled = [cell_mean(x_NC, patch_grid, token_grid, i) for i in range(len(z))]
+        hidden = [[gelu(v) for v in linear(weights, "mlp.0", mean)] for mean in pooled]
+        y = [token + linear(weights, "mlp.2", np.array(values)) for token, values in zip(y, hidden, strict=True)]
     return np.stack(y), gates, maps
 
 

@@ -36,6 +36,7 @@ ARRANGEMENTS = [
     {"patch_conv": False},
     {"tile_heads": False},
     {"cell_residual": True},
+    {"pooled_mlp": True},
     {"num_hidden_layers": 2, "query_init": "content", "cell_residual": True},
     {"learn_scopes": False},
     {"prior_form": "bias"},
@@ -405,3 +406,26 @@ def test_checkpointing_changes_no_gradient():
         gradients.append({n: p.grad for n, p in resampler.named_parameters()})
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("patch_grid", "token_grid"), GRIDS)
+def test_beside_a_pooled_mlp_it_starts_as_that_mlp_and_everything_learns(patch_grid, token_grid):
+    config = MSResamplerProjectorConfig(**SMALL, pooled_mlp=True)
+    resampler = MultiScopeResampler(config, VISION, TEXT).apply(init_resampler_weights)
+    x_BNC, tokens = features(patch_grid), math.prod(token_grid)
+    cells = [
+        [reference_resampler.cell_mean(x, patch_grid, token_grid, i) for i in range(tokens)] for x in x_BNC.numpy()
+    ]
+    y_BMT, _ = resampler(x_BNC, patch_grid, token_grid)
+    torch.testing.assert_close(y_BMT, resampler.mlp(torch.tensor(np.array(cells))), rtol=1e-5, atol=1e-6)
+
+    before = {name: parameter.detach().clone() for name, parameter in resampler.named_parameters()}
+    optimizer = torch.optim.SGD(resampler.parameters(), lr=1.0)
+    for _ in range(3):  # the output matrix, then what is before it, then what is before the gate, which starts at zero
+        optimizer.zero_grad()
+        (resampler(x_BNC, patch_grid, token_grid)[0] - 1).square().mean().backward()
+        optimizer.step()
+    still = {name for name, parameter in resampler.named_parameters() if (parameter - before[name]).norm() < 1e-6}
+    assert still <= {f"layers.0.{name}.bias" for name in ("k_proj", "gate", "gate_norm")}  # a softmax ignores them
+    scopes_moved = resampler.layers[0].scope_embedding_GD - before["layers.0.scope_embedding_GD"]
+    assert scopes_moved.norm(dim=1).min() > 1e-4
