@@ -2,7 +2,7 @@
 
     python benchmarks/projectors.py                                          float32, batch 1, forward
     python benchmarks/projectors.py --tokens 256 144 64 36 --batch 1 8 --dtype float32 bfloat16 --backward
-    python benchmarks/projectors.py --grid 24 48 96 --projectors resampler ms_resampler "ms_resampler, heads"
+    python benchmarks/projectors.py --grid 24 48 96 --projectors resampler ms_resampler "ms_resampler, branches"
 
 Every combination is a setting of its own, and prints one markdown table: parameters, multiply-accumulates of one image,
 median milliseconds over interleaved repeats (and their spread), relative to our single-scope resampler in the same
@@ -39,7 +39,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PUBLISHED: dict[str, dict[str, Any]] = {
     "resampler": {},
     "ms_resampler": {},
-    "ms_resampler, heads": {"scope_layout": "heads", "fusion": "token", "cell_residual": True},
+    "ms_resampler, 768 wide": {"hidden_size": 768, "intermediate_size": 768, "num_attention_heads": 12},
+    "ms_resampler, branches": {"scope_layout": "branches", "fusion": "head", "cell_residual": False},
     "mlp": {},
     "avg_pool": {},
     "pixel_shuffle": {},

@@ -158,14 +158,14 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         scope_prior: "gaussian", "window" (a disc of radius 2 sigma, which has the same variance), or "none".
         learn_scopes: whether the Gaussian sigmas and offsets are learned, per scope and head.
         tile_heads: whether the heads of a Gaussian scope start spread over it, each on a part, or all alike.
-        scope_layout: "branches" (every scope has queries of its own for all heads) or "heads" (scopes share out the
-            heads, and three cost no more than one).
+        scope_layout: "heads" (scopes share out the heads, and three cost no more than one) or "branches" (every scope
+            has queries of its own for all heads).
         scope_heads: how many heads each scope has, in the layout "heads". The default is one in eight for every scope
             but the first, and the rest for the first: 12, 2 and 2 of 16.
-        fusion: "head", "token", "static" or "mean"; the layout "heads" has no "head".
+        fusion: "token", "head" (layout "branches" only), "static" or "mean".
         share_kv: one set of keys and values for all scopes, or one each (layout "branches" only).
         patch_conv: whether patches see their neighbours first, in a depthwise 3 x 3 convolution.
-        cell_residual: whether a token also receives the mean of the patches in its cell, so that scopes need not.
+        cell_residual: whether a token also receives the mean of the patches in its cell, so that no scope has to.
         pooled_mlp: whether LLaVA's MLP of the mean of a cell's features is added to each visual token, which is where
             the projector then starts.
         query_init: "learned", or "content" to add the mean of the patches in a token's cell.
@@ -194,19 +194,19 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     hidden_size: int = 1024
     num_attention_heads: int = 16
     num_hidden_layers: int = 1
-    intermediate_size: int = 2048
+    intermediate_size: int = 1024
     query_grid: list[int] | tuple[int, ...] = (12, 12)
     visual_tokens: int | list[int] | tuple[int, ...] = 144
     scope_sigmas: list[float | int | None] | tuple[float | int | None, ...] | None = None
     scope_prior: Literal["gaussian", "window", "none"] = "gaussian"
     learn_scopes: bool = True
     tile_heads: bool = True
-    scope_layout: Literal["branches", "heads"] = "branches"
+    scope_layout: Literal["heads", "branches"] = "heads"
     scope_heads: list[int] | tuple[int, ...] | None = None
-    fusion: Literal["head", "token", "static", "mean"] = "head"
+    fusion: Literal["token", "head", "static", "mean"] = "token"
     share_kv: bool = True
     patch_conv: bool = True
-    cell_residual: bool = False
+    cell_residual: bool = True
     pooled_mlp: bool = False
     query_init: Literal["learned", "content"] = "learned"
     prior_form: Literal["channels", "bias"] = "channels"
@@ -279,12 +279,13 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         if len(self.scope_heads) != scopes or min(self.scope_heads) < 1 or sum(self.scope_heads) != heads:
             raise ValueError(
                 f'`scope_layout="heads"` shares {heads} heads among {scopes} scopes, at least one a scope; '
-                f"`scope_heads` {list(self.scope_heads)} does not."
+                f"`scope_heads` {list(self.scope_heads)} does not. "
+                'In `scope_layout="branches"` every scope has all heads.'
             )
         if self.fusion == "head":
             raise ValueError(
                 '`fusion="head"` weighs every scope in every head, but in `scope_layout="heads"` a head belongs '
-                'to one scope: use fusion "token", "static" or "mean".'
+                'to one scope: use fusion "token", "static" or "mean", or `scope_layout="branches"`.'
             )
         if not self.share_kv:
             raise ValueError('`share_kv=False` needs `scope_layout="branches"`: heads have their own keys already.')

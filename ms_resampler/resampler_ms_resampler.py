@@ -245,7 +245,7 @@ class ScopeLayer(GradientCheckpointingLayer):
         if self.fusion in ("token", "head"):
             self.gate_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             logits = self.scopes if self.layout == "heads" else self.heads if self.fusion == "head" else 1
-            self.gate = nn.Linear(config.hidden_size, logits)
+            self.gate = nn.Linear(config.hidden_size, logits, bias=False)  # the norm has one
 
     def forward(
         self,

@@ -136,7 +136,7 @@ def fuse(weights, at, config, outputs, queries) -> tuple[np.ndarray, np.ndarray]
     heads, scopes = config.num_attention_heads, config.num_scopes
 
     def gate(x):
-        return linear(weights, at + "gate", layer_norm(weights, at + "gate_norm", x, config))
+        return layer_norm(weights, at + "gate_norm", x, config) @ weights[at + "gate.weight"].T
 
     if config.scope_layout == "heads":
         together = np.concatenate(outputs[0])

@@ -17,7 +17,7 @@ from ms_resampler.cli import main
 
 TOWERS = ("clip", "siglip", "siglip2", "dinov2", "convnext")
 EXACT = {"atol": 0, "rtol": 0}
-PROJECTOR = ["--visual-tokens", "4", "--set", "hidden_size=16", "--set", "num_attention_heads=2"]
+PROJECTOR = ["--visual-tokens", "4", "--set", "hidden_size=16", "--set", "num_attention_heads=4"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_every_tower_answers_through_the_auto_classes(parts, tmp_path, vision):
 def test_every_kind_of_projector_can_be_asked_for(parts, tmp_path, projector, tokens, capsys):
     budget = {"mlp": [], "token_packer": ["--visual-tokens", "3x3"]}.get(projector, ["--visual-tokens", "2x3"])
     command = ["init", "--vision", parts["clip"], "--llm", parts["qwen2"], "--out", str(tmp_path / "model")]
-    size = ["--set", "hidden_size=16", "--set", "num_attention_heads=2", "--set", "intermediate_size=32"]
+    size = ["--set", "hidden_size=16", "--set", "num_attention_heads=4", "--set", "intermediate_size=32"]
     assert main([*command, "--projector", projector, *budget, *size]) == 0
     assert f"= {tokens} of 6 x 6 patches" in capsys.readouterr().out
     model = MSResamplerForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -253,7 +253,7 @@ def peak():
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 before, (vision, llm, out) = peak(), sys.argv[1:]
-made = assemble(Components(vision, llm, {"hidden_size": 16, "num_attention_heads": 2, "visual_tokens": 4}))
+made = assemble(Components(vision, llm, {"hidden_size": 16, "num_attention_heads": 4, "visual_tokens": 4}))
 with whole_folder(Path(out)) as folder:
     made.model.save_pretrained(folder)
     made.processor.save_pretrained(folder)

@@ -36,11 +36,12 @@ def test_a_peer_costs_what_its_original_does(name):
 def test_projectors_are_measured_in_turn(tmp_path, monkeypatch):
     assert set(PUBLISHED) >= set(ORIGINALS)
     monkeypatch.setattr("projectors.rates", lambda dtype: (1e9, 1e9))
-    names = ["resampler", "ms_resampler", "ms_resampler, heads", "mqt"]
+    names = ["resampler", "ms_resampler", "ms_resampler, branches", "mqt"]
     setting = Setting(grid=4, tokens=4, batch=2, backward=True)
     rows = measure(setting, names, repeats=2)
     assert [(row["projector"], len(row["ms"])) for row in rows] == [(name, 2) for name in names]
-    assert rows[2]["macs"] <= rows[0]["macs"] < rows[1]["macs"]  # scopes that share out the heads cost nothing
+    one, shared, branches, _ = (row["macs"] for row in rows)
+    assert one <= shared < 1.001 * one < branches  # scopes that share out the heads cost no more than their gate
     assert all(row["peak_bytes"] > 4 * row["parameters"] for row in rows)  # the gradients are among it
     assert len(table(rows).splitlines()) == 2 + len(names)
     draw([{"setting": {"grid": 4, "tokens": 4}, "rows": rows}], tmp_path / "plot.png")

@@ -112,11 +112,11 @@ def listen_to_streams(page):
 
 
 def settle(page):
-    """Waits until the last answer's stream is closed: Gradio's page loses an event that begins before, which only
-    a robot is quick enough to do."""
+    """Waits until the last answer's stream is closed, in the page's own time: Gradio's client ends a stream some tasks
+    after its last message, and with it one that was opened meanwhile, which only a robot is quick enough to do."""
     while page.streams:
         page.wait_for_timeout(50)
-    page.wait_for_timeout(100)
+    page.evaluate("() => new Promise(done => setTimeout(() => requestIdleCallback(done), 400))")
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from ms_resampler.conversion.sources import open_source
 from ms_resampler.conversion.tables import LLAVA, translate
 from ms_resampler.projectors_ms_resampler import PROJECTORS, rename
 
-SMALL = ["--set", "hidden_size=16", "--set", "num_attention_heads=2", "--set", "intermediate_size=32"]
+SMALL = ["--set", "hidden_size=16", "--set", "num_attention_heads=4", "--set", "intermediate_size=32"]
 
 
 @pytest.fixture(scope="module")

@@ -169,7 +169,7 @@ def test_widths_make_parameters_comparable_where_there_is_a_width():
     smallest_is_larger = {"perceiver", "idefics2_perceiver"}
     for arm, count in counts.items():
         if arm not in without_a_width | smallest_is_larger:
-            assert count == pytest.approx(counts[OURS], rel=0.07), arm
+            assert count == pytest.approx(counts[OURS], rel=0.08), arm
     assert all(counts[arm] < 2.1 * counts[OURS] for arm in smallest_is_larger)
 
 
@@ -199,7 +199,7 @@ def test_a_result_is_known_by_all_that_decides_it():
     run = make_run(Study(), OURS, [16], 0, 2e-3)
     assert dataclasses.replace(run, arm="another name").name == run.name
     changes = {"seed": 1, "learning_rate": 1e-3, "steps": 7, "batch_size": 8, "grids": ((3, 3),)}
-    changes |= {"data": DataSettings(tower_steps=7), "projector": {**run.projector, "fusion": "token"}}
+    changes |= {"data": DataSettings(tower_steps=7), "projector": {**run.projector, "fusion": "mean"}}
     names = {dataclasses.replace(run, **{key: value}).name for key, value in changes.items()}
     assert len(names | {run.name}) == len(changes) + 1
 
@@ -366,11 +366,11 @@ def test_the_report_is_made_of_the_results_and_checked_against_them(studied, tmp
 
 
 def test_the_learning_rate_is_the_best_on_validation_whatever_the_test_says():
-    def result(arm, rate, letter, test_letter):
-        scores = [{**dict.fromkeys(STUDY_FAMILIES, s), "dense": "00"} for s in (letter, test_letter)]
-        return {"run": {"arm": arm, "learning_rate": rate}, "validation": {"16": scores[0]}, "test": {"16": scores[1]}}
+    def result(arm, rate, score, letter):
+        test = {**dict.fromkeys(STUDY_FAMILIES, letter), "dense": "00"}
+        return {"run": {"arm": arm, "learning_rate": rate}, "validation": {"16": score}, "test": {"16": test}}
 
-    swept = [result(OURS, 1e-3, "1", "0"), result(OURS, 2e-3, "0", "1")]
+    swept = [result(OURS, 1e-3, 0.8, "0"), result(OURS, 2e-3, 0.7, "1")]
     assert best_rates(Study(arms=(OURS,)), swept) == {OURS: 1e-3}
 
 

@@ -43,8 +43,9 @@ def assert_same_weights(one, other) -> None:
 
 @torch.no_grad()
 def assert_same_logits(one, other, **tolerance) -> None:
+    """To the last digit but one: kernels round by where in memory a weight lies, and a file puts it anywhere."""
     batch = ragged_batch()
-    assert_close(one(**batch).logits, other(**batch).logits, **tolerance or EXACT)
+    assert_close(one(**batch).logits, other(**batch).logits, **tolerance or {"atol": 1e-6, "rtol": 1e-5})
 
 
 # --- Loss and gradients
@@ -303,7 +304,7 @@ def test_names_in_the_file(tmp_path):
         "layers.0.prior.sigma_Gh",
         "layers.0.prior.log_scale_Gh",
         "layers.0.prior.offset_Gh2",
-        *(f"layers.0.{gate}.{leaf}" for gate in ("gate_norm", "gate") for leaf in ("weight", "bias")),
+        *(f"layers.0.{name}" for name in ("gate_norm.weight", "gate_norm.bias", "gate.weight")),
         *(
             f"layers.0.{part}.{leaf}"
             for part in ("query_norm", "q_proj", "k_proj", "v_proj", "o_proj", "ffn_norm", "ffn.0", "ffn.2")
@@ -336,7 +337,7 @@ def test_the_base_model_loads_from_the_whole_ones_folder_and_back(tmp_path):
     assert_same_logits(whole, model)
 
 
-@pytest.mark.parametrize("changes", [{}, {"scope_layout": "heads", "fusion": "static", "num_attention_heads": 4}])
+@pytest.mark.parametrize("changes", [{"fusion": "static"}, {"scope_layout": "branches", "num_attention_heads": 2}])
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"device_map": "auto"}], ids=str)
 def test_weights_that_are_missing_are_initialised(tmp_path, options, changes):
     """A LLaVA-like folder without our projector: it starts as documented, its sigmas as configured."""
@@ -359,10 +360,12 @@ def assert_initialised(projector) -> None:
             assert (part.weight == 1).all()
             assert (part.bias == 0).all()
         if isinstance(part, (torch.nn.Linear, torch.nn.Conv2d)):
-            assert (part.bias == 0).all()
+            assert part.bias is None or (part.bias == 0).all()
             spread = 0.0 if name.endswith("gate") else part.weight[0].numel() ** -0.5
             assert_close(part.weight.float().std().item(), spread, rtol=0.25, atol=0)
     assert_close(projector.query_1DHW.float().std().item(), 0.02, rtol=0.4, atol=0)
+    if projector.config.fusion == "static":
+        assert (projector.layers[0].gate_S == 0).all()
     prior, sigmas = projector.layers[0].prior, projector.config.scope_sigmas
     assert (prior.log_scale_Gh == 0).all()
     opposite = torch.tensor([-1.0, 1.0])[:, None]  # the two heads of a scope: half as wide, on both sides of its centre
@@ -371,7 +374,6 @@ def assert_initialised(projector) -> None:
         shared = [(offset_h2, sigma or 0) for offset_h2, sigma in zip(prior.offset_Gh2, sigmas, strict=True)]
     else:
         assert prior.sigma_Gh.tolist() == [[0.25, 0.25, 1.5, torch.inf]]
-        assert (projector.layers[0].gate_S == 0).all()
         shared = [(prior.offset_Gh2[0, :2], 0.5), (prior.offset_Gh2[0, 2:], 0)]
     for offset_h2, sigma in shared:
         assert_close(offset_h2.float(), opposite * offset_h2[1].float(), rtol=1e-2, atol=0)
@@ -382,7 +384,7 @@ def assert_initialised(projector) -> None:
     ("gone", "spread"),
     {
         "query_1DHW": 0.02,
-        "layers.0.scope_embedding_GD": 1,
+        "layers.0.scope_embedding_GD": 0.02,
         "layers.0.prior.log_scale_Gh": 0,
         "layers.0.ffn.2.weight": 32**-0.5,
     }.items(),

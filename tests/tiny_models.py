@@ -100,7 +100,7 @@ LANGUAGE_MODELS: dict[str, dict] = {
 
 _PROJECTOR = {
     "hidden_size": 16,
-    "num_attention_heads": 2,
+    "num_attention_heads": 4,
     "intermediate_size": 32,
     "query_grid": [2, 2],
     "visual_tokens": 4,

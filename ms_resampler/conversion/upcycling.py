@@ -17,7 +17,8 @@ from ..resampler_ms_resampler import ScopePrior
 HEAD_START = 14.0  # in the fusion's logits: a new scope has exp(-14), 0.8 millionths, of the weight
 KEPT = (
     "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "query_grid", "visual_tokens",
-    "scope_prior", "learn_scopes", "tile_heads", "patch_conv", "query_init", "prior_form", "layer_norm_eps",
+    "scope_prior", "learn_scopes", "tile_heads", "patch_conv", "cell_residual", "query_init", "prior_form",
+    "layer_norm_eps",
 )  # fmt: skip
 
 
@@ -37,7 +38,8 @@ def upcycled_fields(old: Any, asked: dict[str, Any]) -> dict[str, Any]:
     if old.scope_sigmas[0] not in sigmas:
         sigmas.append(old.scope_sigmas[0])
     kept = {name: getattr(old, name) for name in KEPT}
-    return kept | {"projector_type": "ms_resampler", "scope_sigmas": sigmas, "fusion": "static"}
+    new = {"projector_type": "ms_resampler", "scope_sigmas": sigmas, "scope_layout": "branches", "fusion": "static"}
+    return kept | new
 
 
 def upcycling(old: Any, new: Any) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, Tensor]]:

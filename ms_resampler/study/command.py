@@ -19,7 +19,7 @@ from .data import prepare_data
 from .plan import BASELINE, OURS, QUICK, Run, Study, further_runs, main_runs, rehearse, sweep_runs
 from .reader import pretrained_reader
 from .report import check_report, write_report
-from .results import collect, save
+from .results import adopt, collect, result_path, save
 from .run import perform
 from .statistics import overall
 
@@ -48,15 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Makes what is missing of data and runs, and the report; what a killed study had finished is kept."""
+    """Makes what is missing of data and runs, and the report; what was finished, or is stored there, is kept."""
     if arguments.check:
         check_report(arguments.check)
         print(f"{arguments.check / 'study.md'} and its figures are those of the stored results.")
         return 0
     study, out = study_of(arguments), arguments.out
     rehearse(study)
-    rates, results = perform_study(study, out, arguments.workers)
     folder = arguments.report or out
+    print(f"{adopt(folder / 'study', out)} results stored in {folder / 'study'}")
+    rates, results = perform_study(study, out, arguments.workers)
     print("Costs ...", flush=True)
     save(collect(study, rates, measure_costs(study), results), folder / "study")
     write_report(folder)
@@ -115,7 +116,7 @@ def best_rates(study: Study, swept: Sequence[dict[str, Any]]) -> dict[str, float
     rates = {}
     for arm in study.arms:
         results = [result for result in swept if result["run"]["arm"] == arm]
-        best = max(results, key=lambda result: overall(next(iter(result["validation"].values()))))
+        best = max(results, key=lambda result: next(iter(result["validation"].values())))
         rates[arm] = best["run"]["learning_rate"]
     return rates
 
@@ -124,7 +125,7 @@ def perform_all(title: str, runs: Sequence[Run], out: Path, pool: ProcessPoolExe
     """The results of all runs, as they finish, with a line of progress each."""
     if not runs:
         return
-    missing = [run for run in runs if not (out / "runs" / f"{run.name}.json").exists()]
+    missing = [run for run in runs if not result_path(out, run).exists()]
     print(f"{title}: {len(runs)} runs, {len(runs) - len(missing)} of them done before", flush=True)
     yield from (perform(run, out) for run in runs if run not in missing)
     start, futures = time.monotonic(), {pool.submit(perform, run, out): run for run in missing}

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from .data import GRID, PATCH_PIXELS, STUDY_FAMILIES, study_scene
-from .plan import BASELINE, OURS
+from .plan import BASELINE, OURS, Study, make_projector, make_run
 from .results import Results
+from .run import head_sigmas
 from .statistics import GROUPS
 
 FIGURES = {
@@ -78,11 +79,12 @@ def draw_sigmas(results: Results, pyplot: Any) -> Any:
     """Learned sigmas of the scopes that have one."""
     figure, axes = pyplot.subplots(figsize=(6, 2.6), layout="constrained")
     described = results.scopes(results.middle)
-    shape = np.array([scopes["sigmas"] for scopes in described])
-    for scope, (name, begin) in enumerate((("local", 0.5), ("regional", 1.5))):
-        for seed, sigmas_h in enumerate(shape[:, scope]):
-            axes.scatter(sigmas_h, np.full(len(sigmas_h), scope) + 0.08 * (seed - 2), color=SCOPES[name], s=14)
-        axes.vlines(begin, scope - 0.4, scope + 0.4, color="black", linewidth=1)
+    began = head_sigmas(make_projector(make_run(Study(), OURS, [16], 0, 0).projector))
+    for scope, name in enumerate(("local", "regional")):
+        for seed, scopes in enumerate(described):
+            sigma_h = scopes["sigmas"][scope]
+            axes.scatter(sigma_h, np.full(len(sigma_h), scope) + 0.08 * (seed - 2), color=SCOPES[name], s=14)
+        axes.vlines(began[scope][0], scope - 0.4, scope + 0.4, color="black", linewidth=1)
     axes.set(xlabel="sigma (token pitches)", yticks=(0, 1), yticklabels=("local", "regional"), ylim=(-0.6, 1.6))
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)

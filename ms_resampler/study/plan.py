@@ -1,6 +1,7 @@
 """What the study trains: projectors and ablations, token budgets, seeds and learning rates, as a list of runs."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,7 +17,7 @@ from .reader import WIDTH
 
 OURS, BASELINE = "ms_resampler", "resampler"
 HEADS = 8
-VERSION = 1  # of how runs are made: another one makes results anew
+VERSION = 2  # of how runs are made: another one makes results anew
 WIDTHS = range(4 * HEADS, 256 + 1, HEADS)
 
 # Projectors by name: their fields beside width and budget. Depths are smaller than published, so that widths need
@@ -26,13 +27,22 @@ PEERS: dict[str, dict[str, Any]] = {
     BASELINE: {"projector_type": "resampler"},
     "resampler, local": {"projector_type": "resampler", "scope_sigmas": [0.5]},
     "resampler, regional": {"projector_type": "resampler", "scope_sigmas": [1.5]},
+    # The plain reading of the claim: a resampler for each scope.
+    "ms_resampler, branches": {"scope_layout": "branches", "fusion": "head", "cell_residual": False},
+    # What is usually meant by a resampler. A single scope leaves nothing to lay out or to fuse.
+    "resampler, no cell mean": {
+        "projector_type": "resampler",
+        "scope_layout": "branches",
+        "fusion": "head",
+        "cell_residual": False,
+    },
     **{name: {"projector_type": name} for name in PROJECTORS if name != "mlp"},
 }
 PEERS["q_former"]["num_hidden_layers"] = 2  # every second layer looks at patches: one that does, and one that does not
 # The MLP keeps every patch: what could be had without a budget.
 REFERENCE: dict[str, dict[str, Any]] = {"mlp": {"projector_type": "mlp"}}
 
-# Changes to ms_resampler, one at a time. "resampler" and its two kin above are the ablation to one scope.
+# Changes to ms_resampler, one at a time. "resampler" and its kin above are the ablation to one scope.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "two scopes": {"scope_sigmas": [0.5, None]},
     "four scopes": {"scope_sigmas": [0.35, 0.8, 2.0, None]},
@@ -40,13 +50,13 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no prior": {"scope_prior": "none", "learn_scopes": False},
     "fixed sigmas": {"learn_scopes": False},
     "heads all alike": {"tile_heads": False},
+    "even shares of heads": {"scope_heads": [3, 3, 2]},
+    "no cell mean": {"cell_residual": False},
     "no patch convolution": {"patch_conv": False},
-    "fusion by token": {"fusion": "token"},
     "static fusion": {"fusion": "static"},
     "mean fusion": {"fusion": "mean"},
-    "scopes over heads": {"scope_layout": "heads", "fusion": "token"},
-    "scopes over heads, no gate": {"scope_layout": "heads", "fusion": "mean"},
-    "separate keys and values": {"share_kv": False},
+    "branches": {"scope_layout": "branches"},
+    "branches, separate keys and values": {"scope_layout": "branches", "share_kv": False},
     "content queries": {"query_init": "content"},
     "two layers": {"num_hidden_layers": 2},
 }
@@ -89,7 +99,7 @@ class Run:
     """One training: all that decides its result. `grids` are those trained on, and tested, in tokens."""
 
     arm: str
-    projector: dict[str, Any]
+    projector: dict[str, Any]  # complete: see `complete_fields`
     grids: tuple[tuple[int, int], ...]
     seed: int
     learning_rate: float
@@ -99,10 +109,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the result: a hash of everything but the arm's name, the projector's defaults included."""
-        config = MSResamplerProjectorConfig(**{"num_attention_heads": HEADS, **self.projector})
-        projector = {field: getattr(config, field) for field in MSResamplerProjectorConfig.__annotations__}
-        return digest({"version": VERSION, **dataclasses.asdict(self), "projector": projector, "arm": None})
+        """The name of the result: a hash of everything but the arm's name."""
+        return digest({"version": VERSION, **dataclasses.asdict(self), "arm": None})
 
     @property
     def tokens(self) -> str:
@@ -126,31 +134,40 @@ def make_run(study: Study, arm: str, budgets: Sequence[int], seed: int, learning
     grids = tuple(token_grid(PATCHES if arm in REFERENCE else budget, GRID) for budget in budgets)
     largest = max(grids)
     projector = {**fields_of(arm), **size_of(arm), "query_grid": largest, "visual_tokens": largest}
-    return Run(arm, projector, grids, seed, learning_rate, study.steps, study.batch_size, study.data)
+    return Run(arm, complete_fields(projector), grids, seed, learning_rate, study.steps, study.batch_size, study.data)
+
+
+def complete_fields(projector: dict[str, Any]) -> dict[str, Any]:
+    """The fields with their defaults, so that a result is known by what was trained, whatever becomes a default.
+
+    A peer has none of the fields of scopes, and all others that it has are given.
+    """
+    config = MSResamplerProjectorConfig(**projector)
+    return {name: getattr(config, name) for name in config.__annotations__} if config.num_scopes else projector
 
 
 def size_of(arm: str) -> dict[str, int]:
     """Width, heads and FFN of an arm: those of ms_resampler, or what gives a peer about as many parameters."""
-    width = WIDTH if "projector_type" not in fields_of(arm) else matched_width(arm)
+    return sizes(WIDTH if "projector_type" not in fields_of(arm) else matched_width(arm))
+
+
+def sizes(width: int) -> dict[str, int]:
+    """Width, heads and FFN of a projector that is so wide."""
     return {"hidden_size": width, "intermediate_size": width, "num_attention_heads": HEADS}
 
 
 @cache
 def matched_width(arm: str) -> int:
-    """The width at which an arm comes nearest to ms_resampler in parameters; peers without a width have any."""
+    """The width at which an arm comes nearest, to a percent, to the parameters of ms_resampler.
+
+    Where several do, or there is no width, that nearest to ours.
+    """
     grid = token_grid(16, GRID)
-    aim = count_parameters(
-        {"query_grid": grid, "visual_tokens": grid, "hidden_size": WIDTH, "intermediate_size": WIDTH}
-    )
+    aim = count_parameters({"query_grid": grid, "visual_tokens": grid} | sizes(WIDTH))
     tokens = GRID if arm in REFERENCE else grid
-    counts = {
-        width: count_parameters(
-            {**fields_of(arm), "query_grid": tokens, "visual_tokens": tokens}
-            | {"hidden_size": width, "intermediate_size": width}
-        )
-        for width in WIDTHS
-    }
-    return min(counts, key=lambda width: (abs(counts[width] - aim), abs(width - WIDTH)))
+    fields = {**fields_of(arm), "query_grid": tokens, "visual_tokens": tokens}
+    counts = {width: count_parameters(fields | sizes(width)) for width in WIDTHS}
+    return min(counts, key=lambda width: (round(abs(math.log(counts[width] / aim)), 2), abs(width - WIDTH)))
 
 
 def model_config(projector: dict[str, Any]) -> MSResamplerConfig:
@@ -172,7 +189,7 @@ def model_config(projector: dict[str, Any]) -> MSResamplerConfig:
             "num_attention_heads": 1,
             "vocab_size": 8,
         },
-        projector_config={"num_attention_heads": HEADS, **projector},
+        projector_config=projector,
         image_token_id=7,
         vision_feature_layer=-1,
     )

@@ -21,7 +21,7 @@ PRELIMINARY = (
 def write_report(folder: Path) -> None:
     """Writes `FOLDER/study.md` and `FOLDER/study/*.png` from the results in `FOLDER/study`."""
     results = load(folder / "study")
-    draw_figures(results, folder / "study", fingerprint(folder / "study"))
+    draw_figures(results, folder / "study", results_hash(folder))
     write_whole(folder / "study.md", report_text(results))
 
 
@@ -31,8 +31,13 @@ def check_report(folder: Path) -> None:
         raise ValueError(f"{folder / 'study.md'} is not the report of the results beside it: write it again.")
     for name in FIGURES:
         path = folder / "study" / f"{name}.png"
-        if not path.exists() or drawn_from(path) != fingerprint(folder / "study"):
+        if not path.exists() or drawn_from(path) != results_hash(folder):
             raise ValueError(f"{path} was not drawn from the results beside it: write the report again.")
+
+
+def results_hash(folder: Path) -> str:
+    """A hash of the stored results, which the figures carry."""
+    return fingerprint(folder / "study" / "study.json", folder / "study" / "runs.jsonl")
 
 
 def drawn_from(path: Path) -> str | None:
@@ -181,8 +186,8 @@ def listed(names: list[str]) -> str:
 def ablation_table(results: Results) -> str:
     """Each change to the default, minus the default."""
     default = (OURS, "fixed", results.middle)
-    single = [arm for arm in results.arms(results.middle) if arm.startswith(BASELINE)]
-    changes = [*single, *results.ablations()]
+    kin = [arm for arm in results.arms(results.middle) if arm.startswith((BASELINE, f"{OURS},"))]
+    changes = [*kin, *results.ablations()]
     found = {arm: results.difference((arm, "fixed", results.middle), default) for arm in changes}
     return "Each change minus the default, in points:\n\n" + differences_table("change", found)
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .plan import ABLATIONS, OURS, PEERS, REFERENCE, Study
-from .statistics import Difference, Estimate, difference, estimate, overall, score_matrix
+from .data import DataSettings
+from .plan import ABLATIONS, OURS, PEERS, REFERENCE, Run, Study
+from .statistics import Difference, Estimate, difference, estimate, score_matrix
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,8 @@ def collect(study: Study, rates: dict[str, float], costs: dict[str, Any], result
 
 
 def compact(result: dict[str, Any]) -> dict[str, Any]:
-    """A run with its validation scores in one number, and with maps of ms_resampler's first seed only."""
-    validation = {tokens: round(overall(scores), 5) for tokens, scores in result["validation"].items()}
-    small = {**result, "validation": validation}
-    run = result["run"]
+    """A run, with maps of ms_resampler's first seed only."""
+    run, small = result["run"], dict(result)
     if "scopes" in result and (run["arm"] != OURS or run["seed"]):
         small["scopes"] = {key: value for key, value in result["scopes"].items() if key != "maps"}
     return json.loads(json.dumps(small))
@@ -119,9 +118,32 @@ def load(folder: Path) -> Results:
     return Results(**json.loads((folder / "study.json").read_text()), runs=[json.loads(line) for line in lines])
 
 
-def fingerprint(folder: Path) -> str:
-    """A hash of the stored results, which the figures carry."""
-    return hashlib.sha256((folder / "study.json").read_bytes() + (folder / "runs.jsonl").read_bytes()).hexdigest()
+def adopt(folder: Path, out: Path) -> int:
+    """Puts the results stored in a folder, if there are any, among those of `OUT/runs`; returns how many there are."""
+    stored = load(folder).runs if (folder / "study.json").exists() else []
+    for result in stored:
+        path = result_path(out, run_of(result))
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(result))
+    return len(stored)
+
+
+def run_of(result: dict[str, Any]) -> Run:
+    """The run that made a result."""
+    run = result["run"]
+    grids = tuple((rows, columns) for rows, columns in run["grids"])
+    return Run(**{**run, "grids": grids, "data": DataSettings(**run["data"])})
+
+
+def result_path(out: Path, run: Run) -> Path:
+    """Where the result of a run is kept."""
+    return out / "runs" / f"{run.name}.json"
+
+
+def fingerprint(*files: Path) -> str:
+    """A hash of what is in some files."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:

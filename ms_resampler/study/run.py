@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..resampler_ms_resampler import ScopeMaps, cell_centres, split_heads
+from ..resampler_ms_resampler import ScopeLayer, ScopeMaps, cell_centres, split_heads
 from ..training.train import keep_freed_memory
 from .data import GRID, LABELS, PATCHES, STUDY_FAMILIES, Optimiser, Split, StudyData, prepare_data
 from .plan import Run, make_projector
 from .reader import HEADS, Batches, Reader, pretrained_reader, reading_loss
+from .results import result_path, write_whole
+from .statistics import overall
 
 PICTURES_AT_ONCE = 50
 SHOWN = 3  # test scenes whose maps are kept
@@ -41,7 +43,7 @@ class Student(nn.Module):
 
 def perform(run: Run, out: Path) -> dict[str, Any]:
     """The result of a run, from `OUT/runs` if it is there; else it is trained, examined and written there."""
-    path = out / "runs" / f"{run.name}.json"
+    path = result_path(out, run)
     if path.exists():
         return {**json.loads(path.read_text()), "run": dataclasses.asdict(run)}  # under the name it has today
     keep_freed_memory()
@@ -61,9 +63,7 @@ def perform(run: Run, out: Path) -> dict[str, Any]:
         **examine(student, run, data, device),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(result))
-    fresh.rename(path)
+    write_whole(path, json.dumps(result))
     return result
 
 
@@ -84,12 +84,12 @@ def learn(student: Student, run: Run, data: StudyData, device: torch.device) -> 
 
 @torch.inference_mode()
 def examine(student: Student, run: Run, data: StudyData, device: torch.device) -> dict[str, Any]:
-    """Scores on validation and test at every grid, by tokens; and for projectors with scopes, where they looked."""
+    """By tokens, the overall score on validation and all scores on test; and where projectors with scopes looked."""
     result: dict[str, Any] = {"validation": {}, "test": {}}
     for grid in run.grids:
         tokens = str(grid[0] * grid[1])
-        for split in ("validation", "test"):
-            result[split][tokens] = score_split(student, grid, data.splits[split], device)
+        result["validation"][tokens] = round(overall(score_split(student, grid, data.splits["validation"], device)), 5)
+        result["test"][tokens] = score_split(student, grid, data.splits["test"], device)
     if hasattr(student.projector, "config") and student.projector.config.num_scopes:
         result["scopes"] = describe_scopes(student, run.grids[0], data.splits["test"], device)
     return result
@@ -136,12 +136,21 @@ def describe_scopes(student: Student, grid: tuple[int, int], split: Split, devic
             shown = maps
     asked_BF = (answer_BF >= 0).float()
     trust_FS = torch.einsum("bf,bfs->fs", asked_BF, torch.cat(trust_BFS)) / asked_BF.sum(0)[:, None]
-    prior = student.projector.layers[-1].prior
     return {
-        "sigmas": (prior.precision_Gh() ** -0.5).nan_to_num(posinf=0).tolist() if prior.kind == "gaussian" else None,
+        "sigmas": head_sigmas(student.projector),
         "trust": {family: row.tolist() for family, row in zip(STUDY_FAMILIES, trust_FS, strict=True)},
         "maps": as_bytes(shown),
     }
+
+
+def head_sigmas(projector: Any) -> list[list[float]]:
+    """The sigmas of every scope's heads in the last layer, 0 for the global scope; nothing if no prior is Gaussian."""
+    layer: ScopeLayer = projector.layers[-1]
+    if layer.prior.kind != "gaussian":
+        return []
+    sigma_Gh = (layer.prior.precision_Gh() ** -0.5).nan_to_num(posinf=0).cpu()
+    scope_Gh = torch.tensor(layer.scope_Gh)
+    return [sigma_Gh[scope_Gh == scope].tolist() for scope in range(layer.scopes)]
 
 
 def as_bytes(maps: ScopeMaps) -> dict[str, Any]:
