@@ -2,16 +2,16 @@
 
     u   = LN(x) W_in                                     patches, at the resampler's width
     u   = u + DWConv_3x3(u)                              each patch with its neighbours
-    q^s = z + e_s                                        queries of scope s; z starts as base grid + pos(a)
-    o^s = softmax(W_q LN(q^s) . W_k(u + pos(p)) / sqrt(d) + B^s) W_v u
+    q   = z + e                                          queries; z starts as base grid + pos(a)
+    o_h = softmax(W_q LN(q) . W_k(u + pos(p)) / sqrt(d) + B^s) W_v u         head h, which belongs to scope s
     B^s_ij = -|| (a_i - p_j) / c ||^2 / (2 sigma_s^2)    scope prior; c is the anchor pitch, B = 0 for global
                                                          (each head has a part of the scope: `tiles`)
-    z   = sum_s g^s (W_o o^s + q^s)                      adaptive fusion over the scopes
+    z   = W_o [S g^s o_h]_h + q + mean of u in the cell  adaptive fusion over the scopes
     z   = z + FFN(LN(z));   y = W_out LN(z)
 
-In the layout "heads" there is one q = z + e, every head belongs to a scope, and z = W_o [S g^s(h) o_h]_h + q. With
-`cell_residual`, z also receives the mean of the patches u in the token's cell. With `pooled_mlp`,
-y = W_out LN(z) + MLP(mean of the features x in the cell), and W_out starts at zero.
+In the layout "branches" every scope has queries q^s = z + e_s for all heads, and z = sum_s g^s (W_o o^s + q^s). The
+mean of the cell is there with `cell_residual`. With `pooled_mlp`, y = W_out LN(z) + MLP(mean of the features x in the
+cell), and W_out starts at zero.
 
 Dimensions, as name suffixes: B images, N patches, M visual tokens, S scopes, G query sets (S in the layout
 "branches", 1 in "heads"), C vision width, D resampler width, T text width, h heads, d head width.
