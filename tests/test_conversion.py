@@ -115,8 +115,29 @@ def test_the_mlp_goes_on_behind_average_pooling(llava, tmp_path):
         torch.testing.assert_close(model.model.projector(x_BNC, (6, 6), (2, 2)), old(cells), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["ms_resampler", "resampler"])
+@pytest.mark.parametrize("origin", ["LLaVA's", "ours"])
+def test_a_resampler_starts_as_the_mlp_of_the_mean_of_each_cell(llava, kind, origin, tmp_path, capsys):
+    """At the budget it is made for and at others."""
+    source = llava
+    if origin == "ours":
+        source = tmp_path / "ours"
+        assert convert(llava, source) == 0
+    assert convert(source, tmp_path / "out", "--projector", kind, "--set", "visual_tokens=4", *SMALL) == 0
+    assert "unused" not in capsys.readouterr().out
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    old = LlavaForConditionalGeneration.from_pretrained(llava).model.multi_modal_projector
+    x_BNC = torch.randn(2, 36, 16)
+    with torch.no_grad():
+        for rows, columns in ((2, 2), (3, 2), (1, 6)):
+            cells = x_BNC.view(2, rows, 6 // rows, columns, 6 // columns, 16).mean(dim=(2, 4)).flatten(1, 2)
+            y_BMT, _ = model.model.projector(x_BNC, (6, 6), (rows, columns))
+            torch.testing.assert_close(y_BMT, old(cells), rtol=1e-5, atol=1e-5)
+
+
 def test_another_projector_starts_anew_and_all_else_stays(llava, tmp_path, capsys):
-    assert convert(llava, tmp_path / "out", "--projector", "ms_resampler", "--set", "visual_tokens=4", *SMALL) == 0
+    anew = ["--projector", "ms_resampler", "--set", "pooled_mlp=false", "--set", "visual_tokens=4", *SMALL]
+    assert convert(llava, tmp_path / "out", *anew) == 0
     assert "4 unused" in capsys.readouterr().out
     ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     theirs = LlavaForConditionalGeneration.from_pretrained(llava)
@@ -276,7 +297,8 @@ def test_a_damaged_or_missing_file_is_named(llava, tmp_path, capsys):
 
 
 def test_a_dry_run_shows_every_weight_and_writes_nothing(llava, tmp_path, capsys):
-    assert convert(llava, tmp_path / "out", "--dry-run", "--projector", "ms_resampler", *SMALL) == 0
+    anew = ["--projector", "ms_resampler", "--set", "pooled_mlp=false", *SMALL]
+    assert convert(llava, tmp_path / "out", "--dry-run", *anew) == 0
     shown = capsys.readouterr().out
     assert "unused" in shown
     assert "model.projector.layers.0.prior.offset_Gh2" in shown

@@ -107,7 +107,7 @@ def output_of(source: Source, weight: Weight, target: str, place: tuple[int, ...
 
 def new_weights(source: Source, missing: set[str]) -> dict[str, Tensor]:
     """Weights that start here: those of a projector that is new, and those that upcycling adds."""
-    if source.carried:
+    if not source.begins:
         return {name: value for name, value in source.new.items() if name in missing}
     projector = build_projector(source.config)
     projector.apply(empty_model(source.config).model._init_weights)

@@ -55,7 +55,7 @@ class Source:
     """A checkpoint to convert: what it becomes, and where each weight comes from.
 
     `transforms` change a weight on its way, by our name; `new` are weights that no source has; `carried` says whether
-    the source's projector goes along.
+    the source's projector goes along, and `begins` whether what is missing of the projector starts anew.
     """
 
     layout: str
@@ -64,6 +64,7 @@ class Source:
     processor: MSResamplerProcessor
     generation: GenerationConfig
     carried: bool = True
+    begins: bool = False
     transforms: Transforms = field(default_factory=dict)
     new: dict[str, Tensor] = field(default_factory=dict)
 
@@ -112,8 +113,8 @@ def open_llava(folder: Path, projector: dict[str, Any]) -> Source:
         raise ValueError(f"{folder} has a projector other than LLaVA's (Linear, GELU, Linear, with biases).")
     tokenizer = load_tokenizer(str(folder))
     token = tokenizer.convert_ids_to_tokens(llava.image_token_id)
-    kind = projector.get("projector_type", "mlp")
-    components = Components("", "", projector | {"projector_type": kind}, llava.vision_feature_layer, token)
+    fields, carried, begins = projector_start("mlp", projector)
+    components = Components("", "", fields, llava.vision_feature_layer, token)
     config = make_config(components, llava.vision_config, llava.text_config, llava.image_token_id)
     config.dtype = llava.dtype
     return Source(
@@ -122,8 +123,22 @@ def open_llava(folder: Path, projector: dict[str, Any]) -> Source:
         [(list_weights(folder), LLAVA)],
         make_processor(folder, tokenizer, config, token, llava_template(folder)),
         generation_of(folder, config),
-        carried=kind in ("mlp", "avg_pool"),
+        carried=carried,
+        begins=begins,
     )
+
+
+def projector_start(old: str, asked: dict[str, Any]) -> tuple[dict[str, Any], bool, bool]:
+    """The fields of the projector that is asked for in an old one's place, and Source's `carried` and `begins`.
+
+    LLaVA's MLP goes along to what can start as the MLP of the mean of each cell, unless that is not wanted.
+    """
+    new = asked.get("projector_type", old)
+    fields = asked | {"projector_type": new}
+    if old == "mlp" and new in ("ms_resampler", "resampler"):
+        fields = {"pooled_mlp": True} | fields
+    same = new == old or (old, new) == ("mlp", "avg_pool")
+    return fields, same or (old == "mlp" and bool(fields.get("pooled_mlp"))), not same
 
 
 def llava_template(folder: Path) -> str | None:
@@ -160,9 +175,9 @@ def open_original(
     kind, layers = own["projector_type"], about.get("mm_vision_select_layer", -2)
     if kind == "token_packer" and isinstance(layers, int):
         layers = TOKEN_PACKER_LAYERS
-    wanted = projector.get("projector_type", kind)
-    fields = own | projector if wanted == kind else projector
-    components = Components(tower, str(base), fields | {"projector_type": wanted}, layers)
+    fields, carried, begins = projector_start(kind, projector)
+    fields = own | fields if fields["projector_type"] == kind else fields
+    components = Components(tower, str(base), fields, layers)
     config = make_config(components, vision, text, token_id)
     template, _ = choose_template(tokenizer, components)
     tokenizer.chat_template = None
@@ -176,7 +191,8 @@ def open_original(
         ],
         make_processor(Path(tower), tokenizer, config, "<image>", template),
         generation_of(base, config),
-        carried=wanted == kind or (wanted, kind) == ("avg_pool", "mlp"),
+        carried=carried,
+        begins=begins,
         transforms=grown_embeddings(text.vocab_size) if text.vocab_size > rows else {},
     )
 
@@ -226,20 +242,20 @@ def open_ours(folder: Path, projector: dict[str, Any]) -> Source:
     weights, old = list_weights(folder), config.projector_config
     processor = MSResamplerProcessor.from_pretrained(folder)
     generation = generation_of(folder, config)
-    wanted = projector.get("projector_type", old.projector_type)
+    fields, carried, begins = projector_start(old.projector_type, projector)
+    wanted = fields["projector_type"]
     transforms: Transforms = {}
     new: dict[str, Tensor] = {}
     if (old.projector_type, wanted) == ("resampler", "ms_resampler"):
-        fields = upcycled_fields(old, projector)
-        config = with_projector(config, fields)
+        config = with_projector(config, upcycled_fields(old, projector))
         transforms, new = upcycling(old, config.projector_config)
+        carried, begins = True, False
     elif wanted != old.projector_type:
-        config = with_projector(config, projector)
+        config = with_projector(config, fields)
     elif projector.keys() - {"projector_type"}:
         raise ValueError(f"{folder} has a {wanted} projector already: there is nothing to convert.")
-    carried = bool(new) or wanted == old.projector_type or (wanted, old.projector_type) == ("avg_pool", "mlp")
     processor.visual_tokens = config.projector_config.visual_tokens
-    return Source("ours", config, [(weights, OURS)], processor, generation, carried, transforms, new)
+    return Source("ours", config, [(weights, OURS)], processor, generation, carried, begins, transforms, new)
 
 
 def with_projector(config: Any, fields: dict[str, Any]) -> Any:
