@@ -372,6 +372,8 @@ def test_the_learning_rate_is_the_best_on_validation_whatever_the_test_says():
 
     swept = [result(OURS, 1e-3, 0.8, "0"), result(OURS, 2e-3, 0.7, "1")]
     assert best_rates(Study(arms=(OURS,)), swept) == {OURS: 1e-3}
+    equals = [result(OURS, rate, 0.8, "1") for rate in (4e-3, 1e-3, 2e-3)]
+    assert best_rates(Study(arms=(OURS,)), equals) == {OURS: 1e-3}  # in whatever order they were done
 
 
 def test_the_command_line_changes_the_study(tmp_path):

@@ -110,14 +110,14 @@ def study_of(arguments: argparse.Namespace) -> Study:
 
 
 def best_rates(study: Study, swept: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """For every projector the learning rate with the best validation score."""
+    """For every projector the learning rate with the best validation score, the smaller one of equals."""
     if not swept:
         return dict.fromkeys(study.arms, study.learning_rates[0])
     rates = {}
     for arm in study.arms:
         results = [result for result in swept if result["run"]["arm"] == arm]
-        best = max(results, key=lambda result: next(iter(result["validation"].values())))
-        rates[arm] = best["run"]["learning_rate"]
+        scores = {result["run"]["learning_rate"]: next(iter(result["validation"].values())) for result in results}
+        rates[arm] = max(scores, key=lambda rate: (scores[rate], -rate))
     return rates
 
 
