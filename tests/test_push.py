@@ -175,6 +175,7 @@ def test_a_dry_run_changes_nothing_and_shows_the_card(hub, folder, unverified, c
     out = capsys.readouterr().out
     assert re.search(r"new +\d+ B  generation_config\.json\n", out)
     assert 'repo = "acme/tiny"' in out
+    assert "\n# tiny\n" in out  # after the repository, not the folder in which it was staged
     assert out.endswith("Nothing was sent (--dry-run).\n")
 
 

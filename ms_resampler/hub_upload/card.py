@@ -100,7 +100,8 @@ def render_card(folder: Path, title: str | None = None, *, repo: str | None = No
     text = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
     record = read_json(folder / RECORD)
     config = MSResamplerConfig.from_pretrained(folder)
-    title = title or first_group(r"^# (.+)$", text) or f"MS-Resampler {folder.resolve().name}"
+    name = repo.rsplit("/", 1)[-1] if repo else f"MS-Resampler {folder.resolve().name}"
+    title = title or first_group(r"^# (.+)$", text) or name
     fields = kept_metadata(folder / "README.md") | metadata
     if "scores" in record:
         fields = {"license": "apache-2.0", "language": "en"} | fields
