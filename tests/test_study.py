@@ -47,7 +47,7 @@ from ms_resampler.study.plan import (
 )
 from ms_resampler.study.reader import WIDTH, Reader
 from ms_resampler.study.report import check_report, report_text, write_report
-from ms_resampler.study.results import Results, collect, load, save
+from ms_resampler.study.results import Results, adopt, collect, load, result_path, save
 from ms_resampler.study.run import last_attention, patches_right
 from ms_resampler.study.statistics import (
     GROUPS,
@@ -384,6 +384,16 @@ def test_the_command_line_changes_the_study(tmp_path):
     assert (study.arms, study.budgets, study.seeds) == ((OURS, BASELINE, "mqt", "mlp"), (36,), 3)
     assert (study.learning_rates, study.steps, study.data.train_scenes) == ((0.1, 0.2), 9, 50)
     assert study_of(parser.parse_args([])) == Study()
+
+
+def test_a_study_goes_on_from_the_stored_results(tmp_path):
+    """Every run of theirs is found under the name that the plan has for it today."""
+    stored = load(DOCS / "study")
+    assert adopt(DOCS / "study", tmp_path) == len(stored.runs)
+    study = Study(seeds=stored.study["seeds"])
+    planned = [*sweep_runs(study), *main_runs(study, stored.rates), *further_runs(study, stored.rates)]
+    assert [run for run in planned if not result_path(tmp_path, run).exists()] == []
+    assert not result_path(tmp_path, make_run(study, OURS, [16], study.seeds, stored.rates[OURS])).exists()
 
 
 def test_the_stored_report_is_that_of_the_stored_results():

@@ -29,7 +29,7 @@ PEERS: dict[str, dict[str, Any]] = {
     "resampler, regional": {"projector_type": "resampler", "scope_sigmas": [1.5]},
     # The plain reading of the claim: a resampler for each scope.
     "ms_resampler, branches": {"scope_layout": "branches", "fusion": "head", "cell_residual": False},
-    # What is usually meant by a resampler. A single scope leaves nothing to lay out or to fuse.
+    # What is usually meant by a resampler. With one scope, layout and fusion change nothing.
     "resampler, no cell mean": {
         "projector_type": "resampler",
         "scope_layout": "branches",

@@ -76,7 +76,7 @@ def tiny_config(processor: MSResamplerProcessor) -> MSResamplerConfig:
             "intermediate_size": 2 * WIDTH,
             "query_grid": TOKEN_GRID,
             "visual_tokens": TOKEN_GRID,
-            # Younger than the embedded checkpoint, which this is to make again.
+            # As the embedded checkpoint has them, which is older than the defaults.
             "scope_layout": "branches",
             "fusion": "head",
             "patch_conv": False,
