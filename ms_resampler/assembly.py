@@ -29,7 +29,7 @@ from .processing_ms_resampler import MSResamplerProcessor
 from .projectors_ms_resampler import build_projector
 
 # The templates of this package by name, with the tokens that a tokenizer must know to use them.
-TEMPLATES = {"chatml": ("<|im_start|>", "<|im_end|>"), "vicuna": ("</s>",)}
+TEMPLATES = {"chatml": ("<|im_start|>", "<|im_end|>"), "vicuna": ("</s>",), "honeybee": ("</s>",)}
 PADDING = ("<|finetune_right_pad_id|>", "<pad>", "<unk>")  # tokens that stand for padding where none is declared
 ROWS = 64  # a table of embeddings that has to grow grows to a multiple of this, which matrix kernels like
 

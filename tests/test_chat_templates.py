@@ -35,6 +35,10 @@ VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
+HONEYBEE = (
+    "The following is a conversation between a curious human and AI assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 
 # What is said, what is learned from it, and what asks for the next answer.
 FORMS = {
@@ -66,6 +70,18 @@ FORMS = {
         "small answers": [" Me.</s>"],
         "prompt": "ASSISTANT:",
     },
+    "honeybee": {
+        "question": HONEYBEE + "\nHuman: <image>\nHuman: What is it?",
+        "dialogue": (
+            "Be brief.\nHuman: <image>\nHuman: <image>\nHuman: Which is older?\nAI: The first.</s>"
+            "\nHuman: <image>\nHuman: And this?\nAI:   Older still.\n</s>"
+            "\nHuman: Why?\nAI: Its dust.</s>"
+        ),
+        "small talk": HONEYBEE + "\nHuman: Who?\nAI: Me.</s>",
+        "answers": ["The first.</s>", "  Older still.\n</s>", "Its dust.</s>"],
+        "small answers": ["Me.</s>"],
+        "prompt": "\nAI: ",
+    },
 }
 
 
@@ -93,8 +109,9 @@ def test_an_answer_can_be_continued(form, processor):
     assert begun == form["dialogue"][: form["dialogue"].rindex("Its") + 3]
 
 
-def test_vicuna_knows_no_other_roles():
-    processor = tiny_processor(chat_template=(FOLDER / "vicuna.jinja").read_text())
+@pytest.mark.parametrize("name", ["vicuna", "honeybee"])
+def test_these_know_no_other_roles(name):
+    processor = tiny_processor(chat_template=(FOLDER / f"{name}.jinja").read_text())
     for role in ("tool", "system"):
         with pytest.raises(TemplateError, match="every message after the first is of a user or an assistant"):
             processor.apply_chat_template([*QUESTION, says(role, "42")])

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from components import qwen_tokenizer, save_llm, save_tower
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     CHAT_TEMPLATE,
@@ -34,9 +36,10 @@ from transformers import (
     LlavaProcessor,
 )
 
+from ms_resampler.assembly import Components, assemble
 from ms_resampler.cli import main
 from ms_resampler.conversion.convert import make_plan
-from ms_resampler.conversion.sources import open_source
+from ms_resampler.conversion.layouts import open_source
 from ms_resampler.conversion.tables import LLAVA, translate
 from ms_resampler.projectors_ms_resampler import PROJECTORS, rename
 
@@ -250,6 +253,121 @@ def test_original_layouts_are_recognised_by_their_weights(kind, whole, tower_ins
     assert logits(tmp_path / "out").isfinite().all()
 
 
+def honeybee_checkpoint(folder: Path, *, class_position: bool = False, **told) -> dict[str, torch.Tensor]:
+    """A checkpoint as Honeybee's code leaves it, with the tokenizer elsewhere; returns the projector's weights."""
+    torch.manual_seed(0)
+    vision, text = tower_config(), LlamaConfig(**text_config("llama").to_diff_dict() | {"vocab_size": 260})
+    tower = loud(CLIPVisionModel(CLIPVisionConfig(**vision.to_diff_dict())))
+    llm = loud(LlamaForCausalLM(text))
+    sizes = {
+        "hidden_size": 12,
+        "num_attention_heads": 1,
+        "num_hidden_layers": 2,
+        "visual_tokens": [3, 3],
+        "query_grid": [3, 3],
+    }
+    projector = loud(PROJECTORS["c_abstractor"](tiny_config(projector={"projector_type": "c_abstractor", **sizes})))
+    names = rename(projector.state_dict(), projector.original_names)
+    state = {f"abstractor.{names[name]}": value for name, value in projector.state_dict().items()}
+    rows = state["abstractor.pos_emb"].view(1, 36, 16)
+    state["abstractor.pos_emb"] = torch.cat([rows[:, :1], rows], dim=1) if class_position else rows
+    state |= {f"vision_model.vision_model.{name}": value for name, value in tower.state_dict().items()}
+    state |= {f"language_model.{name}": value for name, value in llm.state_dict().items()}
+    abstractor = {"projector_type": "c-abs", "depth": 2, "mlp_depth": 2, "hidden_size": 12, "num_eos_tokens": 0}
+    abstractor |= {"pos_emb": True, "feature_layer_index": -1, "prenorm": False} | told
+    about = {"model_type": "mllm", "num_query_tokens": 9, "lm_config": {"pretrained_lm_name_or_path": "llm"}}
+    about |= {"vision_config": vision.to_dict(), "text_config": text.to_dict(), "visual_projector_config": abstractor}
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "config.json").write_text(json.dumps(about))
+    torch.save(state, folder / "checkpoint" / "pytorch_model.bin")
+    llm.save_pretrained(folder / "llm")
+    plain_tokenizer().save_pretrained(folder / "llm")
+    tower.save_pretrained(folder / "tower")
+    return projector.state_dict()
+
+
+@pytest.mark.parametrize("class_position", [False, True])
+def test_honeybee_computes_the_same(class_position, tmp_path, capsys):
+    """Tower, abstractor and language model each as in the source, and joined as Honeybee's code joins them."""
+    expected = honeybee_checkpoint(tmp_path, class_position=class_position)
+    assert convert(tmp_path / "checkpoint", tmp_path / "out") == 2
+    assert "holds no tokenizer: name its language model with --llm" in capsys.readouterr().err
+    assert convert(tmp_path / "checkpoint", tmp_path / "out", "--llm", tmp_path / "llm") == 0
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(value, expected[name]) for name, value in model.model.projector.state_dict().items())
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert text.endswith("questions.\nHuman: <image>\nHuman: What is this?\nAI: ")
+    inputs = processor(text=text, images=picture(size=(30, 40)), return_tensors="pt")
+    llm = LlamaForCausalLM.from_pretrained(tmp_path / "llm").eval()
+    tower = CLIPVisionModel.from_pretrained(tmp_path / "tower").eval()
+    tokenizer = plain_tokenizer()
+    with torch.no_grad():
+        last = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-1][:, 1:]
+        image = model.model.projector(last, (6, 6), (3, 3))
+        ids = [tokenizer(part, return_tensors="pt")["input_ids"] for part in text.split("<image>")]
+        before, after = map(llm.get_input_embeddings(), ids)
+        logits = llm(inputs_embeds=torch.cat([before, image, after], dim=1)).logits
+        torch.testing.assert_close(model(**inputs).logits[..., :260], logits, rtol=1e-5, atol=1e-5)
+
+
+def test_honeybee_with_another_projector(tmp_path, capsys):
+    honeybee_checkpoint(tmp_path)
+    command = [tmp_path / "checkpoint", tmp_path / "out", "--llm", tmp_path / "llm"]
+    assert convert(*command, "--projector", "ms_resampler", "--set", "visual_tokens=4", *SMALL) == 0
+    assert "Nothing of the old projector fits the new one, which starts at random" in capsys.readouterr().out
+    assert logits(tmp_path / "out").isfinite().all()
+
+
+@pytest.mark.parametrize("told", [{"projector_type": "d-abs"}, {"prenorm": True}, {"num_eos_tokens": 1}], ids=str)
+def test_honeybees_other_projectors_are_refused(told, tmp_path, capsys):
+    honeybee_checkpoint(tmp_path, **told)
+    assert convert(tmp_path / "checkpoint", tmp_path / "out", "--llm", tmp_path / "llm") == 2
+    assert f"a projector other than Honeybee's published C-Abstractor: {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["room for <image>", "embeddings that grew"])
+def test_a_projector_alone_goes_out_and_in(room, tmp_path, capsys):
+    """Joined again with its tower and language model it is the model that it was taken from."""
+    save_tower(tmp_path / "tower")
+    save_llm(tmp_path / "llm", **({} if room else {"vocab_size": len(qwen_tokenizer())}))
+    fields = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16, "visual_tokens": 4}
+    made = assemble(Components(str(tmp_path / "tower"), str(tmp_path / "llm"), fields))
+    loud(made.model.model.projector)
+    made.model.save_pretrained(tmp_path / "whole")
+    made.processor.save_pretrained(tmp_path / "whole")
+    assert convert(tmp_path / "whole", tmp_path / "alone", "--to", "projector") == 0
+    size = sum(file.stat().st_size for file in (tmp_path / "alone").glob("*.safetensors"))
+    assert size < 0.5 * (tmp_path / "whole" / "model.safetensors").stat().st_size
+    assert convert(tmp_path / "alone", tmp_path / "again") == 2
+    assert "holds a projector alone: name the models it belongs to with --tower and --llm" in capsys.readouterr().err
+    models = ["--tower", tmp_path / "tower", "--llm", tmp_path / "llm"]
+    assert convert(tmp_path / "alone", tmp_path / "again", *models) == 0
+    torch.testing.assert_close(logits(tmp_path / "again"), logits(tmp_path / "whole"), rtol=0, atol=0)
+    assert convert(tmp_path / "alone", tmp_path / "third", *models, "--verify") == 2
+    assert "holds a projector alone, which does not run: there is nothing to compare" in capsys.readouterr().err
+    save_llm(tmp_path / "other", hidden_size=64)
+    assert convert(tmp_path / "alone", tmp_path / "no", "--tower", tmp_path / "tower", "--llm", tmp_path / "other") == 2
+    assert "The weights do not fit" in capsys.readouterr().err
+
+
+def test_repositories_of_the_hub_are_fetched(hub, monkeypatch, tmp_path, capsys):
+    """The checkpoint, its language model and, by the name in its config.json, its tower."""
+    expected = original_checkpoint(tmp_path, "ldp_v2", whole=False)
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("ada", orgs={"openai": "write"}))
+    api = HfApi(endpoint=hub.url)
+    for name, folder in (("ada/projector", "checkpoint"), ("openai/clip-small", "tower"), ("ada/llm", "base")):
+        api.create_repo(name, private=True)
+        api.upload_folder(repo_id=name, folder_path=tmp_path / folder)
+    assert convert("ada/projector", tmp_path / "out", "--llm", "ada/llm", "--set", "visual_tokens=[3,3]") == 0
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(value, expected[name]) for name, value in model.model.projector.state_dict().items())
+    capsys.readouterr()
+    assert convert("ada/projector", tmp_path / "no", "--llm", "ada/nothing") == 2
+    assert "ada/nothing is no folder here, and cannot be downloaded" in capsys.readouterr().err
+
+
 class Harmful:
     def __reduce__(self):
         return os.mkdir, ("harmed",)
@@ -281,7 +399,7 @@ def test_what_does_not_fit_is_listed_before_anything_is_written(llava, tmp_path,
     assert "holds surprise, which transformers' LLaVA layout has not" in capsys.readouterr().err
     (broken / "config.json").write_text('{"model_type": "blip"}')
     assert convert(broken, tmp_path / "out") == 2
-    assert 'its model_type is "blip"' in capsys.readouterr().err
+    assert "its model_type is `blip`" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -297,7 +415,7 @@ def test_a_damaged_or_missing_file_is_named(llava, tmp_path, capsys):
 
 
 def test_a_dry_run_shows_every_weight_and_writes_nothing(llava, tmp_path, capsys):
-    anew = ["--projector", "ms_resampler", "--set", "pooled_mlp=false", *SMALL]
+    anew = ["--projector", "ms_resampler", "--set", "pooled_mlp=false", "--set", "visual_tokens=4", *SMALL]
     assert convert(llava, tmp_path / "out", "--dry-run", *anew) == 0
     shown = capsys.readouterr().out
     assert "unused" in shown
@@ -318,7 +436,7 @@ def progress(count, seen=[0]):
     if seen[0] == 40:
         os.kill(os.getpid(), signal.SIGKILL)
 from pathlib import Path
-from ms_resampler.conversion.sources import open_source
+from ms_resampler.conversion.layouts import open_source
 module.convert(module.make_plan(open_source(Path({str(llava)!r}), {{}}, None, None)), Path("out"), progress)
 """
     killed = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
@@ -355,6 +473,18 @@ def test_every_weight_of_llava_1_5_7b_has_its_place():
     assert {translate(name, LLAVA): shape for name, shape in shapes.items()} == {
         name: tuple(value.shape) for name, value in wanted.items()
     }
+
+
+def test_another_projector_keeps_the_budget_and_an_impossible_one_is_refused(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "ours")
+    tiny_processor().save_pretrained(tmp_path / "ours")
+    command = [tmp_path / "ours", tmp_path / "out", "--projector", "mqt", *SMALL]
+    assert convert(*command, "--set", "visual_tokens=144") == 2
+    assert "144 visual tokens is impossible for 6 x 6 = 36 patches" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert convert(*command) == 0
+    old, new = (AutoProcessor.from_pretrained(tmp_path / name).visual_tokens for name in ("ours", "out"))
+    assert new == old
 
 
 def test_a_model_that_llava_cannot_hold_is_refused(tmp_path, capsys):

@@ -154,7 +154,7 @@ def loud(model):
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim > 1 and "embed" not in name.rsplit(".", 2)[-2]:
+        if parameter.ndim > 1 and "embed" not in f".{name}".rsplit(".", 2)[-2]:
             parameter.add_(noise * parameter[0].numel() ** -0.5 * 0.7)
         else:
             parameter.add_(noise * 0.1)

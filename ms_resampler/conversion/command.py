@@ -20,9 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="a field of the new projector, its value as JSON: visual_tokens=144; repeatable",
     )
-    parser.add_argument("--tower", metavar="DIR", help="the vision tower of an original checkpoint that names it only")
-    parser.add_argument("--llm", metavar="DIR", help="the language model of an original checkpoint of a projector")
-    parser.add_argument("--to", choices=["llava"], help="the other way: ours, with an MLP, to transformers' LLaVA")
+    parser.add_argument("--tower", metavar="ID", help="folder or repository of the tower that the checkpoint lacks")
+    parser.add_argument("--llm", metavar="ID", help="of the language model that it lacks")
+    parser.add_argument(
+        "--to",
+        choices=["llava", "projector"],
+        help="ours as transformers' LLaVA, if its projector is an MLP; or its projector alone",
+    )
     parser.add_argument("--verify", action="store_true", help="run source and result on the same input, and compare")
     parser.add_argument("--dry-run", action="store_true", help="print what would become of every weight; write nothing")
 
@@ -33,12 +37,15 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from .convert import convert, make_plan, table_text
-    from .sources import open_source
+    from .layouts import open_source
+    from .source import local_folder
 
     logging.set_verbosity_error()
     folder = local_folder(arguments.source)
-    if arguments.to:
+    if arguments.to == "llava":
         return run_to_llava(folder, arguments)
+    if arguments.to == "projector":
+        return run_to_projector(folder, arguments.out)
     fields: dict[str, Any] = dict(arguments.set)
     if arguments.projector:
         fields["projector_type"] = arguments.projector
@@ -66,21 +73,20 @@ def run_to_llava(folder: Path, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_to_projector(folder: Path, out: Path) -> int:
+    """The projector of ours, with the configuration, the processor and the code that it needs."""
+    from ..folders import whole_folder
+    from ..hub_upload.staging import PROJECTOR, stage_checkpoint
+
+    with whole_folder(out) as place:
+        stage_checkpoint(folder, place, projector_only=True)
+    print(f"The projector alone: {out / PROJECTOR}")
+    return 0
+
+
 def report(folder: Path, out: Path) -> None:
     """Prints how far source and result are apart on the same picture and question."""
     from .verification import largest_difference
 
     difference, scale = largest_difference(folder, out)
     print(f"Logits of source and result differ by at most {difference:.1e} (of {scale:.1e}).")
-
-
-def local_folder(source: str) -> Path:
-    """A folder as it is; a Hub repository's weights and settings, downloaded."""
-    if Path(source).exists():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    from ..cli import model_or_embedded
-
-    model_or_embedded(source)  # a sentence if it is no name
-    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"]))

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..configuration_ms_resampler import token_grid
 from ..folders import whole_folder
 from ..projectors_ms_resampler import build_projector
-from .sources import Source, empty_model
+from .source import Source, empty_model
 from .tables import translate
 from .weights import Output, Weight, write_weights
 
@@ -37,6 +38,7 @@ class Plan:
 
 def make_plan(source: Source) -> Plan:
     """Finds a place for every weight. Raises ValueError, with their names, if one does not fit or is missing."""
+    token_grid(source.config.projector_config.visual_tokens, source.config.native_patch_grid)  # raises if impossible
     wanted = wanted_weights(source)
     outputs, rows, problems = {}, [], []
     for weight, target in pairs(source):
@@ -138,4 +140,5 @@ def table_text(plan: Plan) -> str:
     counts = {what: sum(row.what == what for row in plan.rows) for what in ("as it is", "changed", "new", "unused")}
     size = sum(output.bytes for output in plan.outputs)
     summary = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return "\n".join([*lines, f"From {plan.source.layout} layout: {summary}; {size / 1e6:,.1f} MB to write."])
+    anew = "" if plan.source.carried else " Nothing of the old projector fits the new one, which starts at random."
+    return "\n".join([*lines, f"From {plan.source.layout} layout: {summary}; {size / 1e6:,.1f} MB to write.{anew}"])

@@ -19,7 +19,7 @@ LLAVA: Table = (
     (r"model\.language_model\.(.+)", r"model.language_model.\1"),
 )
 
-# The original repositories of LLaVA and those that grew out of it; {projector} is put in by `original_table`.
+# The original repositories of LLaVA and those that grew out of it; the projector's rows are put in front.
 ORIGINAL: Table = (
     (r".*\.(?:position_ids|rotary_emb\.inv_freq)", None),
     (r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)", r"model.vision_tower.\1"),
@@ -43,13 +43,21 @@ TO_LLAVA: Table = (
     (r"model\.language_model\.(.+)", r"language_model.model.\1"),
 )
 
-PROJECTOR_PREFIX = "model.mm_projector."
+# Honeybee's.
+HONEYBEE: Table = (
+    (r".*\.(?:position_ids|rotary_emb\.inv_freq)", None),
+    (r"vision_model\.(?:vision_model\.)?(.+)", r"model.vision_tower.\1"),
+    (r"language_model\.lm_head\.(.+)", r"lm_head.\1"),
+    (r"language_model\.model\.(.+)", r"model.language_model.\1"),
+)
+
+PROJECTOR_PREFIX, ABSTRACTOR_PREFIX = "model.mm_projector.", "abstractor."
 
 
-def original_table(names: dict[str, str]) -> Table:
-    """ORIGINAL with the rows of a projector: our names of its weights, and the original's."""
-    rows = [(re.escape(PROJECTOR_PREFIX + theirs), f"model.projector.{ours}") for ours, theirs in names.items()]
-    return (*rows, *ORIGINAL)
+def with_projector_rows(table: Table, prefix: str, names: dict[str, str]) -> Table:
+    """A table with the rows of a projector before it: our names of its weights, and the original's."""
+    rows = [(re.escape(prefix + theirs), f"model.projector.{ours}") for ours, theirs in names.items()]
+    return (*rows, *table)
 
 
 # A language model of its own.

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 from ..configuration_ms_resampler import MSResamplerConfig
+from ..hub_upload.staging import PROJECTOR
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 
 
@@ -38,6 +39,8 @@ def logits_of(folder: Path) -> Tensor:
         raise ValueError(
             f"{folder} is of a layout that does not run here (`{kind}`): there is nothing to compare with."
         )
+    if (folder / PROJECTOR).is_file():
+        raise ValueError(f"{folder} holds a projector alone, which does not run: there is nothing to compare with.")
     model = kinds[kind].from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
     picture = Image.linear_gradient("L").resize((96, 64)).convert("RGB")

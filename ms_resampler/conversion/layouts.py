@@ -1,0 +1,34 @@
+"""Which layout a checkpoint has."""
+
+from pathlib import Path
+from typing import Any
+
+from .from_honeybee import open_honeybee
+from .from_llava import open_llava
+from .from_original import ORIGINAL_MODELS, open_original
+from .from_ours import open_ours
+from .source import Source, read_config
+from .weights import list_weights
+
+
+def open_source(folder: Path, projector: dict[str, Any], tower: str | None, llm: str | None) -> Source:
+    """Recognises a checkpoint's layout and reads what it is, all but the weights.
+
+    Raises ValueError, with what was found, if it is none of those known.
+    """
+    config = read_config(folder)
+    kind = config.get("model_type")
+    if kind == "ms_resampler":
+        return open_ours(folder, projector, tower, llm)
+    if kind == "llava" and "vision_config" in config:
+        return open_llava(folder, projector)
+    if kind in ORIGINAL_MODELS and "mm_vision_tower" in config:
+        return open_original(folder, config, projector, tower, llm)
+    if kind == "mllm" and "lm_config" in config:
+        return open_honeybee(folder, config, projector, llm)
+    keys = [weight.key for weight in list_weights(folder)]
+    raise ValueError(
+        f"{folder} is of no layout known here (transformers' LLaVA; the original LLaVA's, TokenPacker's, MQT's, "
+        f"MobileVLM's, Honeybee's; ours): its model_type is `{kind}`, and its {len(keys)} weights begin with "
+        f"{', '.join(sorted({key.split('.')[0] for key in keys})[:6])}."
+    )
