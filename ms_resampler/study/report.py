@@ -48,7 +48,7 @@ def drawn_from(path: Path) -> str | None:
 
 def report_text(results: Results) -> str:
     """The whole report, in Markdown."""
-    sections = [introduction(results)]
+    sections = [introduction(results), *([f"**Caution.** {results.caution}"] if results.caution else [])]
     for tokens in results.budgets:
         sections += [f"## {tokens} tokens", main_table(results, tokens), verdict(results, tokens)]
         sections += [

@@ -18,12 +18,16 @@ from .statistics import Difference, Estimate, difference, estimate, score_matrix
 
 @dataclass(frozen=True)
 class Results:
-    """What was asked (`study`), the learning rates chosen, what the projectors cost, and all runs that are done."""
+    """What was asked (`study`), the learning rates chosen, what the projectors cost, and all runs that are done.
+
+    `caution` is what a reader of the report must know of these runs beside the numbers, if anything.
+    """
 
     study: dict[str, Any]
     rates: dict[str, float]
     costs: dict[str, Any]
     runs: list[dict[str, Any]]
+    caution: str = ""
 
     @cached_property
     def scores(self) -> dict[tuple[str, str, str], dict[int, np.ndarray]]:
@@ -105,7 +109,7 @@ def compact(result: dict[str, Any]) -> dict[str, Any]:
 def save(results: Results, folder: Path) -> None:
     """Writes `study.json` and `runs.jsonl` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"study": results.study, "rates": results.rates, "costs": results.costs}
+    about = {"study": results.study, "rates": results.rates, "costs": results.costs, "caution": results.caution}
     write_whole(folder / "study.json", json.dumps(about, indent=2) + "\n")
     write_whole(folder / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in results.runs))
 
