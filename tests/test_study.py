@@ -401,3 +401,10 @@ def test_the_stored_report_is_that_of_the_stored_results():
     results = load(DOCS / "study")
     assert isinstance(results, Results)
     assert len(report_text(results)) > 5_000
+
+
+def test_a_caution_is_kept_and_shown_above_the_tables(tmp_path):
+    save(dataclasses.replace(load(DOCS / "study"), caution="Two machines."), tmp_path)
+    text = report_text(load(tmp_path))
+    assert 0 < text.index("**Caution.** Two machines.") < text.index("| projector |")
+    assert "Caution" not in report_text(dataclasses.replace(load(tmp_path), caution=""))
