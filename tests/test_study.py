@@ -18,7 +18,7 @@ import torch
 from scipy import stats
 
 from ms_resampler.cli import main
-from ms_resampler.study.command import add_arguments, best_rates, perform_study, study_of
+from ms_resampler.study.command import add_arguments, best_rates, finished_runs, perform_study, study_of
 from ms_resampler.study.data import (
     GRID,
     LABELS,
@@ -27,6 +27,7 @@ from ms_resampler.study.data import (
     STUDY_FAMILIES,
     DataSettings,
     content_words,
+    data_folder,
     described_scene,
     patch_labels,
     questions_of,
@@ -343,10 +344,10 @@ def is_running(process: int) -> bool:
 
 @pytest.mark.slow
 def test_the_report_is_made_of_the_results_and_checked_against_them(studied, tmp_path, capsys):
-    _, rates, results = studied
+    out, rates, results = studied
     costs = {"macs": 1_000_000, "forward": 1.0, "backward": 2.0}
     about = {"machine": "a machine", "projectors": dict.fromkeys(SMALL.arms, costs)}
-    save(collect(SMALL, rates, about, results), tmp_path / "study")
+    save(collect(SMALL, rates, about, results), tmp_path / "study", out)
     write_report(tmp_path)
     assert main(["study", "--check", str(tmp_path)]) == 0
     text = (tmp_path / "study.md").read_text()
@@ -387,13 +388,25 @@ def test_the_command_line_changes_the_study(tmp_path):
 
 
 def test_a_study_goes_on_from_the_stored_results(tmp_path):
-    """Every run of theirs is found under the name that the plan has for it today."""
+    """Every run of theirs is found under the name that the plan has for it today, with their tower and reader."""
     stored = load(DOCS / "study")
     assert adopt(DOCS / "study", tmp_path) == len(stored.runs)
     study = Study(seeds=stored.study["seeds"])
     planned = [*sweep_runs(study), *main_runs(study, stored.rates), *further_runs(study, stored.rates)]
-    assert [run for run in planned if not result_path(tmp_path, run).exists()] == []
-    assert not result_path(tmp_path, make_run(study, OURS, [16], study.seeds, stored.rates[OURS])).exists()
+    kept = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert kept == {result_path(tmp_path, run).name for run in planned} & kept
+    assert len(kept) == len(stored.runs)
+    for name in ("tower.safetensors", "reader.safetensors"):
+        assert (data_folder(tmp_path, study.data) / name).read_bytes() == (DOCS / "study" / name).read_bytes()
+
+
+def test_stored_results_do_not_go_on_with_another_tower(tmp_path):
+    tower = data_folder(tmp_path, DataSettings()) / "tower.safetensors"
+    tower.parent.mkdir()
+    tower.write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"is not the one stored in .*: work in a new folder \(--out\)"):
+        adopt(DOCS / "study", tmp_path)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_stored_report_is_that_of_the_stored_results():
@@ -403,8 +416,50 @@ def test_the_stored_report_is_that_of_the_stored_results():
     assert len(report_text(results)) > 5_000
 
 
-def test_a_caution_is_kept_and_shown_above_the_tables(tmp_path):
-    save(dataclasses.replace(load(DOCS / "study"), caution="Two machines."), tmp_path)
-    text = report_text(load(tmp_path))
-    assert 0 < text.index("**Caution.** Two machines.") < text.index("| projector |")
-    assert "Caution" not in report_text(dataclasses.replace(load(tmp_path), caution=""))
+def scored(arm, made_with, seed, letters, tokens="16"):
+    test = {**dict.fromkeys(STUDY_FAMILIES, letters), "dense": "3232"}
+    run = {"arm": arm, "learning_rate": 1e-3, "seed": seed, "grids": [[4, 4]]}
+    return {"run": run, "made_with": made_with, "parameters": 1, "test": {tokens: test}}
+
+
+def test_runs_are_compared_only_with_those_of_the_same_tower_and_machine():
+    ours, other = (OURS, "fixed", "16"), ("avg_pool", "fixed", "16")
+    runs = [
+        scored(OURS, "here", 0, "11"),
+        scored(OURS, "here", 1, "10"),
+        scored(OURS, "there", 2, "00"),
+        scored("avg_pool", "there", 0, "11"),  # the same seed, another tower
+        scored("avg_pool", "here", 1, "00"),
+        scored("avg_pool", "there", 2, "01"),
+    ]
+    results = Results({"budgets": [16]}, {OURS: 1e-3, "avg_pool": 1e-3}, {}, runs)
+    assert results.blocks(ours, other) == [("here", 1), ("there", 2)]
+    plain = [np.stack([score_matrix(run["test"]["16"]) for run in pair]) for pair in (runs[1:3], runs[4:])]
+    found = results.estimates(ours, other)
+    np.testing.assert_array_equal(found[ours].mean_G, estimate(plain[0]).mean_G)
+    np.testing.assert_array_equal(found[other].mean_G, estimate(plain[1]).mean_G)
+    assert results.difference(ours, other).p == difference(*plain).p
+    apart = dataclasses.replace(results, runs=[runs[0], runs[3]])
+    with pytest.raises(ValueError, match="No seed is finished yet for all of ms_resampler, avg_pool"):
+        apart.blocks(ours, other)
+
+
+@pytest.mark.slow
+def test_what_is_finished_can_be_reported_before_the_rest(studied, tmp_path, capsys):
+    out, rates, results = studied
+    shutil.copytree(out, cut := tmp_path / "out")
+    costs = {"macs": 1_000_000, "forward": 1.0, "backward": 2.0}
+    save(
+        collect(SMALL, rates, {"machine": "a machine", "projectors": dict.fromkeys(SMALL.arms, costs)}, results),
+        tmp_path / "report" / "study",
+        out,
+    )
+    everything = finished_runs(SMALL, cut)
+    assert everything[0] == rates
+    assert {json.dumps(result, sort_keys=True) for result in everything[1]} == {
+        json.dumps(result, sort_keys=True) for result in json.loads(json.dumps(results))
+    }
+    lost = [run for run in main_runs(SMALL, rates) if run.seed == 1]
+    for run in lost:
+        result_path(cut, run).unlink()
+    assert {result["run"]["seed"] for result in finished_runs(SMALL, cut)[1] if result["run"]["arm"] == OURS} == {0}

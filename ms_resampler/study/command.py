@@ -19,7 +19,7 @@ from .data import prepare_data
 from .plan import BASELINE, OURS, QUICK, Run, Study, further_runs, main_runs, rehearse, sweep_runs
 from .reader import pretrained_reader
 from .report import check_report, write_report
-from .results import adopt, collect, result_path, save
+from .results import adopt, collect, load, result_path, save
 from .run import perform
 from .statistics import overall
 
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-ablations", action="store_true", help="only the projectors, each at its budgets")
     report = parser.add_mutually_exclusive_group()
     report.add_argument("--report", type=Path, metavar="FOLDER", help="of study.md and its figures (default: OUT)")
+    parser.add_argument("--finished", action="store_true", help="train nothing: report what is finished")
     report.add_argument("--check", type=Path, metavar="FOLDER", help="only check the report there against its results")
 
 
@@ -57,9 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
     rehearse(study)
     folder = arguments.report or out
     print(f"{adopt(folder / 'study', out)} results stored in {folder / 'study'}")
-    rates, results = perform_study(study, out, arguments.workers)
-    print("Costs ...", flush=True)
-    save(collect(study, rates, measure_costs(study), results), folder / "study")
+    if arguments.finished:
+        rates, results = finished_runs(study, out)
+        costs = load(folder / "study").costs
+    else:
+        rates, results = perform_study(study, out, arguments.workers)
+        print("Costs ...", flush=True)
+        costs = measure_costs(study)
+    save(collect(study, rates, costs, results), folder / "study", out)
     write_report(folder)
     print(f"The report is {folder / 'study.md'}.")
     return 0
@@ -78,6 +84,17 @@ def perform_study(study: Study, out: Path, workers: int | None) -> tuple[dict[st
         results += perform_all("Projectors", main_runs(study, rates), out, pool)
         results += perform_all("Ablations and elastic budgets", further_runs(study, rates), out, pool)
     return rates, results
+
+
+def finished_runs(study: Study, out: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """What `perform_study` would return if nothing were missing of what is."""
+
+    def finished(runs: Sequence[Run]) -> list[dict[str, Any]]:
+        return [perform(run, out) for run in runs if result_path(out, run).exists()]
+
+    results = finished(sweep_runs(study))
+    rates = best_rates(study, results)
+    return rates, results + finished(main_runs(study, rates)) + finished(further_runs(study, rates))
 
 
 def begin_worker() -> None:

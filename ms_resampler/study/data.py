@@ -7,8 +7,13 @@ Everything is cached in a folder named after its settings.
 import dataclasses
 import hashlib
 import json
+import multiprocessing
+import os
 import re
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import ConvNextConfig, ConvNextModel
 
+from ..folders import write_whole
 from ..resampler_ms_resampler import cell_centres, sincos_positions
 from ..training.curriculum import ALL_NAMES
 from ..training.scenes import COLOURS, FAMILIES, HEIGHTS, PLACES, Question, Scene, ask, height_step, make_scene
@@ -35,6 +41,8 @@ FILLERS = frozenset({"a", "an", "are", "as", "at", "do", "has", "in", "is", "of"
 FILLERS |= {"thing", "things", "word"}
 WORDS_AT_MOST = 6
 BATCH = 64
+TOWER = "tower.safetensors"
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,28 @@ def described_scene(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     return things, centres
 
 
+@dataclass(frozen=True)
+class DrawnScene:
+    """All that the study keeps of a scene; its questions as number of the family, content words and answer."""
+
+    image_HW3: np.ndarray
+    labels_N2: np.ndarray
+    described: tuple[np.ndarray, np.ndarray]
+    questions: list[tuple[int, list[str], str]]
+
+
+def draw_scene(split: str, questions: int, index: int) -> DrawnScene:
+    """Scene `index` of a split, drawn and asked."""
+    scene, families = study_scene(split, index), list(STUDY_FAMILIES)
+    asked = questions_of(scene, split, index, questions)
+    return DrawnScene(
+        np.asarray(scene.image),
+        patch_labels(scene),
+        described_scene(scene),
+        [(families.index(each.family), content_words(each.question), each.answer) for each in asked],
+    )
+
+
 # --- The tower --------------------------------------------------------------------------------------------------
 
 
@@ -177,21 +207,23 @@ def see(tower: nn.Module, pixels_BHWC: Tensor) -> Tensor:
     return tower(pixels_BCHW).last_hidden_state.flatten(2).mT
 
 
-def train_tower(steps: int) -> nn.Module:
+def train_tower(scenes: Sequence[DrawnScene], steps: int) -> nn.Module:
     """A tower that has learned, without any projector, to name and colour what lies under each patch."""
     torch.manual_seed(0)
     tower, head = make_tower(), nn.Linear(CHANNELS, sum(LABELS.values()))
     optimiser = Optimiser([tower, head], 2e-3, steps)
     for step in range(steps):
-        scenes = [study_scene("train", step * BATCH + n) for n in range(BATCH)]
-        pixels = torch.from_numpy(np.stack([np.asarray(scene.image) for scene in scenes]))
-        labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes])).long()
-        with torch.autocast("cpu", torch.bfloat16):
-            features = see(tower, pixels)
-        optimiser.step(patch_loss(head(features.float()), labels))
+        chosen = [scenes[n] for n in torch.randint(len(scenes), (BATCH,)).tolist()]
+        labels_BN2 = torch.from_numpy(np.stack([scene.labels_N2 for scene in chosen])).long()
+        optimiser.step(patch_loss(head(see(tower, pixels_of(chosen))), labels_BN2))
         if (step + 1) % 100 == 0:
             print(f"  tower: step {step + 1} of {steps}", flush=True)
     return tower.eval()
+
+
+def pixels_of(scenes: Sequence[DrawnScene]) -> Tensor:
+    """Pictures (B, H, W, 3) of scenes, in bytes."""
+    return torch.from_numpy(np.stack([scene.image_HW3 for scene in scenes]))
 
 
 def patch_loss(logits_BPL: Tensor, labels_BP2: Tensor) -> Tensor:
@@ -224,9 +256,14 @@ class Optimiser:
 # --- The cache --------------------------------------------------------------------------------------------------
 
 
+def data_folder(out: Path, settings: DataSettings) -> Path:
+    """Where data, tower and reader lie: `OUT/data-HASH`."""
+    return out / f"data-{settings.name}"
+
+
 def prepare_data(out: Path, settings: DataSettings) -> StudyData:
-    """The study's data, made on first use: `OUT/data-HASH`."""
-    folder = out / f"data-{settings.name}"
+    """The study's data, made on first use."""
+    folder = data_folder(out, settings)
     if not (folder / "vocabulary.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         make_data(folder, settings)
@@ -235,21 +272,27 @@ def prepare_data(out: Path, settings: DataSettings) -> StudyData:
 
 def make_data(folder: Path, settings: DataSettings) -> None:
     """Trains the tower, and writes features, labels and questions; the vocabulary last, which completes them."""
-    if not (folder / "tower.safetensors").exists():
-        save_whole(train_tower(settings.tower_steps), folder / "tower.safetensors")
+    drawn = {split: draw_scenes(split, settings) for split in SPLITS}
+    if not (folder / TOWER).exists():
+        save_whole(train_tower(drawn["train"], settings.tower_steps), folder / TOWER)
     tower = make_tower().eval()
-    tower.load_state_dict(load_file(folder / "tower.safetensors"))
+    tower.load_state_dict(load_file(folder / TOWER))
     words: dict[str, int] = {"": 0}
     answers: dict[str, int] = {}
-    for split in ("train", "validation", "test"):
-        scenes = getattr(settings, f"{split}_scenes")
-        write_features(tower, split, scenes, settings.position_scale, folder / f"{split}.npy")
-        questions = write_questions(split, scenes, settings.questions, words, answers)
-        save_file(questions, folder / f"{split}.safetensors")
-        print(f"  {split}: {scenes} scenes", flush=True)
-    fresh = folder / "vocabulary.json.new"
-    fresh.write_text(json.dumps({"words": list(words), "answers": list(answers)}))
-    fresh.rename(folder / "vocabulary.json")
+    scale = see(tower, pixels_of(drawn["train"][:BATCH])).std().item()
+    for split, scenes in drawn.items():
+        write_features(tower, scenes, scale, settings.position_scale, folder / f"{split}.npy")
+        save_file(number_questions(scenes, words, answers), folder / f"{split}.safetensors")
+    write_whole(folder / "vocabulary.json", json.dumps({"words": list(words), "answers": list(answers)}))
+
+
+def draw_scenes(split: str, settings: DataSettings) -> list[DrawnScene]:
+    """All scenes of a split, drawn by as many processes as there are cores."""
+    count = getattr(settings, f"{split}_scenes")
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        drawn = list(pool.map(partial(draw_scene, split, settings.questions), range(count), chunksize=50))
+    print(f"  {split}: {count} scenes", flush=True)
+    return drawn
 
 
 def save_whole(module: nn.Module, path: Path) -> None:
@@ -260,40 +303,30 @@ def save_whole(module: nn.Module, path: Path) -> None:
 
 
 @torch.inference_mode()
-def write_features(tower: nn.Module, split: str, scenes: int, position_scale: float, path: Path) -> None:
-    """Features of all scenes of a split, at unit scale in the first batch of training, with the codes of places."""
-    first = torch.from_numpy(np.stack([np.asarray(study_scene("train", n).image) for n in range(BATCH)]))
-    scale = see(tower, first).std()
+def write_features(
+    tower: nn.Module, scenes: Sequence[DrawnScene], scale: float, position_scale: float, path: Path
+) -> None:
+    """Features of all scenes of a split, divided by their scale in training, with the codes of places."""
     codes_NC = position_scale * sincos_positions(cell_centres(GRID), CHANNELS)
-    features = open_memmap(path, "w+", np.float16, (scenes, PATCHES, CHANNELS))
-    for start in range(0, scenes, BATCH):
-        images = [np.asarray(study_scene(split, n).image) for n in range(start, min(start + BATCH, scenes))]
-        features[start : start + len(images)] = (
-            see(tower, torch.from_numpy(np.stack(images))) / scale + codes_NC
-        ).numpy()
+    features = open_memmap(path, "w+", np.float16, (len(scenes), PATCHES, CHANNELS))
+    for start in range(0, len(scenes), BATCH):
+        rows = slice(start, start + BATCH)
+        features[rows] = (see(tower, pixels_of(scenes[rows])) / scale + codes_NC).numpy()
     features.flush()
 
 
-def write_questions(
-    split: str, scenes: int, count: int, words: dict[str, int], answers: dict[str, int]
-) -> dict[str, Tensor]:
+def number_questions(scenes: Sequence[DrawnScene], words: dict[str, int], answers: dict[str, int]) -> dict[str, Tensor]:
     """Labels, questions and descriptions of a split's scenes; adds what is new to the words and the answers."""
-    families = list(STUDY_FAMILIES)
-    labels: list[np.ndarray] = []
-    described: list[tuple[np.ndarray, np.ndarray]] = []
     rows: list[list[int]] = []
-    for index in range(scenes):
-        scene = study_scene(split, index)
-        labels.append(patch_labels(scene))
-        described.append(described_scene(scene))
-        for asked in questions_of(scene, split, index, count):
-            ids = [words.setdefault(word, len(words)) for word in content_words(asked.question)]
-            answer = answers.setdefault(asked.answer, len(answers))
-            rows.append([index, families.index(asked.family), answer, *ids, *[0] * (WORDS_AT_MOST - len(ids))])
+    for index, scene in enumerate(scenes):
+        for family, asked, answer in scene.questions:
+            ids = [words.setdefault(word, len(words)) for word in asked]
+            number = answers.setdefault(answer, len(answers))
+            rows.append([index, family, number, *ids, *[0] * (WORDS_AT_MOST - len(ids))])
     table = torch.tensor(rows)
-    things, centres = zip(*described, strict=True)
+    things, centres = zip(*(scene.described for scene in scenes), strict=True)
     return {
-        "labels": torch.from_numpy(np.stack(labels)),
+        "labels": torch.from_numpy(np.stack([scene.labels_N2 for scene in scenes])),
         "things": torch.from_numpy(np.stack(things)),
         "centres": torch.from_numpy(np.stack(centres)),
         **{key: table[:, column].clone() for column, key in enumerate(("image", "family", "answer"))},
@@ -304,7 +337,7 @@ def write_questions(
 def load_data(folder: Path) -> StudyData:
     """Reads what `make_data` wrote; features stay on disk until they are used."""
     splits = {}
-    for name in ("train", "validation", "test"):
+    for name in SPLITS:
         tensors = load_file(folder / f"{name}.safetensors")
         splits[name] = Split(
             np.load(folder / f"{name}.npy", mmap_mode="r"),

@@ -48,9 +48,10 @@ def draw_accuracy(results: Results, pyplot: Any) -> Any:
     """A panel for the overall mean and for each group; a line for each projector."""
     figure, panels = pyplot.subplots(1, len(GROUPS) + 1, figsize=(14, 3.8), layout="constrained")
     budgets = results.budgets[::-1]
+    scored = {count: results.estimates(*results.contenders(count)) for count in budgets}
     for arm in sorted(results.arms(results.middle), key=lambda arm: arm in COLOURS):
         tokens = [tokens for tokens in budgets if arm in results.arms(tokens)]
-        estimates = [results.estimate(arm, count) for count in tokens]
+        estimates = [scored[count][arm, "fixed", count] for count in tokens]
         for column, panel in enumerate(panels):
             mean, low, high = (
                 100 * np.array([getattr(e, key)[column - 1] for e in estimates])

@@ -15,6 +15,7 @@ from ..training.scenes import HEIGHTS
 from .data import BATCH, GRID, LABELS, WORDS_AT_MOST, Optimiser, StudyData, patch_loss, save_whole
 
 WIDTH, HEADS, DEPTH = 96, 4, 2
+READER = "reader.safetensors"
 QUESTIONS, PROBES = 8, 32  # questions of an image, and patches asked for, in one training step
 
 
@@ -126,7 +127,7 @@ def make_reader(data: StudyData) -> Reader:
 
 def pretrained_reader(data: StudyData, steps: int) -> Reader:
     """The reader that has learned from descriptions; made on first use, beside the data."""
-    path, reader = data.folder / "reader.safetensors", make_reader(data)
+    path, reader = data.folder / READER, make_reader(data)
     if not path.exists():
         save_whole(learn_descriptions(data, steps), path)
     reader.load_state_dict(load_file(path))

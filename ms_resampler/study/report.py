@@ -1,13 +1,15 @@
 """The report: `study.md` and its figures, made of stored results alone, so that it can be checked against them."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ..folders import write_whole
 from .figures import FIGURES, draw_figures
 from .plan import BASELINE, ELASTIC, OURS, REFERENCE
-from .results import Results, fingerprint, load, write_whole
+from .results import Results, fingerprint, load
 from .statistics import GROUPS, Difference, Estimate, corrected
 
 ONE_POINT = 0.01
@@ -48,7 +50,7 @@ def drawn_from(path: Path) -> str | None:
 
 def report_text(results: Results) -> str:
     """The whole report, in Markdown."""
-    sections = [introduction(results), *([f"**Caution.** {results.caution}"] if results.caution else [])]
+    sections = [introduction(results)]
     for tokens in results.budgets:
         sections += [f"## {tokens} tokens", main_table(results, tokens), verdict(results, tokens)]
         sections += [
@@ -67,8 +69,9 @@ def report_text(results: Results) -> str:
 def introduction(results: Results) -> str:
     """What is asked, and under which conditions."""
     study, data = results.study, results.study["data"]
-    seeds = f"{study['seeds']} seed{'s' if study['seeds'] > 1 else ''}"
-    preliminary = "" if study["seeds"] >= ENOUGH_SEEDS else PRELIMINARY.format(seeds=seeds)
+    least = min(len(results.blocks(*results.contenders(tokens))) for tokens in results.budgets)
+    seeds = f"{least} seed{'s' if least > 1 else ''}"
+    preliminary = "" if least >= ENOUGH_SEEDS else PRELIMINARY.format(seeds=seeds)
     rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
     return f"""# Does multi-scope resampling win?
 
@@ -82,16 +85,18 @@ and words on 12 x 12 patches. A ConvNeXt tower has learned to name what is under
 their places are added to its features, as those of a ViT carry them. A reader of two layers, which stands in for the
 language model, has learned its questions on descriptions in words. Neither ever met a projector. For each run a fresh
 projector and a copy of that reader are trained together for {study["steps"]} steps of {study["batch_size"]} pictures
-with eight questions each; {seeds}. Every projector has the same choice of learning rates ({rates}), by
-validation scores at {results.middle} tokens, and a width that gives it about the parameters of `{OURS}`, where it has a
-width. The digits of the test were seen by neither tower, reader nor projector.
+with eight questions each; {seeds} for every projector. Every projector has the same choice of learning rates
+({rates}), by validation scores at {results.middle} tokens, and a width that gives it about the parameters of
+`{OURS}`, where it has a width. The digits of the test were seen by neither tower, reader nor projector.
 
 **Scores.** On {data["test_scenes"]} held-out scenes: questions that need a local (read, colour, shape), regional
 (presence, where, relation, compare) or global look (count, count of a colour, majority), exact answers; and *dense*:
 the share of patches whose name and colour can be read back from the tokens. Groups are means of their families; overall
 is the mean of the four groups. Intervals are 95% bootstrap intervals over pictures and seeds; differences are paired,
 by seed and picture; p-values are t-tests over seeds, adjusted for their number at each budget (Benjamini and Hochberg);
-d is Cohen's, over seeds."""
+d is Cohen's, over seeds. Where tower and reader were trained more than once, or runs made on several kinds of machine,
+runs are compared with those of the same only ([how it was made](#how-it-was-made)): a table of scores is over the seeds
+that all its rows share, a difference over all that its two sides share."""
 
 
 def percent(estimate: Estimate, column: int) -> str:
@@ -119,18 +124,18 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def main_table(results: Results, tokens: str) -> str:
     """Scores of all projectors at a budget, the best first; the MLP keeps all patches, whatever the budget."""
-    scored = {arm: results.estimate(arm, tokens) for arm in results.arms(tokens)}
-    scored |= {arm: results.estimate(arm, "144") for arm in REFERENCE if arm in results.arms("144")}
+    contenders = results.contenders(tokens)
+    scored, seeds = results.estimates(*contenders), len(results.blocks(*contenders))
     rows = [
         [
             f"{arm} (144 tokens)" if arm in REFERENCE else f"**{arm}**" if arm == OURS else arm,
-            f"{results.parameters(arm, '144' if arm in REFERENCE else tokens) / 1000:.0f}",
+            f"{results.parameters(arm, count) / 1000:.0f}",
             f"{results.rates[arm]:g}",
-            str(results.seeds(arm, "144" if arm in REFERENCE else tokens)),
+            str(seeds),
             percent(estimate, -1),
             *(f"{100 * estimate.mean_G[column]:.1f}" for column in range(len(GROUPS))),
         ]
-        for arm, estimate in sorted(scored.items(), key=lambda item: -item[1].mean_G[-1])
+        for (arm, _, count), estimate in sorted(scored.items(), key=lambda item: -item[1].mean_G[-1])
     ]
     return table(["projector", "thousand parameters", "learning rate", "seeds", "overall", *GROUPS], rows)
 
@@ -199,7 +204,7 @@ def elastic_table(results: Results) -> str:
         for tokens in results.budgets:
             keys = [(arm, mode, tokens) for mode in ("elastic", "fixed")]
             if all(key in results.scores for key in keys):
-                elastic, fixed = (results.estimate(arm, tokens, mode) for mode in ("elastic", "fixed"))
+                elastic, fixed = results.estimates(*keys).values()
                 rows.append(
                     [arm, tokens, percent(elastic, -1), percent(fixed, -1), signed(results.difference(*keys), -1)]
                 )
@@ -230,12 +235,26 @@ def cost_table(results: Results) -> str:
 
 
 def how_it_was_made(results: Results) -> str:
-    """The commands, and how much was trained."""
+    """The commands, how much was trained, and on what."""
     hours = sum(result["seconds"] for result in results.runs) / 3600
+    rows = [[made, str(count), listed_seeds(results, made)] for made, count in made_counts(results).items()]
     options = "" if results.study["ablations"] else " --no-ablations"
     return f"""## How it was made
 
     ms-resampler study --seeds {results.study["seeds"]}{options} --report docs
 
 {len(results.runs)} runs, {hours:.1f} hours of training on one core. `ms-resampler study --check docs` holds this page
-against the stored results."""
+against the stored results.
+
+{table(["made with", "runs", "seeds of `" + OURS + "`"], rows)}"""
+
+
+def made_counts(results: Results) -> dict[str, int]:
+    """How many runs were made with what."""
+    return dict(Counter(result["made_with"] for result in results.runs))
+
+
+def listed_seeds(results: Results, made: str) -> str:
+    """The seeds of ms_resampler that were made with something."""
+    runs = (result["run"] for result in results.runs if result["made_with"] == made)
+    return ", ".join(sorted({str(run["seed"]) for run in runs if run["arm"] == OURS})) or "none"

@@ -1,4 +1,8 @@
-"""A study's stored results: one file of runs, small enough for version control, and how it was made."""
+"""A study's stored results, small enough for version control: runs, how they were made, tower and reader.
+
+A *block* is a seed, with the tower, the reader and the kind of machine that a run was made with. Runs are compared
+within blocks only, so that results of several machines can stand in one study.
+"""
 
 import dataclasses
 import hashlib
@@ -11,34 +15,36 @@ from typing import Any
 
 import numpy as np
 
-from .data import DataSettings
+from ..evaluation.timing import machine
+from ..folders import copy_whole, write_whole
+from .data import TOWER, DataSettings, data_folder
 from .plan import ABLATIONS, OURS, PEERS, REFERENCE, Run, Study
+from .reader import READER
 from .statistics import Difference, Estimate, difference, estimate, score_matrix
+
+Block = tuple[str, int]  # what a run was made with, and its seed
+Key = tuple[str, str, str]  # an arm, "fixed" or "elastic", and the tokens it is asked for
 
 
 @dataclass(frozen=True)
 class Results:
-    """What was asked (`study`), the learning rates chosen, what the projectors cost, and all runs that are done.
-
-    `caution` is what a reader of the report must know of these runs beside the numbers, if anything.
-    """
+    """What was asked (`study`), the learning rates chosen, what the projectors cost, and all runs that are done."""
 
     study: dict[str, Any]
     rates: dict[str, float]
     costs: dict[str, Any]
     runs: list[dict[str, Any]]
-    caution: str = ""
 
     @cached_property
-    def scores(self) -> dict[tuple[str, str, str], dict[int, np.ndarray]]:
-        """Test scores (F, B) by seed, of every (arm, grids trained on, tokens), at the chosen learning rates."""
-        found: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
+    def scores(self) -> dict[Key, dict[Block, np.ndarray]]:
+        """Test scores (F, B) by block, at the chosen learning rates."""
+        found: dict[Key, dict[Block, np.ndarray]] = {}
         for result in self.runs:
             run = result["run"]
             if run["learning_rate"] == self.rates.get(run["arm"], self.rates.get(OURS)):
                 for tokens, scores in result["test"].items():
                     key = run["arm"], "elastic" if len(run["grids"]) > 1 else "fixed", tokens
-                    found.setdefault(key, {})[run["seed"]] = score_matrix(scores)
+                    found.setdefault(key, {})[result["made_with"], run["seed"]] = score_matrix(scores)
         return found
 
     @property
@@ -59,18 +65,29 @@ class Results:
         """The ablations that have results."""
         return [arm for arm in ABLATIONS if (arm, "fixed", self.middle) in self.scores]
 
-    def seeds(self, arm: str, tokens: str, mode: str = "fixed") -> int:
-        """How many seeds there are."""
-        return len(self.scores[arm, mode, tokens])
+    def contenders(self, tokens: str) -> list[Key]:
+        """What the main table of a budget compares: the projectors, and those that keep every patch."""
+        kept = [(arm, "fixed", "144") for arm in REFERENCE if (arm, "fixed", "144") in self.scores]
+        return [*((arm, "fixed", tokens) for arm in self.arms(tokens) if arm not in REFERENCE), *kept]
 
-    def estimate(self, arm: str, tokens: str, mode: str = "fixed") -> Estimate:
-        """Means and intervals of an arm."""
-        return estimate(np.stack(list(self.scores[arm, mode, tokens].values())))
+    def blocks(self, *keys: Key) -> list[Block]:
+        """The blocks in which all of these have a result. Raises ValueError if there is none."""
+        shared = sorted(set.intersection(*(set(self.scores[key]) for key in keys)))
+        if not shared:
+            raise ValueError(
+                f"No seed is finished yet for all of {', '.join(arm for arm, _, _ in keys)}: go on with the study."
+            )
+        return shared
 
-    def difference(self, one: tuple[str, str, str], other: tuple[str, str, str]) -> Difference:
-        """One (arm, mode, tokens) minus another, over the seeds that both have."""
-        seeds = sorted(self.scores[one].keys() & self.scores[other].keys())
-        return difference(*(np.stack([self.scores[key][seed] for seed in seeds]) for key in (one, other)))
+    def estimates(self, *keys: Key) -> dict[Key, Estimate]:
+        """Means and intervals, over the blocks that all of these share."""
+        blocks = self.blocks(*keys)
+        return {key: estimate(np.stack([self.scores[key][block] for block in blocks])) for key in keys}
+
+    def difference(self, one: Key, other: Key) -> Difference:
+        """One minus another, over the blocks that both have."""
+        blocks = self.blocks(one, other)
+        return difference(*(np.stack([self.scores[key][block] for block in blocks]) for key in (one, other)))
 
     def parameters(self, arm: str, tokens: str) -> int:
         """Parameters of an arm's projector at a budget."""
@@ -106,12 +123,14 @@ def compact(result: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(small))
 
 
-def save(results: Results, folder: Path) -> None:
-    """Writes `study.json` and `runs.jsonl` into a folder."""
+def save(results: Results, folder: Path, out: Path) -> None:
+    """Writes `study.json` and `runs.jsonl` into a folder, and copies the tower and the reader of OUT beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"study": results.study, "rates": results.rates, "costs": results.costs, "caution": results.caution}
+    about = {"study": results.study, "rates": results.rates, "costs": results.costs}
     write_whole(folder / "study.json", json.dumps(about, indent=2) + "\n")
     write_whole(folder / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in results.runs))
+    for name in (TOWER, READER):
+        copy_whole(data_folder(out, DataSettings(**results.study["data"])) / name, folder / name)
 
 
 def load(folder: Path) -> Results:
@@ -123,14 +142,24 @@ def load(folder: Path) -> Results:
 
 
 def adopt(folder: Path, out: Path) -> int:
-    """Puts the results stored in a folder, if there are any, among those of `OUT/runs`; returns how many there are."""
-    stored = load(folder).runs if (folder / "study.json").exists() else []
-    for result in stored:
+    """Puts what is stored in a folder, if anything, into OUT: tower, reader and results; returns how many results.
+
+    Raises ValueError if OUT holds another tower or reader: no result of its runs could be paired with those stored.
+    """
+    if not (folder / "study.json").exists():
+        return 0
+    stored = load(folder)
+    target = data_folder(out, DataSettings(**stored.study["data"]))
+    for name in (TOWER, READER):
+        if (target / name).exists() and fingerprint(target / name) != fingerprint(folder / name):
+            raise ValueError(f"{target / name} is not the one stored in {folder}: work in a new folder (--out).")
+        copy_whole(folder / name, target / name)
+    for result in stored.runs:
         path = result_path(out, run_of(result))
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(result))
-    return len(stored)
+    return len(stored.runs)
 
 
 def run_of(result: dict[str, Any]) -> Run:
@@ -145,13 +174,11 @@ def result_path(out: Path, run: Run) -> Path:
     return out / "runs" / f"{run.name}.json"
 
 
+def made_with(folder: Path) -> str:
+    """The kind of machine, its versions, and the tower and reader of a data folder: what a seed is comparable under."""
+    return f"{machine()}; tower and reader {fingerprint(folder / TOWER, folder / READER)[:8]}"
+
+
 def fingerprint(*files: Path) -> str:
     """A hash of what is in some files."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(text)
-    fresh.rename(path)

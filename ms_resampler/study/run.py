@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..folders import write_whole
 from ..resampler_ms_resampler import ScopeLayer, ScopeMaps, cell_centres, split_heads
 from ..training.train import keep_freed_memory
 from .data import GRID, LABELS, PATCHES, STUDY_FAMILIES, Optimiser, Split, StudyData, prepare_data
 from .plan import Run, make_projector
 from .reader import HEADS, Batches, Reader, pretrained_reader, reading_loss
-from .results import result_path, write_whole
+from .results import made_with, result_path
 from .statistics import overall
 
 PICTURES_AT_ONCE = 50
@@ -57,6 +58,7 @@ def perform(run: Run, out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     result = {
         "run": dataclasses.asdict(run),
+        "made_with": made_with(data.folder),
         "parameters": sum(weight.numel() for weight in student.projector.parameters()),
         "seconds": round(seconds, 2),
         "loss": round(loss, 4),
