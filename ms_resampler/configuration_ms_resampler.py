@@ -150,7 +150,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     Fields:
         projector_type: "ms_resampler"; "resampler", the same with a single scope; or one of the peers in
             projectors_ms_resampler.py, which use the sizes and grids where they have such a thing, and no scopes.
-        hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: D, h, depth, width of the FFN.
+        hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: D, h, depth, width of the FFN. The
+            defaults are 768 with scopes and 1024 for peers, a head for every 64 channels, one layer, and D.
         query_grid: rows and columns of the learned base queries; interpolated to any token grid.
         visual_tokens: the default budget, a count or [rows, columns].
         scope_sigmas: one entry a scope, in units of the anchor pitch; None is the global scope. The default is
@@ -161,7 +162,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         scope_layout: "heads" (scopes share out the heads, and three cost no more than one) or "branches" (every scope
             has queries of its own for all heads).
         scope_heads: how many heads each scope has, in the layout "heads". The default is one in eight for every scope
-            but the first, and the rest for the first: 12, 2 and 2 of 16.
+            but the first, and the rest for the first: 8, 2 and 2 of 12.
         fusion: "token", "head" (layout "branches" only), "static" or "mean".
         share_kv: one set of keys and values for all scopes, or one each (layout "branches" only).
         patch_conv: whether patches see their neighbours first, in a depthwise 3 x 3 convolution.
@@ -191,10 +192,10 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         "idefics2_perceiver",
         "q_former",
     ] = "ms_resampler"
-    hidden_size: int = 1024
-    num_attention_heads: int = 16
+    hidden_size: int | None = None
+    num_attention_heads: int | None = None
     num_hidden_layers: int = 1
-    intermediate_size: int = 1024
+    intermediate_size: int | None = None
     query_grid: list[int] | tuple[int, ...] = (12, 12)
     visual_tokens: int | list[int] | tuple[int, ...] = 144
     scope_sigmas: list[float | int | None] | tuple[float | int | None, ...] | None = None
@@ -216,6 +217,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         _reject_unknown_keys(self, list(kwargs))
         super().__post_init__(**kwargs)
         # Not as `validate_*` methods: those raise an error of @strict's own, which is no ValueError.
+        self._complete_sizes()
         self._check_sizes()
         self._check_grids()
         if self.projector_type not in _DEFAULT_SIGMAS:
@@ -224,6 +226,14 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         if self.scope_sigmas is None:
             self.scope_sigmas = _DEFAULT_SIGMAS[self.projector_type]
         self._check_scopes()
+
+    def _complete_sizes(self) -> None:
+        if self.hidden_size is None:
+            self.hidden_size = 768 if self.projector_type in _DEFAULT_SIGMAS else 1024
+        if self.num_attention_heads is None:
+            self.num_attention_heads = max(1, self.hidden_size // 64)
+        if self.intermediate_size is None:
+            self.intermediate_size = self.hidden_size
 
     def _check_sizes(self) -> None:
         sizes = {
@@ -274,7 +284,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     def _check_heads_layout(self) -> None:
         heads, scopes = self.num_attention_heads, self.num_scopes
         if self.scope_heads is None:
-            others = [max(1, heads // 8)] * (scopes - 1)
+            others = [max(1, round(heads / 8))] * (scopes - 1)
             self.scope_heads = [heads - sum(others), *others]
         if len(self.scope_heads) != scopes or min(self.scope_heads) < 1 or sum(self.scope_heads) != heads:
             raise ValueError(

@@ -135,7 +135,7 @@ def test_models_that_cannot_be(fields, sentence):
         ({"num_attention_heads": 2, "hidden_size": 32}, "shares 2 heads among 3 scopes"),
         (
             {"scope_heads": [8, 8]},
-            r"shares 16 heads among 3 scopes, at least one a scope; `scope_heads` \[8, 8\] does not",
+            r"shares 12 heads among 3 scopes, at least one a scope; `scope_heads` \[8, 8\] does not",
         ),
         ({"scope_layout": "branches", "scope_heads": [12, 2, 2]}, '`scope_heads` needs `scope_layout="heads"`'),
         ({"scope_sigmas": [0.5, math.inf]}, "sigma must be positive, or None for the global scope, got inf"),

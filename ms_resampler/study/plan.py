@@ -59,6 +59,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "branches, separate keys and values": {"scope_layout": "branches", "share_kv": False},
     "content queries": {"query_init": "content"},
     "two layers": {"num_hidden_layers": 2},
+    "three quarters as wide": {"hidden_size": 3 * WIDTH // 4, "intermediate_size": 3 * WIDTH // 4},
 }
 # Trained with a random grid each step, and asked for every budget.
 ELASTIC = (OURS, "mqt", "avg_pool")
@@ -133,7 +134,7 @@ def make_run(study: Study, arm: str, budgets: Sequence[int], seed: int, learning
     """
     grids = tuple(token_grid(PATCHES if arm in REFERENCE else budget, GRID) for budget in budgets)
     largest = max(grids)
-    projector = {**fields_of(arm), **size_of(arm), "query_grid": largest, "visual_tokens": largest}
+    projector = {**size_of(arm), **fields_of(arm), "query_grid": largest, "visual_tokens": largest}
     return Run(arm, complete_fields(projector), grids, seed, learning_rate, study.steps, study.batch_size, study.data)
 
 
