@@ -16,8 +16,12 @@ from ms_resampler import MSResamplerProjectorConfig
 from ms_resampler.resampler_ms_resampler import (
     MultiScopeResampler,
     ScopePrior,
+    as_map,
     cell_centres,
+    cell_means,
+    grid_positions,
     init_resampler_weights,
+    sincos_positions,
     tiles,
 )
 
@@ -353,6 +357,34 @@ def test_the_order_of_the_scopes_does_not_matter(changes):
     x = features((4, 4))
     with torch.no_grad():
         torch.testing.assert_close(one(x, (4, 4), (2, 2))[0], other(x, (4, 4), (2, 2))[0], rtol=1e-4, atol=1e-5)
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_patches_become_a_map_without_a_copy(batch, dtype):
+    """Channels last, for one image too, and with the values that a plain copy has after convolution and pooling."""
+    x_BND = features((4, 6), batch).to(dtype)
+    map_BDHW = as_map(x_BND, (4, 6))
+    assert map_BDHW.data_ptr() == x_BND.data_ptr()
+    plain_BDHW = torch.stack([x_BND[:, [6 * row + n for n in range(6)]].mT for row in range(4)], dim=2).contiguous()
+    conv = nn.Conv2d(VISION, VISION, 3, padding=1, groups=VISION).to(dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    with torch.no_grad():
+        seen_BDHW = conv(map_BDHW)
+        torch.testing.assert_close(seen_BDHW, conv(plain_BDHW), rtol=tolerance, atol=tolerance)
+    assert seen_BDHW.permute(0, 2, 3, 1).is_contiguous()
+    means_BMD = plain_BDHW.unflatten(2, (2, 2)).unflatten(4, (2, 3)).float().mean(dim=(3, 5)).flatten(2).mT
+    torch.testing.assert_close(cell_means(x_BND, (4, 6), (2, 2)).float(), means_BMD, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (24, 24)])
+def test_positions_of_a_grid_are_those_of_its_cells(grid, dtype):
+    cells = cell_centres(grid, dtype=dtype)
+    assert torch.equal(grid_positions(grid, 16, cells.device, dtype), sincos_positions(cells, 16))
 
 
 def test_a_wrong_number_of_features_is_named():
