@@ -4,9 +4,9 @@
     python benchmarks/model.py --images 2 4 8 --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
     python benchmarks/model.py --llm 7b --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
 
-Weights are random: times do not depend on them. `--llm 7b` has the shapes of Vicuna-7B, with one layer's weights (0.8 GB
-in float32, far more than any cache holds) in all 32 layers, each with its own place in the cache of keys and values: the
-same operations in 4 GB instead of 28 GB.
+Weights are random: times do not depend on them. `--llm 7b` has the shapes of Vicuna-7B, with one layer's weights (0.8
+GB in float32, far more than any processor's cache holds) in all 32 layers, each with its own keys and values: the same
+operations in 4 GB instead of 28 GB.
 
 Prints markdown tables: milliseconds to the first token (image included), tokens a second from there on, and requests a
 second of a batch, medians of interleaved repeats and their spread, relative to transformers'
@@ -193,10 +193,11 @@ def prompt_table(records: dict[str, dict[str, Any]], mac_rate: float, new_tokens
     ]
     base = next(iter(records.values()))
     for name, record in records.items():
-        median, macs = statistics.median(record["first_ms"]), record["macs"]
+        first, macs = record["first_ms"], record["macs"]
+        median = statistics.median(first)
         further = f"{1000 * new_tokens / statistics.median(record['further_ms']):.1f}" if new_tokens else ""
         lines.append(
-            f"| {name} | {median:.0f} | {spread(record['first_ms'])} | {ratios(record['first_ms'], base['first_ms']):.2f} "
+            f"| {name} | {median:.0f} | {spread(first)} | {ratios(first, base['first_ms']):.2f} "
             f"| {macs / 1e9:.0f} | {macs / base['macs']:.2f} | {1000 * macs / mac_rate / median:.0%} "
             f"| {further} | {record['peak_bytes'] / 1e6:.0f} |"
         )

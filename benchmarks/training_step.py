@@ -3,10 +3,10 @@
     python benchmarks/training_step.py                     stage 1 (align) and stage 2 (instruct), 144 visual tokens
     python benchmarks/training_step.py --stages align --records 2 --visual-tokens 36
 
-CLIP-L/14-336 and Qwen2.5-0.5B's shapes in float32, random weights, a batch of records of one image and 64 words; tower and
-language model are the same in all, and so is the language model's optimiser. A step is forward, backward and AdamW.
+CLIP-L/14-336 and Qwen2.5-0.5B's shapes in float32, random weights, a batch of records of one image and 64 words; tower
+and language model are the same in all, and so is the language model's optimiser. A step is forward, backward and AdamW.
 Prints one markdown table for each stage, with gradient checkpointing and without: medians of interleaved repeats, the
-spread, and the most that tensors took beside weights, gradients and moments.
+spread, and the most that tensors took beside weights and moments.
 """
 
 import argparse
@@ -119,8 +119,8 @@ def measure(
 def table(measured: dict[bool, dict[str, dict[str, Any]]], records: int) -> str:
     """The numbers in markdown."""
     lines = [
-        "| projector, visual tokens | checkpointing | seconds a step | spread | records/s | x resampler | x mlp | peak (MB) "
-        "|\n|---|---|---|---|---|---|---|---|"
+        "| projector, visual tokens | checkpointing | seconds a step | spread | records/s | x resampler | x mlp "
+        "| peak (MB) |\n|---|---|---|---|---|---|---|---|"
     ]
     for checkpointing, rows in measured.items():
         times = {name.split(",")[0]: row["ms"] for name, row in rows.items()}
