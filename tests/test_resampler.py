@@ -131,6 +131,41 @@ def test_both_forms_of_the_prior_agree_gradients_included(patch_grid, token_grid
         assert error < tolerance, (name, error)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 2e-2)], ids=str
+)
+@pytest.mark.parametrize("changes", [{}, {"scope_layout": "heads", "fusion": "token"}, {"share_kv": False}], ids=str)
+def test_both_forms_of_the_prior_agree_in_every_dtype(changes, dtype, tolerance):
+    """Within twice what the dtype itself costs; the scores differ in their last digits only."""
+    channels, bias = (make(prior_form=form, **changes).to(dtype) for form in ("channels", "bias"))
+    bias.load_state_dict(channels.state_dict())
+    x = features((8, 8)).to(dtype)
+    with torch.no_grad():
+        one, other = (resampler(x, (8, 8), (4, 4))[0] for resampler in (channels, bias))
+    assert one.dtype == dtype
+    assert relative_error(one, other) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)], ids=str
+)
+@pytest.mark.parametrize("changes", [{}, {"scope_layout": "heads", "fusion": "token"}], ids=str)
+def test_queries_that_come_once_do_what_queries_of_every_image_do(changes, dtype, tolerance):
+    """Those of the first layer, which the images do not change; gradients included."""
+    results = []
+    for repeats in (1, 3):
+        layer = make(**changes).to(dtype).layers[0]
+        z_1MD, u_BND = (torch.randn(n, m, 16, generator=torch.Generator().manual_seed(m)) for n, m in ((1, 6), (3, 20)))
+        z_BMD = z_1MD.to(dtype).requires_grad_().expand(repeats, -1, -1)
+        anchors, patches = cell_centres((2, 3)) * 2, cell_centres((4, 5)) * 2
+        z, maps = layer(z_BMD, u_BND.to(dtype), 0.0, torch.zeros(20, 16, dtype=dtype), anchors, patches, True)
+        z.float().square().mean().backward()
+        results.append([z, maps.weights_BSM, maps.attentions_BSMN, layer.q_proj.weight.grad, layer.o_proj.weight.grad])
+    for once, each in zip(*results, strict=True):
+        assert once.shape == each.shape
+        assert relative_error(once.detach(), each.detach()) < tolerance
+
+
 SLOPES = [
     {"scope_sigmas": [0.5, None]},
     {"scope_sigmas": [0.5, None], "prior_form": "bias", "share_kv": False},
@@ -359,10 +394,7 @@ def test_the_order_of_the_scopes_does_not_matter(changes):
         torch.testing.assert_close(one(x, (4, 4), (2, 2))[0], other(x, (4, 4), (2, 2))[0], rtol=1e-4, atol=1e-5)
 
 
-HALF = (torch.float16, torch.bfloat16)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_patches_become_a_map_without_a_copy(batch, dtype):
     """Channels last, for one image too, and with the values that a plain copy has after convolution and pooling."""
