@@ -1,23 +1,47 @@
 """The whole model against LLaVA, the same tower and language model in both: CLIP-L/14-336 and Qwen2.5-0.5B's shapes.
 
-    python benchmarks/model.py                           one image, budgets of 144, 64 and 36 visual tokens
-    python benchmarks/model.py --images 4 --repeats 3
+    python benchmarks/model.py                                   one image, budgets of 576, 144, 64 and 36 visual tokens
+    python benchmarks/model.py --images 2 4 8 --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
+    python benchmarks/model.py --llm 7b --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
 
-Weights are random: times do not depend on them. Prints one markdown table: the prompt's tokens, milliseconds to the
-first token (image included) and for each further one, medians of interleaved repeats and their spread, relative to
-transformers' LlavaForConditionalGeneration with its 576 tokens an image in the same run.
+Weights are random: times do not depend on them. `--llm 7b` has the shapes of Vicuna-7B, with one layer's weights (0.8
+GB in float32, far more than any processor's cache holds) in all 32 layers, each with its own keys and values: the same
+operations in 4 GB instead of 28 GB.
+
+Prints markdown tables: milliseconds to the first token (image included), tokens a second from there on, and requests a
+second of a batch, medians of interleaved repeats and their spread, relative to transformers'
+LlavaForConditionalGeneration with its 576 tokens an image in the same rounds; the most that tensors took beside the
+weights; and the floor: the multiply-accumulates of prompt and images (attention counted whole, the head at the last
+place) over the rate of a product of large square matrices.
 """
 
 import argparse
+import json
 import statistics
+import tempfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
+from torch import Tensor
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
-from ms_resampler.evaluation.timing import interleaved, machine
+from ms_resampler.evaluation.timing import count_macs, in_turn, machine, milliseconds, rates, spread
+from ms_resampler.modeling_ms_resampler import make_unread_layers_skippable
+from ms_resampler.study.results import write_whole
+from ms_resampler.training.measure import memory_trace, peak_bytes
 
 WORDS = 64  # tokens of text in the prompt
 TOWER = {
@@ -28,7 +52,7 @@ TOWER = {
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
 }
-LANGUAGE_MODEL = {
+QWEN = {
     "vocab_size": 151936,
     "hidden_size": 896,
     "intermediate_size": 4864,
@@ -37,76 +61,193 @@ LANGUAGE_MODEL = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
+VICUNA = {"vocab_size": 32000, "max_position_embeddings": 8192}  # the rest is a Llama's default
+LANGUAGE_MODELS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
+    "0.5b": (Qwen2Config, QWEN),
+    "7b": (LlamaConfig, VICUNA),
+}
 
 
-def make_models(tower: dict, language_model: dict) -> tuple[nn.Module, nn.Module]:
-    """LLaVA and ours, around one tower and one language model."""
-    vision, text = CLIPVisionConfig(**tower), Qwen2Config(**language_model)
-    image_token = text.vocab_size - 1
+def shapes(tower: dict, language_model: PreTrainedConfig) -> dict[str, Any]:
+    """What both models' configurations are made of."""
+    parts = {"vision_config": CLIPVisionConfig(**tower), "text_config": language_model}
+    return parts | {"image_token_id": language_model.vocab_size - 1}
+
+
+def make_models(
+    parts: dict, dtype: torch.dtype = torch.float32, one_layer: bool = False
+) -> tuple[LlavaForConditionalGeneration, MSResamplerForConditionalGeneration]:
+    """LLaVA and ours, around one tower and one language model; its layers may share one layer's weights."""
     torch.manual_seed(0)
-    parts = {"vision_config": vision, "text_config": text, "image_token_id": image_token}
-    llava = LlavaForConditionalGeneration(LlavaConfig(**parts)).eval()
+    text = parts["text_config"]
+    first = type(text)(**text.to_dict() | {"num_hidden_layers": 1}) if one_layer else text
+    llava = LlavaForConditionalGeneration(LlavaConfig(**parts | {"text_config": first})).to(dtype).eval()
+    if one_layer:
+        repeat_layer(llava.model.language_model, text)
     config = MSResamplerConfig(**parts)
     with torch.device("meta"):
-        ours = MSResamplerForConditionalGeneration(config).eval()
+        ours = MSResamplerForConditionalGeneration(config).to(dtype).eval()
     ours.model.projector.to_empty(device="cpu").apply(ours._init_weights)
-    ours.model.vision_tower, ours.model.language_model = llava.model.vision_tower, llava.model.language_model
-    ours.lm_head = llava.lm_head
+    ours.model.vision_tower = make_unread_layers_skippable(llava.model.vision_tower, config)
+    ours.model.language_model, ours.lm_head = llava.model.language_model, llava.lm_head
     return llava, ours
 
 
-def make_prompt(model: nn.Module, images: int, visual_tokens: int) -> dict[str, Tensor]:
-    """Images, each with its placeholders, and words after them."""
-    image_token = model.config.image_token_id
+def repeat_layer(language_model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Puts layers around the weights of the first one, as many as are configured."""
+    with torch.device("meta"):
+        layers = type(language_model)(config).layers
+    weights = language_model.layers[0].state_dict(keep_vars=True)
+    for layer in layers:
+        layer.load_state_dict(weights, assign=True)
+    language_model.layers = layers.eval()
+    language_model.config.num_hidden_layers = config.num_hidden_layers
+
+
+def make_prompt(model: PreTrainedModel, images: int, visual_tokens: int, requests: int = 1) -> dict[str, Tensor]:
+    """Requests of images, each with its placeholders, and words after them."""
     side = model.config.vision_config.image_size
-    words = torch.randint(10, 1000, (1, WORDS))
+    placeholders = torch.full((requests, images * visual_tokens), model.config.image_token_id)
+    ids = torch.cat([placeholders, torch.randint(10, 1000, (requests, WORDS))], dim=1)
+    pixels = torch.randn(requests * images, 3, side, side, dtype=model.dtype)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def contenders(
+    llava: PreTrainedModel, ours: PreTrainedModel, budgets: list[int]
+) -> dict[str, tuple[PreTrainedModel, int]]:
+    """By name, a model and its visual tokens an image."""
+    vision = ours.config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return {f"LLaVA, {patches}": (llava, patches)} | {f"ours, {budget}": (ours, budget) for budget in budgets}
+
+
+def make_run(
+    model: PreTrainedModel, visual_tokens: int, images: int, new_tokens: int, requests: int = 1
+) -> Callable[[], Tensor]:
+    """A run that answers every request with so many tokens."""
+    prompt = make_prompt(model, images, visual_tokens, requests)
+    if isinstance(model, MSResamplerForConditionalGeneration):
+        side = round(visual_tokens**0.5)
+        prompt["token_grids"] = torch.tensor([[side, side]] * (images * requests))
+    exact = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    return partial(model.generate, **prompt, **exact)
+
+
+def prompt_macs(model: PreTrainedModel, visual_tokens: int, images: int) -> int:
+    """Multiply-accumulates up to the first token, counted on tensors without data."""
+    with torch.device("meta"):
+        blank = type(model)(model.config).to(model.dtype).eval().requires_grad_(False)
+        side = model.config.vision_config.image_size
+        pixels = torch.empty(images, 3, side, side, dtype=model.dtype)
+        text = torch.empty(1, images * visual_tokens + WORDS, model.config.text_config.hidden_size, dtype=model.dtype)
+    grid, options = round(visual_tokens**0.5), {}
+    if isinstance(model, MSResamplerForConditionalGeneration):
+        options["token_grids"] = [(grid, grid)] * images
+    head = count_macs(lambda: blank.lm_head(text[:, -1:]))
+    # With a cache, because without one transformers looks at positions for several texts in one row.
+    cache = DynamicCache(config=model.config.text_config)
+    language_model = count_macs(lambda: blank.model.language_model(inputs_embeds=text, past_key_values=cache))
+    return head + language_model + count_macs(lambda: blank.get_image_features(pixels, **options, return_dict=True))
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """The bytes that tensors of a run take at most, beside what was there before."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with memory_trace(trace):
+            run()
+        return peak_bytes(trace)
+
+
+def measure_prompts(names: dict, images: int, new_tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """For every contender the times to its first token, and from there to `new_tokens` more, with memory and floor."""
+    runs = {name: make_run(*model, images, 1) for name, model in names.items()}
+    peaks = {name: peak_memory(run) for name, run in runs.items()}  # warms up, too
+    if new_tokens:
+        runs |= {f"{name}, more": make_run(*model, images, 1 + new_tokens) for name, model in names.items()}
+    times = in_turn({name: partial(milliseconds, run) for name, run in runs.items()}, repeats)
     return {
-        "input_ids": torch.cat([torch.full((1, images * visual_tokens), image_token), words], dim=1),
-        "attention_mask": torch.ones(1, images * visual_tokens + WORDS, dtype=torch.long),
-        "pixel_values": torch.randn(images, 3, side, side),
+        name: {
+            "first_ms": times[name],
+            "further_ms": [
+                more - first for more, first in zip(times.get(f"{name}, more", ()), times[name], strict=False)
+            ],
+            "peak_bytes": peaks[name],
+            "macs": prompt_macs(*names[name], images),
+        }
+        for name in names
     }
 
 
-def make_runs(llava: nn.Module, ours: nn.Module, images: int, budgets: list[int], new_tokens: int) -> dict:
-    """For every contender a run that generates so many tokens."""
-    vision = ours.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    prompts = {f"LLaVA, {patches}": (llava, make_prompt(llava, images, patches))}
-    for budget in budgets:
-        side = round(budget**0.5)
-        prompt = make_prompt(ours, images, side * side) | {"token_grids": torch.tensor([[side, side]] * images)}
-        prompts[f"ours, {budget}"] = ours, prompt
+def ratios(values: list[float], base: list[float]) -> float:
+    """The median of the ratios within the rounds."""
+    return statistics.median(value / other for value, other in zip(values, base, strict=True))
 
-    def run(model: nn.Module, prompt: dict[str, Tensor]) -> Callable[[], object]:
-        exact = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-        return lambda: model.generate(**prompt, **exact, pad_token_id=0)
 
-    return {name: run(*contender) for name, contender in prompts.items()}
+def prompt_table(records: dict[str, dict[str, Any]], mac_rate: float, new_tokens: int) -> str:
+    """The times to the first token and after it, in markdown."""
+    lines = [
+        "| model, visual tokens | first token, ms | spread | x LLaVA | GMAC | x LLaVA's | share of the floor "
+        "| tokens/s after it | peak (MB) |\n|---|---|---|---|---|---|---|---|---|"
+    ]
+    base = next(iter(records.values()))
+    for name, record in records.items():
+        first, macs = record["first_ms"], record["macs"]
+        median = statistics.median(first)
+        further = f"{1000 * new_tokens / statistics.median(record['further_ms']):.1f}" if new_tokens else ""
+        lines.append(
+            f"| {name} | {median:.0f} | {spread(first)} | {ratios(first, base['first_ms']):.2f} "
+            f"| {macs / 1e9:.0f} | {macs / base['macs']:.2f} | {1000 * macs / mac_rate / median:.0%} "
+            f"| {further} | {record['peak_bytes'] / 1e6:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def batch_table(times: dict[str, list[float]], requests: int) -> str:
+    """Requests a second of a batch, in markdown."""
+    lines = ["| model, visual tokens | requests/s | seconds a batch | x LLaVA's requests/s |\n|---|---|---|---|"]
+    base = next(iter(times.values()))
+    for name, spent in times.items():
+        lines.append(
+            f"| {name} | {1000 * requests / statistics.median(spent):.3f} "
+            f"| {spread([ms / 1000 for ms in spent], 1)} | {ratios(base, spent):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llm", choices=LANGUAGE_MODELS, default="0.5b", help="whose shapes the language model has")
+    parser.add_argument("--images", type=int, nargs="+", default=[1])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[576, 144, 64, 36])
+    parser.add_argument("--new-tokens", type=int, default=16, help="timed after the first token (0: none)")
+    parser.add_argument("--requests", type=int, default=4, help="in the batch, with one image each (0: no batch)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write what was measured to this file")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[144, 64, 36])
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-    llava, ours = make_models(TOWER, LANGUAGE_MODEL)
-    first, more = (
-        interleaved(make_runs(llava, ours, arguments.images, arguments.budgets, tokens), arguments.repeats)
-        for tokens in (1, 9)
-    )
-    print(f"{machine()}; float32, {arguments.images} image(s), {WORDS} words\n")
-    print(
-        "| model, visual tokens | first token, ms | spread | x LLaVA | each further token, ms |\n|---|---|---|---|---|"
-    )
-    base = statistics.median(next(iter(first.values())))
-    for name, spent in first.items():
-        median = statistics.median(spent)
-        further = (statistics.median(more[name]) - median) / 8
-        print(
-            f"| {name} | {median:.0f} | {min(spent):.0f} to {max(spent):.0f} | {median / base:.2f} | {further:.0f} |",
-        )
+    """Measures, prints and keeps."""
+    asked = arguments()
+    kind, fields = LANGUAGE_MODELS[asked.llm]
+    models = make_models(shapes(TOWER, kind(**fields)), one_layer=asked.llm == "7b")
+    names, (mac_rate, _) = contenders(*models, asked.budgets), rates(torch.float32)
+    shared = ", one layer's weights in all layers" if asked.llm == "7b" else ""
+    print(f"{machine()}; float32, language model {asked.llm}{shared}, {WORDS} words of prompt", flush=True)
+    kept: dict[str, Any] = {"machine": machine(), "llm": asked.llm, "mac_rate": mac_rate, "images": {}}
+    for images in asked.images:
+        records = measure_prompts(names, images, asked.new_tokens, asked.repeats)
+        print(f"\nImages: {images}\n\n{prompt_table(records, mac_rate, asked.new_tokens)}", flush=True)
+        kept["images"][images] = records
+    if asked.requests:
+        runs = {name: make_run(*model, 1, 1 + asked.new_tokens, asked.requests) for name, model in names.items()}
+        kept["batch"] = in_turn({name: partial(milliseconds, run) for name, run in runs.items()}, min(asked.repeats, 3))
+        about = f"{asked.requests} requests at once, an image and {1 + asked.new_tokens} tokens of answer each"
+        print(f"\n{about}\n\n{batch_table(kept['batch'], asked.requests)}", flush=True)
+    if asked.json:
+        write_whole(asked.json, json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

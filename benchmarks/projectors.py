@@ -1,23 +1,26 @@
 """Every projector side by side, at its published sizes: 24 x 24 patches of 1024 channels -> 144 tokens -> width 4096.
 
-    python benchmarks/projectors.py                                          float32, batch 1, forward
-    python benchmarks/projectors.py --tokens 256 144 64 36 --batch 1 8 --dtype float32 bfloat16 --backward
-    python benchmarks/projectors.py --grid 24 48 96 --projectors resampler ms_resampler "ms_resampler, branches"
+    python benchmarks/projectors.py                                        float32, batch 1, forward: all projectors
+    python benchmarks/projectors.py --suite --json costs.json --plot costs.png      budgets, batches, dtypes, grids
+    python benchmarks/projectors.py --tokens 64 --batch 8 --dtype bfloat16 --backward --projectors ms_resampler mqt
 
-Every combination is a setting of its own, and prints one markdown table: parameters, multiply-accumulates of one image,
-median milliseconds over interleaved repeats (and their spread), relative to our single-scope resampler in the same
-run, the share of the floor, and the most that tensors took beside the weights. The floor is the time of the
-multiply-accumulates at the rate of a product of large square matrices, measured first, or of reading the weights
-and patches once at the rate of a copy, whichever is longer. `--json` keeps the numbers, `--plot` draws them.
+Every combination is a setting of its own, and prints one markdown table: parameters, multiply-accumulates of the run,
+median milliseconds over interleaved repeats (and their spread), relative to our single-scope and multi-scope
+resamplers (medians of the ratios of times in the same round), the share of the floor, and the most that tensors took
+beside the weights. The floor is the time of the run's multiply-accumulates at the rate of a product of large square
+matrices, measured first, or of reading the weights and patches once at the rate of a copy, whichever is longer.
+A projector has had enough after `--seconds`, but is repeated at least three times. `--json` keeps the numbers,
+`--plot` draws them.
 """
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,14 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 from ms_resampler import MSResamplerConfig
-from ms_resampler.evaluation.timing import count_macs, interleaved, machine
+from ms_resampler.evaluation.timing import count_macs, in_turn, machine, milliseconds, rates, spread
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
 from ms_resampler.study.results import write_whole
 from ms_resampler.training.measure import memory_trace, peak_bytes
 
 GRID, TOKENS, TEXT_WIDTH = 24, 144, 4096
+SWEPT = {"tokens": "visual tokens", "batch": "images", "grid": "patches a side"}  # what the plot has lines over
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sizes of the publications: projector fields, and the tower's layers where there are several.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -106,13 +110,35 @@ def published_config(name: str, setting: Setting) -> MSResamplerConfig:
     )
 
 
-def make_run(name: str, setting: Setting) -> tuple[nn.Module, Callable[[], object]]:
+# What `--suite` measures, one thing at a time away from the first setting. The largest projectors take part where they
+# are affordable, and those with goals in most of it.
+EVERY = list(PUBLISHED)
+AFFORDABLE = [name for name in EVERY if name != "idefics2_perceiver"]
+RIVALS = ["mlp", "c_abstractor", "ldp_v2", "token_packer", "mqt", "perceiver"]
+OURS = ["resampler", "ms_resampler", "ms_resampler, 768 wide"]
+SUITE: list[tuple[list[str], Setting]] = [
+    *((EVERY, Setting(tokens=tokens)) for tokens in (144, 256, 64, 36)),
+    (AFFORDABLE, Setting(batch=8)),
+    (OURS + RIVALS, Setting(batch=32)),
+    (AFFORDABLE, Setting(backward=True)),
+    (OURS + RIVALS, Setting(batch=8, backward=True)),
+    ([*OURS, "mqt"], Setting(batch=32, backward=True)),
+    (OURS + RIVALS, Setting(dtype="bfloat16")),
+    ([*OURS, "mqt"], Setting(batch=8, dtype="bfloat16")),
+    ([*OURS, "mqt"], Setting(dtype="bfloat16", backward=True)),
+    *(([*OURS, "mlp", "token_packer", "mqt"], Setting(grid=grid)) for grid in (36, 48, 72, 96)),
+]
+
+
+def make_run(name: str, setting: Setting, device: str = DEVICE) -> tuple[nn.Module, Callable[[], object]]:
     """A projector and its run on fixed random features: forward alone, or with the gradients of all parameters."""
     config, dtype = published_config(name, setting), getattr(torch, setting.dtype)
     torch.manual_seed(0)
-    projector = build_projector(config).apply(init_resampler_weights).apply(init_projector_weights).to(DEVICE, dtype)
+    with torch.device(device):
+        projector = build_projector(config).to(dtype)
+        x_BNC = torch.randn(setting.batch, setting.grid**2, config.feature_width, dtype=dtype)
+    projector.apply(init_resampler_weights).apply(init_projector_weights)
     patch_grid, token_grid = (setting.grid, setting.grid), tuple(config.projector_config.visual_tokens)
-    x_BNC = torch.randn(setting.batch, setting.grid**2, config.feature_width, dtype=dtype, device=DEVICE)
 
     def run() -> None:
         projector.zero_grad()
@@ -120,16 +146,14 @@ def make_run(name: str, setting: Setting) -> tuple[nn.Module, Callable[[], objec
             y = projector.train(setting.backward)(x_BNC, patch_grid, token_grid)
         if setting.backward:
             (y[0] if isinstance(y, tuple) else y).sum().backward()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
 
     return projector, run
 
 
 def cost(name: str, setting: Setting = Setting()) -> tuple[int, int]:
-    """Parameters, and multiply-accumulates of one image."""
-    projector, run = make_run(name, Setting(setting.grid, setting.tokens))
-    projector.requires_grad_(False)  # or the counter would wait for gradients
+    """Parameters, and multiply-accumulates of the run, counted on tensors without data where no code looks at those."""
+    projector, run = make_run(name, setting, DEVICE if name == "idefics2_perceiver" else "meta")
+    projector.requires_grad_(setting.backward)  # or the counter would wait for gradients
     return sum(weight.numel() for weight in projector.parameters()), count_macs(run)
 
 
@@ -143,78 +167,95 @@ def peak_memory(run: Callable[[], object]) -> int:
         return peak_bytes(trace) - before
 
 
-def best_seconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """The least of several times, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
-
-
-def rates(dtype: torch.dtype) -> tuple[float, float]:
-    """This machine's multiply-accumulates a second, in a product of large matrices, and bytes a second, in a copy."""
-    side = 2048
-    a, b = (torch.randn(side, side, dtype=dtype, device=DEVICE) for _ in range(2))
-    source = torch.zeros(2**28, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return side**3 / best_seconds(lambda: a @ b), 2 * source.numel() / best_seconds(lambda: target.copy_(source))
-
-
 def floor_ms(setting: Setting, parameters: int, macs: int, mac_rate: float, byte_rate: float) -> float:
-    """The least that a run can take: gradients double the work of forward twice."""
+    """The least that a run can take: its operations, or reading weights and patches, and thrice that for gradients."""
     passes, size = 3 if setting.backward else 1, getattr(torch, setting.dtype).itemsize
     moved = passes * size * (parameters + setting.batch * setting.grid**2 * 1024)
-    return 1000 * max(passes * setting.batch * macs / mac_rate, moved / byte_rate)
+    return 1000 * max(macs / mac_rate, moved / byte_rate)
 
 
-def measure(setting: Setting, names: list[str], repeats: int) -> list[dict[str, Any]]:
+def measure(setting: Setting, names: list[str], repeats: int, seconds: float = math.inf) -> list[dict[str, Any]]:
     """A row of numbers for every projector in a setting."""
     speed = rates(getattr(torch, setting.dtype))
     runs = {name: make_run(name, setting)[1] for name in names}
+    peaks = {name: peak_memory(run) for name, run in runs.items()}  # warms up, too
+    times = in_turn({name: partial(milliseconds, run) for name, run in runs.items()}, repeats, seconds)
     rows = []
-    for name, spent in interleaved(runs, repeats).items():
+    for name, spent in times.items():
         parameters, macs = cost(name, setting)
-        sizes = {"parameters": parameters, "macs": macs, "peak_bytes": peak_memory(runs[name])}
+        sizes = {"parameters": parameters, "macs": macs, "peak_bytes": peaks[name]}
         rows.append({"projector": name, "ms": spent, "floor_ms": floor_ms(setting, parameters, macs, *speed), **sizes})
     return rows
 
 
+def times_as_long(row: dict[str, Any], rows: list[dict[str, Any]], base: str) -> str:
+    """How many times as long as another projector in the same round a row takes; empty if that is not there."""
+    others = [other["ms"] for other in rows if other["projector"] == base]
+    return "".join(
+        f"{statistics.median(a / b for a, b in zip(row['ms'], other, strict=False)):.2f}" for other in others
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in markdown."""
-    base = statistics.median(next((row for row in rows if row["projector"] == "resampler"), rows[0])["ms"])
-    lines = [
-        "| projector | parameters (M) | GMAC | median ms | spread | x resampler | share of the floor | peak (MB) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["projector", "parameters (M)", "GMAC", "median ms", "spread", *(f"x {base}" for base in OURS)]
+    lines = ["| " + " | ".join([*columns, "share of the floor", "peak (MB)"]) + " |", "|---" * (len(columns) + 2) + "|"]
     for row in rows:
         median = statistics.median(row["ms"])
-        lines.append(
-            f"| {row['projector']} | {row['parameters'] / 1e6:.2f} | {row['macs'] / 1e9:.2f} | {median:.1f} | "
-            f"{min(row['ms']):.1f} to {max(row['ms']):.1f} | {median / base:.2f} | {row['floor_ms'] / median:.0%} | "
-            f"{row['peak_bytes'] / 1e6:.1f} |"
-        )
+        cells = [row["projector"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}", f"{median:.1f}"]
+        cells += [spread(row["ms"], 1), *(times_as_long(row, rows, base) for base in OURS)]
+        cells += [f"{row['floor_ms'] / median:.0%}", f"{row['peak_bytes'] / 1e6:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Median milliseconds of every projector, a bar chart a setting."""
+    """Median milliseconds: bars for the first setting, and lines over what varies beside it."""
+    first, swept = results[0]["setting"], [axis for axis in SWEPT if len(along(results, axis)) > 1]
     figure, axes = plt.subplots(
-        1, len(results), figsize=(1.5 + 4.5 * len(results), 4.5), sharey=True, squeeze=False, layout="constrained"
+        1, 1 + len(swept), figsize=(6 + 4 * len(swept), 4.5), squeeze=False, layout="constrained"
     )
-    for axis, result in zip(axes[0], results, strict=True):
-        names = [row["projector"] for row in result["rows"]]
-        colours = ["tab:blue" if "resampler" in name and "qwen" not in name else "tab:grey" for name in names]
-        bars = axis.barh(names, [statistics.median(row["ms"]) for row in result["rows"]], color=colours)
-        axis.bar_label(bars, fmt="%.0f", padding=2)
-        axis.set(xscale="log", xlabel="milliseconds", title=str(Setting(**result["setting"])).replace(", ", "\n", 1))
-        axis.title.set_fontsize(8)
-    axes[0][0].invert_yaxis()
+    draw_bars(axes[0][0], results[0]["rows"], str(Setting(**first)))
+    for axis, name in zip(axes[0][1:], swept, strict=True):
+        draw_lines(axis, along(results, name), name)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def along(results: list[dict[str, Any]], axis: str) -> dict[int, list[dict[str, Any]]]:
+    """The rows of the settings that differ from the first one in nothing but this, by its value."""
+    first = Setting(**results[0]["setting"])
+    found = {result["setting"][axis]: result for result in results}
+    return {
+        value: result["rows"]
+        for value, result in sorted(found.items())
+        if Setting(**result["setting"]) == replace(first, **{axis: value})
+    }
+
+
+def is_ours(name: str) -> bool:
+    return name.split(",")[0] in ("resampler", "ms_resampler")
+
+
+def draw_bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
+    names, medians = [row["projector"] for row in rows], [statistics.median(row["ms"]) for row in rows]
+    bars = axis.barh(names, medians, color=["tab:blue" if is_ours(name) else "tab:grey" for name in names])
+    axis.bar_label(bars, fmt="%.0f", padding=2)
+    axis.set(xscale="log", xlabel="milliseconds")
+    axis.set_title(title, fontsize=8)
+    axis.invert_yaxis()
+
+
+def draw_lines(axis: Any, rows_by_value: dict[int, list[dict[str, Any]]], label: str) -> None:
+    """A line for every projector that was measured at each value."""
+    medians = [{row["projector"]: statistics.median(row["ms"]) for row in rows} for rows in rows_by_value.values()]
+    for name in [name for name in medians[0] if all(name in some for some in medians)]:
+        style = {"linewidth": 2.5 if is_ours(name) else 1, "linestyle": "-" if is_ours(name) else "--"}
+        axis.plot(list(rows_by_value), [some[name] for some in medians], marker="o", label=name, **style)
+    axis.set(xscale="log", yscale="log", xlabel=SWEPT[label], ylabel="milliseconds")
+    axis.set_xticks(list(rows_by_value), list(map(str, rows_by_value)), minor=False)
+    axis.minorticks_off()
+    axis.legend(fontsize=6)
 
 
 def arguments() -> argparse.Namespace:
@@ -225,19 +266,28 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--backward", action="store_true", help="with the gradients of all parameters")
+    parser.add_argument("--suite", action="store_true", help="all that docs/performance.md shows; other settings rest")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=5, help="of a projector in a setting, three repeats apart")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
+
+
+def chosen(asked: argparse.Namespace) -> list[tuple[list[str], Setting]]:
+    """The projectors and settings to measure."""
+    if asked.suite:
+        return SUITE
+    combinations = product(asked.grid, asked.tokens, asked.batch, asked.dtype)
+    return [(asked.projectors, Setting(*values, asked.backward)) for values in combinations]
 
 
 def main() -> None:
     """Measures, prints and keeps."""
     asked, results = arguments(), []
     print(machine())
-    for grid, tokens, batch, dtype in product(asked.grid, asked.tokens, asked.batch, asked.dtype):
-        setting = Setting(grid, tokens, batch, dtype, asked.backward)
-        rows = measure(setting, asked.projectors, asked.repeats)
+    for names, setting in chosen(asked):
+        rows = measure(setting, names, asked.repeats, asked.seconds)
         print(f"\n{setting}\n\n{table(rows)}", flush=True)
         results.append({"setting": asdict(setting), "machine": machine(), "rows": rows})
         if asked.json:

@@ -18,20 +18,15 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2Perceive
 from transformers.models.idefics2.modeling_idefics2 import Idefics2MLP, Idefics2PerceiverResampler
 
 from .configuration_ms_resampler import token_grid
-from .resampler_ms_resampler import MultiScopeResampler, cell_means, check_patches, mlp
+from .resampler_ms_resampler import MultiScopeResampler, as_map, as_tokens, cell_means, check_patches, mlp
 
 Grid = tuple[int, int]
 
 
-def as_map(x_BNC: Tensor, grid: Grid) -> Tensor:
+def patch_map(x_BNC: Tensor, grid: Grid) -> Tensor:
     """(B, N, C) -> (B, C, H, W). Raises ValueError if the features are no such grid."""
     check_patches(x_BNC, grid)
-    return x_BNC.mT.unflatten(2, grid)
-
-
-def as_tokens(x_BCHW: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, N, C)."""
-    return x_BCHW.flatten(2).mT
+    return as_map(x_BNC, grid)
 
 
 def cell_shape(name: str, patch_grid: Grid, token_grid: Grid) -> Grid:
@@ -199,7 +194,7 @@ class CAbstractor(nn.Module):
         return names
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
-        x = as_map(x_BNC + resize_table(self.position_NC, self.grid, patch_grid), patch_grid)
+        x = patch_map(x_BNC + resize_table(self.position_NC, self.grid, patch_grid), patch_grid)
         x = self.after(F.adaptive_avg_pool2d(self.before(x), token_grid))
         return self.readout(as_tokens(x))
 
@@ -219,7 +214,7 @@ class LDPv2(nn.Module):
         self.positions = nn.Conv2d(width, width, 3, padding=1, groups=width)
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
-        x = F.adaptive_avg_pool2d(as_map(self.mlp(x_BNC), patch_grid), token_grid)
+        x = F.adaptive_avg_pool2d(patch_map(self.mlp(x_BNC), patch_grid), token_grid)
         return as_tokens(x + self.positions(x))
 
 
@@ -257,7 +252,7 @@ class TokenPacker(nn.Module):
     def pack(self, last_BNC: Tensor, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         """Tokens that begin as samples of the one and read the other."""
         cell = cell_shape("token_packer", patch_grid, token_grid)
-        last_BCHW = as_map(last_BNC, patch_grid)
+        last_BCHW = patch_map(last_BNC, patch_grid)
         sample_BCHW = F.interpolate(last_BCHW.float(), size=token_grid, mode="bilinear").to(x_BNC.dtype)
         query = self.q_norm(self.q_proj(as_tokens(sample_BCHW)))
         key = windows(self.k_norm(self.k_proj(x_BNC)), patch_grid, cell)
@@ -371,7 +366,7 @@ class SAEP(nn.Module):
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         require_cell("saep", self.cell, patch_grid, token_grid)
-        x = as_map(self.input_norm(self.input_proj(x_BNC)), patch_grid)
+        x = patch_map(self.input_norm(self.input_proj(x_BNC)), patch_grid)
         return self.conv_norm(as_tokens(self.conv(x))) + self.pool_norm(as_tokens(F.avg_pool2d(x, self.cell)))
 
 

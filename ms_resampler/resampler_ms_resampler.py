@@ -43,12 +43,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def centres(cells: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Centres of equal cells that share out the unit interval."""
+    return (torch.arange(cells, device=device, dtype=dtype) + 0.5) / cells
+
+
 def cell_centres(
     grid: tuple[int, int], device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Centres (y, x) of the cells of a grid over the unit square, in raster order: (rows * columns, 2)."""
-    rows, columns = ((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in grid)
-    return torch.cartesian_prod(rows, columns)
+    return torch.cartesian_prod(*(centres(cells, device, dtype) for cells in grid))
 
 
 def sincos_positions(points_P2: Tensor, width: int) -> Tensor:
@@ -61,6 +65,13 @@ def sincos_positions(points_P2: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1) * math.sqrt(2)
 
 
+def grid_positions(grid: tuple[int, int], width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`sincos_positions` of a grid's `cell_centres`, with the sines of each row and column taken once."""
+    rows, columns = (centres(cells, device, dtype)[:, None] for cells in grid)
+    row_HE, column_WE = (sincos_positions(axis, width) for axis in (rows, columns))
+    return torch.cat([row_HE[:, None].expand(-1, grid[1], -1), column_WE.expand(grid[0], -1, -1)], dim=-1).flatten(0, 1)
+
+
 def check_patches(x_BNC: Tensor, patch_grid: tuple[int, int]) -> None:
     """Raises ValueError if the features are not as many as the grid has patches."""
     if x_BNC.shape[1] != patch_grid[0] * patch_grid[1]:
@@ -70,9 +81,22 @@ def check_patches(x_BNC: Tensor, patch_grid: tuple[int, int]) -> None:
         )
 
 
+def as_map(x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, N, C) -> (B, C, H, W), in place: channels last, as convolutions and pooling like it.
+
+    In this order of steps, because unflattening the transpose of one image hides from them that it is so.
+    """
+    return x_BNC.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
+def as_tokens(x_BCHW: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, N, C)."""
+    return x_BCHW.flatten(2).mT
+
+
 def cell_means(x_BNC: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int]) -> Tensor:
     """The mean of the patches in each token's cell (B, M, C); cells share patches where grids do not divide."""
-    return F.adaptive_avg_pool2d(x_BNC.mT.unflatten(2, patch_grid), token_grid).flatten(2).mT
+    return as_tokens(F.adaptive_avg_pool2d(as_map(x_BNC, patch_grid), token_grid))
 
 
 def mlp(inputs: int, outputs: int, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
@@ -382,7 +406,7 @@ class MultiScopeResampler(nn.Module):
         u_BND = self._patches(x_BNC, patch_grid)
         anchors_M2 = cell_centres(token_grid, u_BND.device, wide(u_BND.dtype))
         patches_N2 = cell_centres(patch_grid, u_BND.device, wide(u_BND.dtype))
-        pos_ND = sincos_positions(patches_N2, u_BND.shape[-1]).to(u_BND.dtype)
+        pos_ND = grid_positions(patch_grid, u_BND.shape[-1], u_BND.device, patches_N2.dtype).to(u_BND.dtype)
         mean_BMD = cell_means(u_BND, patch_grid, token_grid)
         cell_BMD = mean_BMD if self.config.cell_residual else 0.0
         z_BMD, maps = self._first_queries(anchors_M2, token_grid).to(u_BND.dtype), None
@@ -403,7 +427,7 @@ class MultiScopeResampler(nn.Module):
         u_BND = self.input_proj(self.input_norm(x_BNC))
         if not self.config.patch_conv:
             return u_BND
-        return u_BND + self.patch_conv(u_BND.mT.unflatten(2, patch_grid)).flatten(2).mT
+        return u_BND + as_tokens(self.patch_conv(as_map(u_BND, patch_grid)))
 
     def _first_queries(self, anchors_M2: Tensor, token_grid: tuple[int, int]) -> Tensor:
         """z (1, M, D) before the first layer, the same for every image: the base grid at the anchors + pos(a)."""

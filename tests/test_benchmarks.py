@@ -1,14 +1,28 @@
 """The benchmarks count what the peers' publications and original code add up to."""
 
 import sys
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from model import LANGUAGE_MODEL, TOWER, WORDS, make_models, make_runs
-from projectors import PUBLISHED, Setting, cost, draw, measure, rates, table
+from loading import table as loading_table
+from model import QWEN, TOWER, VICUNA, WORDS, contenders, make_models, make_prompt, make_run, measure_prompts, shapes
+from model import prompt_table as model_table
+from preprocessing import measure as measure_preprocessing
+from projectors import PUBLISHED, SUITE, Setting, along, cost, draw, measure, table
+from training_step import PROJECTORS, make_steps
+from training_step import make_models as make_training_models
+from training_step import measure as measure_training
+from training_step import table as training_table
+from transformers import LlamaConfig, Qwen2Config
+
+from ms_resampler.evaluation.timing import LEAST, count_macs, in_turn, rates
+from ms_resampler.training.recipes import RECIPES
 
 # Parameters and multiply-accumulates in millions, counted on the originals at 576 x 1024 -> 144 -> 4096. Tables of
 # positions that are never trained are not counted here: 256 x 1024 in mqt, 144 x 4096 in qwen_resampler.
@@ -33,19 +47,72 @@ def test_a_peer_costs_what_its_original_does(name):
     assert macs / 1e6 == pytest.approx(ORIGINALS[name][1], rel=0.02)
 
 
+def test_operations_are_those_of_the_batch_and_of_its_gradients():
+    """Queries of the first layer once for a batch; a product of matrices has two more for its gradients."""
+    shared = 144 * 1024 * 1024  # W_q
+    assert 8 * cost("ms_resampler")[1] - cost("ms_resampler", Setting(batch=8))[1] == 7 * shared
+    assert 8 * cost("mlp")[1] == cost("mlp", Setting(batch=8))[1]
+    first, second = 576 * 1024 * 4096, 576 * 4096 * 4096
+    assert cost("mlp", Setting(backward=True))[1] == 2 * first + 3 * second  # the patches need no gradient
+    conv, x = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.randn(1, 8, 5, 5, requires_grad=True)
+    assert count_macs(lambda: conv(x).sum().backward()) == 3 * 25 * 9 * 8
+
+
 def test_projectors_are_measured_in_turn(tmp_path, monkeypatch):
     assert set(PUBLISHED) >= set(ORIGINALS)
     monkeypatch.setattr("projectors.rates", lambda dtype: (1e9, 1e9))
     names = ["resampler", "ms_resampler", "ms_resampler, branches", "mqt"]
-    setting = Setting(grid=4, tokens=4, batch=2, backward=True)
-    rows = measure(setting, names, repeats=2)
+    settings = [Setting(grid=4, tokens=tokens, batch=2, backward=True) for tokens in (4, 1)]
+    results = [{"setting": vars(setting), "rows": measure(setting, names, repeats=2)} for setting in settings]
+    rows = results[0]["rows"]
     assert [(row["projector"], len(row["ms"])) for row in rows] == [(name, 2) for name in names]
     one, shared, branches, _ = (row["macs"] for row in rows)
     assert one <= shared < 1.001 * one < branches  # scopes that share out the heads cost no more than their gate
     assert all(row["peak_bytes"] > 4 * row["parameters"] for row in rows)  # the gradients are among it
+    for row in rows:
+        assert row["floor_ms"] == pytest.approx(max(row["macs"], bytes_of(row, settings[0])) / 1e6)
     assert len(table(rows).splitlines()) == 2 + len(names)
-    draw([{"setting": {"grid": 4, "tokens": 4}, "rows": rows}], tmp_path / "plot.png")
+    assert list(along(results, "tokens")) == [1, 4]
+    draw(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5_000
+
+
+def bytes_of(row: dict, setting: Setting) -> int:
+    return 3 * 4 * (row["parameters"] + setting.batch * setting.grid**2 * 1024)
+
+
+def test_ratios_are_those_within_a_round():
+    times = {"resampler": [10.0, 20.0, 40.0], "ms_resampler": [11.0, 22.0, 44.0], "mqt": [5.0, 10.0]}
+    rows = [
+        {"projector": name, "ms": ms, "parameters": 1, "macs": 1, "floor_ms": 1, "peak_bytes": 1}
+        for name, ms in times.items()
+    ]
+    cells = [line.split(" | ") for line in table(rows).splitlines()[2:]]
+    assert [row[5:7] for row in cells] == [["1.00", "0.91"], ["1.10", "1.00"], ["0.50", "0.45"]]
+
+
+def test_the_suite_has_what_performance_is_about():
+    settings = [setting for _, setting in SUITE]
+    assert {setting.tokens for setting in settings} == {256, 144, 64, 36}
+    assert {setting.grid for setting in settings} == {24, 36, 48, 72, 96}
+    combinations = {(setting.batch, setting.dtype, setting.backward) for setting in settings}
+    assert combinations >= {(batch, "float32", backward) for batch in (1, 8, 32) for backward in (False, True)}
+    assert combinations >= {(1, "bfloat16", False), (8, "bfloat16", False), (1, "bfloat16", True)}
+    assert all({"resampler", "ms_resampler", "mqt"} <= set(names) for names, _ in SUITE)
+
+
+def test_a_run_that_takes_long_is_repeated_a_few_times_and_every_round_is_in_turn():
+    order = []
+
+    def run(name: str, seconds: float) -> str:
+        time.sleep(seconds)
+        order.append(name)
+        return name
+
+    runs = {"quick": partial(run, "quick", 0), "slow": partial(run, "slow", 0.05)}
+    found = in_turn(runs, repeats=5, seconds=0.04)
+    assert found == {"quick": ["quick"] * 5, "slow": ["slow"] * LEAST}
+    assert order == ["quick", "slow"] * LEAST + ["quick"] * 2
 
 
 def test_the_floor_is_what_this_machine_can_do():
@@ -54,14 +121,96 @@ def test_the_floor_is_what_this_machine_can_do():
     assert 1e8 < bytes_moved < 1e14
 
 
-def test_llava_and_ours_answer_with_the_same_parts():
-    tower = {"image_size": 28, "patch_size": 7, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
-    text = {"vocab_size": 1200, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    llava, ours = make_models(TOWER | tower, LANGUAGE_MODEL | text | {"num_attention_heads": 4})
+TINY_TOWER = TOWER | {
+    "image_size": 28,
+    "patch_size": 7,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+TINY_TEXT = {
+    "vocab_size": 1200,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.fixture
+def tiny_parts():
+    return shapes(TINY_TOWER, Qwen2Config(**QWEN | TINY_TEXT))
+
+
+def test_llava_and_ours_answer_with_the_same_parts(tiny_parts):
+    llava, ours = make_models(tiny_parts)
     assert {id(p) for p in llava.model.vision_tower.parameters()} <= {id(p) for p in ours.parameters()}
     assert {id(p) for p in llava.model.language_model.parameters()} <= {id(p) for p in ours.parameters()}
-    answers = {name: run() for name, run in make_runs(llava, ours, images=2, budgets=[4, 9], new_tokens=3).items()}
     lengths = {"LLaVA, 16": 2 * 16, "ours, 4": 2 * 4, "ours, 9": 2 * 9}
-    assert {name: answer.shape[1] for name, answer in answers.items()} == {
-        name: visual + WORDS + 3 for name, visual in lengths.items()
+    names = contenders(llava, ours, [4, 9])
+    answers = {name: make_run(*model, images=2, new_tokens=3, requests=2)() for name, model in names.items()}
+    assert {name: answer.shape for name, answer in answers.items()} == {
+        name: (2, visual + WORDS + 3) for name, visual in lengths.items()
     }
+    ran = []
+    for layer in llava.model.vision_tower.encoder.layers:
+        layer.layer_norm1.register_forward_hook(lambda *_: ran.append(1))
+    make_run(*names["ours, 4"], images=1, new_tokens=1)()
+    assert len(ran) == 2  # of three: the last is not read
+    make_run(*names["LLaVA, 16"], images=1, new_tokens=1)()
+    assert len(ran) == 2 + 3
+
+
+def test_a_model_is_measured_up_to_the_first_token_and_after_it(tiny_parts):
+    llava, ours = make_models(tiny_parts)
+    records = measure_prompts(contenders(llava, ours, [4]), images=2, new_tokens=2, repeats=2)
+    assert all(len(record["first_ms"]) == len(record["further_ms"]) == 2 for record in records.values())
+    assert all(record["peak_bytes"] > 0 for record in records.values())
+    assert len(model_table(records, 1e9, 2).splitlines()) == 2 + len(records)
+    prompt = make_prompt(llava, images=2, visual_tokens=16)
+    with torch.no_grad():
+        real = count_macs(lambda: llava(**prompt, logits_to_keep=1))
+    assert records["LLaVA, 16"]["macs"] == real  # of a forward pass with data
+
+
+def test_layers_that_share_weights_do_what_layers_of_their_own_do():
+    """The same operations, and the same answer as a model whose layers hold copies."""
+    parts = shapes(TINY_TOWER, LlamaConfig(**VICUNA | TINY_TEXT | {"num_hidden_layers": 3}))
+    shared, _ = make_models(parts, one_layer=True)
+    whole, _ = make_models(parts)
+    assert len({id(p) for p in shared.parameters()}) < len({id(p) for p in whole.parameters()})
+    whole.load_state_dict(shared.state_dict())
+    prompt = make_prompt(whole, images=1, visual_tokens=16)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    one, other = (model.generate(**prompt, **options, return_dict_in_generate=True) for model in (shared, whole))
+    torch.testing.assert_close(torch.stack(one.logits), torch.stack(other.logits))
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+def test_a_training_step_trains_what_its_stage_says(tiny_parts, stage):
+    models = make_training_models(tiny_parts, visual_tokens=4)
+    steps = make_steps(models, replace(RECIPES[stage](), bf16=False), records=2)
+    assert list(steps) == ["mlp, 16", "resampler, 4", "ms_resampler, 4"]
+    for kind, step in zip(PROJECTORS, steps.values(), strict=True):
+        before = {name: weight.detach().clone() for name, weight in models[kind].named_parameters()}
+        step()
+        changed = {
+            name.split(".")[1] for name, weight in models[kind].named_parameters() if (weight != before[name]).any()
+        }
+        assert changed == {"projector"} | ({"language_model"} if stage == "instruct" else set())
+    measured = measure_training(models, stage, records=2, repeats=2)
+    assert len(training_table(measured, 2).splitlines()) == 2 + 2 * len(PROJECTORS)
+    plain, checkpointed = (measured[on]["mlp, 16"]["peak_bytes"] for on in (False, True))
+    assert checkpointed < plain
+
+
+def test_processors_are_measured_on_the_same_pictures(tmp_path):
+    times = measure_preprocessing("JPEG", (64, 48), 2, 3, tmp_path)
+    assert {name: len(spent) for name, spent in times.items()} == {"LLaVA": 3, "ours": 3}
+
+
+def test_loading_is_told_relative_to_llava():
+    run = {"import_s": 0.5, "load_s": 2.0, "read_s": 3.0, "peak_bytes": 10e6}
+    lines = loading_table({"LLaVA": [run], "ours": [run | {"load_s": 1.0, "peak_bytes": 5e6}]}).splitlines()
+    assert lines[-1] == "| ours | 0.50 | 1.00 | 1.00 to 1.00 | 0.50 | 3.00 | 5 | 0.50 |"

@@ -132,6 +132,17 @@ def test_images_are_encoded_once(model):
     assert seen == [5]
 
 
+def test_images_of_one_budget_go_through_the_projector_together_and_nothing_is_padded(model):
+    """Five images of four budgets: four calls, in which every token is one that was asked for; then no more calls."""
+    calls = []
+    hook = model.model.projector.register_forward_hook(
+        lambda _, args, out: calls.append((len(args[0]), args[2], tuple(out[0].shape[:2])))
+    )
+    answers(model, ragged_batch())
+    hook.remove()
+    assert calls == [(2, (2, 2), (2, 4)), (1, (1, 2), (1, 2)), (1, (2, 3), (1, 6)), (1, (1, 1), (1, 1))]
+
+
 @pytest.mark.parametrize("beams", [2, 4])
 def test_beams_in_a_batch_equal_beams_alone(model, beams):
     rows, images, grids, owned = ragged_rows()

@@ -16,8 +16,12 @@ from ms_resampler import MSResamplerProjectorConfig
 from ms_resampler.resampler_ms_resampler import (
     MultiScopeResampler,
     ScopePrior,
+    as_map,
     cell_centres,
+    cell_means,
+    grid_positions,
     init_resampler_weights,
+    sincos_positions,
     tiles,
 )
 
@@ -125,6 +129,41 @@ def test_both_forms_of_the_prior_agree_gradients_included(patch_grid, token_grid
     for name, expected in gradients[1].items():  # that of a key's bias is zero but for rounding: softmax ignores it
         error = (gradients[0][name] - expected).norm() / expected.norm().clamp(min=1e-2 * loudest)
         assert error < tolerance, (name, error)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 2e-2)], ids=str
+)
+@pytest.mark.parametrize("changes", [{}, {"scope_layout": "heads", "fusion": "token"}, {"share_kv": False}], ids=str)
+def test_both_forms_of_the_prior_agree_in_every_dtype(changes, dtype, tolerance):
+    """Within twice what the dtype itself costs; the scores differ in their last digits only."""
+    channels, bias = (make(prior_form=form, **changes).to(dtype) for form in ("channels", "bias"))
+    bias.load_state_dict(channels.state_dict())
+    x = features((8, 8)).to(dtype)
+    with torch.no_grad():
+        one, other = (resampler(x, (8, 8), (4, 4))[0] for resampler in (channels, bias))
+    assert one.dtype == dtype
+    assert relative_error(one, other) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)], ids=str
+)
+@pytest.mark.parametrize("changes", [{}, {"scope_layout": "heads", "fusion": "token"}], ids=str)
+def test_queries_that_come_once_do_what_queries_of_every_image_do(changes, dtype, tolerance):
+    """Those of the first layer, which the images do not change; gradients included."""
+    results = []
+    for repeats in (1, 3):
+        layer = make(**changes).to(dtype).layers[0]
+        z_1MD, u_BND = (torch.randn(n, m, 16, generator=torch.Generator().manual_seed(m)) for n, m in ((1, 6), (3, 20)))
+        z_BMD = z_1MD.to(dtype).requires_grad_().expand(repeats, -1, -1)
+        anchors, patches = cell_centres((2, 3)) * 2, cell_centres((4, 5)) * 2
+        z, maps = layer(z_BMD, u_BND.to(dtype), 0.0, torch.zeros(20, 16, dtype=dtype), anchors, patches, True)
+        z.float().square().mean().backward()
+        results.append([z, maps.weights_BSM, maps.attentions_BSMN, layer.q_proj.weight.grad, layer.o_proj.weight.grad])
+    for once, each in zip(*results, strict=True):
+        assert once.shape == each.shape
+        assert relative_error(once.detach(), each.detach()) < tolerance
 
 
 SLOPES = [
@@ -353,6 +392,31 @@ def test_the_order_of_the_scopes_does_not_matter(changes):
     x = features((4, 4))
     with torch.no_grad():
         torch.testing.assert_close(one(x, (4, 4), (2, 2))[0], other(x, (4, 4), (2, 2))[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_patches_become_a_map_without_a_copy(batch, dtype):
+    """Channels last, for one image too, and with the values that a plain copy has after convolution and pooling."""
+    x_BND = features((4, 6), batch).to(dtype)
+    map_BDHW = as_map(x_BND, (4, 6))
+    assert map_BDHW.data_ptr() == x_BND.data_ptr()
+    plain_BDHW = torch.stack([x_BND[:, [6 * row + n for n in range(6)]].mT for row in range(4)], dim=2).contiguous()
+    conv = nn.Conv2d(VISION, VISION, 3, padding=1, groups=VISION).to(dtype)
+    tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    with torch.no_grad():
+        seen_BDHW = conv(map_BDHW)
+        torch.testing.assert_close(seen_BDHW, conv(plain_BDHW), rtol=tolerance, atol=tolerance)
+    assert seen_BDHW.permute(0, 2, 3, 1).is_contiguous()
+    means_BMD = plain_BDHW.unflatten(2, (2, 2)).unflatten(4, (2, 3)).float().mean(dim=(3, 5)).flatten(2).mT
+    torch.testing.assert_close(cell_means(x_BND, (4, 6), (2, 2)).float(), means_BMD, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (24, 24)])
+def test_positions_of_a_grid_are_those_of_its_cells(grid, dtype):
+    cells = cell_centres(grid, dtype=dtype)
+    assert torch.equal(grid_positions(grid, 16, cells.device, dtype), sincos_positions(cells, 16))
 
 
 def test_a_wrong_number_of_features_is_named():

@@ -1,13 +1,20 @@
-"""What a cost is measured with: the machine in one line, multiply-accumulates, and times of several runs in turn."""
+"""What a cost is measured with: the machine in one line, its rates, multiply-accumulates, and several runs in turn."""
 
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TypeVar
 
 import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+Result = TypeVar("Result")
+
+LEAST = 3  # repeats, however long they take
 
 
 def machine() -> str:
@@ -20,20 +27,63 @@ def machine() -> str:
 
 
 def count_macs(run: Callable[[], object]) -> int:
-    """Multiply-accumulates of a run's products of matrices, attention included."""
+    """Multiply-accumulates of a run's products of matrices, attention included; no less on the meta device."""
     # Attention counts only where it is spelled out as products of matrices.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
-    return counter.get_total_flops() // 2
+    flops = counter.get_flop_counts()["Global"]
+    convolution, gradients = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
+    if gradients in flops:  # counted as if there were no groups
+        flops[gradients] = 2 * flops[convolution]
+    return sum(flops.values()) // 2
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every run, `repeats` times in turn, after a round that warms up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
+def rates(dtype: torch.dtype) -> tuple[float, float]:
+    """This machine's multiply-accumulates a second, in a product of large matrices, and bytes a second, in a copy."""
+    side, device = 2048, "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    source = torch.zeros(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = {
+        name: min(spent) / 1000
+        for name, spent in interleaved({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, 5).items()
+    }
+    return side**3 / best["product"], 2 * source.numel() / best["copy"]
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """How long a run takes, the device's queue included."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+def in_turn(
+    runs: Mapping[str, Callable[[], Result]], repeats: int, seconds: float = math.inf
+) -> dict[str, list[Result]]:
+    """What every run returns, `repeats` times in turn; one that has had its `seconds` stops after `LEAST` times."""
+    results: dict[str, list[Result]] = {name: [] for name in runs}
+    spent = dict.fromkeys(runs, 0.0)
+    for repeat in range(repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if repeat:
-                times[name].append(1000 * (time.perf_counter() - start))
-    return times
+            if repeat < LEAST or spent[name] < seconds:
+                start = time.perf_counter()
+                results[name].append(run())
+                spent[name] += time.perf_counter() - start
+    return results
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """Milliseconds of every run, in turn as by `in_turn`, after a round that warms up."""
+    for run in runs.values():
+        run()
+    return in_turn({name: partial(milliseconds, run) for name, run in runs.items()}, repeats, seconds)
+
+
+def spread(values: list[float], digits: int = 0) -> str:
+    """The least and the largest, for a table."""
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
