@@ -126,7 +126,8 @@ def test_a_merged_model_says_what_was_trained(start, trained, merged):
     assert AutoProcessor.from_pretrained(merged).visual_tokens == 4
 
 
-def test_it_learns_as_lora_does_on_the_dequantized_weights(start, merged, trained, tmp_path):
+@pytest.mark.slow
+def test_it_learns_as_lora_does_on_the_dequantized_weights(start, tmp_path):
     """The same recipe, but for the four bits, on what these stand for; without dropout, and steps as they come."""
     dequantized = MSResamplerForConditionalGeneration.from_pretrained(
         start / "start", dtype="auto", quantization_config=four_bit_config(bf16=False)
@@ -147,6 +148,7 @@ def test_it_learns_as_lora_does_on_the_dequantized_weights(start, merged, traine
     assert (ours[0] - whole[0]).abs() > 10 * (ours - theirs).abs().max()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_adapters(start, trained, tmp_path, monkeypatch):
     honest = CheckedTrainer.training_step
 
@@ -165,6 +167,7 @@ def test_an_interrupted_run_ends_with_the_same_adapters(start, trained, tmp_path
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_bfloat16_trains_in_bf16_and_is_merged_in_it(start, tmp_path):
     MSResamplerForConditionalGeneration.from_pretrained(start / "start", dtype=torch.bfloat16).save_pretrained(
         tmp_path / "start"
