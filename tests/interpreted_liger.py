@@ -14,7 +14,7 @@ from tiny_runs import options_in, small
 
 from ms_resampler.training.data import IGNORED
 from ms_resampler.training.liger import fuse_loss
-from ms_resampler.training.recipes import Recipe
+from ms_resampler.training.recipes import LearningRates, Recipe
 from ms_resampler.training.run import run_recipe
 
 # name: language model, count of targets over all devices, whether bf16, whether only the projector learns
@@ -48,8 +48,9 @@ def loss_and_gradients(case: str, fused: bool) -> dict[str, torch.Tensor]:
 
 
 def recipe() -> Recipe:
-    """Two steps of `instruct`, one batch of two records after the other."""
-    return dataclasses.replace(small("instruct"), steps=2)
+    """Two steps of `instruct` that change much, one batch of two records after the other."""
+    rates = LearningRates(projector=1e-2, llm=1e-2, embeddings=1e-2)
+    return small("instruct", steps=2, warmup_ratio=0, rates=rates)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, Qwen2Config,
 from ms_resampler import MSResamplerConfig, cli
 from ms_resampler.training.measure import measure
 from ms_resampler.training.memory import BatchShape, Sizes, device_bytes, step_sizes
-from ms_resampler.training.plan import memory_table
+from ms_resampler.training.plan import duration, memory_table
 from ms_resampler.training.recipes import RECIPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -133,6 +133,13 @@ def test_what_does_not_fit_is_said(memory, verdict):
     assert verdict in told
     assert "4 records of 2048 tokens at a time" in told
     assert re.search(r"^total +20\.00", told, re.M)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(5.4, "5 seconds"), (99, "99 seconds"), (600, "10 minutes"), (9000, "2.5 hours")]
+)
+def test_durations_are_told_in_units_that_fit(seconds, words):
+    assert duration(seconds) == words
 
 
 @pytest.mark.parametrize(

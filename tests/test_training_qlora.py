@@ -51,7 +51,7 @@ def merged(trained, tmp_path_factory):
 def nf4(weight):
     """What a matrix becomes in NF4, after the paper: blocks of 64, each entry the nearest of 16 quantiles of a normal.
 
-    The scales are whole here, where double quantization rounds them: the result is off by a hundredth of a scale or two.
+    The scales are whole here, where double quantization rounds them: a hundredth of a scale or two away.
     """
     tail = 0.9677083
     positive, negative = (torch.special.ndtri(torch.linspace(tail, 0.5, steps))[:-1] for steps in (9, 8))

@@ -38,7 +38,7 @@ def fuse_loss(model: Any, fused: FusedLoss | None = None) -> None:
 
 
 def liger_loss() -> FusedLoss:
-    """Liger's kernel. Raises ValueError where it cannot run: Triton compiles for GPUs, and only interprets elsewhere."""
+    """Liger's kernel. Raises ValueError where it cannot run: Triton compiles for GPUs, elsewhere it interprets."""
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("Liger's fused loss needs a CUDA device, and there is none here: leave --liger out.")
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
