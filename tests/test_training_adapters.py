@@ -12,7 +12,7 @@ from tiny_runs import make_start, options_in, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ms_resampler import MSResamplerForConditionalGeneration, cli
-from ms_resampler.training.adapters import add_adapters, four_bit_config
+from ms_resampler.training.adapters import add_adapters
 from ms_resampler.training.recipes import RECIPES, Adapters, LearningRates
 from ms_resampler.training.run import run_recipe
 from ms_resampler.training.trainer import CheckedTrainer
@@ -127,11 +127,10 @@ def test_an_interrupted_run_ends_with_the_same_adapters(start, trained, tmp_path
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_four_bits_need_cuda():
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"Four-bit weights \(QLoRA\) need a CUDA device"):
-            four_bit_config()
-    assert RECIPES["instruct_qlora"]().adapters.four_bits
+def test_the_published_adapters():
     published = RECIPES["instruct_lora"]()
     assert (published.adapters.rank, published.adapters.alpha) == (128, 256)
     assert published.rates == LearningRates(projector=2e-5, llm=2e-4)
+    quantized = RECIPES["instruct_qlora"]()
+    assert (quantized.four_bits, published.four_bits) == (True, False)
+    assert quantized.rates == published.rates

@@ -9,7 +9,8 @@ from .recipes import Adapters, LearningRates
 # The matrices of a decoder's layers by the names that every family here gives them, and no others.
 TARGETS = r"model\.language_model\.layers\..*\.(q|k|v|o|qkv|gate|up|down|gate_up)_proj"
 # What is never put into four bits: the parts that learn in full, the tower, and the head, which decides every word.
-KEPT_WHOLE = ["vision_tower", "projector", "lm_head"]
+# Whole names: transformers matches from the start of a name or at its end.
+KEPT_WHOLE = ["model.vision_tower", "model.projector", "lm_head"]
 
 
 def add_adapters(model: Any, adapters: Adapters, rates: LearningRates) -> Any:
@@ -31,22 +32,21 @@ def add_adapters(model: Any, adapters: Adapters, rates: LearningRates) -> Any:
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
-def four_bit_config() -> Any:
-    """How QLoRA loads the language model. Raises ValueError where bitsandbytes or a CUDA device is missing."""
+def four_bit_config(bf16: bool) -> Any:
+    """How QLoRA loads the language model: matrices in NF4, multiplied in bfloat16 or float32.
+
+    Raises ValueError if bitsandbytes is missing, or too old for transformers.
+    """
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
 
-    if not torch.cuda.is_available():
-        raise ValueError(
-            "Four-bit weights (QLoRA) need a CUDA device, and there is none here: use the recipe instruct_lora."
-        )
     if not is_bitsandbytes_available():
-        raise ValueError("Four-bit weights (QLoRA) need the package bitsandbytes: pip install bitsandbytes.")
+        raise ValueError("Four-bit weights (QLoRA) need the package bitsandbytes: pip install --upgrade bitsandbytes.")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
         bnb_4bit_quant_storage=torch.bfloat16,  # what FSDP can shard
         llm_int8_skip_modules=KEPT_WHOLE,
     )

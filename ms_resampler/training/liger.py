@@ -1,5 +1,6 @@
 """Liger's fused loss: head and cross-entropy piece by piece, so that the logits are never there all at once."""
 
+import os
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -37,14 +38,14 @@ def fuse_loss(model: Any, fused: FusedLoss | None = None) -> None:
 
 
 def liger_loss() -> FusedLoss:
-    """Liger's kernel. Raises ValueError where it cannot run."""
-    if not torch.cuda.is_available():
+    """Liger's kernel. Raises ValueError where it cannot run: Triton compiles for GPUs, elsewhere it interprets."""
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("Liger's fused loss needs a CUDA device, and there is none here: leave --liger out.")
-    from liger_kernel.transformers import (  # type: ignore[import-not-found]
-        LigerFusedLinearCrossEntropyLoss,
-    )
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     def loss(weight: Tensor, hidden: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-        return LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap)(weight, hidden, targets)
+        # The pieces' gradients of the head are added up in float32; in bfloat16 the sum would lose their last digits.
+        fused = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap, accum_dtype=torch.float32)
+        return fused(weight, hidden, targets)
 
     return loss

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
-from .adapters import add_adapters
+from .adapters import add_adapters, four_bit_config
 from .liger import fuse_loss
 from .memory import BatchShape
 from .parameters import freeze, parameter_groups, set_precision
 from .recipes import Recipe
 
-WARM_UP, TIMED = 2, 3  # batches; the moments of Adam are there from the second one on
+WARM_UP, TIMED = 2, 3  # steps, batches; the moments of Adam are there from the second step on
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,18 @@ class Measurement:
 
 
 def measure(config: Any, recipe: Recipe, shape: BatchShape, accumulation: int) -> Measurement:
-    """Runs forward, backward and optimiser on random batches, on the device that is here.
-
-    Raises ValueError for a recipe in four bits.
-    """
-    if recipe.adapters and recipe.adapters.four_bits:
-        raise ValueError("Random weights are not put into four bits: measure instruct_lora instead.")
+    """Runs forward, backward and optimiser on random batches, on the device that is here."""
+    model = random_model(config, recipe).to("cuda" if torch.cuda.is_available() else "cpu").train()
+    groups = parameter_groups(model, recipe.rates, recipe.weight_decay)
+    optimiser = torch.optim.AdamW(groups, fused=True)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         with memory_trace(trace):
-            model = random_model(config, recipe).to("cuda" if torch.cuda.is_available() else "cpu").train()
-            groups = parameter_groups(model, recipe.rates, recipe.weight_decay)
-            optimiser = torch.optim.AdamW(groups, fused=True)
             for _ in range(WARM_UP):
-                backward(model, config, recipe, shape)
+                for _ in range(min(accumulation, 2)):  # a second batch finds the gradients of the first
+                    backward(model, config, recipe, shape)
                 update(model, optimiser, recipe)
-        peak = peak_bytes(trace)
+        peak = peak_bytes(model, trace)
     batch_seconds, optimiser_seconds = [], []
     for _ in range(TIMED):
         batch_seconds.append(timed(partial(backward, model, config, recipe, shape)))
@@ -62,8 +58,9 @@ def measure(config: Any, recipe: Recipe, shape: BatchShape, accumulation: int) -
 
 
 def memory_trace(path: Path) -> Any:
-    """A context in which, on a CPU, every allocation is written to `path`; CUDA keeps count by itself."""
+    """A context in which, on a CPU, every allocation is written to `path`; CUDA keeps count by itself, from here on."""
     if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
         return nullcontext()
     return torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU],
@@ -72,19 +69,27 @@ def memory_trace(path: Path) -> Any:
     )
 
 
-def peak_bytes(trace: Path) -> int:
-    """The most that was allocated at a time, above what was there before."""
+def peak_bytes(model: nn.Module, trace: Path) -> int:
+    """The most that tensors took at a time: on a CPU, the model's own and what the trace has on top of them."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     rows = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
     first = min(rows, key=lambda row: row["ts"])["args"]
     before = first["Total Allocated"] - first["Bytes"]
-    return max(row["args"]["Total Allocated"] for row in rows) - before
+    return weight_bytes(model) + max(row["args"]["Total Allocated"] for row in rows) - before
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What a model's weights take, the scales of those in four bits included."""
+    storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.state_dict().values()}
+    return sum(storages.values())
 
 
 def random_model(config: Any, recipe: Recipe) -> Any:
     """The model as the recipe's run would hold it, its weights drawn at random."""
     model: Any = MSResamplerForConditionalGeneration(config)
+    if recipe.four_bits:
+        model = in_four_bits(model, recipe)
     freeze(model, recipe.rates)
     if recipe.liger:
         fuse_loss(model)
@@ -94,6 +99,13 @@ def random_model(config: Any, recipe: Recipe) -> Any:
     if recipe.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def in_four_bits(model: Any, recipe: Recipe) -> Any:
+    """The model as QLoRA loads it."""
+    return MSResamplerForConditionalGeneration.from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), quantization_config=four_bit_config(recipe.bf16)
+    )
 
 
 def backward(model: nn.Module, config: Any, recipe: Recipe, shape: BatchShape) -> None:

@@ -63,7 +63,7 @@ def device_bytes(sizes: Sizes, recipe: Recipe, launcher: str, devices: int) -> d
     narrow = 2 if recipe.bf16 else 4
     everything = sizes.trainable + sizes.frozen
     gathered = narrow * (2 * sizes.layer + sizes.rest) + 4 * sizes.layer
-    layers = sizes.parts["llm"]["frozen"] if recipe.adapters and recipe.adapters.four_bits else 0
+    layers = sizes.parts["llm"]["frozen"] if recipe.four_bits else 0
     weights = 4 * sizes.trainable + narrow * (sizes.frozen - layers) + NF4_BYTES * layers
     kinds: dict[str, float] = {
         "weights": weights,

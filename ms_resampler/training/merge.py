@@ -4,11 +4,13 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoProcessor
 
 from ..cli import model_or_embedded
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from .adapters import four_bit_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +35,15 @@ def adapter_folder(run: Path) -> Path:
     raise ValueError(f"{run} holds no adapters: name the folder of a finished run of a recipe such as instruct_lora.")
 
 
+def as_trained(start: str, recipe: dict[str, Any]) -> Any:
+    """The model under the adapters: of QLoRA, what its four bits stand for, which is what the adapters belong to."""
+    four_bits = recipe["adapters"]["four_bits"]
+    model = MSResamplerForConditionalGeneration.from_pretrained(
+        start, dtype="auto", quantization_config=four_bit_config(recipe["bf16"]) if four_bits else None
+    )
+    return model.dequantize() if four_bits else model
+
+
 def merge(adapter: Path, out: Path, model: str | None = None) -> None:
     """Writes the model of `adapter`, with its own parts and the adapters folded in, to the new folder `out`.
 
@@ -47,7 +58,7 @@ def merge(adapter: Path, out: Path, model: str | None = None) -> None:
         start = model_or_embedded(start)
     except ValueError as error:
         raise ValueError("The model that these adapters were trained on is not there: name it, --model.") from error
-    whole = MSResamplerForConditionalGeneration.from_pretrained(start, dtype="auto")
+    whole = as_trained(start, json.loads((adapter / "training_record.json").read_text())["recipe"])
     dtype = whole.dtype
     # Added in float32: in bfloat16 the sum would lose a third of the adapters' digits.
     merged = PeftModel.from_pretrained(whole.float(), str(adapter)).merge_and_unload().to(dtype)

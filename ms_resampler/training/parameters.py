@@ -59,14 +59,18 @@ def parameter_groups(model: nn.Module, rates: LearningRates, weight_decay: float
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether it is a matrix of weights: no bias or norm, no learned position, query, scope or table of words."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # DeepSpeed's ZeRO-3 leaves parameters empty
-    return name.endswith("weight") and len(shape) > 1 and "embed" not in name
+    return name.endswith("weight") and len(_whole_shape(parameter)) > 1 and "embed" not in name
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     """Trainable and frozen parameters of each part."""
     counts = {part: {"trainable": 0, "frozen": 0} for part in ("tower", "projector", "llm", "embeddings")}
     for name, parameter in model.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        counts[part_of(name)]["trainable" if parameter.requires_grad else "frozen"] += shape.numel()
+        counts[part_of(name)]["trainable" if parameter.requires_grad else "frozen"] += _whole_shape(parameter).numel()
     return counts
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of all of a parameter: ZeRO-3 leaves it empty, and four-bit weights are packed."""
+    packed = getattr(parameter, "quant_state", None)
+    return packed.shape if packed else getattr(parameter, "ds_shape", parameter.shape)

@@ -120,6 +120,12 @@ def measured(measurement: Measurement, kinds: dict[str, float], recipe: Recipe, 
     )
     steps = recipe.steps or (records and math.ceil(recipe.epochs * records / recipe.batch_size))
     if steps:
-        hours = steps * measurement.step_seconds / 3600
-        lines.append(f"{steps:,} steps take {hours:.1f} hours.")
+        lines.append(f"{steps:,} steps take {duration(steps * measurement.step_seconds)}.")
     return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever fits."""
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

@@ -26,7 +26,7 @@ class LearningRates:
 
 @dataclass(frozen=True)
 class Adapters:
-    """LoRA on every matrix of the language model's layers; `four_bits` is QLoRA: these matrices in NF4 (CUDA only)."""
+    """LoRA on every matrix of the language model's layers; `four_bits` is QLoRA: these matrices in NF4."""
 
     rank: int = 128
     alpha: int = 256
@@ -86,6 +86,11 @@ class Recipe:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"The recipe's {name} must be at least 1, got {value}.")
 
+    @property
+    def four_bits(self) -> bool:
+        """Whether the language model's matrices are put into four bits."""
+        return self.adapters is not None and self.adapters.four_bits
+
 
 def align() -> Recipe:
     """Stage 1: the projector learns to speak the frozen language model's words, on captions."""
@@ -121,7 +126,7 @@ def instruct_lora() -> Recipe:
 
 
 def instruct_qlora() -> Recipe:
-    """The same over a language model in four bits, for one small GPU (CUDA only)."""
+    """The same over a language model in four bits, for one small GPU."""
     return replace(instruct_lora(), name="instruct_qlora", adapters=Adapters(four_bits=True))
 
 

@@ -182,7 +182,7 @@ def share_batch(recipe: Recipe, devices: int, device_batch: int | None) -> tuple
 
 def check_packages(recipe: Recipe, options: RunOptions) -> None:
     """Raises ValueError if a package that was asked for is missing."""
-    wanted = {"peft": recipe.adapters is not None, "liger_kernel": recipe.liger}
+    wanted = {"peft": recipe.adapters is not None, "liger_kernel": recipe.liger, "bitsandbytes": recipe.four_bits}
     wanted[options.report_to] = options.report_to != "none"
     for package, is_wanted in wanted.items():
         if is_wanted and importlib.util.find_spec(package) is None:
@@ -194,11 +194,10 @@ def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
 
     Raises ValueError if weights are missing.
     """
-    four_bits = recipe.adapters is not None and recipe.adapters.four_bits
     model, report = MSResamplerForConditionalGeneration.from_pretrained(
         folder,
         dtype="auto",
-        quantization_config=four_bit_config() if four_bits else None,
+        quantization_config=four_bit_config(recipe.bf16) if recipe.four_bits else None,
         output_loading_info=True,
     )
     if report["missing_keys"]:
