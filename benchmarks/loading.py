@@ -21,7 +21,7 @@ from model import QWEN, TOWER, make_models, shapes
 from transformers import PreTrainedModel, Qwen2Config
 
 from ms_resampler.evaluation.timing import in_turn, machine, spread
-from ms_resampler.study.results import write_whole
+from ms_resampler.folders import write_whole
 
 LOAD = """
 import json, sys, time

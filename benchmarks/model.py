@@ -18,7 +18,6 @@ place) over the rate of a product of large square matrices.
 import argparse
 import json
 import statistics
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,10 +37,9 @@ from transformers import (
 )
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
-from ms_resampler.evaluation.timing import count_macs, in_turn, machine, milliseconds, rates, spread
+from ms_resampler.evaluation.timing import count_macs, in_turn, machine, milliseconds, peak_memory, rates, spread
+from ms_resampler.folders import write_whole
 from ms_resampler.modeling_ms_resampler import make_unread_layers_skippable
-from ms_resampler.study.results import write_whole
-from ms_resampler.training.measure import memory_trace, peak_bytes
 
 WORDS = 64  # tokens of text in the prompt
 TOWER = {
@@ -149,15 +147,6 @@ def prompt_macs(model: PreTrainedModel, visual_tokens: int, images: int) -> int:
     cache = DynamicCache(config=model.config.text_config)
     language_model = count_macs(lambda: blank.model.language_model(inputs_embeds=text, past_key_values=cache))
     return head + language_model + count_macs(lambda: blank.get_image_features(pixels, **options, return_dict=True))
-
-
-def peak_memory(run: Callable[[], object]) -> int:
-    """The bytes that tensors of a run take at most, beside what was there before."""
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        with memory_trace(trace):
-            run()
-        return peak_bytes(trace)
 
 
 def measure_prompts(names: dict, images: int, new_tokens: int, repeats: int) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 
 from ms_resampler import MSResamplerProcessor
 from ms_resampler.evaluation.timing import interleaved, machine, spread
-from ms_resampler.study.results import write_whole
+from ms_resampler.folders import write_whole
 
 SIZES = ((336, 336), (640, 480), (1920, 1080))
 KINDS = ("PIL", "JPEG", "array")

@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import statistics
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -30,11 +29,10 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 from ms_resampler import MSResamplerConfig
-from ms_resampler.evaluation.timing import count_macs, in_turn, machine, milliseconds, rates, spread
+from ms_resampler.evaluation.timing import count_macs, in_turn, machine, milliseconds, peak_memory, rates, spread
+from ms_resampler.folders import write_whole
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
-from ms_resampler.study.results import write_whole
-from ms_resampler.training.measure import memory_trace, peak_bytes
 
 GRID, TOKENS, TEXT_WIDTH = 24, 144, 4096
 SWEPT = {"tokens": "visual tokens", "batch": "images", "grid": "patches a side"}  # what the plot has lines over
@@ -43,7 +41,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PUBLISHED: dict[str, dict[str, Any]] = {
     "resampler": {},
     "ms_resampler": {},
-    "ms_resampler, 768 wide": {"hidden_size": 768, "intermediate_size": 768, "num_attention_heads": 12},
+    "ms_resampler, 1024 wide": {"hidden_size": 1024},
     "ms_resampler, branches": {"scope_layout": "branches", "fusion": "head", "cell_residual": False},
     "mlp": {},
     "avg_pool": {},
@@ -115,7 +113,7 @@ def published_config(name: str, setting: Setting) -> MSResamplerConfig:
 EVERY = list(PUBLISHED)
 AFFORDABLE = [name for name in EVERY if name != "idefics2_perceiver"]
 RIVALS = ["mlp", "c_abstractor", "ldp_v2", "token_packer", "mqt", "perceiver"]
-OURS = ["resampler", "ms_resampler", "ms_resampler, 768 wide"]
+OURS = ["resampler", "ms_resampler", "ms_resampler, 1024 wide"]
 SUITE: list[tuple[list[str], Setting]] = [
     *((EVERY, Setting(tokens=tokens)) for tokens in (144, 256, 64, 36)),
     (AFFORDABLE, Setting(batch=8)),
@@ -155,16 +153,6 @@ def cost(name: str, setting: Setting = Setting()) -> tuple[int, int]:
     projector, run = make_run(name, setting, DEVICE if name == "idefics2_perceiver" else "meta")
     projector.requires_grad_(setting.backward)  # or the counter would wait for gradients
     return sum(weight.numel() for weight in projector.parameters()), count_macs(run)
-
-
-def peak_memory(run: Callable[[], object]) -> int:
-    """The bytes that tensors of a run take at most, beside what was there before."""
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
-        with memory_trace(trace):
-            run()
-        return peak_bytes(trace) - before
 
 
 def floor_ms(setting: Setting, parameters: int, macs: int, mac_rate: float, byte_rate: float) -> float:

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import QWEN, TOWER, WORDS, peak_memory, ratios, shapes
+from model import QWEN, TOWER, WORDS, ratios, shapes
 from torch import nn
 from transformers import PreTrainedModel, Qwen2Config
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
-from ms_resampler.evaluation.timing import in_turn, machine, milliseconds, spread
-from ms_resampler.study.results import write_whole
+from ms_resampler.evaluation.timing import in_turn, machine, milliseconds, peak_memory, spread
+from ms_resampler.folders import write_whole
 from ms_resampler.training.measure import backward, update
 from ms_resampler.training.memory import BatchShape
 from ms_resampler.training.parameters import freeze, parameter_groups

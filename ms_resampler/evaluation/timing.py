@@ -1,10 +1,13 @@
-"""What a cost is measured with: the machine in one line, its rates, multiply-accumulates, and several runs in turn."""
+"""What a cost is measured with: the machine and its rates, multiply-accumulates, memory, and several runs in turn."""
 
+import json
 import math
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -82,6 +85,25 @@ def interleaved(
     for run in runs.values():
         run()
     return in_turn({name: partial(milliseconds, run) for name, run in runs.items()}, repeats, seconds)
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """The bytes that tensors of a run take at most, beside what was there before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(
+            activities=cpu, profile_memory=True, on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace))
+        ):
+            run()
+        rows = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    first = min(rows, key=lambda row: row["ts"])["args"]
+    return max(row["args"]["Total Allocated"] for row in rows) - (first["Total Allocated"] - first["Bytes"])
 
 
 def spread(values: list[float], digits: int = 0) -> str:

@@ -1,19 +1,16 @@
 """A few steps of training with random weights: how long they take, and the memory that they take at most."""
 
-import json
 import platform
 import statistics
-import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..evaluation.timing import peak_memory
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import add_adapters, four_bit_config
 from .liger import fuse_loss
@@ -38,14 +35,14 @@ def measure(config: Any, recipe: Recipe, shape: BatchShape, accumulation: int) -
     model = random_model(config, recipe).to("cuda" if torch.cuda.is_available() else "cpu").train()
     groups = parameter_groups(model, recipe.rates, recipe.weight_decay)
     optimiser = torch.optim.AdamW(groups, fused=True)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        with memory_trace(trace):
-            for _ in range(WARM_UP):
-                for _ in range(min(accumulation, 2)):  # a second batch finds the gradients of the first
-                    backward(model, config, recipe, shape)
-                update(model, optimiser, recipe)
-        peak = peak_bytes(model, trace)
+
+    def begin() -> None:
+        for _ in range(WARM_UP):
+            for _ in range(min(accumulation, 2)):  # a second batch finds the gradients of the first
+                backward(model, config, recipe, shape)
+            update(model, optimiser, recipe)
+
+    peak = weight_bytes(model) + peak_memory(begin)
     batch_seconds, optimiser_seconds = [], []
     for _ in range(TIMED):
         batch_seconds.append(timed(partial(backward, model, config, recipe, shape)))
@@ -55,28 +52,6 @@ def measure(config: Any, recipe: Recipe, shape: BatchShape, accumulation: int) -
         step_seconds=accumulation * statistics.median(batch_seconds) + statistics.median(optimiser_seconds),
         peak_bytes=peak,
     )
-
-
-def memory_trace(path: Path) -> Any:
-    """A context in which, on a CPU, every allocation is written to `path`; CUDA keeps count by itself, from here on."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return nullcontext()
-    return torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU],
-        profile_memory=True,
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
-    )
-
-
-def peak_bytes(model: nn.Module, trace: Path) -> int:
-    """The most that tensors took at a time: on a CPU, the model's own and what the trace has on top of them."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    rows = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    first = min(rows, key=lambda row: row["ts"])["args"]
-    before = first["Total Allocated"] - first["Bytes"]
-    return weight_bytes(model) + max(row["args"]["Total Allocated"] for row in rows) - before
 
 
 def weight_bytes(model: nn.Module) -> int:
