@@ -49,7 +49,7 @@ def test_a_peer_costs_what_its_original_does(name):
 
 def test_operations_are_those_of_the_batch_and_of_its_gradients():
     """Queries of the first layer once for a batch; a product of matrices has two more for its gradients."""
-    shared = 144 * 1024 * 1024  # W_q
+    shared = 144 * 768 * 768  # W_q
     assert 8 * cost("ms_resampler")[1] - cost("ms_resampler", Setting(batch=8))[1] == 7 * shared
     assert 8 * cost("mlp")[1] == cost("mlp", Setting(batch=8))[1]
     first, second = 576 * 1024 * 4096, 576 * 4096 * 4096
