@@ -113,13 +113,10 @@ def listen_to_streams(page):
 
 
 def settle(page):
-    """Waits until the last answer's stream is closed and the page is idle.
-
-    Without this wait, a question asked at once after the last is now and then lost under load. Why is not known yet.
-    """
+    """Waits until the last answer's stream is closed: before, Gradio's page skips a question put in the same way."""
     while page.streams:
         page.wait_for_timeout(50)
-    page.evaluate("() => new Promise(done => setTimeout(() => requestIdleCallback(done), 400))")
+    page.evaluate("() => new Promise(done => requestIdleCallback(done))")
 
 
 @contextmanager

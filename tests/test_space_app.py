@@ -307,7 +307,7 @@ def test_a_topic_starts_with_the_last_question_with_pictures(picture_file):
         ("  ", ["picture"], "type a question"),
         ("x" * 501, ["picture"], "501 characters"),
         (QUESTION, ["text"], "cannot be read"),
-        (QUESTION, ["missing"], "cannot be read"),
+        (QUESTION, ["missing"], "no longer here"),
         (QUESTION, ["wide"], "million pixels"),
         (QUESTION, ["heavy"], "larger than 20 MB"),
     ],
