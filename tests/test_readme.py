@@ -42,7 +42,7 @@ def test_the_program_asks_the_demo_as_printed(monkeypatch, capsys):
     with loadable(TINY) as model, space_server.served(load(model)) as address:
         exec(compile(block.replace("http://127.0.0.1:7860", address), "README.md", "exec"), scope)
         scope["client"].close()
-    *_, answer, maps = capsys.readouterr().out.splitlines()
+        *_, answer, maps = capsys.readouterr().out.splitlines()
     assert re.search(r"(left|right|top|bottom|centre): \w+ \w+", answer)
     assert maps == "['local', 'regional', 'global'] [6, 6]"
 
