@@ -41,9 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("The demo needs Gradio: pip install 'ms-resampler[demo]'.")
     check_port(arguments.host, arguments.port)
     app_file = find_app()
-    second = arguments.compare or (PEER if arguments.model is None else None)
-    other = nullcontext() if second is None else loadable(model_or_embedded(second))
-    with loadable(model_or_embedded(arguments.model)) as model, other as compared, ending_on_sigterm():
+    with loadable_pair(arguments.model, arguments.compare) as (model, compared), ending_on_sigterm():
         app = subprocess.Popen([sys.executable, str(app_file)], env=environment(arguments, model, compared))
         try:
             return app.wait()
@@ -89,6 +87,15 @@ def loadable(model: str) -> Iterator[str]:
         else:
             stage_checkpoint(folder, staged)
         yield str(staged)
+
+
+@contextmanager
+def loadable_pair(model: str | None, second: str | None) -> Iterator[tuple[str, str | None]]:
+    """A model and the second one to compare it with, as strangers can load them; the embedded one brings its own."""
+    second = second or (PEER if model is None else None)
+    other = nullcontext() if second is None else loadable(model_or_embedded(second))
+    with loadable(model_or_embedded(model)) as first, other as compared:
+        yield first, compared
 
 
 def stage_in_embedded(folder: Path, target: Path) -> None:

@@ -4,8 +4,13 @@ Settings, from the environment: MODEL_ID, a folder or a Hub repository; MODEL_RE
 model to compare it with; OPEN_BROWSER=1. Gradio reads its own: GRADIO_SERVER_NAME, GRADIO_ROOT_PATH and so on.
 """
 
+import atexit
 import json
 import os
+import shutil
+import signal
+import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,11 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 if all(Path(os.environ.get(name) or ".").is_dir() for name in ("MODEL_ID", "COMPARE_MODEL_ID")):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+if not os.environ.get("GRADIO_TEMP_DIR"):
+    # Of this process alone: Gradio names uploads by their content, and deletes its own when it ends, so that two apps
+    # with one folder would take each other's pictures away.
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="ms-resampler-uploads-")
+    atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 import gradio as gr
 from answering import Answerer, load
@@ -96,6 +106,7 @@ def main() -> None:
     other = load(os.environ["COMPARE_MODEL_ID"]) if os.environ.get("COMPARE_MODEL_ID") else None
     demo = build_demo(answerer, other)
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that uploads are deleted then, too
     print(f"MS-Resampler answers at {address} (Ctrl+C ends it)", flush=True)
     demo.block_thread()
 

@@ -115,9 +115,10 @@ class AskPage:
                 box = ask_box("ask")
                 budget = budget_slider(self.answerer, self.answerer.trained_budget, "Visual tokens a picture", "budget")
                 scenes = example_scenes(self.scenes, "Or ask about one of these", "scenes")
-                settings = [budget, *settings_panel()]
-                with gr.Accordion("Camera", open=False, elem_id="camera"):
-                    camera = gr.Image(sources=["webcam"], type="filepath", label="Camera", show_label=False)
+                with gr.Row(elem_classes="drawers"):
+                    settings = [budget, *settings_panel()]
+                    with gr.Accordion("Camera", open=False, elem_id="camera"):
+                        camera = gr.Image(sources=["webcam"], type="filepath", label="Camera", show_label=False)
             with gr.Column(scale=7, min_width=320, elem_classes="look"):
                 view = scope_view(self.answerer, "view", plays=True)
         camera.change(None, [camera, box], [camera, box], js=TAKE_PHOTOGRAPH, **UNSEEN)

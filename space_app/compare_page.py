@@ -67,7 +67,6 @@ class ComparePage:
         with gr.Row(elem_classes="page"):
             with gr.Column(scale=1, min_width=320):
                 box = ask_box("compare-ask")
-                first_budget = budget_slider(one, one.trained_budget, "A, visual tokens", "budget-a")
                 second = gr.Radio(
                     [(side.name, number) for number, side in reversed(list(enumerate(self.sides)))],
                     value=1,
@@ -75,9 +74,11 @@ class ComparePage:
                     info=self.note,
                     visible=one is not other,
                 )
-                budgets = [first_budget, budget_slider(other, self.second_budget(1), "B, visual tokens", "budget-b")]
             with gr.Column(scale=1, min_width=320):
                 scenes = example_scenes(self.scenes, "Or compare on one of these", "compare-scenes")
+        with gr.Row(elem_classes="page"):
+            first_budget = budget_slider(one, one.trained_budget, "A, visual tokens", "budget-a")
+            budgets = [first_budget, budget_slider(other, self.second_budget(1), "B, visual tokens", "budget-b")]
         shown: list = []
         with gr.Row(elem_classes="page"):
             for letter, name, side in zip("ab", names, self.sides, strict=True):

@@ -6,7 +6,6 @@ from typing import Any
 
 import gradio as gr
 from answering import Answerer
-from conversation import MAX_QUESTION_CHARACTERS
 from PIL import Image
 from scope_view import FUSED_COLOUR, data_url, scope_legend
 from settings import MAX_NEW_TOKENS, MAX_SYSTEM_CHARACTERS, MAX_TEMPERATURE, MIN_TOP_P, Settings
@@ -85,7 +84,7 @@ def ask_box(elem_id: str) -> gr.MultimodalTextbox:
         sources=["upload"],
         file_types=["image"],
         file_count="multiple",
-        max_plain_text_length=MAX_QUESTION_CHARACTERS,
+        max_plain_text_length=10**6,  # what is longer Gradio attaches as a file; too long a question is refused instead
         html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
         elem_id=elem_id,
         elem_classes="ask",

@@ -44,6 +44,10 @@ def open_picture(path: str | Path) -> Image.Image:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Refusal(TOO_MANY_PIXELS) from error
+    except FileNotFoundError as error:
+        raise Refusal(
+            "The picture is no longer here, as uploads are deleted after a while; please add it again."
+        ) from error
     except (OSError, SyntaxError, ValueError) as error:
         raise Refusal("This file cannot be read as a picture; please use a PNG, JPEG or WebP file.") from error
 

@@ -8,6 +8,7 @@ import pytest
 
 from ms_resampler import TINY
 from ms_resampler.cli import build_parser, main
+from ms_resampler.demo import loadable
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,11 +22,29 @@ def test_the_python_runs_as_printed(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     scope: dict = {}
     for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), scope)
+        if "gradio_client" not in block:
+            exec(compile(block, "README.md", "exec"), scope)
     answer, weights, shape = capsys.readouterr().out.splitlines()[:3]
     assert re.search(r"(left|right|top|bottom|centre): \w+ \w+", answer)
     assert set(eval(weights)) == {"local", "regional", "global"}
     assert shape == "torch.Size([3, 36, 144])"
+
+
+@pytest.mark.slow
+def test_the_program_asks_the_demo_as_printed(monkeypatch, capsys):
+    import space_server
+    from answering import load
+
+    (block,) = [block for block in blocks("python") if "gradio_client" in block]
+    assert "http://127.0.0.1:7860" in block
+    monkeypatch.chdir(ROOT)
+    scope: dict = {}
+    with loadable(TINY) as model, space_server.served(load(model)) as address:
+        exec(compile(block.replace("http://127.0.0.1:7860", address), "README.md", "exec"), scope)
+        scope["client"].close()
+        *_, answer, maps = capsys.readouterr().out.splitlines()
+    assert re.search(r"(left|right|top|bottom|centre): \w+ \w+", answer)
+    assert maps == "['local', 'regional', 'global'] [6, 6]"
 
 
 def test_the_chat_and_export_commands_run_as_printed(monkeypatch, capsys, tmp_path):

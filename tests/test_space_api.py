@@ -155,6 +155,22 @@ def test_no_file_of_the_machine_is_read_for_a_stranger(address, picture_file):
     assert picture_file not in events
 
 
+def test_an_app_that_ends_takes_no_picture_from_another():
+    """Both of the same machine, with the same picture, which Gradio names by its content."""
+    code = "import app, gradio.utils as utils; print(utils.get_upload_folder(), flush=True); input()"
+    environment = {name: value for name, value in os.environ.items() if name != "GRADIO_TEMP_DIR"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    one, other = (
+        subprocess.Popen([sys.executable, "-c", code], cwd=space_server.SPACE, env=environment, **pipes)
+        for _ in range(2)
+    )
+    folders = [process.stdout.readline().strip() for process in (one, other)]
+    assert folders[0] != folders[1]
+    one.communicate("\n")
+    assert [os.path.isdir(folder) for folder in folders] == [False, True]
+    other.communicate("\n")
+
+
 # --- Where it runs ----------------------------------------------------------------------------------------------
 
 

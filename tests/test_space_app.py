@@ -1,19 +1,28 @@
 """The parts of the Space, without a server."""
 
+import ast
 import base64
+import io
+import json
+import re
 import sys
 import time
 import types
 import weakref
 import zlib
 from itertools import pairwise
+from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import space_server
 import tiny_models
 import torch
 from PIL import Image
+
+from ms_resampler import TINY
+from ms_resampler.demo import PEER
 
 import answering  # isort: skip (space_server made it importable)
 import app
@@ -298,7 +307,7 @@ def test_a_topic_starts_with_the_last_question_with_pictures(picture_file):
         ("  ", ["picture"], "type a question"),
         ("x" * 501, ["picture"], "501 characters"),
         (QUESTION, ["text"], "cannot be read"),
-        (QUESTION, ["missing"], "cannot be read"),
+        (QUESTION, ["missing"], "no longer here"),
         (QUESTION, ["wide"], "million pixels"),
         (QUESTION, ["heavy"], "larger than 20 MB"),
     ],
@@ -338,6 +347,56 @@ def test_settings_out_of_range_are_refused(changes, sentence):
     assert settings.checked(**good) == settings.Settings(36, "Hi", 0.0, 0.9, 64)
     with pytest.raises(Refusal, match=sentence):
         settings.checked(**good | changes)
+
+
+LIMITS = {
+    "pictures of a question": (pictures.MAX_PICTURES, lambda over, _: pictures.check_count(["picture"] * over)),
+    "megabytes of a file": (pictures.MAX_FILE_MEGABYTES, lambda over, path: open_one(path, bytes(over * 2**20))),
+    "million pixels of a picture": (pictures.MAX_PIXELS // 10**6, lambda over, path: open_one(path, pixels(over))),
+    "characters of a question": (
+        conversation.MAX_QUESTION_CHARACTERS,
+        lambda over, _: conversation.check_question("x" * over),
+    ),
+    "characters of a system prompt": (
+        settings.MAX_SYSTEM_CHARACTERS,
+        lambda over, _: checked(system_prompt="x" * over),
+    ),
+    "temperature": (settings.MAX_TEMPERATURE, lambda over, _: checked(temperature=over)),
+    "top-p": (1, lambda over, _: checked(top_p=over)),
+    "tokens of an answer": (settings.MAX_NEW_TOKENS, lambda over, _: checked(max_new_tokens=over)),
+}
+
+
+def open_one(path, content):
+    path.write_bytes(content)
+    return pictures.open_picture(path)
+
+
+def pixels(millions):
+    file = io.BytesIO()
+    Image.new("1", (1000 * millions, 1000)).save(file, "PNG")
+    return file.getvalue()
+
+
+def checked(**changes):
+    good = {"visual_tokens": None, "system_prompt": "", "temperature": 0, "top_p": 1, "max_new_tokens": 64}
+    return settings.checked(**good | changes)
+
+
+def test_the_limits_in_the_docs_are_those_that_hold(tmp_path):
+    docs = (space_server.SPACE.parent / "docs" / "space.md").read_text().split("## Limits")[1].split("\n## ")[0]
+    rows = dict(re.findall(r"^\| ([a-z][\w -]+) \| (.+) \|$", docs, flags=re.MULTILINE))
+    assert rows.pop("of") == "limit | what one is told"
+    limit, told = rows.pop("questions that wait").split(" | ")
+    assert (int(limit), told) == (app.QUEUE_LENGTH, "This application is currently busy. Please try again.")
+    assert rows.keys() == LIMITS.keys()
+    for name, (limit, exceed) in LIMITS.items():
+        with pytest.raises(Refusal) as refusal:
+            exceed(limit + 1, tmp_path / "file")
+        shown, told = rows[name].split(" | ")
+        assert (float(shown.split()[-1]), told) == (limit, refusal.value.message)
+    assert f"keeps what it needs to serve {app.SESSIONS} visitors" in docs
+    assert f"last {answering.READINGS} sets of pictures" in docs
 
 
 def test_a_page_that_shows_only_the_latest_of_many_changes_has_the_maps(answerer, picture_file):
@@ -406,6 +465,43 @@ def test_scopes_have_colours_of_their_own():
     ]
 
 
+# Machado, Oliveira and Fernandes (2009), severity 1, for linear RGB.
+COLOUR_BLINDNESS = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    "none": np.eye(3).tolist(),
+}
+RGB_TO_XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+
+
+def lab(colours, seen_through):
+    """CIE L*a*b* of "#rrggbb" colours as somebody sees them, (n, 3)."""
+    rgb = np.array([[int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)] for colour in colours])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ np.array(seen_through).T
+    xyz = linear.clip(0, 1) @ np.array(RGB_TO_XYZ).T / [0.9505, 1, 1.089]
+    x, y, z = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+@pytest.mark.parametrize("kind", COLOUR_BLINDNESS)
+def test_colour_blind_people_tell_the_scopes_apart(kind):
+    seen = lab([*scope_view.PALETTE[:3], scope_view.FUSED_COLOUR], COLOUR_BLINDNESS[kind])
+    distances = np.linalg.norm(seen[:, None] - seen, axis=-1) + 1000 * np.eye(len(seen))
+    assert distances.min() > 15  # six times what can just be noticed
+
+
+def test_the_note_on_the_projector_to_compare_with_is_found_and_true(answerer):
+    about, peer = app.about_the_model(), space_server.make_answerer()
+    peer.name = Path(PEER).name
+    assert list(about["models"]) == [peer.name]
+    radios = [block for block in app.build_demo(answerer, peer).blocks.values() if isinstance(block, gr.Radio)]
+    assert [radio.info for radio in radios] == [about["models"][peer.name]]
+    for folder in (PEER, TINY):
+        scores = json.loads((Path(folder) / "training_record.json").read_text())["scores"]
+        assert f"{100 * np.mean([score['mean'] for score in scores]):.1f} %" in radios[0].info
+
+
 def test_example_scenes_are_there():
     for scene in app.about_the_model()["scenes"]:
         assert conversation.check_question(scene["question"])
@@ -419,9 +515,14 @@ def test_server_keeps_nothing(answerer):
     assert app.launch_options()["run_history"] is False
 
 
-def test_the_app_imports_nothing_of_the_package():
-    for name in ("app", "answering", "words", "scope_view"):
-        source = (space_server.SPACE / f"{name}.py").read_text()
-        assert "import ms_resampler" not in source
-        assert "from ms_resampler" not in source
-    assert "ms_resampler" in sys.modules  # so that the check above is of the text, not of luck
+def test_the_app_imports_what_it_brings_and_what_it_requires():
+    files = list(space_server.SPACE.glob("*.py"))
+    requirements = (space_server.SPACE / "requirements.txt").read_text()
+    required = {re.match(r"[\w-]+", line)[0] for line in requirements.splitlines()}
+    assert len(files) > 8
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            named += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.partition(".")[0] for name in named} - {one.stem for one in files} - {"spaces"}:
+                assert name in sys.stdlib_module_names or name.replace("PIL", "pillow") in required, (file.name, name)
