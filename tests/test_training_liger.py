@@ -88,5 +88,7 @@ def test_a_run_with_the_kernel_learns_what_one_without_learns(interpreted, tmp_p
     run_recipe(recipe(), options_in(start, tmp_path, device_batch=2))
     torch.testing.assert_close(losses_of(out / "run"), losses_of(tmp_path), rtol=1e-5, atol=0)
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (out / "run", tmp_path))
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert ours.keys() == theirs.keys()
+    # The gradient of this bias is zero but for rounding, of which Adam makes whole steps.
+    for name in theirs.keys() - {"model.projector.layers.0.k_proj.bias"}:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=name)

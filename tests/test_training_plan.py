@@ -55,13 +55,13 @@ def middling_config(tower="clip"):
         ("instruct_qlora", True, False, "clip"),
     ],
 )
-def test_the_estimate_is_within_a_fifth_of_the_measured_peak(name, checkpointing, bf16, tower):
+def test_the_estimate_is_within_a_tenth_of_the_measured_peak(name, checkpointing, bf16, tower):
     recipe = dataclasses.replace(RECIPES[name](), activation_checkpointing=checkpointing, bf16=bf16, max_length=96)
     if recipe.adapters:
         recipe = dataclasses.replace(recipe, adapters=dataclasses.replace(recipe.adapters, rank=16))
     config, shape = middling_config(tower), BatchShape(records=4, length=96, image_size=112)
     estimate = sum(device_bytes(step_sizes(config, recipe, shape, "ddp"), recipe, "ddp", devices=1).values())
-    assert measure(config, recipe, shape, accumulation=2).peak_bytes == pytest.approx(estimate, rel=0.2)
+    assert measure(config, recipe, shape, accumulation=2).peak_bytes == pytest.approx(estimate, rel=0.1)
 
 
 def test_parameters_are_counted_as_they_are():

@@ -120,6 +120,19 @@ def test_two_processes_share_a_stream_as_two_workers_do(start, tmp_path, capsys)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_two_processes_learn_adapters_over_four_bits_as_one_does(name, start, tmp_path, capsys):
+    configuration = launcher(name, capsys)
+    changes, adapters = {"steps": 3, "warmup_ratio": 0}, {"rank": 4, "alpha": 8, "dropout": 0.0, "four_bits": True}
+    launch(configuration, start, tmp_path / "two", "instruct_qlora", **changes, adapters=adapters)
+    recipe = small("instruct_qlora", **CHANGES | changes, adapters=Adapters(**adapters))
+    run_recipe(recipe, options_in(start, tmp_path / "one"))
+    torch.testing.assert_close(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-4, atol=0)
+    assert_close_weights(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("recipe", ["instruct", "instruct_lora"])
