@@ -135,12 +135,12 @@ def test_two_processes_learn_adapters_over_four_bits_as_one_does(name, start, tm
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("recipe", ["instruct", "instruct_lora"])
+@pytest.mark.parametrize("recipe", ["instruct", "instruct_lora", "instruct_qlora"])
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_two_processes_of_deepspeed_learn_what_one_learns(name, recipe, start, tmp_path, capsys):
     configuration, changes = launcher(name, capsys), {}
-    if recipe == "instruct_lora":
-        changes = {"adapters": {"rank": 4, "alpha": 8, "dropout": 0.0}}
+    if recipe != "instruct":
+        changes = {"adapters": {"rank": 4, "alpha": 8, "dropout": 0.0, "four_bits": recipe == "instruct_qlora"}}
     launch(configuration, start, tmp_path / "two", recipe, **changes)
     adapters = {name: Adapters(**fields) for name, fields in changes.items()}
     run_recipe(small(recipe, **CHANGES | adapters), options_in(start, tmp_path / "one"))
