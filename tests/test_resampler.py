@@ -454,8 +454,12 @@ def test_heads_are_shared_out_in_order():
     asked = heads.config.to_dict() | {"scope_heads": [1, 1, 2]}
     asked = MultiScopeResampler(MSResamplerProjectorConfig(**asked), VISION, TEXT)
     assert asked.layers[0].prior.sigma_Gh.tolist() == [[0.5, 2.0, math.inf, math.inf]]
-    sixteen = MSResamplerProjectorConfig()
-    assert sixteen.scope_heads == [12, 2, 2]
+    by_width = {1024: (16, [12, 2, 2]), None: (12, [8, 2, 2]), 256: (4, [2, 1, 1])}  # a head for every 64 channels
+    for width, shares in by_width.items():
+        config = MSResamplerProjectorConfig(hidden_size=width)
+        assert (config.num_attention_heads, config.scope_heads) == shares
+        assert config.intermediate_size == config.hidden_size == (width or 768)
+    assert MSResamplerProjectorConfig(projector_type="mqt").hidden_size == 1024
 
 
 def test_checkpointing_changes_no_gradient():
