@@ -165,8 +165,10 @@ class MSResamplerProcessor(ProcessorMixin):
         """An RGB image, upright. Raises ValueError if it is no image, damaged, or larger than `max_pixels`.
 
         Arrays and tensors of other forms than (height, width) or (height, width, 3 or 4) in 8 bits are left to the
-        image processor as they are.
+        image processor as they are; and so is what is RGB already, if no other axis could be taken for its channels.
         """
+        if _is_rgb_array(source) and math.prod(source.shape[:2]) <= self.max_pixels:
+            return source
         if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] in ((), (3,), (4,)):
             source = Image.fromarray(source)
         if isinstance(source, np.ndarray) or hasattr(source, "detach"):
@@ -220,18 +222,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _is_rgb_array(image: Any) -> bool:
+    """Whether it is (height, width, 3) in 8 bits, and neither side is so short that it could be taken for channels."""
+    is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8
+    return is_bytes and image.shape[2:] == (3,) and min(image.shape[:2]) > 4
+
+
 def _crop_to_reach(image: Any, reach: int | None) -> Any:
     """Drops ends that a centre crop drops anyway: to scale 1 x 5000 pixels by the short side takes gigabytes."""
-    if reach is None or not isinstance(image, Image.Image):
+    if reach is None or not (isinstance(image, Image.Image) or _is_rgb_array(image)):
         return image
-    width, height = image.size
+    width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
     short = min(width, height)
     longest = reach * short + 8  # the resizing filter sees some pixels beyond an edge
     # Whole squares go, the same number at both ends: scaled, they are whole pixels, and the middle stays where it is.
     left, top = (max(0, side - longest) // 2 // short * short for side in (width, height))
     if (left, top) == (0, 0):
         return image
-    return Image.fromarray(np.asarray(image)[top : height - top, left : width - left])
+    cropped = np.asarray(image)[top : height - top, left : width - left]
+    return Image.fromarray(cropped) if isinstance(image, Image.Image) else cropped
 
 
 def _is_empty(images: Any) -> bool:

@@ -590,6 +590,12 @@ def test_cropping_invisible_ends_changes_no_pixel(kind, size):
     assert (ours - theirs).abs().max() < 0.05  # three of 256 levels: where the scaled length is not a whole number
 
 
+@pytest.mark.parametrize("size", [(30, 41), (1, 5000), (3, 50), (4, 4), (5, 200), (200, 6), (24, 241)])
+def test_an_array_is_the_picture_that_it_holds(processor, size):
+    expected = pixel_values(processor, picture(0, size))
+    assert torch.equal(pixel_values(processor, np.asarray(picture(0, size))), expected)
+
+
 def test_nothing_is_cropped_where_the_caller_changes_the_size(processor):
     image = picture(0, (24, 240))
     inputs = processor(images=[image], do_center_crop=False, visual_tokens=(1, 10), return_tensors="pt")
