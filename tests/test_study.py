@@ -48,7 +48,7 @@ from ms_resampler.study.plan import (
 )
 from ms_resampler.study.reader import WIDTH, Reader
 from ms_resampler.study.report import check_report, report_text, write_report
-from ms_resampler.study.results import Results, adopt, collect, load, result_path, save
+from ms_resampler.study.results import Results, adopt, collect, load, result_path, run_of, save
 from ms_resampler.study.run import last_attention, patches_right
 from ms_resampler.study.statistics import (
     GROUPS,
@@ -445,21 +445,17 @@ def test_runs_are_compared_only_with_those_of_the_same_tower_and_machine():
 
 
 @pytest.mark.slow
-def test_what_is_finished_can_be_reported_before_the_rest(studied, tmp_path, capsys):
+def test_what_is_finished_is_found_before_the_rest_is_done(studied, tmp_path):
     out, rates, results = studied
     shutil.copytree(out, cut := tmp_path / "out")
-    costs = {"macs": 1_000_000, "forward": 1.0, "backward": 2.0}
-    save(
-        collect(SMALL, rates, {"machine": "a machine", "projectors": dict.fromkeys(SMALL.arms, costs)}, results),
-        tmp_path / "report" / "study",
-        out,
-    )
-    everything = finished_runs(SMALL, cut)
-    assert everything[0] == rates
-    assert {json.dumps(result, sort_keys=True) for result in everything[1]} == {
-        json.dumps(result, sort_keys=True) for result in json.loads(json.dumps(results))
+    found_rates, found = finished_runs(SMALL, cut)
+    assert found_rates == rates
+    assert {json.dumps(result, sort_keys=True) for result in found} == {
+        json.dumps(result, sort_keys=True) for result in results
     }
-    lost = [run for run in main_runs(SMALL, rates) if run.seed == 1]
-    for run in lost:
-        result_path(cut, run).unlink()
-    assert {result["run"]["seed"] for result in finished_runs(SMALL, cut)[1] if result["run"]["arm"] == OURS} == {0}
+    lost = {run.name for run in main_runs(SMALL, rates) if run.seed == 1}
+    for name in lost:
+        (cut / "runs" / f"{name}.json").unlink()
+    assert {run_of(result).name for result in finished_runs(SMALL, cut)[1]} == {
+        run_of(json.loads(json.dumps(result))).name for result in results
+    } - lost
