@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import httpx
 import numpy as np
@@ -22,6 +22,7 @@ import tiny_proxy
 from gradio.state_holder import SessionState
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from huggingface_hub import HfApi
 
 import app  # isort: skip (space_server made it importable)
 import settings
@@ -184,27 +185,48 @@ def test_the_api_works_behind_a_path_of_a_proxy(answerer, picture_file):
             assert client.predict([handle_file(picture_file)], QUESTION, None, api_name="/ask")["answer"]
 
 
-def test_app_runs_alone_on_a_folder(tmp_path, picture_file):
+@pytest.fixture
+def model_folder(tmp_path):
     for part in space_server.make_model():
         part.save_pretrained(tmp_path / "model")
-    shutil.copytree(space_server.SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "model"
+
+
+@contextmanager
+def app_alone(folder, **environment):
+    """A client of the app in a new process: a copy of its folder, without our package, as a stranger would start it."""
+    shutil.copytree(space_server.SPACE, folder, ignore=shutil.ignore_patterns("__pycache__"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    model = str(tmp_path / "model")
-    added = {"MODEL_ID": model, "COMPARE_MODEL_ID": model, "GRADIO_SERVER_PORT": str(port)}
     without_us = "import runpy, sys; sys.modules['ms_resampler'] = None; sys.path.insert(0, ''); "
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
     process = subprocess.Popen(
         [sys.executable, "-c", without_us + "runpy.run_path('app.py', run_name='__main__')"],
-        cwd=tmp_path / "space",
-        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | added,
+        cwd=folder,
+        env=inherited | {"GRADIO_SERVER_PORT": str(port)} | environment,
     )
     try:
         with closing(wait_for_client(f"http://127.0.0.1:{port}", process)) as client:
-            assert client.predict([handle_file(picture_file)], QUESTION, None, api_name="/ask")["answer"]
+            yield client
     finally:
         process.terminate()
         process.wait()
+
+
+def test_app_runs_alone_on_a_folder(tmp_path, model_folder, picture_file):
+    model = str(model_folder)
+    with app_alone(tmp_path / "space", MODEL_ID=model, COMPARE_MODEL_ID=model) as client:
+        assert client.predict([handle_file(picture_file)], QUESTION, None, api_name="/ask")["answer"]
+
+
+def test_app_runs_alone_on_a_repository(tmp_path, hub, model_folder, picture_file):
+    api = HfApi(endpoint=hub.url, token=hub.add_user("ada", orgs={"acme": "write"}))
+    api.create_repo("acme/tiny")
+    api.upload_folder(repo_id="acme/tiny", folder_path=model_folder)
+    at_hub = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    with app_alone(tmp_path / "space", MODEL_ID="acme/tiny", **at_hub) as client:
+        assert client.predict([handle_file(picture_file)], QUESTION, None, api_name="/ask")["answer"]
 
 
 def wait_for_client(address: str, process: subprocess.Popen) -> Client:
