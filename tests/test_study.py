@@ -450,9 +450,9 @@ def test_what_is_finished_is_found_before_the_rest_is_done(studied, tmp_path):
     shutil.copytree(out, cut := tmp_path / "out")
     found_rates, found = finished_runs(SMALL, cut)
     assert found_rates == rates
-    assert {json.dumps(result, sort_keys=True) for result in found} == {
-        json.dumps(result, sort_keys=True) for result in results
-    }
+    # A run that another test did again took another time.
+    timeless = [{json.dumps({**result, "seconds": 0}, sort_keys=True) for result in some} for some in (found, results)]
+    assert timeless[0] == timeless[1]
     lost = {run.name for run in main_runs(SMALL, rates) if run.seed == 1}
     for name in lost:
         (cut / "runs" / f"{name}.json").unlink()
