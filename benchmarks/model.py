@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
-    DynamicCache,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -144,8 +143,7 @@ def prompt_macs(model: PreTrainedModel, visual_tokens: int, images: int) -> int:
         options["token_grids"] = [(grid, grid)] * images
     head = count_macs(lambda: blank.lm_head(text[:, -1:]))
     # With a cache, because without one transformers looks at positions for several texts in one row.
-    cache = DynamicCache(config=model.config.text_config)
-    language_model = count_macs(lambda: blank.model.language_model(inputs_embeds=text, past_key_values=cache))
+    language_model = count_macs(lambda: blank.model.language_model(inputs_embeds=text, use_cache=True))
     return head + language_model + count_macs(lambda: blank.get_image_features(pixels, **options, return_dict=True))
 
 

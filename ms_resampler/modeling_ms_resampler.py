@@ -4,6 +4,7 @@ Pixels (B, 3, height, width) -> tower -> patches (B, N, C) -> projector -> visua
 places of the image tokens in the text -> language model -> logits.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils import ModelOutput, TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
@@ -26,6 +27,9 @@ from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
 
 # Towers whose position table fits one image size unless they are asked to interpolate it.
 _FIXED_SIZE_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model", "vit"})
+
+# What the text models call the keys and values of earlier text: until transformers 5.23, and since.
+_CACHE_NAMES = ("past_key_values", "cache")
 
 # Families that multiply their logits, by another field than cohere's `logit_scale`.
 _MULTIPLIERS = {"falcon_h1": "lm_head_multiplier", "hyperclovax": "logits_scaling"}
@@ -54,15 +58,15 @@ class MSResamplerModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class MSResamplerCausalLMOutputWithPast(ModelOutput):
+class MSResamplerCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Loss (if there are labels), logits (batch, L, vocabulary), and what the base model returns."""
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
+
+
+def _cache_of(values: Mapping[str, Any]) -> dict[str, Cache]:
+    """The keys and values of earlier text, under the name by which arguments or outputs hold them, if they do."""
+    return {name: values[name] for name in _CACHE_NAMES if name in values.keys() and values[name] is not None}  # noqa: SIM118
 
 
 class MSResamplerPreTrainedModel(PreTrainedModel):
@@ -73,7 +77,7 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["MultiScopeResampler", *(projector.__name__ for projector in PROJECTORS.values())]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(_CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -255,7 +259,6 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         token_grids: Tensor | list[tuple[int, int]] | None = None,
         pixel_attention_mask: Tensor | None = None,
@@ -283,21 +286,20 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             features = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self._placeholder_mask(input_ids, inputs_embeds, len(features))
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
-        elif input_ids is not None and past_key_values is None:
+        elif input_ids is not None and not _cache_of(kwargs):
             self._placeholder_mask(input_ids, inputs_embeds, 0)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
         return MSResamplerModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features,
+            **_cache_of(outputs),
         )
 
 
@@ -366,7 +368,6 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         token_grids: Tensor | list[tuple[int, int]] | None = None,
         pixel_attention_mask: Tensor | None = None,
@@ -382,7 +383,6 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             token_grids=token_grids,
             pixel_attention_mask=pixel_attention_mask,
@@ -398,10 +398,10 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         return MSResamplerCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **_cache_of(outputs),
         )
 
     def _logits(self, hidden_states: Tensor) -> Tensor:

@@ -33,12 +33,12 @@ def attended_words(model: Any, tokenizer: Any, prompt: torch.Tensor, features: A
     """
     tokens = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
     answer_ids = torch.tensor([tokens["input_ids"]], device=prompt.device)
-    cache = model(
-        input_ids=prompt[:, :-1], mm_encoder_outputs={"image": features}, use_cache=True, logits_to_keep=1
-    ).past_key_values
+    before = model(input_ids=prompt[:, :-1], mm_encoder_outputs={"image": features}, use_cache=True, logits_to_keep=1)
+    # transformers renamed it in 5.24.
+    cache = {name: before[name] for name in ("past_key_values", "cache") if name in before.keys()}  # noqa: SIM118
     with eager_attention(model.model.language_model):
         rows = torch.cat([prompt[:, -1:], answer_ids[:, :-1]], dim=1)
-        layers = model(input_ids=rows, past_key_values=cache, output_attentions=True, logits_to_keep=1).attentions
+        layers = model(input_ids=rows, output_attentions=True, logits_to_keep=1, **cache).attentions
     length = prompt.shape[1] + answer_ids.shape[1] - 1
     layers = [layer for layer in layers or () if layer is not None and layer.shape[-1] == length]
     if not layers:

@@ -192,15 +192,15 @@ def test_a_second_turn_continues_the_cache(model):
     rows, images, grids, _ = ragged_rows()
     cache = DynamicCache(config=model.config.text_config)
     first = {**tiny.collate([rows[0]]), "pixel_values": images[:1], "token_grids": grids[:1]}
-    said = model.generate(**first, past_key_values=cache, **GREEDY)
+    said = model.generate(**first, **{tiny.CACHE: cache}, **GREEDY)
     second_ids = torch.cat([said, torch.tensor([rows[3]])], dim=1)
     mask = torch.ones_like(second_ids)
     again = model.generate(
         input_ids=second_ids,
         attention_mask=mask,
-        past_key_values=cache,
         pixel_values=images[4:],
         token_grids=grids[4:],
+        **{tiny.CACHE: cache},
         **GREEDY,
     )
     everything = {
@@ -317,11 +317,11 @@ def test_decoding_with_a_static_cache_is_one_graph(model):
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     expected = by_hand(model, prompt, new=5)
     length, said = prompt["input_ids"].shape[1], []
-    scores = model(**prompt, past_key_values=cache).logits[:, -1]
+    scores = model(**prompt, **{tiny.CACHE: cache}).logits[:, -1]
     for n in range(5):
         scores[:, [END, tiny.IMAGE]] = -torch.inf
         said.append(scores.argmax(-1, keepdim=True))
         position = torch.tensor([[length + n]])
-        scores = compiled(input_ids=said[-1], position_ids=position, past_key_values=cache).logits[:, -1]
+        scores = compiled(input_ids=said[-1], position_ids=position, **{tiny.CACHE: cache}).logits[:, -1]
     assert_close(torch.cat(said, dim=1), expected)
     assert counter.frame_count <= 2

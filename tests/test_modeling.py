@@ -394,7 +394,7 @@ def test_a_prompt_in_two_parts_with_a_cache_equals_the_whole(split):
     parts, cache = [], DynamicCache(config=model.config.text_config)
     for ids, part in ((row[:, :split], tokens[:before]), (row[:, split:], tokens[before:])):
         features = {"image": type("Features", (), {"pooler_output": [part]})} if len(part) else None
-        outputs = model(input_ids=ids, mm_encoder_outputs=features, past_key_values=cache, use_cache=True)
+        outputs = model(input_ids=ids, mm_encoder_outputs=features, use_cache=True, **{tiny.CACHE: cache})
         parts.append(outputs.logits)
     assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
 
@@ -451,8 +451,8 @@ def test_image_tokens_without_images_are_refused():
 def test_an_image_token_that_the_model_says_itself_is_a_word():
     """After the prompt nothing is counted: a model that happens to say `<image>` goes on."""
     model = tiny.tiny_model()
-    cache = model(input_ids=torch.tensor([[7, 9]]), use_cache=True).past_key_values
-    assert model(input_ids=torch.tensor([[tiny.IMAGE]]), past_key_values=cache).logits.isfinite().all()
+    cache = model(input_ids=torch.tensor([[7, 9]]), use_cache=True)[tiny.CACHE]
+    assert model(input_ids=torch.tensor([[tiny.IMAGE]]), **{tiny.CACHE: cache}).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])

@@ -3,6 +3,8 @@
 Every tower reads patches of 4 x 4 pixels and is made for images of 24 x 24; every language model is 32 wide.
 """
 
+from dataclasses import fields
+
 import numpy as np
 import torch
 from PIL import Image
@@ -15,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Siglip2ImageProcessorPil,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ms_resampler import (
     MSResamplerConfig,
@@ -24,6 +27,9 @@ from ms_resampler import (
 )
 
 IMAGE_SIZE, PATCH_SIZE = 24, 4
+
+# The argument that takes the keys and values of earlier text: transformers renamed it in 5.24.
+CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("past_key_values", "cache"))
 VOCABULARY = 320
 
 # A template of ChatML's shape that knows images, and marks what the assistant says.
