@@ -5,15 +5,18 @@ model to compare it with; OPEN_BROWSER=1. Gradio reads its own: GRADIO_SERVER_NA
 """
 
 import atexit
+import inspect
 import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio is imported
 if all(Path(os.environ.get(name) or ".").is_dir() for name in ("MODEL_ID", "COMPARE_MODEL_ID")):
@@ -24,7 +27,17 @@ if not os.environ.get("GRADIO_TEMP_DIR"):
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="ms-resampler-uploads-")
     atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
-import gradio as gr
+
+def file_of(thing: Any, getfile: Callable[[Any], str] = inspect.getfile) -> str:
+    """As inspect.getfile, but Gradio's components have none, so that it does not write type stubs of them all."""
+    if getattr(thing, "__module__", "").startswith("gradio.components"):
+        raise OSError("no stub")
+    return getfile(thing)
+
+
+with patch("inspect.getfile", file_of):  # half of the seconds that importing Gradio takes
+    import gradio as gr
+
 from answering import Answerer, load
 from api import Api
 from ask_page import AskPage
