@@ -22,16 +22,22 @@ def whole_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of another only when all is written."""
+    fresh = path.with_name(f"{path.name}.new")
+    yield fresh
+    fresh.replace(path)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a text to a file."""
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(text)
-    fresh.rename(path)
+    with whole_file(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
 
 
 def copy_whole(source: Path, target: Path) -> None:
     """Copies a file, into a folder that is made if need be."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f"{target.name}.new")
-    shutil.copyfile(source, fresh)
-    fresh.rename(target)
+    with whole_file(target) as fresh:
+        shutil.copyfile(source, fresh)

@@ -18,6 +18,7 @@ import torch
 from scipy import stats
 
 from ms_resampler.cli import main
+from ms_resampler.study import command
 from ms_resampler.study.command import add_arguments, best_rates, finished_runs, perform_study, study_of
 from ms_resampler.study.data import (
     GRID,
@@ -47,7 +48,7 @@ from ms_resampler.study.plan import (
     sweep_runs,
 )
 from ms_resampler.study.reader import WIDTH, Reader
-from ms_resampler.study.report import check_report, report_text, write_report
+from ms_resampler.study.report import ablation_table, check_report, report_text, write_report
 from ms_resampler.study.results import Results, adopt, collect, load, result_path, run_of, save
 from ms_resampler.study.run import last_attention, patches_right
 from ms_resampler.study.statistics import (
@@ -310,11 +311,10 @@ def test_a_study_resumes_and_gives_the_same_again(studied, capsys):
 
 
 KILLED = """
-import multiprocessing, os, time
-from concurrent.futures import ProcessPoolExecutor
-from ms_resampler.study.command import begin_worker
+import os, time
+from ms_resampler.study.workers import worker_pool
 if __name__ == "__main__":
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin_worker) as pool:
+    with worker_pool(1) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         time.sleep(600)
 """
@@ -459,3 +459,60 @@ def test_what_is_finished_is_found_before_the_rest_is_done(studied, tmp_path):
     assert {run_of(result).name for result in finished_runs(SMALL, cut)[1]} == {
         run_of(json.loads(json.dumps(result))).name for result in results
     } - lost
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_reported_and_nothing_stored_is_lost(studied, tmp_path, monkeypatch, capsys):
+    out, _, results = studied
+    shutil.copytree(out, cut := tmp_path / "out")
+    monkeypatch.setattr(command, "study_of", lambda arguments: SMALL)
+    line = ["study", "--finished", "--out", str(cut), "--report", str(tmp_path / "docs")]
+    assert main(line) == 0  # of a study that was killed before its first report, too
+    stored = (tmp_path / "docs" / "study" / "runs.jsonl").read_bytes()
+    assert stored.count(b"\n") == len({json.dumps(result["run"]) for result in results})
+    assert main(["study", "--check", str(tmp_path / "docs")]) == 0
+
+    monkeypatch.setattr(command, "study_of", lambda arguments: dataclasses.replace(SMALL, seeds=1))
+    assert main(line) == 2
+    assert re.search(
+        r"holds \d+ results that this study does not ask for, .* seed 1: .*--seeds 2", capsys.readouterr().err
+    )
+    assert (tmp_path / "docs" / "study" / "runs.jsonl").read_bytes() == stored
+
+    monkeypatch.setattr(command, "study_of", lambda arguments: SMALL)
+    result_path(cut, sweep_runs(SMALL)[0]).unlink()
+    assert main([*line[:-1], str(tmp_path / "other")]) == 2
+    assert "1 runs of the choice of learning rates are missing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*line, "--check", str(tmp_path / "docs")])
+
+
+def test_what_nothing_here_compares_with_is_not_run(tmp_path, capsys):
+    """Seed 0 is done elsewhere, seed 1 in part, seed 2 here."""
+    study = dataclasses.replace(SMALL, seeds=3)
+    runs = main_runs(study, dict.fromkeys(study.arms, 1e-3))
+    ours = [run for run in runs if run.arm == OURS]
+    done = {run.name: "here" if run.seed == 2 else "there" for run in ours if (run.seed, run.tokens) != (1, "9")}
+    (tmp_path / "runs").mkdir()
+    for run in ours:
+        if run.name in done:
+            result_path(tmp_path, run).write_text(json.dumps({"made_with": done[run.name]}))
+    assert command.seeds_of_elsewhere(runs, tmp_path, "here") == {0}
+    kept = command.comparable_here(runs, tmp_path, {0})
+    assert kept == [run for run in runs if run.seed or run.arm == OURS]
+    assert f"Left out: {len(runs) - len(kept)} runs of seeds 0, whose" in capsys.readouterr().out
+
+
+def test_a_table_leaves_out_what_shares_no_seed_with_the_default():
+    test = {**dict.fromkeys(STUDY_FAMILIES, "01"), "dense": "0011"}
+
+    def result(arm, made_with, seed, score):
+        scores = {"16": {**test, "read": score}}
+        run = {"arm": arm, "seed": seed, "learning_rate": 1e-3, "grids": [[4, 4]]}
+        return {"run": run, "made_with": made_with, "test": scores}
+
+    runs = [result(OURS, "here", 0, "11"), result("two scopes", "here", 0, "10"), result("no prior", "there", 0, "11")]
+    table = ablation_table(Results({"budgets": [16]}, {OURS: 1e-3}, {}, runs))
+    assert "| two scopes | 1 |" in table
+    assert "| no prior |" not in table
+    assert table.endswith("Not yet run beside the default: no prior.")

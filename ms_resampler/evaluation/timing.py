@@ -21,9 +21,10 @@ LEAST = 3  # repeats, however long they take
 
 
 def machine() -> str:
-    """The machine and the versions that the times belong to."""
+    """The machine, its GPU if there is one, and the versions that the times belong to."""
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return (
-        f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{gpu}{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
         f"{torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 from itertools import zip_longest
 from pathlib import Path
@@ -13,6 +12,7 @@ from jinja2 import StrictUndefined, Template
 
 from ..configuration_ms_resampler import MSResamplerConfig
 from ..evaluation.scenes import FamilyScore, markdown_table
+from ..folders import write_whole
 from ..projectors_ms_resampler import PROJECTORS
 from ..training.scenes import COLOURS, SHAPES, WORDS
 from .staging import PROJECTOR, RECORD, tensor_elements, tensor_files
@@ -69,9 +69,7 @@ def write_card(folder: Path, title: str | None = None, **metadata: Any) -> None:
     path = folder / "README.md"
     if path.exists() and not is_made_here(path):
         raise ValueError(f"{path} was not made by `ms-resampler card`, and would be lost: move it away first.")
-    fresh = path.with_name("README.md.new")
-    fresh.write_text(render_card(folder, title, **metadata), encoding="utf-8")
-    os.replace(fresh, path)
+    write_whole(path, render_card(folder, title, **metadata))
 
 
 def is_made_here(path: Path) -> bool:

@@ -2,9 +2,7 @@
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,13 +13,14 @@ import torch
 
 from ..training.train import keep_freed_memory
 from .costs import measure_costs
-from .data import prepare_data
+from .data import data_folder, prepare_data
 from .plan import BASELINE, OURS, QUICK, Run, Study, further_runs, main_runs, rehearse, sweep_runs
 from .reader import pretrained_reader
-from .report import check_report, write_report
-from .results import adopt, collect, load, result_path, save
+from .report import check_report, report_text, write_report
+from .results import Results, adopt, collect, load, made_with, result_path, run_of, save
 from .run import perform
 from .statistics import overall
+from .workers import worker_pool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenes", type=int, help="to train on (default: 12000)")
     parser.add_argument("--workers", type=int, help="processes (default: one a core, or one for a GPU)")
     parser.add_argument("--no-ablations", action="store_true", help="only the projectors, each at its budgets")
-    report = parser.add_mutually_exclusive_group()
-    report.add_argument("--report", type=Path, metavar="FOLDER", help="of study.md and its figures (default: OUT)")
-    parser.add_argument("--finished", action="store_true", help="train nothing: report what is finished")
-    report.add_argument("--check", type=Path, metavar="FOLDER", help="only check the report there against its results")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="of study.md and its figures (default: OUT)")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--finished", action="store_true", help="train nothing: report what is finished")
+    only.add_argument("--check", type=Path, metavar="FOLDER", help="only check the report there against its results")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,18 +56,34 @@ def run(arguments: argparse.Namespace) -> int:
     study, out = study_of(arguments), arguments.out
     rehearse(study)
     folder = arguments.report or out
-    print(f"{adopt(folder / 'study', out)} results stored in {folder / 'study'}")
-    if arguments.finished:
-        rates, results = finished_runs(study, out)
-        costs = load(folder / "study").costs
-    else:
-        rates, results = perform_study(study, out, arguments.workers)
-        print("Costs ...", flush=True)
-        costs = measure_costs(study)
-    save(collect(study, rates, costs, results), folder / "study", out)
+    stored = load(folder / "study") if (folder / "study" / "study.json").exists() else None
+    if stored:
+        refuse_loss(study, stored, folder / "study")
+        print(f"{adopt(folder / 'study', out)} results stored in {folder / 'study'}")
+    rates, results = finished_runs(study, out) if arguments.finished else perform_study(study, out, arguments.workers)
+    costs = stored.costs if stored and arguments.finished else measure_costs(study)
+    collected = collect(study, rates, costs, results)
+    report_text(collected)  # refuses what is too little for a report, before anything is written over
+    save(collected, folder / "study", out)
     write_report(folder)
     print(f"The report is {folder / 'study.md'}.")
     return 0
+
+
+def refuse_loss(study: Study, stored: Results, folder: Path) -> None:
+    """Raises ValueError if results are stored in a folder that a study does not ask for: they would be lost there."""
+    names = {run.name for rate in study.learning_rates for run in all_runs(study, dict.fromkeys(study.arms, rate))}
+    lost = [run for run in map(run_of, stored.runs) if run.name not in names]
+    if lost:
+        raise ValueError(
+            f"{folder} holds {len(lost)} results that this study does not ask for, such as {lost[0].arm} with seed "
+            f"{lost[0].seed}: ask for them, too (they are of --seeds {stored.study['seeds']}), or report elsewhere."
+        )
+
+
+def all_runs(study: Study, rates: dict[str, float]) -> list[Run]:
+    """What a study runs, once its learning rates are chosen."""
+    return [*sweep_runs(study), *main_runs(study, rates), *further_runs(study, rates)]
 
 
 def perform_study(study: Study, out: Path, workers: int | None) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -76,39 +91,49 @@ def perform_study(study: Study, out: Path, workers: int | None) -> tuple[dict[st
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     print(f"Data and reader, in {out}:", flush=True)
-    pretrained_reader(prepare_data(out, study.data), study.data.reader_steps)
-    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), begin_worker) as pool:
+    pretrained_reader(prepare_data(out, study.data, workers), study.data.reader_steps)
+    with worker_pool(workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)) as pool:
         results = list(perform_all("Learning rates", sweep_runs(study), out, pool))
         rates = best_rates(study, results)
-        results += perform_all("Projectors", main_runs(study, rates), out, pool)
-        results += perform_all("Ablations and elastic budgets", further_runs(study, rates), out, pool)
+        here = pool.submit(made_with, data_folder(out, study.data)).result()
+        elsewhere = seeds_of_elsewhere(main_runs(study, rates), out, here)
+        for title, runs in (("Projectors", main_runs), ("Ablations and elastic budgets", further_runs)):
+            results += perform_all(title, comparable_here(runs(study, rates), out, elsewhere), out, pool)
     return rates, results
 
 
+def seeds_of_elsewhere(runs: Sequence[Run], out: Path, here: str) -> set[int]:
+    """The seeds whose runs of ms_resampler are all done, and none of them with what is `here`."""
+    ours = [run for run in runs if run.arm == OURS]
+    made = [perform(run, out)["made_with"] if result_path(out, run).exists() else here for run in ours]
+    return {run.seed for run in ours} - {run.seed for run, what in zip(ours, made, strict=True) if what == here}
+
+
+def comparable_here(runs: Sequence[Run], out: Path, elsewhere: set[int]) -> list[Run]:
+    """The runs, but for those that are missing of seeds of elsewhere: made here, nothing would compare with them."""
+    kept = [run for run in runs if run.seed not in elsewhere or result_path(out, run).exists()]
+    if len(kept) < len(runs):
+        print(
+            f"Left out: {len(runs) - len(kept)} runs of seeds {', '.join(map(str, sorted(elsewhere)))}, whose runs of "
+            f"{OURS} were made on another kind of machine, or with other versions. More --seeds are run here whole.",
+            flush=True,
+        )
+    return kept
+
+
 def finished_runs(study: Study, out: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """What `perform_study` would return if nothing were missing of what is."""
+    """What `perform_study` would return if nothing were missing of what is. Raises ValueError if that is too little."""
 
     def finished(runs: Sequence[Run]) -> list[dict[str, Any]]:
         return [perform(run, out) for run in runs if result_path(out, run).exists()]
 
-    results = finished(sweep_runs(study))
-    rates = best_rates(study, results)
-    return rates, results + finished(main_runs(study, rates)) + finished(further_runs(study, rates))
-
-
-def begin_worker() -> None:
-    """One thread for each process, which ends with the one that started it, however that ends."""
-    torch.set_num_threads(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Waits for the process that started this one to end, then ends this one: a pool's own workers would stay."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    swept = finished(sweep_runs(study))
+    if missing := len(sweep_runs(study)) - len(swept):
+        raise ValueError(
+            f"{missing} runs of the choice of learning rates are missing in {out}: first go on without --finished."
+        )
+    rates = best_rates(study, swept)
+    return rates, swept + finished(main_runs(study, rates)) + finished(further_runs(study, rates))
 
 
 def study_of(arguments: argparse.Namespace) -> Study:

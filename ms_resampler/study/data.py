@@ -7,7 +7,6 @@ Everything is cached in a folder named after its settings.
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 from collections.abc import Sequence
@@ -25,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import ConvNextConfig, ConvNextModel
 
-from ..folders import write_whole
+from ..folders import whole_file, write_whole
 from ..resampler_ms_resampler import cell_centres, sincos_positions
 from ..training.curriculum import ALL_NAMES
 from ..training.scenes import COLOURS, FAMILIES, HEIGHTS, PLACES, Question, Scene, ask, height_step, make_scene
 from ..training.tiny_model import keep_variance
+from .workers import worker_pool
 
 GRID, PATCH_PIXELS, CHANNELS = (12, 12), 8, 128
 PATCHES = GRID[0] * GRID[1]
@@ -261,18 +261,19 @@ def data_folder(out: Path, settings: DataSettings) -> Path:
     return out / f"data-{settings.name}"
 
 
-def prepare_data(out: Path, settings: DataSettings) -> StudyData:
-    """The study's data, made on first use."""
+def prepare_data(out: Path, settings: DataSettings, workers: int | None = None) -> StudyData:
+    """The study's data, made on first use; scenes are drawn by so many processes (default: one a core)."""
     folder = data_folder(out, settings)
     if not (folder / "vocabulary.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        make_data(folder, settings)
+        make_data(folder, settings, workers or os.cpu_count() or 1)
     return load_data(folder)
 
 
-def make_data(folder: Path, settings: DataSettings) -> None:
+def make_data(folder: Path, settings: DataSettings, workers: int) -> None:
     """Trains the tower, and writes features, labels and questions; the vocabulary last, which completes them."""
-    drawn = {split: draw_scenes(split, settings) for split in SPLITS}
+    with worker_pool(workers) as pool:
+        drawn = {split: draw_scenes(split, settings, pool) for split in SPLITS}
     if not (folder / TOWER).exists():
         save_whole(train_tower(drawn["train"], settings.tower_steps), folder / TOWER)
     tower = make_tower().eval()
@@ -286,20 +287,18 @@ def make_data(folder: Path, settings: DataSettings) -> None:
     write_whole(folder / "vocabulary.json", json.dumps({"words": list(words), "answers": list(answers)}))
 
 
-def draw_scenes(split: str, settings: DataSettings) -> list[DrawnScene]:
-    """All scenes of a split, drawn by as many processes as there are cores."""
+def draw_scenes(split: str, settings: DataSettings, pool: ProcessPoolExecutor) -> list[DrawnScene]:
+    """All scenes of a split, drawn by a pool of processes."""
     count = getattr(settings, f"{split}_scenes")
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        drawn = list(pool.map(partial(draw_scene, split, settings.questions), range(count), chunksize=50))
+    drawn = list(pool.map(partial(draw_scene, split, settings.questions), range(count), chunksize=50))
     print(f"  {split}: {count} scenes", flush=True)
     return drawn
 
 
 def save_whole(module: nn.Module, path: Path) -> None:
     """Writes a module's weights whole or not at all."""
-    fresh = path.with_suffix(".new")
-    save_file(module.state_dict(), fresh)
-    fresh.rename(path)
+    with whole_file(path) as fresh:
+        save_file(module.state_dict(), fresh)
 
 
 @torch.inference_mode()

@@ -12,7 +12,8 @@ from .run import head_sigmas
 from .statistics import GROUPS
 
 FIGURES = {
-    "accuracy": "Score against budget, by group of questions; bars are 95% intervals.",
+    "accuracy": "Score against budget, by group of questions; bars are 95% intervals, grey lines the other projectors; "
+    "points are moved sideways to be told apart.",
     "sigmas": "Learned sigmas in token pitches, by scope: a dot for each head and seed, a line where it began.",
     "trust": "How much the tokens that answer a family's questions trust each scope, mean over seeds.",
     "maps": "Where the token over a thing looked in each scope, on held-out scenes: its cell is framed.",
@@ -26,7 +27,7 @@ COLOURS = {
     "token_packer": "#CC79A7",
     "mqt": "#E69F00",
 }
-SCOPES = {"local": "#D55E00", "regional": "#E69F00", "global": "#0072B2"}
+SCOPES = {"local": "#E69F00", "regional": "#009E73", "global": "#0072B2"}  # as the demo has them
 OTHERS = "#BBBBBB"
 
 

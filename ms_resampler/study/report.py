@@ -15,8 +15,8 @@ from .statistics import GROUPS, Difference, Estimate, corrected
 ONE_POINT = 0.01
 ENOUGH_SEEDS = 5
 PRELIMINARY = (
-    "\n\n**Preliminary: {seeds}.** Seeds differ by about as much as neighbours in these tables do, so conclusions wait "
-    "for five."
+    "\n\n**Preliminary: the tables of scores are over {seeds}.** Seeds differ by about as much as neighbours in these "
+    "tables do, so conclusions wait for five."
 )
 
 
@@ -85,7 +85,7 @@ and words on 12 x 12 patches. A ConvNeXt tower has learned to name what is under
 their places are added to its features, as those of a ViT carry them. A reader of two layers, which stands in for the
 language model, has learned its questions on descriptions in words. Neither ever met a projector. For each run a fresh
 projector and a copy of that reader are trained together for {study["steps"]} steps of {study["batch_size"]} pictures
-with eight questions each; {seeds} for every projector. Every projector has the same choice of learning rates
+with eight questions each. Every projector has the same choice of learning rates
 ({rates}), by validation scores at {results.middle} tokens, and a width that gives it about the parameters of
 `{OURS}`, where it has a width. The digits of the test were seen by neither tower, reader nor projector.
 
@@ -143,8 +143,8 @@ def main_table(results: Results, tokens: str) -> str:
 def rivals(results: Results, tokens: str) -> dict[str, Difference]:
     """Our score minus that of every other projector at a budget, the strongest rival first."""
     ours = (OURS, "fixed", tokens)
-    others = [arm for arm in results.arms(tokens) if arm != OURS]
-    found = {arm: results.difference(ours, (arm, "fixed", tokens)) for arm in others}
+    others = {arm: (arm, "fixed", tokens) for arm in results.arms(tokens) if arm != OURS}
+    found = {arm: results.difference(ours, key) for arm, key in others.items() if results.comparable(ours, key)}
     return dict(sorted(found.items(), key=lambda item: item[1].estimate.mean_G[-1]))
 
 
@@ -154,6 +154,7 @@ def differences_table(title: str, found: dict[str, Difference]) -> str:
     rows = [
         [
             arm,
+            str(difference.seeds),
             signed(difference, -1),
             number(p, 3),
             number(difference.effect, 1),
@@ -161,7 +162,7 @@ def differences_table(title: str, found: dict[str, Difference]) -> str:
         ]
         for (arm, difference), p in zip(found.items(), adjusted, strict=True)
     ]
-    return table([title, "overall", "p", "d", *GROUPS], rows)
+    return table([title, "seeds", "overall", "p", "d", *GROUPS], rows)
 
 
 def verdict(results: Results, tokens: str) -> str:
@@ -193,8 +194,11 @@ def ablation_table(results: Results) -> str:
     default = (OURS, "fixed", results.middle)
     kin = [arm for arm in results.arms(results.middle) if arm.startswith((BASELINE, f"{OURS},"))]
     changes = [*kin, *results.ablations()]
-    found = {arm: results.difference((arm, "fixed", results.middle), default) for arm in changes}
-    return "Each change minus the default, in points:\n\n" + differences_table("change", found)
+    keys = {arm: (arm, "fixed", results.middle) for arm in changes}
+    found = {arm: results.difference(key, default) for arm, key in keys.items() if results.comparable(key, default)}
+    apart = [arm for arm in keys if arm not in found]
+    left_out = f"\n\nNot yet run beside the default: {listed(apart)}." if apart else ""
+    return "Each change minus the default, in points:\n\n" + differences_table("change", found) + left_out
 
 
 def elastic_table(results: Results) -> str:
@@ -203,7 +207,7 @@ def elastic_table(results: Results) -> str:
     for arm in ELASTIC:
         for tokens in results.budgets:
             keys = [(arm, mode, tokens) for mode in ("elastic", "fixed")]
-            if all(key in results.scores for key in keys):
+            if results.comparable(*keys):
                 elastic, fixed = results.estimates(*keys).values()
                 rows.append(
                     [arm, tokens, percent(elastic, -1), percent(fixed, -1), signed(results.difference(*keys), -1)]
@@ -257,4 +261,5 @@ def made_counts(results: Results) -> dict[str, int]:
 def listed_seeds(results: Results, made: str) -> str:
     """The seeds of ms_resampler that were made with something."""
     runs = (result["run"] for result in results.runs if result["made_with"] == made)
-    return ", ".join(sorted({str(run["seed"]) for run in runs if run["arm"] == OURS})) or "none"
+    chosen = (run for run in runs if run["arm"] == OURS and run["learning_rate"] == results.rates[OURS])
+    return ", ".join(str(seed) for seed in sorted({run["seed"] for run in chosen})) or "none"

@@ -72,12 +72,16 @@ class Results:
 
     def blocks(self, *keys: Key) -> list[Block]:
         """The blocks in which all of these have a result. Raises ValueError if there is none."""
-        shared = sorted(set.intersection(*(set(self.scores[key]) for key in keys)))
+        shared = sorted(set.intersection(*(set(self.scores.get(key, {})) for key in keys))) if keys else []
         if not shared:
             raise ValueError(
                 f"No seed is finished yet for all of {', '.join(arm for arm, _, _ in keys)}: go on with the study."
             )
         return shared
+
+    def comparable(self, one: Key, other: Key) -> bool:
+        """Whether some block has a result of both."""
+        return not self.scores.get(one, {}).keys().isdisjoint(self.scores.get(other, {}))
 
     def estimates(self, *keys: Key) -> dict[Key, Estimate]:
         """Means and intervals, over the blocks that all of these share."""
@@ -125,20 +129,22 @@ def compact(result: dict[str, Any]) -> dict[str, Any]:
 
 def save(results: Results, folder: Path, out: Path) -> None:
     """Writes `study.json` and `runs.jsonl` into a folder, and copies the tower and the reader of OUT beside them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"study": results.study, "rates": results.rates, "costs": results.costs}
-    write_whole(folder / "study.json", json.dumps(about, indent=2) + "\n")
-    write_whole(folder / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in results.runs))
     for name in (TOWER, READER):
         copy_whole(data_folder(out, DataSettings(**results.study["data"])) / name, folder / name)
+    about = {"study": results.study, "rates": results.rates, "costs": results.costs}
+    write_whole(folder / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in results.runs))
+    write_whole(folder / "study.json", json.dumps(about, indent=2) + "\n")
 
 
 def load(folder: Path) -> Results:
-    """Reads what `save` wrote. Raises ValueError if it is not there."""
+    """Reads what `save` wrote. Raises ValueError if it is not there, or was written by another version."""
     if not (folder / "study.json").exists():
         raise ValueError(f"There are no results of a study in {folder}: run `ms-resampler study` first.")
     lines = (folder / "runs.jsonl").read_text().splitlines()
-    return Results(**json.loads((folder / "study.json").read_text()), runs=[json.loads(line) for line in lines])
+    about, runs = json.loads((folder / "study.json").read_text()), [json.loads(line) for line in lines]
+    if about.keys() != {"study", "rates", "costs"} or not all("made_with" in run for run in runs):
+        raise ValueError(f"{folder} was stored by another version of the study: move it away, or use that version.")
+    return Results(**about, runs=runs)
 
 
 def adopt(folder: Path, out: Path) -> int:

@@ -66,22 +66,26 @@ def estimate(scores_SFB: np.ndarray) -> Estimate:
 class Difference:
     """Our score minus another's, same seeds and pictures: estimates, and overall the t-test over seeds.
 
-    `effect` is Cohen's d of paired samples, over seeds. Neither it nor `p` is a number where seeds do not differ.
+    `effect` is Cohen's d of paired samples, over seeds. Neither it nor `p` is a number where seeds do not differ, and
+    of fewer than three seeds `effect` is none either: it would say how near the two happen to be.
     """
 
     estimate: Estimate
     p: float
     effect: float
+    seeds: int
 
 
 def difference(ours_SFB: np.ndarray, other_SFB: np.ndarray) -> Difference:
     """Paired comparison of two arms."""
     difference_SFB = ours_SFB - other_SFB
     by_seed_S = group_means(np.nanmean(difference_SFB, axis=2))[:, -1]
+    seeds, found = len(by_seed_S), estimate(difference_SFB)
     if np.ptp(by_seed_S) == 0:
-        return Difference(estimate(difference_SFB), np.nan, np.nan)
+        return Difference(found, np.nan, np.nan, seeds)
     p = float(stats.ttest_1samp(by_seed_S, 0).pvalue)
-    return Difference(estimate(difference_SFB), p, float(by_seed_S.mean() / by_seed_S.std(ddof=1)))
+    effect = float(by_seed_S.mean() / by_seed_S.std(ddof=1)) if seeds > 2 else np.nan
+    return Difference(found, p, effect, seeds)
 
 
 def corrected(p_values: Sequence[float]) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoProcessor
 
 from ..cli import model_or_embedded
+from ..folders import whole_folder
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import four_bit_config
 
@@ -62,8 +63,7 @@ def merge(adapter: Path, out: Path, model: str | None = None) -> None:
     dtype = whole.dtype
     # Added in float32: in bfloat16 the sum would lose a third of the adapters' digits.
     merged = PeftModel.from_pretrained(whole.float(), str(adapter)).merge_and_unload().to(dtype)
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    merged.save_pretrained(unfinished)
-    AutoProcessor.from_pretrained(adapter).save_pretrained(unfinished)
-    shutil.copyfile(adapter / "training_record.json", unfinished / "training_record.json")
-    unfinished.rename(out)
+    with whole_folder(out) as folder:
+        merged.save_pretrained(folder)
+        AutoProcessor.from_pretrained(adapter).save_pretrained(folder)
+        shutil.copyfile(adapter / "training_record.json", folder / "training_record.json")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer
 
+from ..folders import write_whole
 from .recipes import Recipe
 from .records import StreamedRecords
 from .schedule import Schedule
@@ -44,9 +45,7 @@ class RunRecord:
 
     def write(self, path: Path) -> None:
         """Writes the record whole or not at all."""
-        fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps(self.values, indent=2) + "\n")
-        fresh.replace(path)
+        write_whole(path, json.dumps(self.values, indent=2) + "\n")
 
     def finish(self, trainer: Trainer) -> None:
         """Notes the end of the run: time, hardware, the last loss, and what was skipped or cut."""
