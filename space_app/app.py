@@ -63,7 +63,7 @@ NAMES_SCRIPT = """() => {
 
 
 def about_the_model() -> dict[str, Any]:
-    """The note on what the model can do, and the example scenes with their questions."""
+    """Notes on what models can do, by their names, and the example scenes with their questions."""
     return json.loads((EXAMPLES / "examples.json").read_text())
 
 
@@ -71,12 +71,12 @@ def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
     """The pages and the API around a model, and a second one to compare it with."""
     about = about_the_model()
     with gr.Blocks(title="MS-Resampler", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as demo:
-        header(about["note"])
+        header(about["models"].get(answerer.name, ""))
         with gr.Tab("Ask and see"):
             AskPage(answerer, about["scenes"]).build()
         with gr.Tab("Compare"):
             second = other or answerer
-            ComparePage(answerer, second, about["scenes"], about.get("models", {}).get(second.name)).build()
+            ComparePage(answerer, second, about["scenes"], about["models"].get(second.name)).build()
         Api(answerer).build()
         for side in {answerer, other or answerer}:
             demo.unload(side.forget)

@@ -114,11 +114,12 @@ def scope_view(answerer: Answerer, elem_id: str, plays: bool) -> gr.HTML:
 
 
 def header(note: str) -> gr.HTML:
-    """The title, what the page shows, and what this model can be asked."""
+    """The title, what the page shows, and what this model can be asked, if there is a note on that."""
+    paragraph = f'<p class="quiet">{escape(note)}</p>' if note else ""
     return gr.HTML(
         "<h1>MS-Resampler</h1><p>Ask about a picture. The model reads it through a few <em>scopes</em>, from local "
-        "to global; beside the answer you see where each scope looked, and how far every visual token trusted it."
-        f'</p><p class="quiet">{escape(note)}</p>',
+        "to global; beside the answer you see where each scope looked, and how far every visual token trusted it.</p>"
+        + paragraph,
         elem_id="header",
     )
 

@@ -494,12 +494,20 @@ def test_colour_blind_people_tell_the_scopes_apart(kind):
 def test_the_note_on_the_projector_to_compare_with_is_found_and_true(answerer):
     about, peer = app.about_the_model(), space_server.make_answerer()
     peer.name = Path(PEER).name
-    assert list(about["models"]) == [peer.name]
+    assert list(about["models"]) == ["tiny", peer.name]
     radios = [block for block in app.build_demo(answerer, peer).blocks.values() if isinstance(block, gr.Radio)]
     assert [radio.info for radio in radios] == [about["models"][peer.name]]
     for folder in (PEER, TINY):
         scores = json.loads((Path(folder) / "training_record.json").read_text())["scores"]
         assert f"{100 * np.mean([score['mean'] for score in scores]):.1f} %" in radios[0].info
+
+
+@pytest.mark.parametrize(("name", "paragraphs"), [("tiny", 2), ("somebody's", 1)])
+def test_the_note_on_the_model_is_shown_for_that_model_only(answerer, monkeypatch, name, paragraphs):
+    monkeypatch.setattr(answerer, "name", name)
+    (header,) = (block.value for block in app.build_demo(answerer).blocks.values() if block.elem_id == "header")
+    assert header.count("<p") == paragraphs
+    assert (app.about_the_model()["models"]["tiny"].partition(".")[0] in header) == (name == "tiny")
 
 
 def test_example_scenes_are_there():
