@@ -110,6 +110,12 @@ def test_seen_picture_is_the_crop_that_the_processor_made(maps):
     np.testing.assert_allclose(np.asarray(maps.picture), np.asarray(whole)[:, 4:28], atol=2)
 
 
+def test_of_a_picture_that_a_tower_takes_in_patches_a_small_copy_is_kept():
+    picture = Image.new("RGB", (3000, 1500))
+    assert answering.seen_picture(None, torch.zeros(4, 48), picture).size == (1024, 512)
+    assert picture.size == (3000, 1500)
+
+
 @pytest.mark.parametrize(
     ("images", "wanted", "options"),
     [
