@@ -13,10 +13,12 @@ from settings import MAX_NEW_TOKENS, MAX_SYSTEM_CHARACTERS, MAX_TEMPERATURE, MIN
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE / "examples"
 VIEW_SCRIPT = "\n".join((HERE / name).read_text() for name in ("heat.js", "view_parts.js", "view.js"))
+# While the page writes an answer, a scene would write another one over it.
 EXAMPLES_SCRIPT = """
 element.addEventListener('click', event => {
   const scene = event.target.closest('[data-scene]');
-  if (scene) trigger('choose', {scene: Number(scene.dataset.scene)});
+  const answering = element.closest('.page').querySelector('.ask .stop-button');
+  if (scene && !answering) trigger('choose', {scene: Number(scene.dataset.scene)});
 });
 """
 BUDGET_SCRIPT = """

@@ -215,6 +215,18 @@ def test_clear_clears_what_is_being_written(open_page, slow_address):
     expect(page.locator("#chat .message-content")).to_have_count(0)
 
 
+def test_a_scene_that_is_picked_while_an_answer_is_written_leaves_that_answer(open_page, slow_address, picture_files):
+    page = open_page(slow_address)
+    send(page, QUESTION, picture_files[:1])
+    page.locator("#view .tokens").wait_for()
+    page.locator("#scenes [data-scene='1']").click()
+    wait_until_done(page)
+    settle(page)
+    expect(page.locator("#chat .user .message-content")).to_have_text([QUESTION])
+    ask_example(page, 1)
+    expect(answers(page)).to_have_count(2)
+
+
 def test_several_pictures_are_asked_about_twice(open_page, answerer, picture_files):
     page = open_page()
     ask(page, files=picture_files[:2])
