@@ -46,6 +46,7 @@ from elements import EXAMPLES, HERE, header
 from pictures import MAX_FILE_MEGABYTES
 
 QUEUE_LENGTH = 32
+DELETE_CACHE = (300, 3600)  # seconds between looks at the uploads, and of the age at which they are deleted
 SESSIONS = 64  # of visitors, that Gradio keeps what it needs to serve them of: about a megabyte each
 # What Gradio leaves nameless for screen readers: the box, its Stop button, the pictures in chat and box.
 NAMES_SCRIPT = """() => {
@@ -70,7 +71,7 @@ def about_the_model() -> dict[str, Any]:
 def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
     """The pages and the API around a model, and a second one to compare it with."""
     about = about_the_model()
-    with gr.Blocks(title="MS-Resampler", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as demo:
+    with gr.Blocks(title="MS-Resampler", analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE) as demo:
         header(about["models"].get(answerer.name, ""))
         with gr.Tab("Ask and see"):
             AskPage(answerer, about["scenes"]).build()
