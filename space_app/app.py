@@ -1,7 +1,8 @@
 """The MS-Resampler Space: ask about a picture, and see what each scope looked at.
 
 Settings, from the environment: MODEL_ID, a folder or a Hub repository; MODEL_REVISION; COMPARE_MODEL_ID, a second
-model to compare it with; OPEN_BROWSER=1. Gradio reads its own: GRADIO_SERVER_NAME, GRADIO_ROOT_PATH and so on.
+model to compare it with; COMPARE_MODEL_REVISION; OPEN_BROWSER=1. Gradio reads its own: GRADIO_SERVER_NAME,
+GRADIO_ROOT_PATH and so on.
 """
 
 import atexit
@@ -112,13 +113,18 @@ def launch_options() -> dict[str, Any]:
     }
 
 
+def loaded(name: str) -> Answerer | None:
+    """The model that the variables NAME_ID and NAME_REVISION name, if they do."""
+    model_id = os.environ.get(f"{name}_ID")
+    return load(model_id, os.environ.get(f"{name}_REVISION")) if model_id else None
+
+
 def main() -> None:
-    """Loads the model that MODEL_ID names, and serves the page."""
-    if not os.environ.get("MODEL_ID"):
+    """Loads the model that MODEL_ID names, and the one to compare with, and serves the page."""
+    answerer = loaded("MODEL")
+    if answerer is None:
         raise SystemExit("Set MODEL_ID to a folder or a Hub repository with an MS-Resampler model.")
-    answerer = load(os.environ["MODEL_ID"], os.environ.get("MODEL_REVISION"))
-    other = load(os.environ["COMPARE_MODEL_ID"]) if os.environ.get("COMPARE_MODEL_ID") else None
-    demo = build_demo(answerer, other)
+    demo = build_demo(answerer, loaded("COMPARE_MODEL"))
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that uploads are deleted then, too
     print(f"MS-Resampler answers at {address} (Ctrl+C ends it)", flush=True)
