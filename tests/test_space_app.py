@@ -428,6 +428,31 @@ def test_a_question_taken_back_is_in_the_box_with_its_pictures(answerer, picture
     assert pictures.open_picture(file["path"]) == pictures.open_picture(picture_file)
 
 
+def test_words_of_an_answer_that_was_taken_back_are_not_played(answerer, picture_file, monkeypatch):
+    warned = []
+    monkeypatch.setattr(gr, "Warning", lambda message, title: warned.append(message))
+    event = types.SimpleNamespace(number=1, visual_tokens=None, system_prompt="")
+    history = [conversation.user_turn(QUESTION, [picture_file], []), conversation.assistant_turn("ab")]
+    assert ask_page.AskPage(answerer, []).words(history, event)["words"] == []
+    assert warned == ["That answer was taken back; ask again to play its words."]
+
+
+def test_each_model_is_loaded_at_its_revision(monkeypatch):
+    monkeypatch.setattr(app, "load", lambda *asked: asked)
+    for name in ("COMPARE_MODEL_ID", "COMPARE_MODEL_REVISION"):
+        monkeypatch.delenv(name, raising=False)
+    assert app.loaded("COMPARE_MODEL") is None
+    monkeypatch.setenv("COMPARE_MODEL_ID", "acme/other")
+    assert app.loaded("COMPARE_MODEL") == ("acme/other", None)
+    monkeypatch.setenv("COMPARE_MODEL_REVISION", "v1")
+    assert app.loaded("COMPARE_MODEL") == ("acme/other", "v1")
+
+
+def test_uploads_are_deleted_after_an_hour_as_the_docs_say(answerer):
+    (between_looks, age) = app.build_demo(answerer).delete_cache
+    assert 3600 <= age + between_looks <= 1.1 * 3600
+
+
 def test_transparent_picture_stands_on_white():
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     assert pictures.over_white(clear).getpixel((0, 0)) == (255, 255, 255)
