@@ -305,6 +305,13 @@ def test_a_topic_starts_with_the_last_question_with_pictures(picture_file):
     assert conversation.answers_in(history) == [1, 3]
 
 
+def test_what_stands_for_an_answer_is_not_one_that_the_model_gave(picture_file):
+    first = conversation.user_turn(QUESTION, [picture_file], [])
+    history = [first, conversation.assistant_turn(""), {"role": "user", "content": ["…"]}]
+    turns, _ = conversation.topic(history)
+    assert [turn["content"][-1]["text"] for turn in turns] == [QUESTION, "", "…"]
+
+
 @pytest.mark.parametrize(
     ("text", "files", "sentence"),
     [
