@@ -703,6 +703,22 @@ def test_page_fits(open_page, scheme, width):
     assert page.locator("#view *, #scenes *").evaluate_all(moving) == 0
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_footer_has_no_dividers_without_neighbours(open_page, width):
+    page = open_page(viewport={"width": width, "height": 844})
+    expect(page.locator("footer").get_by_role("button", name="Settings")).to_be_visible()
+    expect(page.locator("footer .divider").locator("visible=true")).to_have_count(0)
+
+
+def test_all_scopes_tell_their_trust_where_it_is_narrow(open_page):
+    four = space_server.make_answerer(projector={"scope_sigmas": [0.3, 0.5, 1.5, None]})
+    with space_server.served(four) as address:
+        page = open_page(address, viewport={"width": 390, "height": 844})
+        ask_example(page)
+        for scope in range(4):
+            expect(page.locator(f"#view [data-figure='{scope}'] .number")).to_be_visible()
+
+
 def test_the_page_works_behind_a_path_of_a_proxy(open_page, answerer):
     with tiny_proxy.proxy("/models/scopes") as (front, connect), space_server.served(answerer, root_path=front) as own:
         connect(own)
