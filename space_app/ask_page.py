@@ -123,7 +123,7 @@ class AskPage:
                     with gr.Accordion("Camera", open=False, elem_id="camera"):
                         camera = gr.Image(sources=["webcam"], type="filepath", label="Camera", show_label=False)
             with gr.Column(scale=7, min_width=320, elem_classes="look"):
-                view = scope_view(self.answerer, "view", plays=True)
+                view = scope_view(self.answerer, "view", "Maps", plays=True)
         camera.change(None, [camera, box], [camera, box], js=TAKE_PHOTOGRAPH, **UNSEEN)
         self.connect(chatbot, box, scenes, view, settings)
 

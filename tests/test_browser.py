@@ -499,6 +499,20 @@ def test_the_maps_are_saved_as_one_picture(seen, tmp_path):
     np.testing.assert_array_equal(corner, drawn(page, "picture"))
 
 
+def test_maps_that_cannot_be_shown_do_not_keep_those_after_them_away(browser, address, monkeypatch):
+    page = browser.new_page()
+    listen_to_streams(page)
+    page.goto(address)
+    with monkeypatch.context() as broken, page.expect_console_message(lambda message: "decode" in message.text):
+        broken.setattr(scope_view, "data_url", lambda picture: "data:image/webp;base64,AAAA")
+        page.locator("#scenes [data-scene='0']").click()
+        expect(answers(page)).to_have_count(1)
+        wait_until_done(page)
+    expect(page.locator("#view .tokens")).to_have_count(0)
+    ask_example(page, 1)
+    page.close()
+
+
 def test_a_projector_without_scopes_says_so(open_page):
     peer = space_server.make_answerer(projector={"projector_type": "avg_pool"})
     with space_server.served(peer) as address:
@@ -506,6 +520,8 @@ def test_a_projector_without_scopes_says_so(open_page):
         ask_example(page)
         expect(page.get_by_text("The projector of this model, avg_pool, has no scopes")).to_be_visible()
         expect(page.locator("#view [data-figure]")).to_have_count(2)
+        expect(page.get_by_role("application")).to_have_count(0)
+        expect(page.locator("#view [data-figure='picture'] [tabindex]")).to_have_count(0)
         page.get_by_role("button", name="Play the words").click()
         expect(status(page)).to_contain_text("of its attention to the picture")
 
@@ -568,6 +584,37 @@ def test_two_models_are_compared(open_page, answerer, picture_files):
         page.locator("#compare-scenes [data-scene='1']").click()
         expect(page.locator("#view-b [data-token]")).to_have_count(1)
         expect(page.locator("#view-b [data-figure]")).to_have_count(6)
+
+
+def test_another_model_brings_its_own_budgets_and_scopes(open_page, answerer):
+    other = space_server.make_answerer(tower_changes={"image_size": 32}, projector={"projector_type": "avg_pool"})
+    other.name = "average"
+    with space_server.served(answerer, other) as address:
+        page = open_page(address)
+        page.get_by_role("tab", name="Compare").click()
+        slider, said = page.get_by_role("slider", name="B, visual tokens"), page.locator("#budget-b output")
+        expect(said).to_have_text("4 for 64 patches, 94 % saved")
+        expect(page.locator("#view-b figure")).to_have_count(2)
+        for name, patches, figures in [("tiny", 36, 6), ("average", 64, 2)]:
+            page.get_by_role("radio", name=name).check()
+            expect(page.locator("#view-b figure")).to_have_count(figures)
+            slider.press("End")
+            expect(said).to_have_text(f"{patches} for {patches} patches, 0 % saved; the model was trained with 4")
+
+
+def test_another_model_ends_the_comparison_with_the_one_before(open_page, slow):
+    other = space_server.slowed(space_server.make_answerer(), SECONDS_A_TOKEN)
+    other.name = "other"
+    with space_server.served(slow, other) as address:
+        page = open_page(address)
+        page.get_by_role("tab", name="Compare").click()
+        page.locator("#compare-scenes [data-scene='0']").click()
+        page.locator("#view-b .tokens").wait_for()
+        page.get_by_role("radio", name="tiny").check()
+        wait_until_done(page, "#compare-ask")
+        page.wait_for_timeout(1000 * 10 * SECONDS_A_TOKEN)  # words that were under way
+        expect(page.get_by_label("B: tiny answers")).to_have_value("")
+        expect(page.locator("#view-b .tokens")).to_have_count(0)
 
 
 # --- For everyone, everywhere -----------------------------------------------------------------------------------
@@ -635,7 +682,7 @@ def test_the_accessibility_tree_names_what_matters(open_page):
       - button "More settings ▼"
       - button "Camera ▼"
     """)
-    expect(page.locator("#view")).to_match_aria_snapshot("""
+    expect(page.get_by_role("region", name="Maps", exact=True)).to_match_aria_snapshot("""
       - heading "What each scope looked at" [level=2]
       - group "Words of the answer":
         - button "▶ Play the words"

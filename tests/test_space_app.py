@@ -230,7 +230,7 @@ def test_a_projector_without_scopes_answers_and_shows_no_maps(without_scopes):
     assert last.text
     assert without_scopes.scopes == []
     assert (first.maps[0].weights.shape, first.maps[0].attentions.shape) == ((0, 4), (0, 4, 36))
-    view = elements.scope_view(without_scopes, "view", plays=True)
+    view = elements.scope_view(without_scopes, "view", "Maps", plays=True)
     assert "avg_pool, has no scopes" in view.props["without_scopes"]
 
 
