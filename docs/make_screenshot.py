@@ -62,8 +62,9 @@ def compare(page: Page) -> None:
     """Two projectors, at the same budget; asked about another scene before, as a model's first answer takes longer."""
     page.get_by_role("tab", name="Compare").click()
     for example in (4, 5):
+        page.locator("#view-b .tokens").evaluate_all("all => all.forEach(tokens => { tokens.dataset.old = true; })")
         page.locator(f"#compare-scenes [data-scene='{example}']").click()
-        page.locator("#compare-ask .stop-button").wait_for()
+        page.locator("#view-b .tokens:not([data-old])").wait_for()
         page.locator("#compare-ask [data-testid=submit-button]").wait_for()
         page.wait_for_timeout(500)  # before the answers' stream is closed, Gradio's page skips another question
 
