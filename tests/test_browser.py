@@ -584,6 +584,8 @@ def test_two_models_are_compared(open_page, answerer, picture_files):
         page.locator("#compare-scenes [data-scene='1']").click()
         expect(page.locator("#view-b [data-token]")).to_have_count(1)
         expect(page.locator("#view-b [data-figure]")).to_have_count(6)
+        wait_until_done(page, "#compare-ask")
+        settle(page)  # before the server ends
 
 
 def test_another_model_brings_its_own_budgets_and_scopes(open_page, answerer):
