@@ -2,6 +2,8 @@
 
     python docs/make_examples.py
 
+The notes on models in examples.json are written by hand, and kept.
+
 The scenes were chosen for their looks before any model had answered them. The questions are of those families of
 which the embedded checkpoint's card says that it does more than guess; whether it is right here decided nothing.
 """
@@ -21,11 +23,6 @@ CHOSEN = [
     (53, "majority", 3),
     (166, "describe", 0),
 ]
-NOTE = (
-    "The model that answers here is small and was trained on drawn scenes only. It reads digits and words, names "
-    "colours and shapes, finds things and says how they lie to each other, counts, and describes a scene; it mostly "
-    "guesses which thing has another's colour. Of photographs it knows nothing."
-)
 
 
 def make_example(index: int, family: str, number: int) -> dict[str, str]:
@@ -39,11 +36,11 @@ def make_example(index: int, family: str, number: int) -> dict[str, str]:
 
 
 def main() -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
     for old in FOLDER.glob("scene_*.png"):
         old.unlink()
-    examples = {"note": NOTE, "scenes": [make_example(*chosen) for chosen in CHOSEN]}
-    (FOLDER / "examples.json").write_text(json.dumps(examples, indent=2) + "\n")
+    file = FOLDER / "examples.json"
+    examples = json.loads(file.read_text()) | {"scenes": [make_example(*chosen) for chosen in CHOSEN]}
+    file.write_text(json.dumps(examples, indent=2) + "\n")
 
 
 if __name__ == "__main__":

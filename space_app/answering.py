@@ -35,6 +35,7 @@ except ImportError:
     spaces = None
 
 PIXELS = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes")
+KEPT_PIXELS = 1024  # a side of a picture that is kept for its maps, which are shown smaller
 READINGS = 8  # what the projector made of the pictures of as many questions is kept for the next one about them
 
 
@@ -272,10 +273,12 @@ def load(model_id: str, revision: str | None = None) -> Answerer:
 def seen_picture(image_processor: Any, pixels: torch.Tensor, picture: Image.Image) -> Image.Image:
     """The picture as the model saw it, cropped and scaled, so that maps lie on it exactly.
 
-    Towers that take patches instead of pixels (SigLIP 2) see the whole picture.
+    Towers that take patches instead of pixels (SigLIP 2) see the whole picture, of which a small copy is kept.
     """
     if pixels.ndim != 3:
-        return picture
+        small = picture.copy()
+        small.thumbnail((KEPT_PIXELS, KEPT_PIXELS))
+        return small
     pixels = pixels.float().cpu()
     if getattr(image_processor, "do_normalize", True):
         mean, std = (torch.tensor(x)[:, None, None] for x in (image_processor.image_mean, image_processor.image_std))

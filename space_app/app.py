@@ -1,7 +1,8 @@
 """The MS-Resampler Space: ask about a picture, and see what each scope looked at.
 
 Settings, from the environment: MODEL_ID, a folder or a Hub repository; MODEL_REVISION; COMPARE_MODEL_ID, a second
-model to compare it with; OPEN_BROWSER=1. Gradio reads its own: GRADIO_SERVER_NAME, GRADIO_ROOT_PATH and so on.
+model to compare it with; COMPARE_MODEL_REVISION; OPEN_BROWSER=1. Gradio reads its own: GRADIO_SERVER_NAME,
+GRADIO_ROOT_PATH and so on.
 """
 
 import atexit
@@ -46,6 +47,7 @@ from elements import EXAMPLES, HERE, header
 from pictures import MAX_FILE_MEGABYTES
 
 QUEUE_LENGTH = 32
+DELETE_CACHE = (300, 3600)  # seconds between looks at the uploads, and of the age at which they are deleted
 SESSIONS = 64  # of visitors, that Gradio keeps what it needs to serve them of: about a megabyte each
 # What Gradio leaves nameless for screen readers: the box, its Stop button, the pictures in chat and box.
 NAMES_SCRIPT = """() => {
@@ -63,20 +65,20 @@ NAMES_SCRIPT = """() => {
 
 
 def about_the_model() -> dict[str, Any]:
-    """The note on what the model can do, and the example scenes with their questions."""
+    """Notes on what models can do, by their names, and the example scenes with their questions."""
     return json.loads((EXAMPLES / "examples.json").read_text())
 
 
 def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
     """The pages and the API around a model, and a second one to compare it with."""
     about = about_the_model()
-    with gr.Blocks(title="MS-Resampler", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as demo:
-        header(about["note"])
+    with gr.Blocks(title="MS-Resampler", analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE) as demo:
+        header(about["models"].get(answerer.name, ""))
         with gr.Tab("Ask and see"):
             AskPage(answerer, about["scenes"]).build()
         with gr.Tab("Compare"):
             second = other or answerer
-            ComparePage(answerer, second, about["scenes"], about.get("models", {}).get(second.name)).build()
+            ComparePage(answerer, second, about["scenes"], about["models"].get(second.name)).build()
         Api(answerer).build()
         for side in {answerer, other or answerer}:
             demo.unload(side.forget)
@@ -111,13 +113,18 @@ def launch_options() -> dict[str, Any]:
     }
 
 
+def loaded(name: str) -> Answerer | None:
+    """The model that the variables NAME_ID and NAME_REVISION name, if they do."""
+    model_id = os.environ.get(f"{name}_ID")
+    return load(model_id, os.environ.get(f"{name}_REVISION")) if model_id else None
+
+
 def main() -> None:
-    """Loads the model that MODEL_ID names, and serves the page."""
-    if not os.environ.get("MODEL_ID"):
+    """Loads the model that MODEL_ID names, and the one to compare with, and serves the page."""
+    answerer = loaded("MODEL")
+    if answerer is None:
         raise SystemExit("Set MODEL_ID to a folder or a Hub repository with an MS-Resampler model.")
-    answerer = load(os.environ["MODEL_ID"], os.environ.get("MODEL_REVISION"))
-    other = load(os.environ["COMPARE_MODEL_ID"]) if os.environ.get("COMPARE_MODEL_ID") else None
-    demo = build_demo(answerer, other)
+    demo = build_demo(answerer, loaded("COMPARE_MODEL"))
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **launch_options())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that uploads are deleted then, too
     print(f"MS-Resampler answers at {address} (Ctrl+C ends it)", flush=True)

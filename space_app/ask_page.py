@@ -91,7 +91,10 @@ class AskPage:
         number = event.number
         with warnings_in_a_sentence():
             wanted = checked(event.visual_tokens, event.system_prompt, 0, 1, 1)
-            place = answers_in(history)[number]
+            places = answers_in(history)
+            if number >= len(places):
+                raise Refusal("That answer was taken back; ask again to play its words.")
+            place = places[number]
             prompt = self.answerer.prepare(*topic(history[:place]), wanted)
             words = self.answerer.attend(prompt, text_of(history[place]))
             return words_value(words, number)
@@ -120,7 +123,7 @@ class AskPage:
                     with gr.Accordion("Camera", open=False, elem_id="camera"):
                         camera = gr.Image(sources=["webcam"], type="filepath", label="Camera", show_label=False)
             with gr.Column(scale=7, min_width=320, elem_classes="look"):
-                view = scope_view(self.answerer, "view", plays=True)
+                view = scope_view(self.answerer, "view", "Maps", plays=True)
         camera.change(None, [camera, box], [camera, box], js=TAKE_PHOTOGRAPH, **UNSEEN)
         self.connect(chatbot, box, scenes, view, settings)
 

@@ -6,8 +6,17 @@ from typing import Any
 import gradio as gr
 from answering import Answerer
 from ask_page import QUEUED, UNSEEN, warnings_in_a_sentence
-from conversation import topic, user_turn
-from elements import EXAMPLES, ask_box, box_update, budget_slider, example_scenes, scope_view
+from conversation import PENDING, topic, user_turn
+from elements import (
+    EXAMPLES,
+    ask_box,
+    box_update,
+    budget_props,
+    budget_slider,
+    example_scenes,
+    scope_view,
+    view_props,
+)
 from scope_view import view_value
 from settings import Settings, checked
 
@@ -36,7 +45,7 @@ class ComparePage:
         with warnings_in_a_sentence():
             for number, (side, prompt, settings) in enumerate(zip(sides, prompts, wanted, strict=True)):
                 for step in side.reply(prompt, settings):
-                    shown[2 * number] = step.text or "…"
+                    shown[2 * number] = step.text or PENDING
                     if step.maps:
                         shown[2 * number + 1] = view_value(side.scopes, step, settings)
                     yield gr.skip(), *shown
@@ -49,10 +58,18 @@ class ComparePage:
         yield gr.MultimodalTextbox(value=message), *[gr.skip()] * 4
         yield from self.compare(message, second, *budgets)
 
-    def switch(self, second: int) -> tuple[gr.Textbox, None, int]:
-        """The label of the other side's answer, its view, empty, and the budget to begin with, for another model."""
+    def switch(self, second: int) -> tuple[gr.MultimodalTextbox, gr.Textbox, gr.HTML, gr.HTML]:
+        """The box, and the other side's answer, view and budget, for another model: empty, and as that model has them.
+
+        Ends a comparison on the page, which was of the model before.
+        """
         side = self.sides[second]
-        return gr.Textbox("", label=f"B: {side.name} answers"), None, self.second_budget(second)
+        return (
+            box_update(answering=False),
+            gr.Textbox("", label=f"B: {side.name} answers"),
+            gr.HTML(None, **view_props(side)),
+            gr.HTML(self.second_budget(second), **budget_props(side)),
+        )
 
     def second_budget(self, second: int) -> int:
         """The other side's budget to begin with: the model's own, or about half if both sides are the same model."""
@@ -84,13 +101,15 @@ class ComparePage:
             for letter, name, side in zip("ab", names, self.sides, strict=True):
                 with gr.Column(scale=1, min_width=320):
                     shown.append(gr.Textbox(label=f"{name} answers", interactive=False, elem_id=f"answer-{letter}"))
-                    shown.append(scope_view(side, f"view-{letter}", plays=False))
+                    shown.append(scope_view(side, f"view-{letter}", f"Maps of {letter.upper()}", plays=False))
         page = {"outputs": [box, *shown], **QUEUED, "show_progress_on": [shown[0], shown[2]]}
         asked = [
             box.submit(self.compare, [box, second, *budgets], **page),
             scenes.choose(self.choose, [second, *budgets], **page),
         ]
-        second.change(self.switch, second, [*shown[2:], budgets[1]], **UNSEEN)
+        # First the comparison is cancelled: its last words must not arrive under another model's name.
+        switched = second.change(None, cancels=asked)
+        switched.then(self.switch, second, [box, *shown[2:], budgets[1]], **UNSEEN)
         box.stop(lambda: box_update(answering=False), None, box, cancels=asked, **UNSEEN)
 
 

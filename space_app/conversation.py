@@ -6,6 +6,7 @@ from pictures import Refusal, check_count, open_picture
 from PIL import Image
 
 MAX_QUESTION_CHARACTERS = 500
+PENDING = "…"  # stands for an answer that has no words yet, or was stopped before it had any
 
 
 def user_turn(text: str | None, files: list[str] | None, history: list[dict]) -> dict:
@@ -33,7 +34,7 @@ def check_question(text: str | None) -> str:
 
 def assistant_turn(text: str) -> dict:
     """An answer, or what there is of it."""
-    return {"role": "assistant", "content": text or "…"}
+    return {"role": "assistant", "content": text or PENDING}
 
 
 def pictures_of(turn: dict) -> list[str]:
@@ -49,6 +50,12 @@ def text_of(turn: dict) -> str:
     return "".join(part if isinstance(part, str) else part.get("text", "") for part in content)
 
 
+def said_in(turn: dict) -> str:
+    """The words of a turn as a model is to read them: what stands for an answer is none."""
+    text = text_of(turn)
+    return "" if turn["role"] == "assistant" and text == PENDING else text
+
+
 def last_question(history: list[dict]) -> int:
     """The place of the last question in the chat."""
     return max(place for place, turn in enumerate(history) if turn["role"] == "user")
@@ -62,7 +69,8 @@ def answers_in(history: list[dict]) -> list[int]:
 def topic(history: list[dict]) -> tuple[list[dict], list[Image.Image]]:
     """The turns since the last question with pictures, as a processor takes them, and those pictures.
 
-    A question with pictures begins a new topic. Raises Refusal if none of the questions has a picture.
+    A question with pictures begins a new topic; an answer that was stopped before its first word is empty there.
+    Raises Refusal if none of the questions has a picture.
     """
     starts = [place for place, turn in enumerate(history) if pictures_of(turn)]
     if not starts:
@@ -71,7 +79,7 @@ def topic(history: list[dict]) -> tuple[list[dict], list[Image.Image]]:
     check_count(paths)
     pictures = [open_picture(path) for path in paths]
     turns: list[dict[str, Any]] = [
-        {"role": turn["role"], "content": [{"type": "text", "text": text_of(turn)}]} for turn in history[starts[-1] :]
+        {"role": turn["role"], "content": [{"type": "text", "text": said_in(turn)}]} for turn in history[starts[-1] :]
     ]
     turns[0]["content"][:0] = [{"type": "image", "image": picture} for picture in pictures]
     return turns, pictures

@@ -13,25 +13,31 @@ from settings import MAX_NEW_TOKENS, MAX_SYSTEM_CHARACTERS, MAX_TEMPERATURE, MIN
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE / "examples"
 VIEW_SCRIPT = "\n".join((HERE / name).read_text() for name in ("heat.js", "view_parts.js", "view.js"))
+# While the page writes an answer, a scene would write another one over it.
 EXAMPLES_SCRIPT = """
 element.addEventListener('click', event => {
   const scene = event.target.closest('[data-scene]');
-  if (scene) trigger('choose', {scene: Number(scene.dataset.scene)});
+  const answering = element.closest('.page').querySelector('.ask .stop-button');
+  if (scene && !answering) trigger('choose', {scene: Number(scene.dataset.scene)});
 });
 """
+# Props change with the model. They are watched unnamed: what stands in quotes in a script, Gradio takes for an event.
 BUDGET_SCRIPT = """
-const {budgets, patches, trained} = props;
 const range = element.querySelector('input'), out = element.querySelector('output');
 const show = () => {
-  const count = budgets[range.value], saved = Math.round(100 * (1 - count / patches));
+  const {budgets, patches, trained} = props, count = budgets[range.value];
+  const saved = Math.round(100 * (1 - count / patches));
   const own = count === trained ? '' : `; the model was trained with ${trained}`;
   out.textContent = `${count} for ${patches} patches, ${saved} % saved${own}`;
   range.setAttribute('aria-valuetext', out.textContent);
 };
-range.max = budgets.length - 1;
-range.addEventListener('input', () => { props.value = budgets[range.value]; show(); });
-const take = () => { range.value = budgets.indexOf(props.value); show(); };
-watch('value', take);
+range.addEventListener('input', () => { props.value = props.budgets[range.value]; show(); });
+const take = () => {
+  range.max = props.budgets.length - 1;
+  range.value = props.budgets.indexOf(props.value);
+  show();
+};
+watch(Object.keys(props), take);
 take();
 """
 WITHOUT_SCOPES = "The projector of this model, {}, has no scopes, so there are no maps of them to see."
@@ -46,10 +52,13 @@ def budget_slider(answerer: Answerer, budget: int, label: str, elem_id: str) -> 
         apply_default_css=False,
         elem_id=elem_id,
         elem_classes="budget",
-        budgets=answerer.budgets(),
-        patches=answerer.patches,
-        trained=answerer.trained_budget,
+        **budget_props(answerer),
     )
+
+
+def budget_props(answerer: Answerer) -> dict[str, Any]:
+    """What a budget's slider knows of a model."""
+    return {"budgets": answerer.budgets(), "patches": answerer.patches, "trained": answerer.trained_budget}
 
 
 def settings_panel() -> list[gr.components.Component]:
@@ -96,29 +105,34 @@ def box_update(answering: bool, **changes: Any) -> gr.MultimodalTextbox:
     return gr.MultimodalTextbox(submit_btn=not answering, stop_btn=answering, **changes)
 
 
-def scope_view(answerer: Answerer, elem_id: str, plays: bool) -> gr.HTML:
-    """Where an answer's maps are drawn; `plays` if the words of the answer can be played."""
-    kind = answerer.model.config.projector_config.projector_type
+def scope_view(answerer: Answerer, elem_id: str, name: str, plays: bool) -> gr.HTML:
+    """Where an answer's maps are drawn; `name` is for screen readers, `plays` if the answer's words can be played."""
     return gr.HTML(
         None,
-        html_template='<div class="view"></div>',
+        html_template=f'<div class="view" role="region" aria-label="{escape(name)}"></div>',
         js_on_load=VIEW_SCRIPT,
         apply_default_css=False,
         elem_id=elem_id,
         elem_classes="scope-view",
-        scopes=scope_legend(answerer.scopes),
         fused_colour=FUSED_COLOUR,
-        without_scopes=WITHOUT_SCOPES.format(kind),
         plays=plays,
+        **view_props(answerer),
     )
 
 
+def view_props(answerer: Answerer) -> dict[str, Any]:
+    """What a scope view knows of a model."""
+    kind = answerer.model.config.projector_config.projector_type
+    return {"scopes": scope_legend(answerer.scopes), "without_scopes": WITHOUT_SCOPES.format(kind)}
+
+
 def header(note: str) -> gr.HTML:
-    """The title, what the page shows, and what this model can be asked."""
+    """The title, what the page shows, and what this model can be asked, if there is a note on that."""
+    paragraph = f'<p class="quiet">{escape(note)}</p>' if note else ""
     return gr.HTML(
         "<h1>MS-Resampler</h1><p>Ask about a picture. The model reads it through a few <em>scopes</em>, from local "
-        "to global; beside the answer you see where each scope looked, and how far every visual token trusted it."
-        f'</p><p class="quiet">{escape(note)}</p>',
+        "to global; beside the answer you see where each scope looked, and how far every visual token trusted it.</p>"
+        + paragraph,
         elem_id="header",
     )
 

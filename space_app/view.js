@@ -166,8 +166,8 @@ function save() {
 
 new MutationObserver(refresh).observe(document.body, {attributes: true, attributeFilter: ['class']});  // dark or light
 let received = Promise.resolve();  // messages are unpacked one after the other
-watch('value', () => {
+watch(Object.keys(props), () => {  // scopes, too, which come with another model: in quotes, Gradio takes them for an event
   const message = props.value;
-  received = received.then(() => receive(message));
+  received = received.then(() => receive(message)).catch(console.error);  // a broken one does not stop those after it
 });
 build();

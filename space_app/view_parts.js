@@ -97,15 +97,15 @@ function pictureFigure(picture) {
   const go = event => {
     const [rows, columns] = picture.patch_grid, row = Math.floor(cursor / columns), column = cursor % columns;
     const moved = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]}[event.key];
-    if (!moved || !picture.scopes) return;
+    if (!moved) return;
     event.preventDefault();
     cursor = Math.min(rows - 1, Math.max(0, row + moved[0])) * columns + Math.min(columns - 1, Math.max(0, column + moved[1]));
     select({kind: 'place', patch: cursor});
   };
   const name = 'Places in the picture. Arrow keys move over its patches and show which tokens read them';
+  const reading = {role: 'application', tabindex: 0, 'data-focus': 'picture', 'aria-label': name, keydown: go};
   return make('figure', {'data-figure': 'picture'}, caption('The picture', null, `as seen, ${width} × ${height}`),
-    make('div', {class: 'frame', role: 'application', tabindex: 0, 'data-focus': 'picture', 'aria-label': name, keydown: go,
-      ...placing(picture, true)}, canvas));
+    make('div', {class: 'frame', ...(picture.scopes ? reading : {}), ...placing(picture, true)}, canvas));
 }
 
 // Listeners that turn a point of a canvas into a place in the picture.

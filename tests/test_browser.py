@@ -215,6 +215,18 @@ def test_clear_clears_what_is_being_written(open_page, slow_address):
     expect(page.locator("#chat .message-content")).to_have_count(0)
 
 
+def test_a_scene_that_is_picked_while_an_answer_is_written_leaves_that_answer(open_page, slow_address, picture_files):
+    page = open_page(slow_address)
+    send(page, QUESTION, picture_files[:1])
+    page.locator("#view .tokens").wait_for()
+    page.locator("#scenes [data-scene='1']").click()
+    wait_until_done(page)
+    settle(page)
+    expect(page.locator("#chat .user .message-content")).to_have_text([QUESTION])
+    ask_example(page, 1)
+    expect(answers(page)).to_have_count(2)
+
+
 def test_several_pictures_are_asked_about_twice(open_page, answerer, picture_files):
     page = open_page()
     ask(page, files=picture_files[:2])
@@ -487,6 +499,20 @@ def test_the_maps_are_saved_as_one_picture(seen, tmp_path):
     np.testing.assert_array_equal(corner, drawn(page, "picture"))
 
 
+def test_maps_that_cannot_be_shown_do_not_keep_those_after_them_away(browser, address, monkeypatch):
+    page = browser.new_page()
+    listen_to_streams(page)
+    page.goto(address)
+    with monkeypatch.context() as broken, page.expect_console_message(lambda message: "decode" in message.text):
+        broken.setattr(scope_view, "data_url", lambda picture: "data:image/webp;base64,AAAA")
+        page.locator("#scenes [data-scene='0']").click()
+        expect(answers(page)).to_have_count(1)
+        wait_until_done(page)
+    expect(page.locator("#view .tokens")).to_have_count(0)
+    ask_example(page, 1)
+    page.close()
+
+
 def test_a_projector_without_scopes_says_so(open_page):
     peer = space_server.make_answerer(projector={"projector_type": "avg_pool"})
     with space_server.served(peer) as address:
@@ -494,6 +520,8 @@ def test_a_projector_without_scopes_says_so(open_page):
         ask_example(page)
         expect(page.get_by_text("The projector of this model, avg_pool, has no scopes")).to_be_visible()
         expect(page.locator("#view [data-figure]")).to_have_count(2)
+        expect(page.get_by_role("application")).to_have_count(0)
+        expect(page.locator("#view [data-figure='picture'] [tabindex]")).to_have_count(0)
         page.get_by_role("button", name="Play the words").click()
         expect(status(page)).to_contain_text("of its attention to the picture")
 
@@ -556,6 +584,39 @@ def test_two_models_are_compared(open_page, answerer, picture_files):
         page.locator("#compare-scenes [data-scene='1']").click()
         expect(page.locator("#view-b [data-token]")).to_have_count(1)
         expect(page.locator("#view-b [data-figure]")).to_have_count(6)
+        wait_until_done(page, "#compare-ask")
+        settle(page)  # before the server ends
+
+
+def test_another_model_brings_its_own_budgets_and_scopes(open_page, answerer):
+    other = space_server.make_answerer(tower_changes={"image_size": 32}, projector={"projector_type": "avg_pool"})
+    other.name = "average"
+    with space_server.served(answerer, other) as address:
+        page = open_page(address)
+        page.get_by_role("tab", name="Compare").click()
+        slider, said = page.get_by_role("slider", name="B, visual tokens"), page.locator("#budget-b output")
+        expect(said).to_have_text("4 for 64 patches, 94 % saved")
+        expect(page.locator("#view-b figure")).to_have_count(2)
+        for name, patches, figures in [("tiny", 36, 6), ("average", 64, 2)]:
+            page.get_by_role("radio", name=name).check()
+            expect(page.locator("#view-b figure")).to_have_count(figures)
+            slider.press("End")
+            expect(said).to_have_text(f"{patches} for {patches} patches, 0 % saved; the model was trained with 4")
+
+
+def test_another_model_ends_the_comparison_with_the_one_before(open_page, slow):
+    other = space_server.slowed(space_server.make_answerer(), SECONDS_A_TOKEN)
+    other.name = "other"
+    with space_server.served(slow, other) as address:
+        page = open_page(address)
+        page.get_by_role("tab", name="Compare").click()
+        page.locator("#compare-scenes [data-scene='0']").click()
+        page.locator("#view-b .tokens").wait_for()
+        page.get_by_role("radio", name="tiny").check()
+        wait_until_done(page, "#compare-ask")
+        page.wait_for_timeout(1000 * 10 * SECONDS_A_TOKEN)  # words that were under way
+        expect(page.get_by_label("B: tiny answers")).to_have_value("")
+        expect(page.locator("#view-b .tokens")).to_have_count(0)
 
 
 # --- For everyone, everywhere -----------------------------------------------------------------------------------
@@ -623,7 +684,7 @@ def test_the_accessibility_tree_names_what_matters(open_page):
       - button "More settings ▼"
       - button "Camera ▼"
     """)
-    expect(page.locator("#view")).to_match_aria_snapshot("""
+    expect(page.get_by_role("region", name="Maps", exact=True)).to_match_aria_snapshot("""
       - heading "What each scope looked at" [level=2]
       - group "Words of the answer":
         - button "▶ Play the words"
@@ -689,6 +750,22 @@ def test_page_fits(open_page, scheme, width):
             assert place["x"] + place["width"] <= width
     moving = "all => all.filter(e => parseFloat(getComputedStyle(e).transitionDuration) > 0).length"
     assert page.locator("#view *, #scenes *").evaluate_all(moving) == 0
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_footer_has_no_dividers_without_neighbours(open_page, width):
+    page = open_page(viewport={"width": width, "height": 844})
+    expect(page.locator("footer").get_by_role("button", name="Settings")).to_be_visible()
+    expect(page.locator("footer .divider").locator("visible=true")).to_have_count(0)
+
+
+def test_all_scopes_tell_their_trust_where_it_is_narrow(open_page):
+    four = space_server.make_answerer(projector={"scope_sigmas": [0.3, 0.5, 1.5, None]})
+    with space_server.served(four) as address:
+        page = open_page(address, viewport={"width": 390, "height": 844})
+        ask_example(page)
+        for scope in range(4):
+            expect(page.locator(f"#view [data-figure='{scope}'] .number")).to_be_visible()
 
 
 def test_the_page_works_behind_a_path_of_a_proxy(open_page, answerer):

@@ -110,6 +110,12 @@ def test_seen_picture_is_the_crop_that_the_processor_made(maps):
     np.testing.assert_allclose(np.asarray(maps.picture), np.asarray(whole)[:, 4:28], atol=2)
 
 
+def test_of_a_picture_that_a_tower_takes_in_patches_a_small_copy_is_kept():
+    picture = Image.new("RGB", (3000, 1500))
+    assert answering.seen_picture(None, torch.zeros(4, 48), picture).size == (1024, 512)
+    assert picture.size == (3000, 1500)
+
+
 @pytest.mark.parametrize(
     ("images", "wanted", "options"),
     [
@@ -224,7 +230,7 @@ def test_a_projector_without_scopes_answers_and_shows_no_maps(without_scopes):
     assert last.text
     assert without_scopes.scopes == []
     assert (first.maps[0].weights.shape, first.maps[0].attentions.shape) == ((0, 4), (0, 4, 36))
-    view = elements.scope_view(without_scopes, "view", plays=True)
+    view = elements.scope_view(without_scopes, "view", "Maps", plays=True)
     assert "avg_pool, has no scopes" in view.props["without_scopes"]
 
 
@@ -297,6 +303,13 @@ def test_a_topic_starts_with_the_last_question_with_pictures(picture_file):
     assert [turn["content"][-1]["text"] for turn in turns] == ["And?", "This.", "Why?"]
     assert conversation.last_question(history) == 4
     assert conversation.answers_in(history) == [1, 3]
+
+
+def test_what_stands_for_an_answer_is_not_one_that_the_model_gave(picture_file):
+    first = conversation.user_turn(QUESTION, [picture_file], [])
+    history = [first, conversation.assistant_turn(""), {"role": "user", "content": ["…"]}]
+    turns, _ = conversation.topic(history)
+    assert [turn["content"][-1]["text"] for turn in turns] == [QUESTION, "", "…"]
 
 
 @pytest.mark.parametrize(
@@ -422,6 +435,31 @@ def test_a_question_taken_back_is_in_the_box_with_its_pictures(answerer, picture
     assert pictures.open_picture(file["path"]) == pictures.open_picture(picture_file)
 
 
+def test_words_of_an_answer_that_was_taken_back_are_not_played(answerer, picture_file, monkeypatch):
+    warned = []
+    monkeypatch.setattr(gr, "Warning", lambda message, title: warned.append(message))
+    event = types.SimpleNamespace(number=1, visual_tokens=None, system_prompt="")
+    history = [conversation.user_turn(QUESTION, [picture_file], []), conversation.assistant_turn("ab")]
+    assert ask_page.AskPage(answerer, []).words(history, event)["words"] == []
+    assert warned == ["That answer was taken back; ask again to play its words."]
+
+
+def test_each_model_is_loaded_at_its_revision(monkeypatch):
+    monkeypatch.setattr(app, "load", lambda *asked: asked)
+    for name in ("COMPARE_MODEL_ID", "COMPARE_MODEL_REVISION"):
+        monkeypatch.delenv(name, raising=False)
+    assert app.loaded("COMPARE_MODEL") is None
+    monkeypatch.setenv("COMPARE_MODEL_ID", "acme/other")
+    assert app.loaded("COMPARE_MODEL") == ("acme/other", None)
+    monkeypatch.setenv("COMPARE_MODEL_REVISION", "v1")
+    assert app.loaded("COMPARE_MODEL") == ("acme/other", "v1")
+
+
+def test_uploads_are_deleted_after_an_hour_as_the_docs_say(answerer):
+    (between_looks, age) = app.build_demo(answerer).delete_cache
+    assert 3600 <= age + between_looks <= 1.1 * 3600
+
+
 def test_transparent_picture_stands_on_white():
     clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
     assert pictures.over_white(clear).getpixel((0, 0)) == (255, 255, 255)
@@ -494,12 +532,20 @@ def test_colour_blind_people_tell_the_scopes_apart(kind):
 def test_the_note_on_the_projector_to_compare_with_is_found_and_true(answerer):
     about, peer = app.about_the_model(), space_server.make_answerer()
     peer.name = Path(PEER).name
-    assert list(about["models"]) == [peer.name]
+    assert list(about["models"]) == ["tiny", peer.name]
     radios = [block for block in app.build_demo(answerer, peer).blocks.values() if isinstance(block, gr.Radio)]
     assert [radio.info for radio in radios] == [about["models"][peer.name]]
     for folder in (PEER, TINY):
         scores = json.loads((Path(folder) / "training_record.json").read_text())["scores"]
         assert f"{100 * np.mean([score['mean'] for score in scores]):.1f} %" in radios[0].info
+
+
+@pytest.mark.parametrize(("name", "paragraphs"), [("tiny", 2), ("somebody's", 1)])
+def test_the_note_on_the_model_is_shown_for_that_model_only(answerer, monkeypatch, name, paragraphs):
+    monkeypatch.setattr(answerer, "name", name)
+    (header,) = (block.value for block in app.build_demo(answerer).blocks.values() if block.elem_id == "header")
+    assert header.count("<p") == paragraphs
+    assert (app.about_the_model()["models"]["tiny"].partition(".")[0] in header) == (name == "tiny")
 
 
 def test_example_scenes_are_there():
