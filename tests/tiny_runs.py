@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from tiny_models import picture, tiny_model, tiny_processor
 
+from ms_resampler.training.options import RunOptions
 from ms_resampler.training.recipes import RECIPES, Recipe
-from ms_resampler.training.run import RunOptions
 
 
 def make_start(folder: Path, records: int = 24) -> Path:

@@ -120,7 +120,8 @@ def train_recipe(arguments: argparse.Namespace) -> None:
     """Trains your model by a recipe, and prints where the result is."""
     if missing := [name for name in ("model", "data") if getattr(arguments, name) is None]:
         raise ValueError(f"The recipe {arguments.recipe} needs {' and '.join(f'--{name}' for name in missing)}.")
-    from .run import RunOptions, run_recipe
+    from .options import RunOptions
+    from .run import run_recipe
 
     recipe = changed_recipe(arguments)
     options = RunOptions(
