@@ -20,7 +20,7 @@ import torch
 from model import QWEN, TOWER, make_models, shapes
 from transformers import PreTrainedModel, Qwen2Config
 
-from ms_resampler.evaluation.timing import in_turn, machine, spread
+from ms_resampler.evaluation.timing import in_turn, machine, markdown_table, spread
 from ms_resampler.folders import write_whole
 
 LOAD = """
@@ -56,22 +56,26 @@ def load(name: str, folder: Path) -> dict[str, float]:
 
 
 def table(records: dict[str, list[dict[str, float]]]) -> str:
-    lines = [
-        "| model | import, s | from_pretrained, s | spread | x LLaVA | until all is read, s | peak, MB | x LLaVA |\n"
-        "|---|---|---|---|---|---|---|---|"
-    ]
+    head = ["model", "import, s", "from_pretrained, s", "spread", "x LLaVA"]
+    head += ["until all is read, s", "peak, MB", "x LLaVA"]
     medians = {
         name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in records.items()
     }
     base = medians["LLaVA"]
-    for name, median in medians.items():
-        lines.append(
-            f"| {name} | {median['import_s']:.2f} | {median['load_s']:.2f} "
-            f"| {spread([run['load_s'] for run in records[name]], 2)} | {median['load_s'] / base['load_s']:.2f} "
-            f"| {median['read_s']:.2f} | {median['peak_bytes'] / 1e6:.0f} "
-            f"| {median['peak_bytes'] / base['peak_bytes']:.2f} |"
-        )
-    return "\n".join(lines)
+    rows = [
+        [
+            name,
+            f"{median['import_s']:.2f}",
+            f"{median['load_s']:.2f}",
+            spread([run["load_s"] for run in records[name]], 2),
+            f"{median['load_s'] / base['load_s']:.2f}",
+            f"{median['read_s']:.2f}",
+            f"{median['peak_bytes'] / 1e6:.0f}",
+            f"{median['peak_bytes'] / base['peak_bytes']:.2f}",
+        ]
+        for name, median in medians.items()
+    ]
+    return markdown_table(head, rows)
 
 
 def main() -> None:

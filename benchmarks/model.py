@@ -36,7 +36,16 @@ from transformers import (
 )
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
-from ms_resampler.evaluation.timing import count_macs, in_turn, machine, milliseconds, peak_memory, rates, spread
+from ms_resampler.evaluation.timing import (
+    count_macs,
+    in_turn,
+    machine,
+    markdown_table,
+    milliseconds,
+    peak_memory,
+    rates,
+    spread,
+)
 from ms_resampler.folders import write_whole
 from ms_resampler.modeling_ms_resampler import make_unread_layers_skippable
 
@@ -174,33 +183,33 @@ def ratios(values: list[float], base: list[float]) -> float:
 
 def prompt_table(records: dict[str, dict[str, Any]], mac_rate: float, new_tokens: int) -> str:
     """The times to the first token and after it, in markdown."""
-    lines = [
-        "| model, visual tokens | first token, ms | spread | x LLaVA | GMAC | x LLaVA's | share of the floor "
-        "| tokens/s after it | peak (MB) |\n|---|---|---|---|---|---|---|---|---|"
-    ]
+    head = ["model, visual tokens", "first token, ms", "spread", "x LLaVA", "GMAC", "x LLaVA's", "share of the floor"]
+    head += ["tokens/s after it", "peak (MB)"]
+    rows = []
     base = next(iter(records.values()))
     for name, record in records.items():
         first, macs = record["first_ms"], record["macs"]
         median = statistics.median(first)
-        further = f"{1000 * new_tokens / statistics.median(record['further_ms']):.1f}" if new_tokens else ""
-        lines.append(
-            f"| {name} | {median:.0f} | {spread(first)} | {ratios(first, base['first_ms']):.2f} "
-            f"| {macs / 1e9:.0f} | {macs / base['macs']:.2f} | {1000 * macs / mac_rate / median:.0%} "
-            f"| {further} | {record['peak_bytes'] / 1e6:.0f} |"
-        )
-    return "\n".join(lines)
+        cells = [name, f"{median:.0f}", spread(first), f"{ratios(first, base['first_ms']):.2f}", f"{macs / 1e9:.0f}"]
+        cells += [f"{macs / base['macs']:.2f}", f"{1000 * macs / mac_rate / median:.0%}"]
+        cells += [f"{1000 * new_tokens / statistics.median(record['further_ms']):.1f}" if new_tokens else ""]
+        rows.append([*cells, f"{record['peak_bytes'] / 1e6:.0f}"])
+    return markdown_table(head, rows)
 
 
 def batch_table(times: dict[str, list[float]], requests: int) -> str:
     """Requests a second of a batch, in markdown."""
-    lines = ["| model, visual tokens | requests/s | seconds a batch | x LLaVA's requests/s |\n|---|---|---|---|"]
     base = next(iter(times.values()))
-    for name, spent in times.items():
-        lines.append(
-            f"| {name} | {1000 * requests / statistics.median(spent):.3f} "
-            f"| {spread([ms / 1000 for ms in spent], 1)} | {ratios(base, spent):.2f} |"
-        )
-    return "\n".join(lines)
+    rows = [
+        [
+            name,
+            f"{1000 * requests / statistics.median(spent):.3f}",
+            spread([ms / 1000 for ms in spent], 1),
+            f"{ratios(base, spent):.2f}",
+        ]
+        for name, spent in times.items()
+    ]
+    return markdown_table(["model, visual tokens", "requests/s", "seconds a batch", "x LLaVA's requests/s"], rows)
 
 
 def arguments() -> argparse.Namespace:

@@ -29,7 +29,16 @@ from matplotlib import pyplot as plt
 from torch import nn
 
 from ms_resampler import MSResamplerConfig
-from ms_resampler.evaluation.timing import count_macs, in_turn, machine, milliseconds, peak_memory, rates, spread
+from ms_resampler.evaluation.timing import (
+    count_macs,
+    in_turn,
+    machine,
+    markdown_table,
+    milliseconds,
+    peak_memory,
+    rates,
+    spread,
+)
 from ms_resampler.folders import write_whole
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
@@ -189,14 +198,14 @@ def times_as_long(row: dict[str, Any], rows: list[dict[str, Any]], base: str) ->
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in markdown."""
     columns = ["projector", "parameters (M)", "GMAC", "median ms", "spread", *(f"x {base}" for base in OURS)]
-    lines = ["| " + " | ".join([*columns, "share of the floor", "peak (MB)"]) + " |", "|---" * (len(columns) + 2) + "|"]
+    lines = []
     for row in rows:
         median = statistics.median(row["ms"])
         cells = [row["projector"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}", f"{median:.1f}"]
         cells += [spread(row["ms"], 1), *(times_as_long(row, rows, base) for base in OURS)]
         cells += [f"{row['floor_ms'] / median:.0%}", f"{row['peak_bytes'] / 1e6:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table([*columns, "share of the floor", "peak (MB)"], lines)
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -256,7 +265,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--backward", action="store_true", help="with the gradients of all parameters")
-    parser.add_argument("--suite", action="store_true", help="all that docs/performance.md shows; other settings rest")
+    parser.add_argument(
+        "--suite", action="store_true", help="all settings: budgets, batches, dtypes, grids; other options rest"
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=5, help="of a projector in a setting, three repeats apart")
     parser.add_argument("--json", type=Path)

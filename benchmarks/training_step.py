@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel, Qwen2Config
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
-from ms_resampler.evaluation.timing import in_turn, machine, milliseconds, peak_memory, spread
+from ms_resampler.evaluation.timing import in_turn, machine, markdown_table, milliseconds, peak_memory, spread
 from ms_resampler.folders import write_whole
 from ms_resampler.training.measure import backward, update
 from ms_resampler.training.memory import BatchShape
@@ -118,21 +118,24 @@ def measure(
 
 def table(measured: dict[bool, dict[str, dict[str, Any]]], records: int) -> str:
     """The numbers in markdown."""
-    lines = [
-        "| projector, visual tokens | checkpointing | seconds a step | spread | records/s | x resampler | x mlp "
-        "| peak (MB) |\n|---|---|---|---|---|---|---|---|"
-    ]
+    head = ["projector, visual tokens", "checkpointing", "seconds a step", "spread", "records/s"]
+    head += ["x resampler", "x mlp", "peak (MB)"]
+    lines = []
     for checkpointing, rows in measured.items():
         times = {name.split(",")[0]: row["ms"] for name, row in rows.items()}
         for name, row in rows.items():
             median = statistics.median(row["ms"]) / 1000
-            against = " | ".join(f"{ratios(row['ms'], times[base]):.2f}" for base in ("resampler", "mlp"))
-            lines.append(
-                f"| {name} | {'yes' if checkpointing else 'no'} | {median:.2f} "
-                f"| {spread([ms / 1000 for ms in row['ms']], 2)} | {records / median:.3f} | {against} "
-                f"| {row['peak_bytes'] / 1e6:.0f} |"
-            )
-    return "\n".join(lines)
+            cells = [
+                name,
+                "yes" if checkpointing else "no",
+                f"{median:.2f}",
+                spread([ms / 1000 for ms in row["ms"]], 2),
+                f"{records / median:.3f}",
+                *(f"{ratios(row['ms'], times[base]):.2f}" for base in ("resampler", "mlp")),
+                f"{row['peak_bytes'] / 1e6:.0f}",
+            ]
+            lines.append(cells)
+    return markdown_table(head, lines)
 
 
 def main() -> None:

@@ -151,7 +151,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         projector_type: "ms_resampler"; "resampler", the same with a single scope; or one of the peers in
             projectors_ms_resampler.py, which use the sizes and grids where they have such a thing, and no scopes.
         hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: D, h, depth, width of the FFN. The
-            defaults are 768 with scopes and 1024 for peers, a head for every 64 channels, one layer, and D.
+            defaults are 768 with scopes and 1024 for peers, a head for every 64 channels (as many as divide D, and no
+            fewer than the scopes that share them), one layer, and D.
         query_grid: rows and columns of the learned base queries; interpolated to any token grid.
         visual_tokens: the default budget, a count or [rows, columns].
         scope_sigmas: one entry a scope, in units of the anchor pitch; None is the global scope. The default is
@@ -216,6 +217,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         _reject_unknown_keys(self, list(kwargs))
         super().__post_init__(**kwargs)
+        if self.scope_sigmas is None:
+            self.scope_sigmas = _DEFAULT_SIGMAS.get(self.projector_type)
         # Not as `validate_*` methods: those raise an error of @strict's own, which is no ValueError.
         self._complete_sizes()
         self._check_sizes()
@@ -223,17 +226,21 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         if self.projector_type not in _DEFAULT_SIGMAS:
             self._check_peer()
             return
-        if self.scope_sigmas is None:
-            self.scope_sigmas = _DEFAULT_SIGMAS[self.projector_type]
         self._check_scopes()
 
     def _complete_sizes(self) -> None:
         if self.hidden_size is None:
             self.hidden_size = 768 if self.projector_type in _DEFAULT_SIGMAS else 1024
         if self.num_attention_heads is None:
-            self.num_attention_heads = max(1, self.hidden_size // 64)
+            self.num_attention_heads = self._default_heads()
         if self.intermediate_size is None:
             self.intermediate_size = self.hidden_size
+
+    def _default_heads(self) -> int:
+        """The most heads that divide D and are at least 64 wide; narrower only where a scope would have none."""
+        scopes = self.num_scopes if self.scope_layout == "heads" else 1
+        possible = [heads for heads in range(max(1, scopes), self.hidden_size + 1) if self.hidden_size % heads == 0]
+        return max((heads for heads in possible if 64 * heads <= self.hidden_size), default=min(possible, default=1))
 
     def _check_sizes(self) -> None:
         sizes = {
@@ -283,13 +290,13 @@ class MSResamplerProjectorConfig(PretrainedConfig):
 
     def _check_heads_layout(self) -> None:
         heads, scopes = self.num_attention_heads, self.num_scopes
+        given = "" if self.scope_heads is None else f"; `scope_heads` {list(self.scope_heads)} does not"
         if self.scope_heads is None:
-            others = [max(1, round(heads / 8))] * (scopes - 1)
+            others = [max(1, min(round(heads / 8), heads // scopes))] * (scopes - 1)
             self.scope_heads = [heads - sum(others), *others]
         if len(self.scope_heads) != scopes or min(self.scope_heads) < 1 or sum(self.scope_heads) != heads:
             raise ValueError(
-                f'`scope_layout="heads"` shares {heads} heads among {scopes} scopes, at least one a scope; '
-                f"`scope_heads` {list(self.scope_heads)} does not. "
+                f'`scope_layout="heads"` shares {heads} heads among {scopes} scopes, at least one a scope{given}. '
                 'In `scope_layout="branches"` every scope has all heads.'
             )
         if self.fusion == "head":

@@ -66,6 +66,7 @@ class MSResamplerCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 def _cache_of(values: Mapping[str, Any]) -> dict[str, Cache]:
     """The keys and values of earlier text, under the name by which arguments or outputs hold them, if they do."""
+    # `in` would not do: since transformers 5.24, ModelOutput answers it with yes for the old name, too.
     return {name: values[name] for name in _CACHE_NAMES if name in values.keys() and values[name] is not None}  # noqa: SIM118
 
 

@@ -167,6 +167,8 @@ class MSResamplerProcessor(ProcessorMixin):
         Arrays and tensors of other forms than (height, width) or (height, width, 3 or 4) in 8 bits are left to the
         image processor as they are; and so is what is RGB already, if no other axis could be taken for its channels.
         """
+        if isinstance(source, np.ndarray):  # torch takes no negative strides, and warns of what it may not write to
+            source = np.require(source, requirements=["C_CONTIGUOUS", "WRITEABLE"])
         if _is_rgb_array(source) and math.prod(source.shape[:2]) <= self.max_pixels:
             return source
         if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] in ((), (3,), (4,)):

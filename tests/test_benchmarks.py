@@ -1,7 +1,6 @@
 """The benchmarks count what the peers' publications and original code add up to."""
 
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from training_step import measure as measure_training
 from training_step import table as training_table
 from transformers import LlamaConfig, Qwen2Config
 
-from ms_resampler.evaluation.timing import LEAST, count_macs, in_turn, rates
+from ms_resampler.evaluation.timing import LEAST, count_macs, in_turn, milliseconds, rates
 from ms_resampler.training.recipes import RECIPES
 
 # Parameters and multiply-accumulates in millions, counted on the originals at 576 x 1024 -> 144 -> 4096. Tables of
@@ -101,18 +100,50 @@ def test_the_suite_has_what_performance_is_about():
     assert all({"resampler", "ms_resampler", "mqt"} <= set(names) for names, _ in SUITE)
 
 
-def test_a_run_that_takes_long_is_repeated_a_few_times_and_every_round_is_in_turn():
+class Clock:
+    """What `timing` reads the time from: it goes on only when it is told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("ms_resampler.evaluation.timing.time", clock)
+    return clock
+
+
+def test_a_run_that_takes_long_is_repeated_a_few_times_and_every_round_is_in_turn(clock):
     order = []
 
     def run(name: str, seconds: float) -> str:
-        time.sleep(seconds)
+        clock.advance(seconds)
         order.append(name)
         return name
 
-    runs = {"quick": partial(run, "quick", 0), "slow": partial(run, "slow", 0.05)}
+    runs = {"quick": partial(run, "quick", 0.005), "slow": partial(run, "slow", 0.05)}
     found = in_turn(runs, repeats=5, seconds=0.04)
     assert found == {"quick": ["quick"] * 5, "slow": ["slow"] * LEAST}
     assert order == ["quick", "slow"] * LEAST + ["quick"] * 2
+
+
+def test_a_run_is_timed_with_its_own_queue_and_without_what_was_queued_before(clock, monkeypatch):
+    queued = [5.0]  # seconds of work that a GPU has not done yet
+
+    def synchronize() -> None:
+        clock.advance(sum(queued))
+        queued.clear()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert milliseconds(lambda: queued.append(2.0)) == 2000
 
 
 def test_the_floor_is_what_this_machine_can_do():

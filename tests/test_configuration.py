@@ -133,6 +133,7 @@ def test_models_that_cannot_be(fields, sentence):
         ({"fusion": "head"}, '"heads"` a head belongs to one scope: use fusion "token", "static" or "mean"'),
         ({"share_kv": False}, '`share_kv=False` needs `scope_layout="branches"`'),
         ({"num_attention_heads": 2, "hidden_size": 32}, "shares 2 heads among 3 scopes"),
+        ({"num_attention_heads": 2, "hidden_size": 32}, r"at least one a scope\. In `scope_layout"),
         (
             {"scope_heads": [8, 8]},
             r"shares 12 heads among 3 scopes, at least one a scope; `scope_heads` \[8, 8\] does not",
@@ -147,6 +148,41 @@ def test_models_that_cannot_be(fields, sentence):
 def test_projectors_that_cannot_be(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         MSResamplerProjectorConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "shares"),
+    [
+        (64, 4, [2, 1, 1]),
+        (96, 3, [1, 1, 1]),
+        (128, 4, [2, 1, 1]),
+        (160, 4, [2, 1, 1]),
+        (800, 10, [8, 1, 1]),
+        (768, 12, [8, 2, 2]),
+        (1024, 16, [12, 2, 2]),
+    ],
+)
+def test_a_width_alone_is_enough(width, heads, shares):
+    config = MSResamplerProjectorConfig(hidden_size=width)
+    assert (config.num_attention_heads, config.scope_heads) == (heads, shares)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(64, 1), (96, 1), (160, 2), (800, 10), (1024, 16)])
+@pytest.mark.parametrize(
+    "fields", [{"scope_layout": "branches"}, {"projector_type": "resampler"}, {"projector_type": "perceiver"}]
+)
+def test_heads_that_no_scopes_share_are_at_least_64_wide(width, heads, fields):
+    assert MSResamplerProjectorConfig(hidden_size=width, **fields).num_attention_heads == heads
+
+
+@given(st.integers(1, 600).map(lambda n: 4 * n), st.integers(1, 8))
+def test_every_width_has_heads_for_its_scopes(width, scopes):
+    if width < scopes:
+        return
+    config = MSResamplerProjectorConfig(hidden_size=width, scope_sigmas=[0.5] * scopes)
+    assert width % config.num_attention_heads == 0
+    assert sum(config.scope_heads) == config.num_attention_heads
+    assert min(config.scope_heads) >= 1
 
 
 WRONG_TYPES = [

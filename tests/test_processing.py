@@ -593,7 +593,23 @@ def test_cropping_invisible_ends_changes_no_pixel(kind, size):
 @pytest.mark.parametrize("size", [(30, 41), (1, 5000), (3, 50), (4, 4), (5, 200), (200, 6), (24, 241)])
 def test_an_array_is_the_picture_that_it_holds(processor, size):
     expected = pixel_values(processor, picture(0, size))
-    assert torch.equal(pixel_values(processor, np.asarray(picture(0, size))), expected)
+    array = np.asarray(picture(0, size))
+    assert torch.equal(pixel_values(processor, array), expected)
+    reversed_channels = np.ascontiguousarray(array[..., ::-1])
+    assert torch.equal(pixel_values(processor, reversed_channels[..., ::-1]), expected)
+
+
+def test_arrays_go_on_as_torch_takes_them(processor):
+    """torchvision's image processors begin with `torch.from_numpy`."""
+    array = np.array(picture(0, (30, 40)))
+    assert processor._open(array) is array
+    locked = array.copy()
+    locked.flags.writeable = False
+    for odd in (locked, array[..., ::-1], array[::-1], np.moveaxis(array, 2, 0)[::-1] / np.float32(255)):
+        opened = processor._open(odd)
+        assert torch.from_numpy(opened).is_contiguous()
+        assert opened.flags.writeable
+        np.testing.assert_array_equal(opened, odd)
 
 
 def test_nothing_is_cropped_where_the_caller_changes_the_size(processor):

@@ -1,6 +1,5 @@
 """LoRA: what learns, what is saved and comes back, and a merged model that says the same."""
 
-import dataclasses
 import json
 
 import pytest
@@ -8,14 +7,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import IMAGE, collate, pixels, tiny_model, words
-from tiny_runs import make_start, options_in, small
+from tiny_runs import make_start, options_in, run_interrupted, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ms_resampler import MSResamplerForConditionalGeneration, cli
 from ms_resampler.training.adapters import add_adapters
 from ms_resampler.training.recipes import RECIPES, Adapters, LearningRates
 from ms_resampler.training.run import run_recipe
-from ms_resampler.training.trainer import CheckedTrainer
 
 # peft asks a model of transformers by a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -26,12 +24,16 @@ def start(tmp_path_factory):
     return make_start(tmp_path_factory.mktemp("adapters"))
 
 
+def lora():
+    """Three steps of an adapter of rank 4, with dropout."""
+    rates = LearningRates(projector=1e-2, llm=1e-2)
+    return small("instruct_lora", steps=3, adapters=Adapters(rank=4, alpha=8), rates=rates, warmup_ratio=0)
+
+
 @pytest.fixture(scope="module")
 def trained(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    recipe = small("instruct_lora", steps=3, adapters=Adapters(rank=4, alpha=8))
-    recipe = dataclasses.replace(recipe, rates=LearningRates(projector=1e-2, llm=1e-2), warmup_ratio=0)
-    run_recipe(recipe, options_in(start, out))
+    run_recipe(lora(), options_in(start, out))
     return out
 
 
@@ -102,26 +104,7 @@ def test_merging_says_what_is_wrong(start, trained, tmp_path, capsys):
 
 def test_an_interrupted_run_ends_with_the_same_adapters(start, trained, tmp_path, monkeypatch):
     """Their dropout draws random numbers, so that these must be taken up, too."""
-    honest = CheckedTrainer.training_step
-
-    def training_step(self, model, inputs, *rest):
-        if self.state.global_step == 2:
-            raise KeyboardInterrupt
-        return honest(self, model, inputs, *rest)
-
-    recipe = json.loads((trained / "record.json").read_text())["recipe"]
-    recipe = small(
-        "instruct_lora",
-        steps=3,
-        warmup_ratio=0,
-        adapters=Adapters(**recipe["adapters"]),
-        rates=LearningRates(**recipe["rates"]),
-    )
-    monkeypatch.setattr(CheckedTrainer, "training_step", training_step)
-    with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, options_in(start, tmp_path))
-    monkeypatch.undo()
-    run_recipe(recipe, options_in(start, tmp_path))
+    run_interrupted(lora(), options_in(start, tmp_path), 2, monkeypatch)
     ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (tmp_path, trained))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -91,6 +91,19 @@ def test_what_sharding_leaves_on_a_device():
     }  # fmt: skip
 
 
+def test_what_sharding_leaves_of_layers_in_four_bits():
+    parts = {"projector": {"trainable": 1000, "frozen": 0}, "llm": {"trainable": 0, "frozen": 8000}}
+    parts["embeddings"] = {"trainable": 0, "frozen": 500}
+    sizes, recipe, nf4 = Sizes(parts, activations=7, layer=800, rest=10), RECIPES["instruct_qlora"](), 4.127 / 8
+    one = device_bytes(sizes, recipe, "ddp", 1)
+    assert one["weights"] == pytest.approx(4 * 1000 + 2 * 500 + nf4 * 8000)
+    for launcher in ("fsdp2", "zero3"):
+        shared = device_bytes(sizes, recipe, launcher, 4)
+        assert shared["weights"] == pytest.approx(one["weights"] / 4)
+        assert shared["gathered"] == pytest.approx(2 * 10 + nf4 * 2 * 800)  # no gradients of layers
+    assert device_bytes(sizes, recipe, "zero2", 4)["weights"] == pytest.approx(2 * (1000 + 500) + nf4 * 8000)
+
+
 def test_checkpointing_and_the_fused_loss_save_activations():
     shape, config = BatchShape(4, 64, 24), tiny_config(text="qwen2", text_changes={"num_hidden_layers": 8})
     recipe = RECIPES["instruct"]()
@@ -105,6 +118,16 @@ def test_checkpointing_and_the_fused_loss_save_activations():
     logits = 4 * 64 * config.text_config.vocab_size * 4
     assert kept["all"] > kept["checkpointed"] + logits
     assert kept["checkpointed"] >= kept["fused"] + logits
+
+
+def test_the_fused_loss_makes_the_gradient_of_a_head_that_learns_in_the_forward():
+    """In float32; the weights, and so the other gradients, have 16 bits here."""
+    config, shape = middling_config(), BatchShape(1, 20, 112)
+    learning = dataclasses.replace(RECIPES["instruct"](), liger=True)
+    frozen = dataclasses.replace(learning, rates=dataclasses.replace(learning.rates, embeddings=None))
+    ahead, none = (step_sizes(config, recipe, shape, "fsdp2").activations for recipe in (learning, frozen))
+    gradient = 4 * config.text_config.vocab_size * config.text_config.hidden_size
+    assert none < gradient / 2 < gradient < ahead
 
 
 @pytest.fixture(scope="module")

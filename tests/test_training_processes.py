@@ -22,6 +22,7 @@ from ms_resampler.training.recipes import Adapters
 from ms_resampler.training.run import run_recipe
 
 CHANGES = {"batch_size": 8, "steps": 6, "save_steps": 3, "token_budgets": [1, 4, 9]}
+ADAPTERS = {"rank": 4, "alpha": 8, "dropout": 0.0}
 SCRIPT = Path(__file__).with_name("launched_run.py")
 
 
@@ -77,6 +78,16 @@ def assert_close_weights(ours, theirs, **tolerance):
         torch.testing.assert_close(ours[name], theirs[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
+def assert_two_learn_what_one_learns(configuration, start, folder, recipe, **changes):
+    """Losses and weights of a run in two processes, and of one in this."""
+    launch(configuration, start, folder / "two", recipe, **changes)
+    if "adapters" in changes:
+        changes["adapters"] = Adapters(**changes["adapters"])
+    run_recipe(small(recipe, **CHANGES | changes), options_in(start, folder / "one"))
+    torch.testing.assert_close(losses_of(folder / "two"), losses_of(folder / "one"), rtol=1e-4, atol=0)
+    assert_close_weights(folder / "two", folder / "one", rtol=1e-3, atol=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_two_processes_learn_what_one_learns(name, start, alone, tmp_path, capsys):
@@ -123,13 +134,8 @@ def test_two_processes_share_a_stream_as_two_workers_do(start, tmp_path, capsys)
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_two_processes_learn_adapters_over_four_bits_as_one_does(name, start, tmp_path, capsys):
-    configuration = launcher(name, capsys)
-    changes, adapters = {"steps": 3, "warmup_ratio": 0}, {"rank": 4, "alpha": 8, "dropout": 0.0, "four_bits": True}
-    launch(configuration, start, tmp_path / "two", "instruct_qlora", **changes, adapters=adapters)
-    recipe = small("instruct_qlora", **CHANGES | changes, adapters=Adapters(**adapters))
-    run_recipe(recipe, options_in(start, tmp_path / "one"))
-    torch.testing.assert_close(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-4, atol=0)
-    assert_close_weights(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=2e-5)
+    changes = {"steps": 3, "warmup_ratio": 0, "adapters": ADAPTERS | {"four_bits": True}}
+    assert_two_learn_what_one_learns(launcher(name, capsys), start, tmp_path, "instruct_qlora", **changes)
 
 
 @pytest.mark.slow
@@ -138,14 +144,8 @@ def test_two_processes_learn_adapters_over_four_bits_as_one_does(name, start, tm
 @pytest.mark.parametrize("recipe", ["instruct", "instruct_lora", "instruct_qlora"])
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_two_processes_of_deepspeed_learn_what_one_learns(name, recipe, start, tmp_path, capsys):
-    configuration, changes = launcher(name, capsys), {}
-    if recipe != "instruct":
-        changes = {"adapters": {"rank": 4, "alpha": 8, "dropout": 0.0, "four_bits": recipe == "instruct_qlora"}}
-    launch(configuration, start, tmp_path / "two", recipe, **changes)
-    adapters = {name: Adapters(**fields) for name, fields in changes.items()}
-    run_recipe(small(recipe, **CHANGES | adapters), options_in(start, tmp_path / "one"))
-    torch.testing.assert_close(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-4, atol=0)
-    assert_close_weights(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=2e-5)
+    adapters = {"adapters": ADAPTERS | {"four_bits": recipe == "instruct_qlora"}} if recipe != "instruct" else {}
+    assert_two_learn_what_one_learns(launcher(name, capsys), start, tmp_path, recipe, **adapters)
 
 
 @pytest.mark.parametrize(("name", "stage"), [("zero2", 2), ("zero3", 3)])

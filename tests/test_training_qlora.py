@@ -8,14 +8,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import IMAGE, collate, pixels, tiny_model, words
-from tiny_runs import losses_of, make_start, options_in, small
+from tiny_runs import losses_of, make_start, options_in, run_interrupted, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ms_resampler import MSResamplerForConditionalGeneration, cli
 from ms_resampler.training.adapters import four_bit_config
 from ms_resampler.training.recipes import Adapters, LearningRates
 from ms_resampler.training.run import load_model, run_recipe
-from ms_resampler.training.trainer import CheckedTrainer
 
 # peft asks a model of transformers by a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -32,6 +31,13 @@ def qlora(**changes):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     return make_start(tmp_path_factory.mktemp("qlora"))
+
+
+@pytest.fixture
+def quantized(start):
+    return MSResamplerForConditionalGeneration.from_pretrained(
+        start / "start", dtype="auto", quantization_config=four_bit_config(bf16=False)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +118,8 @@ def test_a_merged_model_is_the_dequantized_one_with_its_adapters(start, trained,
             torch.testing.assert_close(after[name], saved.get(peft_name, before[name]), rtol=0, atol=0)
 
 
-def test_a_merged_model_says_what_was_trained(start, trained, merged):
+def test_a_merged_model_says_what_was_trained(quantized, trained, merged):
     batch = collate([[IMAGE] * 4 + words(9)[0]])
-    quantized = MSResamplerForConditionalGeneration.from_pretrained(
-        start / "start", dtype="auto", quantization_config=four_bit_config(bf16=False)
-    )
     adapted = PeftModel.from_pretrained(quantized, trained / "adapter")
     whole = AutoModelForImageTextToText.from_pretrained(merged)
     assert not hasattr(whole.config, "quantization_config")
@@ -127,12 +130,9 @@ def test_a_merged_model_says_what_was_trained(start, trained, merged):
 
 
 @pytest.mark.slow
-def test_it_learns_as_lora_does_on_the_dequantized_weights(start, tmp_path):
+def test_it_learns_as_lora_does_on_the_dequantized_weights(start, quantized, tmp_path):
     """The same recipe, but for the four bits, on what these stand for; without dropout, and steps as they come."""
-    dequantized = MSResamplerForConditionalGeneration.from_pretrained(
-        start / "start", dtype="auto", quantization_config=four_bit_config(bf16=False)
-    ).dequantize()
-    dequantized.save_pretrained(tmp_path / "start")
+    quantized.dequantize().save_pretrained(tmp_path / "start")
     AutoProcessor.from_pretrained(start / "start").save_pretrained(tmp_path / "start")
     adapters = Adapters(rank=4, alpha=8, dropout=0.0)
     plain = dataclasses.replace(qlora(), adapters=adapters)
@@ -150,18 +150,7 @@ def test_it_learns_as_lora_does_on_the_dequantized_weights(start, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_adapters(start, trained, tmp_path, monkeypatch):
-    honest = CheckedTrainer.training_step
-
-    def training_step(self, model, inputs, *rest):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return honest(self, model, inputs, *rest)
-
-    monkeypatch.setattr(CheckedTrainer, "training_step", training_step)
-    with pytest.raises(KeyboardInterrupt):
-        run_recipe(qlora(), options_in(start, tmp_path))
-    monkeypatch.undo()
-    run_recipe(qlora(), options_in(start, tmp_path))
+    run_interrupted(qlora(), options_in(start, tmp_path), 3, monkeypatch)
     ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (tmp_path, trained))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -4,11 +4,14 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from tiny_models import picture, tiny_model, tiny_processor
 
+from ms_resampler.training.options import RunOptions
 from ms_resampler.training.recipes import RECIPES, Recipe
-from ms_resampler.training.run import RunOptions
+from ms_resampler.training.run import run_recipe
+from ms_resampler.training.trainer import CheckedTrainer
 
 
 def make_start(folder: Path, records: int = 24) -> Path:
@@ -66,6 +69,22 @@ def options_in(folder: Path, out: Path, **changes) -> RunOptions:
         "out": out,
     }
     return RunOptions(**places | changes)
+
+
+def run_interrupted(recipe: Recipe, options: RunOptions, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped after `step` steps, and gone on with to its end."""
+    honest = CheckedTrainer.training_step
+
+    def training_step(self, model, inputs, *rest):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return honest(self, model, inputs, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckedTrainer, "training_step", training_step)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, options)
+    run_recipe(recipe, options)
 
 
 def losses_of(out: Path) -> list[float]:

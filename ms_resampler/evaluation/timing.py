@@ -5,7 +5,7 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -56,12 +56,18 @@ def rates(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """How long a run takes, the device's queue included."""
+    """How long a run takes, the device's queue included, but for what was in it before."""
+    wait_for_device()
     start = time.perf_counter()
     run()
+    wait_for_device()
+    return 1000 * (time.perf_counter() - start)
+
+
+def wait_for_device() -> None:
+    """Returns when a GPU, if there is one, has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
 
 
 def in_turn(
@@ -79,13 +85,11 @@ def in_turn(
     return results
 
 
-def interleaved(
-    runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float = math.inf
-) -> dict[str, list[float]]:
+def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Milliseconds of every run, in turn as by `in_turn`, after a round that warms up."""
     for run in runs.values():
         run()
-    return in_turn({name: partial(milliseconds, run) for name, run in runs.items()}, repeats, seconds)
+    return in_turn({name: partial(milliseconds, run) for name, run in runs.items()}, repeats)
 
 
 def peak_memory(run: Callable[[], object]) -> int:
@@ -110,3 +114,9 @@ def peak_memory(run: Callable[[], object]) -> int:
 def spread(values: list[float], digits: int = 0) -> str:
     """The least and the largest, for a table."""
     return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells in Markdown."""
+    titles, *lines = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([titles, "|---" * len(head) + "|", *lines])

@@ -57,7 +57,12 @@ def add_recipe_changes(parser: argparse.ArgumentParser) -> None:
     changes.add_argument("--workers", type=int, help="processes that prepare batches")
     changes.add_argument("--bad-records", choices=["fatal", "skip"])
     changes.add_argument("--no-bf16", dest="bf16", action="store_false", default=None, help="compute in float32")
-    changes.add_argument("--liger", action="store_true", default=None, help="Liger's fused loss (CUDA only)")
+    changes.add_argument(
+        "--liger",
+        action="store_true",
+        default=None,
+        help="Liger's fused loss, which keeps no logits (needs a GPU, or Triton's interpreter)",
+    )
     changes.add_argument("--seed", type=int)
 
 
@@ -115,7 +120,8 @@ def train_recipe(arguments: argparse.Namespace) -> None:
     """Trains your model by a recipe, and prints where the result is."""
     if missing := [name for name in ("model", "data") if getattr(arguments, name) is None]:
         raise ValueError(f"The recipe {arguments.recipe} needs {' and '.join(f'--{name}' for name in missing)}.")
-    from .run import RunOptions, run_recipe
+    from .options import RunOptions
+    from .run import run_recipe
 
     recipe = changed_recipe(arguments)
     options = RunOptions(

@@ -40,7 +40,10 @@ def fuse_loss(model: Any, fused: FusedLoss | None = None) -> None:
 def liger_loss() -> FusedLoss:
     """Liger's kernel. Raises ValueError where it cannot run: Triton compiles for GPUs, elsewhere it interprets."""
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("Liger's fused loss needs a CUDA device, and there is none here: leave --liger out.")
+        raise ValueError(
+            "Liger's fused loss needs a GPU, and there is none here: leave --liger out, or set TRITON_INTERPRET=1 to "
+            "have it interpreted, very slowly."
+        )
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     def loss(weight: Tensor, hidden: Tensor, targets: Tensor, cap: float | None) -> Tensor:

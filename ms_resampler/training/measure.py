@@ -2,7 +2,6 @@
 
 import platform
 import statistics
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..evaluation.timing import peak_memory
+from ..evaluation.timing import milliseconds, peak_memory
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
-from .adapters import add_adapters, four_bit_config
-from .liger import fuse_loss
+from .adapters import four_bit_config
 from .memory import BatchShape
-from .parameters import freeze, parameter_groups, set_precision
+from .parameters import parameter_groups, set_precision
+from .preparation import prepare
 from .recipes import Recipe
 
 WARM_UP, TIMED = 2, 3  # steps, batches; the moments of Adam are there from the second step on
@@ -43,13 +42,13 @@ def measure(config: Any, recipe: Recipe, shape: BatchShape, accumulation: int) -
             update(model, optimiser, recipe)
 
     peak = weight_bytes(model) + peak_memory(begin)
-    batch_seconds, optimiser_seconds = [], []
+    batch_ms, optimiser_ms = [], []
     for _ in range(TIMED):
-        batch_seconds.append(timed(partial(backward, model, config, recipe, shape)))
-        optimiser_seconds.append(timed(partial(update, model, optimiser, recipe)))
+        batch_ms.append(milliseconds(partial(backward, model, config, recipe, shape)))
+        optimiser_ms.append(milliseconds(partial(update, model, optimiser, recipe)))
     return Measurement(
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
-        step_seconds=accumulation * statistics.median(batch_seconds) + statistics.median(optimiser_seconds),
+        step_seconds=(accumulation * statistics.median(batch_ms) + statistics.median(optimiser_ms)) / 1000,
         peak_bytes=peak,
     )
 
@@ -65,11 +64,7 @@ def random_model(config: Any, recipe: Recipe) -> Any:
     model: Any = MSResamplerForConditionalGeneration(config)
     if recipe.four_bits:
         model = in_four_bits(model, recipe)
-    freeze(model, recipe.rates)
-    if recipe.liger:
-        fuse_loss(model)
-    if recipe.adapters:
-        model = add_adapters(model, recipe.adapters, recipe.rates)
+    model = prepare(model, recipe)
     set_precision(model, torch.bfloat16 if recipe.bf16 else None)
     if recipe.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -100,12 +95,3 @@ def update(model: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe) -
     nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
     optimiser.step()
     optimiser.zero_grad()
-
-
-def timed(work: Any) -> float:
-    """Seconds that something takes, the device's queue included."""
-    started = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started

@@ -58,15 +58,15 @@ def device_bytes(sizes: Sizes, recipe: Recipe, launcher: str, devices: int) -> d
 
     What learns has float32 weights and two float32 moments (Adam). DDP holds everything everywhere, and gradients
     once more in its buckets; FSDP2 and ZeRO-3 share out weights, gradients and moments, and gather layers in 16 bits
-    as they go, one ahead; ZeRO-2 keeps 16-bit weights everywhere and shares out the rest.
+    as they go, one ahead; ZeRO-2 keeps 16-bit weights everywhere and shares out the rest. Layers in four bits are so
+    everywhere, gathered or not, and have no gradients.
     """
     narrow = 2 if recipe.bf16 else 4
-    everything = sizes.trainable + sizes.frozen
-    gathered = narrow * (2 * sizes.layer + sizes.rest) + 4 * sizes.layer
     layers = sizes.parts["llm"]["frozen"] if recipe.four_bits else 0
-    weights = 4 * sizes.trainable + narrow * (sizes.frozen - layers) + NF4_BYTES * layers
+    frozen = narrow * (sizes.frozen - layers) + NF4_BYTES * layers
+    gathered = narrow * sizes.rest + sizes.layer * (2 * NF4_BYTES if recipe.four_bits else 2 * narrow + 4)
     kinds: dict[str, float] = {
-        "weights": weights,
+        "weights": 4 * sizes.trainable + frozen,
         "gradients": 4 * sizes.trainable,
         "optimiser": 8 * sizes.trainable,
         "gathered": 4 * sizes.trainable * (devices > 1),
@@ -74,7 +74,7 @@ def device_bytes(sizes: Sizes, recipe: Recipe, launcher: str, devices: int) -> d
     if launcher in ("fsdp2", "zero3"):
         kinds = {kind: size / devices for kind, size in kinds.items()} | {"gathered": gathered}
     elif launcher == "zero2":
-        kinds["weights"] = narrow * everything
+        kinds["weights"] = narrow * sizes.trainable + frozen
         kinds["gradients"] = narrow * sizes.trainable / devices
         kinds["optimiser"] = 12 * sizes.trainable / devices
         kinds["gathered"] = 0
@@ -176,11 +176,27 @@ def forward(model: Any, shape: BatchShape, fused: bool) -> Tensor:
     words = base.get_input_embeddings()(torch.zeros(shape.records, text, dtype=torch.long))
     hidden = base.language_model(inputs_embeds=torch.cat([images.to(words.dtype), words], dim=1)).last_hidden_state
     if fused:  # the logits are made and used up piece by piece
-        return hidden.float().mean()
+        loss = hidden.float().mean()
+        return loss + GradientMadeAhead.apply(model.lm_head.weight) if model.lm_head.weight.requires_grad else loss
     labels = torch.zeros(hidden.shape[:2], dtype=torch.long)
     return model.loss_function(
         logits=model._logits(hidden), labels=labels, vocab_size=model.config.text_config.vocab_size
     )
+
+
+class GradientMadeAhead(torch.autograd.Function):
+    """What Liger's loss does to a head that learns: makes its gradient in the forward, in float32, and keeps it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        """The head's share of the loss."""
+        ctx.gradient = torch.zeros_like(weight, dtype=torch.float32)
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        """Hands the gradient over, which is no one else's from then on."""
+        return ctx.__dict__.pop("gradient")
 
 
 def image_inputs(config: Any, shape: BatchShape) -> dict[str, Any]:

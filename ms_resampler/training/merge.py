@@ -40,7 +40,11 @@ def as_trained(start: str, recipe: dict[str, Any]) -> Any:
     """The model under the adapters: of QLoRA, what its four bits stand for, which is what the adapters belong to."""
     four_bits = recipe["adapters"]["four_bits"]
     model = MSResamplerForConditionalGeneration.from_pretrained(
-        start, dtype="auto", quantization_config=four_bit_config(recipe["bf16"]) if four_bits else None
+        start,
+        dtype="auto",
+        quantization_config=four_bit_config(recipe["bf16"]) if four_bits else None,
+        # Else transformers puts what is in four bits on the first GPU, where the float32 weights may not fit.
+        device_map="cpu" if four_bits else None,
     )
     return model.dequantize() if four_bits else model
 

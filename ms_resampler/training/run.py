@@ -2,51 +2,28 @@
 
 import importlib.util
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, TrainingArguments, set_seed
+from transformers import AutoProcessor, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
-from .adapters import add_adapters, four_bit_config
+from .adapters import four_bit_config
 from .batches import BatchMaker
 from .data import ConversationCollator, errors_of_workers, open_records
-from .liger import fuse_loss
-from .parameters import count_parameters, freeze, set_precision
+from .options import RunOptions
+from .parameters import count_parameters, set_precision
+from .preparation import prepare
 from .recipes import Recipe
 from .records import StreamedRecords
 from .run_record import RunRecord, open_record
 from .schedule import Schedule, StreamSchedule, check_budgets
 from .train import keep_freed_memory
 from .trainer import CheckedTrainer, JsonlLog, last_checkpoint, sync, writing
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What a run is told beside its recipe: where things are, and how to use the hardware."""
-
-    model: str
-    data: str
-    images: Path | None
-    out: Path
-    device_batch: int | None = None
-    report_to: str = "none"
-    split: str = "train"
-    streaming: bool = False
-
-    @property
-    def devices(self) -> int:
-        """How many processes train, each on a device."""
-        return int(os.environ.get("WORLD_SIZE", 1))
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process is the one that writes."""
-        return int(os.environ.get("RANK", 0)) == 0
 
 
 def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
@@ -203,12 +180,7 @@ def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
     if report["missing_keys"]:
         raise ValueError(f"{folder} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, ...")
     dtype = model.dtype
-    freeze(model, recipe.rates)
-    if recipe.liger:
-        fuse_loss(model)
-    if recipe.adapters:
-        set_seed(recipe.seed)  # adapters start at random
-        model = add_adapters(model, recipe.adapters, recipe.rates)
+    model = prepare(model, recipe)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # which keeps float32 copies of its own
         set_precision(model, torch.bfloat16 if recipe.bf16 else None)
     return model, dtype

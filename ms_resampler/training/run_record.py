@@ -9,18 +9,16 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import Trainer
 
 from ..folders import write_whole
+from .options import RunOptions
 from .recipes import Recipe
 from .records import StreamedRecords
 from .schedule import Schedule
-
-if TYPE_CHECKING:
-    from .run import RunOptions
 
 PACKAGES = ("ms-resampler", "torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "liger-kernel")
 SAMPLED = 1000  # records of a Hub data set that make up its hash
@@ -73,7 +71,7 @@ class RunRecord:
         return [f"Records {what}: {count:,}." for count, what in sentences if count]
 
 
-def open_record(recipe: Recipe, options: "RunOptions", schedule: Schedule) -> RunRecord:
+def open_record(recipe: Recipe, options: RunOptions, schedule: Schedule) -> RunRecord:
     """The record of this run, new or as a stopped run left it.
 
     Raises ValueError if that one had another recipe, model or data: its checkpoints are not this run's.
