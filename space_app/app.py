@@ -6,6 +6,7 @@ GRADIO_ROOT_PATH and so on.
 """
 
 import atexit
+import gc
 import inspect
 import json
 import os
@@ -28,6 +29,8 @@ if not os.environ.get("GRADIO_TEMP_DIR"):
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="ms-resampler-uploads-")
     atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
+gc.disable()  # what is imported is no garbage, and looking for some is a quarter of the start
+
 
 def file_of(thing: Any, getfile: Callable[[Any], str] = inspect.getfile) -> str:
     """As inspect.getfile, but Gradio's components have none, so that it does not write type stubs of them all."""
@@ -45,6 +48,9 @@ from ask_page import AskPage
 from compare_page import ComparePage
 from elements import EXAMPLES, HERE, header
 from pictures import MAX_FILE_MEGABYTES
+
+gc.freeze()  # nor will it be
+gc.enable()
 
 QUEUE_LENGTH = 32
 DELETE_CACHE = (300, 3600)  # seconds between looks at the uploads, and of the age at which they are deleted
