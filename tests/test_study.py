@@ -48,7 +48,7 @@ from ms_resampler.study.plan import (
     sweep_runs,
 )
 from ms_resampler.study.reader import WIDTH, Reader
-from ms_resampler.study.report import ablation_table, check_report, report_text, write_report
+from ms_resampler.study.report import ablation_table, check_report, report_text, rivals, write_report
 from ms_resampler.study.results import Results, adopt, collect, load, result_path, run_of, save
 from ms_resampler.study.run import last_attention, patches_right
 from ms_resampler.study.statistics import (
@@ -479,6 +479,8 @@ def test_what_is_finished_is_reported_and_nothing_stored_is_lost(studied, tmp_pa
     )
     assert (tmp_path / "docs" / "study" / "runs.jsonl").read_bytes() == stored
 
+    assert main(line[:4]) == 0  # in OUT itself, which keeps every run, another study may take the report's place
+
     monkeypatch.setattr(command, "study_of", lambda arguments: SMALL)
     result_path(cut, sweep_runs(SMALL)[0]).unlink()
     assert main([*line[:-1], str(tmp_path / "other")]) == 2
@@ -512,7 +514,11 @@ def test_a_table_leaves_out_what_shares_no_seed_with_the_default():
         return {"run": run, "made_with": made_with, "test": scores}
 
     runs = [result(OURS, "here", 0, "11"), result("two scopes", "here", 0, "10"), result("no prior", "there", 0, "11")]
-    table = ablation_table(Results({"budgets": [16]}, {OURS: 1e-3}, {}, runs))
+    runs += [result("mqt", "there", 0, "11"), result("saep", "here", 0, "11")]
+    results = Results({"budgets": [16]}, dict.fromkeys((OURS, "mqt", "saep"), 1e-3), {}, runs)
+    assert [arm for arm, _, _ in results.contenders("16")] == [OURS, "saep"]
+    assert list(rivals(results, "16")) == ["saep"]
+    table = ablation_table(results)
     assert "| two scopes | 1 |" in table
     assert "| no prior |" not in table
-    assert table.endswith("Not yet run beside the default: no prior.")
+    assert table.endswith("Left out, because no seed is shared yet: no prior.")

@@ -56,13 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
     study, out = study_of(arguments), arguments.out
     rehearse(study)
     folder = arguments.report or out
-    stored = load(folder / "study") if (folder / "study" / "study.json").exists() else None
+    # OUT keeps every run; another folder holds only what is stored in it.
+    is_elsewhere = folder.resolve() != out.resolve() and (folder / "study" / "study.json").exists()
+    stored = load(folder / "study") if is_elsewhere else None
     if stored:
         refuse_loss(study, stored, folder / "study")
         print(f"{adopt(folder / 'study', out)} results stored in {folder / 'study'}")
     rates, results = finished_runs(study, out) if arguments.finished else perform_study(study, out, arguments.workers)
     costs = stored.costs if stored and arguments.finished else measure_costs(study)
-    collected = collect(study, rates, costs, results)
+    collected = collect(study, rates, costs, [*(stored.runs if stored else []), *results])
     report_text(collected)  # refuses what is too little for a report, before anything is written over
     save(collected, folder / "study", out)
     write_report(folder)

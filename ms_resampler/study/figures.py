@@ -51,7 +51,7 @@ def draw_accuracy(results: Results, pyplot: Any) -> Any:
     budgets = results.budgets[::-1]
     scored = {count: results.estimates(*results.contenders(count)) for count in budgets}
     for arm in sorted(results.arms(results.middle), key=lambda arm: arm in COLOURS):
-        tokens = [tokens for tokens in budgets if arm in results.arms(tokens)]
+        tokens = [tokens for tokens in budgets if (arm, "fixed", tokens) in scored[tokens]]
         estimates = [scored[count][arm, "fixed", count] for count in tokens]
         for column, panel in enumerate(panels):
             mean, low, high = (

@@ -29,7 +29,9 @@ def write_report(folder: Path) -> None:
 
 def check_report(folder: Path) -> None:
     """Raises ValueError if the report or a figure is not that of the stored results."""
-    if not (folder / "study.md").exists() or (folder / "study.md").read_text() != report_text(load(folder / "study")):
+    if not (folder / "study.md").exists() or (folder / "study.md").read_text(encoding="utf-8") != report_text(
+        load(folder / "study")
+    ):
         raise ValueError(f"{folder / 'study.md'} is not the report of the results beside it: write it again.")
     for name in FIGURES:
         path = folder / "study" / f"{name}.png"
@@ -94,9 +96,9 @@ with eight questions each. Every projector has the same choice of learning rates
 the share of patches whose name and colour can be read back from the tokens. Groups are means of their families; overall
 is the mean of the four groups. Intervals are 95% bootstrap intervals over pictures and seeds; differences are paired,
 by seed and picture; p-values are t-tests over seeds, adjusted for their number at each budget (Benjamini and Hochberg);
-d is Cohen's, over seeds. Where tower and reader were trained more than once, or runs made on several kinds of machine,
-runs are compared with those of the same only ([how it was made](#how-it-was-made)): a table of scores is over the seeds
-that all its rows share, a difference over all that its two sides share."""
+d is Cohen's, over three seeds or more. Where tower and reader were trained more than once, or runs made on several
+kinds of machine, runs are compared with those of the same only ([how it was made](#how-it-was-made)): a table of scores
+is over the seeds that all its rows share, a difference over all that its two sides share."""
 
 
 def percent(estimate: Estimate, column: int) -> str:
@@ -137,7 +139,8 @@ def main_table(results: Results, tokens: str) -> str:
         ]
         for (arm, _, count), estimate in sorted(scored.items(), key=lambda item: -item[1].mean_G[-1])
     ]
-    return table(["projector", "thousand parameters", "learning rate", "seeds", "overall", *GROUPS], rows)
+    head = ["projector", "thousand parameters", "learning rate", "seeds", "overall", *GROUPS]
+    return table(head, rows) + left_out([arm for arm in results.arms(tokens) if (arm, "fixed", tokens) not in scored])
 
 
 def rivals(results: Results, tokens: str) -> dict[str, Difference]:
@@ -196,9 +199,13 @@ def ablation_table(results: Results) -> str:
     changes = [*kin, *results.ablations()]
     keys = {arm: (arm, "fixed", results.middle) for arm in changes}
     found = {arm: results.difference(key, default) for arm, key in keys.items() if results.comparable(key, default)}
-    apart = [arm for arm in keys if arm not in found]
-    left_out = f"\n\nNot yet run beside the default: {listed(apart)}." if apart else ""
-    return "Each change minus the default, in points:\n\n" + differences_table("change", found) + left_out
+    table_of_changes = differences_table("change", found) + left_out([arm for arm in keys if arm not in found])
+    return "Each change minus the default, in points:\n\n" + table_of_changes
+
+
+def left_out(arms: list[str]) -> str:
+    """A note below a table, if any arms are missing in it."""
+    return f"\n\nLeft out, because no seed is shared yet: {listed(arms)}." if arms else ""
 
 
 def elastic_table(results: Results) -> str:

@@ -66,17 +66,26 @@ class Results:
         return [arm for arm in ABLATIONS if (arm, "fixed", self.middle) in self.scores]
 
     def contenders(self, tokens: str) -> list[Key]:
-        """What the main table of a budget compares: the projectors, and those that keep every patch."""
+        """What the main table of a budget compares: the projectors, and those that keep every patch.
+
+        Ours is the first; one that shares no block with those before it is left out.
+        """
         kept = [(arm, "fixed", "144") for arm in REFERENCE if (arm, "fixed", "144") in self.scores]
-        return [*((arm, "fixed", tokens) for arm in self.arms(tokens) if arm not in REFERENCE), *kept]
+        entrants = [*((arm, "fixed", tokens) for arm in self.arms(tokens) if arm not in REFERENCE), *kept]
+        shared, contenders = None, []
+        for key in entrants:
+            blocks = set(self.scores[key]) if shared is None else shared & set(self.scores[key])
+            if blocks:
+                shared = blocks
+                contenders.append(key)
+        return contenders
 
     def blocks(self, *keys: Key) -> list[Block]:
         """The blocks in which all of these have a result. Raises ValueError if there is none."""
         shared = sorted(set.intersection(*(set(self.scores.get(key, {})) for key in keys))) if keys else []
         if not shared:
-            raise ValueError(
-                f"No seed is finished yet for all of {', '.join(arm for arm, _, _ in keys)}: go on with the study."
-            )
+            arms = ", ".join(arm for arm, _, _ in keys) or OURS
+            raise ValueError(f"No seed is finished yet for all of {arms}: go on with the study.")
         return shared
 
     def comparable(self, one: Key, other: Key) -> bool:

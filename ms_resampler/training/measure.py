@@ -16,6 +16,7 @@ from .memory import BatchShape
 from .parameters import parameter_groups, set_precision
 from .preparation import prepare
 from .recipes import Recipe
+from .train import keep_freed_memory
 
 WARM_UP, TIMED = 2, 3  # steps, batches; the moments of Adam are there from the second step on
 
@@ -31,6 +32,7 @@ class Measurement:
 
 def measure(config: Any, recipe: Recipe, shape: BatchShape, accumulation: int) -> Measurement:
     """Runs forward, backward and optimiser on random batches, on the device that is here."""
+    keep_freed_memory()  # as a run does
     model = random_model(config, recipe).to("cuda" if torch.cuda.is_available() else "cpu").train()
     groups = parameter_groups(model, recipe.rates, recipe.weight_decay)
     optimiser = torch.optim.AdamW(groups, fused=True)
@@ -65,7 +67,7 @@ def random_model(config: Any, recipe: Recipe) -> Any:
     if recipe.four_bits:
         model = in_four_bits(model, recipe)
     model = prepare(model, recipe)
-    set_precision(model, torch.bfloat16 if recipe.bf16 else None)
+    set_precision(model, torch.bfloat16 if recipe.bf16 else torch.float32)
     if recipe.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model

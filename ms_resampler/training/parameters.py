@@ -31,13 +31,14 @@ def freeze(model: nn.Module, rates: LearningRates) -> None:
         parameter.requires_grad_(getattr(rates, part_of(name)) is not None)
 
 
-def set_precision(model: nn.Module, frozen: torch.dtype | None) -> None:
-    """What learns is kept in float32, what is frozen in `frozen` (None: as it is).
+def set_precision(model: nn.Module, frozen: torch.dtype) -> None:
+    """What learns is kept in float32, what is frozen in `frozen`.
 
     An update of 1e-5 is lost on a bfloat16 weight, and what is not updated needs no more than bfloat16.
     """
     for parameter in model.parameters():
-        if parameter.is_floating_point() and (parameter.requires_grad or frozen):
+        # Four bits are packed into numbers of some type, which are not what they stand for.
+        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
 
 

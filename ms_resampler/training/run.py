@@ -182,7 +182,7 @@ def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
     dtype = model.dtype
     model = prepare(model, recipe)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # which keeps float32 copies of its own
-        set_precision(model, torch.bfloat16 if recipe.bf16 else None)
+        set_precision(model, torch.bfloat16 if recipe.bf16 else torch.float32)
     return model, dtype
 
 
