@@ -118,5 +118,4 @@ def spread(values: list[float], digits: int = 0) -> str:
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of cells in Markdown."""
-    titles, *lines = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
-    return "\n".join([titles, "|---" * len(head) + "|", *lines])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))

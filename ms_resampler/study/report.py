@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..evaluation.timing import markdown_table
 from ..folders import write_whole
 from .figures import FIGURES, draw_figures
 from .plan import BASELINE, ELASTIC, OURS, REFERENCE
@@ -119,11 +120,6 @@ def number(value: float, digits: int) -> str:
     return "–" if np.isnan(value) else f"{value:.{digits}f}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
-
-
 def main_table(results: Results, tokens: str) -> str:
     """Scores of all projectors at a budget, the best first; the MLP keeps all patches, whatever the budget."""
     contenders = results.contenders(tokens)
@@ -140,7 +136,9 @@ def main_table(results: Results, tokens: str) -> str:
         for (arm, _, count), estimate in sorted(scored.items(), key=lambda item: -item[1].mean_G[-1])
     ]
     head = ["projector", "thousand parameters", "learning rate", "seeds", "overall", *GROUPS]
-    return table(head, rows) + left_out([arm for arm in results.arms(tokens) if (arm, "fixed", tokens) not in scored])
+    return markdown_table(head, rows) + left_out(
+        [arm for arm in results.arms(tokens) if (arm, "fixed", tokens) not in scored]
+    )
 
 
 def rivals(results: Results, tokens: str) -> dict[str, Difference]:
@@ -165,7 +163,7 @@ def differences_table(title: str, found: dict[str, Difference]) -> str:
         ]
         for (arm, difference), p in zip(found.items(), adjusted, strict=True)
     ]
-    return table([title, "seeds", "overall", "p", "d", *GROUPS], rows)
+    return markdown_table([title, "seeds", "overall", "p", "d", *GROUPS], rows)
 
 
 def verdict(results: Results, tokens: str) -> str:
@@ -220,7 +218,7 @@ def elastic_table(results: Results) -> str:
                     [arm, tokens, percent(elastic, -1), percent(fixed, -1), signed(results.difference(*keys), -1)]
                 )
     head = ["projector", "tokens", "trained with random budgets", "trained for this budget", "difference"]
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def cost_table(results: Results) -> str:
@@ -241,7 +239,7 @@ def cost_table(results: Results) -> str:
         f"Of the projectors alone, {results.middle} tokens, batch {results.study['batch_size']}, medians of "
         f"interleaved repeats in one run; x is relative to `{BASELINE}`. {costs['machine']}. At these small sizes "
         "overheads weigh more than at published ones, which `python benchmarks/projectors.py` measures.\n\n"
-        + table(head, rows)
+        + markdown_table(head, rows)
     )
 
 
@@ -257,7 +255,7 @@ def how_it_was_made(results: Results) -> str:
 {len(results.runs)} runs, {hours:.1f} hours of training on one core. `ms-resampler study --check docs` holds this page
 against the stored results.
 
-{table(["made with", "runs", "seeds of `" + OURS + "`"], rows)}"""
+{markdown_table(["made with", "runs", "seeds of `" + OURS + "`"], rows)}"""
 
 
 def made_counts(results: Results) -> dict[str, int]:
