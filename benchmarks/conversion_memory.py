@@ -31,7 +31,7 @@ from ms_resampler.evaluation.timing import machine
 # Linux counts the most memory that a process has had since it began to run its own program in VmHWM.
 CONVERSION = """
 import sys
-from ms_resampler.cli import main
+from ms_resampler_cli.main import main
 assert main(["convert", *sys.argv[1:], "--projector", "ms_resampler"]) == 0
 print(*(line.strip() for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

@@ -27,8 +27,8 @@ from pathlib import Path
 import httpx
 from gradio_client import Client, handle_file
 
-from ms_resampler.demo import find_app, loadable_pair
 from ms_resampler.evaluation.timing import machine
+from ms_resampler_cli.demo import find_app, loadable_pair
 
 EXAMPLES = find_app().parent / "examples"
 SCENES = json.loads((EXAMPLES / "examples.json").read_text())["scenes"]

@@ -12,8 +12,8 @@ from pathlib import Path
 from make_screenshot import BROWSER_OPTIONS, BROWSERS
 from playwright.sync_api import sync_playwright
 
-from ms_resampler.cli import main as ms_resampler
 from ms_resampler.training.scenes import ask, make_scene
+from ms_resampler_cli.main import main as ms_resampler
 
 HERE = Path(__file__).resolve().parent
 

@@ -121,7 +121,7 @@ def serve(model: str | None) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "ms_resampler.cli", "demo", "--no-browser", "--port", str(port)]
+    command = [sys.executable, "-m", "ms_resampler_cli.main", "demo", "--no-browser", "--port", str(port)]
     app = subprocess.Popen([*command, *(["--model", model] if model else [])], cwd=ROOT)
     try:
         address = f"http://127.0.0.1:{port}"

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .cli import model_or_embedded
+from ms_resampler_cli.models import model_or_embedded
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,7 +34,7 @@ gc.disable()  # what is imported is no garbage, and looking for some is a quarte
 
 def file_of(thing: Any, getfile: Callable[[Any], str] = inspect.getfile) -> str:
     """As inspect.getfile, but Gradio's components have none, so that it does not write type stubs of them all."""
-    if getattr(thing, "__module__", "").startswith("gradio.components"):
+    if getattr(thing, "__module__", "").startswith("gradio."):
         raise OSError("no stub")
     return getfile(thing)
 
@@ -48,6 +48,7 @@ from ask_page import AskPage
 from compare_page import ComparePage
 from elements import EXAMPLES, HERE, header
 from pictures import MAX_FILE_MEGABYTES
+from safetensors import SafetensorError
 
 gc.freeze()  # nor will it be
 gc.enable()
@@ -120,9 +121,14 @@ def launch_options() -> dict[str, Any]:
 
 
 def loaded(name: str) -> Answerer | None:
-    """The model that the variables NAME_ID and NAME_REVISION name, if they do."""
+    """The model that the variables NAME_ID and NAME_REVISION name, if they do. Exits if it cannot be loaded."""
     model_id = os.environ.get(f"{name}_ID")
-    return load(model_id, os.environ.get(f"{name}_REVISION")) if model_id else None
+    if not model_id:
+        return None
+    try:
+        return load(model_id, os.environ.get(f"{name}_REVISION"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SystemExit(f"{model_id} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.chat_format import ChatFormat, image_aware
-from ms_resampler.cli import main
+from ms_resampler_cli.main import main
 
 TOWERS = ("clip", "siglip", "siglip2", "dinov2", "convnext")
 EXACT = {"atol": 0, "rtol": 0}

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 from tiny_models import tiny_model, tiny_processor
 
 from ms_resampler import TINY
-from ms_resampler.cli import main
 from ms_resampler.hub_upload.card import render_card
+from ms_resampler_cli.main import main
 
 RECORD = json.loads(Path(TINY, "training_record.json").read_text())
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -7,7 +8,9 @@ import pytest
 import space_server
 import tiny_models
 
-from ms_resampler import chat, cli, demo
+from ms_resampler import chat
+from ms_resampler_cli import demo, models
+from ms_resampler_cli import main as cli
 
 ASK = ["chat", "What is this?"]
 
@@ -123,14 +126,14 @@ def test_unexpected_errors_are_not_hidden(monkeypatch):
 
 
 def test_missing_embedded_checkpoint_is_a_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "files", lambda package: tmp_path)
+    monkeypatch.setattr(models, "EMBEDDED", tmp_path)
     with pytest.raises(ValueError, match="embedded checkpoint is missing"):
-        cli.model_or_embedded(None)
+        models.model_or_embedded(None)
 
 
 @pytest.mark.parametrize("name", ["somebody/model", "gpt2", "some-body/a.model_1"])
 def test_repository_names_pass(name):
-    assert cli.model_or_embedded(name) == name
+    assert models.model_or_embedded(name) == name
 
 
 def test_every_command_has_help(capsys):
@@ -170,6 +173,32 @@ def test_demo_adds_the_code_to_a_folder_of_weights(folder, tmp_path):
     assert sorted(file.name for file in weights.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_demo_starts_the_app_before_anything_heavy_is_imported():
+    script = """
+import sys
+from ms_resampler_cli import demo, main
+main.build_parser(["demo"])
+with demo.loadable_pair(None, None) as (model, compared):
+    print(model, compared, {"ms_resampler", "torch", "transformers"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    model, compared, heavy = done.stdout.split(maxsplit=2)
+    assert (demo.Path(model).name, demo.Path(compared).name, heavy) == ("tiny", "tiny_resampler", "set()\n")
+
+
+def test_demo_says_that_a_projector_is_not_whole(tmp_path, capsys):
+    shutil.copytree(demo.PEER, tmp_path / "half")
+    weights = tmp_path / "half" / demo.PROJECTOR
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert cli.main(["demo", "--model", str(tmp_path / "half")]) == 2
+    assert f"{weights} is not a whole file of weights" in capsys.readouterr().err
+
+
+def test_demo_says_that_a_port_is_none(capsys):
+    assert cli.main(["demo", "--port", "65536"]) == 2
+    assert capsys.readouterr().err == "ms-resampler demo: A port is a number from 1 to 65535, and 65536 is not.\n"
+
+
 def test_demo_says_that_a_port_is_taken(folder, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -185,7 +214,7 @@ def test_demo_finds_the_app():
 
 @pytest.mark.slow
 def test_command_line_of_its_own(folder, picture_file):
-    command = [sys.executable, "-m", "ms_resampler.cli", *ASK, "--image", picture_file, "--model", folder]
+    command = [sys.executable, "-m", "ms_resampler_cli.main", *ASK, "--image", picture_file, "--model", folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip()

@@ -37,11 +37,11 @@ from transformers import (
 )
 
 from ms_resampler.assembly import Components, assemble
-from ms_resampler.cli import main
 from ms_resampler.conversion.convert import make_plan
 from ms_resampler.conversion.layouts import open_source
 from ms_resampler.conversion.tables import LLAVA, translate
 from ms_resampler.projectors_ms_resampler import PROJECTORS, rename
+from ms_resampler_cli.main import main
 
 SMALL = ["--set", "hidden_size=16", "--set", "num_attention_heads=4", "--set", "intermediate_size=32"]
 

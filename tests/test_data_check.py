@@ -10,10 +10,10 @@ from components import TOKENIZERS
 from test_labels import HARD, RECORD, VICUNA, processor_of
 from tiny_models import picture, tiny_model, tiny_processor
 
-from ms_resampler.cli import main
 from ms_resampler.training import data
 from ms_resampler.training.data import IGNORED, ConversationCollator
 from ms_resampler.training.label_pictures import coloured_text, example_of, page
+from ms_resampler_cli.main import main
 
 
 @pytest.fixture(scope="module")

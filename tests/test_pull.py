@@ -9,9 +9,9 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file
 from tiny_models import tiny_model, tiny_processor
 
-from ms_resampler.cli import main
 from ms_resampler.hub_upload import verify
 from ms_resampler.hub_upload.staging import remote_code_files, stage_checkpoint
+from ms_resampler_cli.main import main
 
 NAME = "acme/tiny"
 

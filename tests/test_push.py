@@ -20,10 +20,10 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_processor
 
-from ms_resampler.cli import main
 from ms_resampler.hub_upload import content, plan, publish, push, secret_scan
 from ms_resampler.hub_upload.redaction import redact, redacted
 from ms_resampler.hub_upload.staging import remote_code_files
+from ms_resampler_cli.main import main
 
 NAME = "acme/tiny"
 
@@ -526,7 +526,7 @@ def command(hub, token, folder, home, *arguments, **variables):
     (home / "tmp").mkdir(exist_ok=True)
     variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": str(home / "home"), **variables}
     return {
-        "args": [sys.executable, "-m", "ms_resampler.cli", "push", str(folder), NAME, *arguments],
+        "args": [sys.executable, "-m", "ms_resampler_cli.main", "push", str(folder), NAME, *arguments],
         "env": kept | {"TMPDIR": str(home / "tmp"), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1"} | variables,
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ms_resampler import TINY
-from ms_resampler.cli import build_parser, main
-from ms_resampler.demo import loadable
+from ms_resampler_cli.demo import loadable
+from ms_resampler_cli.main import build_parser, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

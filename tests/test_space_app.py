@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from ms_resampler import TINY
-from ms_resampler.demo import PEER
+from ms_resampler_cli.demo import PEER
 
 import answering  # isort: skip (space_server made it importable)
 import app
@@ -572,3 +572,18 @@ def test_the_app_imports_what_it_brings_and_what_it_requires():
             named += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in {name.partition(".")[0] for name in named} - {one.stem for one in files} - {"spaces"}:
                 assert name in sys.stdlib_module_names or name.replace("PIL", "pillow") in required, (file.name, name)
+
+
+@pytest.mark.parametrize(("cut", "sentence"), [(1, "not fully covered"), (None, "no file named model.safetensors")])
+def test_a_model_that_cannot_be_loaded_is_named_in_a_sentence(cut, sentence, tmp_path, monkeypatch):
+    model, processor = space_server.make_model()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-cut]) if cut else weights.unlink()
+    monkeypatch.setenv("MODEL_ID", str(tmp_path))
+    with pytest.raises(SystemExit) as exit:
+        app.loaded("MODEL")
+    assert str(exit.value).startswith(f"{tmp_path} cannot be loaded: ")
+    assert sentence in str(exit.value)
+    assert "\n" not in str(exit.value)

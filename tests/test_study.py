@@ -17,7 +17,6 @@ import pytest
 import torch
 from scipy import stats
 
-from ms_resampler.cli import main
 from ms_resampler.study import command
 from ms_resampler.study.command import add_arguments, best_rates, finished_runs, perform_study, study_of
 from ms_resampler.study.data import (
@@ -63,6 +62,7 @@ from ms_resampler.study.statistics import (
 )
 from ms_resampler.training.curriculum import ALL_NAMES
 from ms_resampler.training.scenes import COLOURS
+from ms_resampler_cli.main import main
 
 DOCS = Path(__file__).parent.parent / "docs"
 RATES = dict.fromkeys((*PEERS, *REFERENCE), 2e-3)

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from ms_resampler import TINY, cli, demo
+from ms_resampler import TINY
 from ms_resampler.training.tiny_peer import embed_projector, with_new_projector
+from ms_resampler_cli import demo
+from ms_resampler_cli import main as cli
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ def test_a_finished_stage_that_is_opened_again_keeps_its_time_and_counts_no_step
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_train_command_leaves_a_model_a_record_and_a_card(tmp_path, capsys):
-    from ms_resampler.cli import main
+    from ms_resampler_cli.main import main
 
     out = tmp_path / "run"
     arguments = ["train", "tiny", "--steps", "2", "--scenes", "12", "--out", str(out)]

@@ -10,10 +10,11 @@ from tiny_models import IMAGE, collate, pixels, tiny_model, words
 from tiny_runs import make_start, options_in, run_interrupted, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ms_resampler import MSResamplerForConditionalGeneration, cli
+from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.training.adapters import add_adapters
 from ms_resampler.training.recipes import RECIPES, Adapters, LearningRates
 from ms_resampler.training.run import run_recipe
+from ms_resampler_cli import main as cli
 
 # peft asks a model of transformers by a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

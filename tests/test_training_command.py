@@ -8,8 +8,8 @@ import pytest
 from components import save_llm, save_tower
 from tiny_runs import make_start
 
-from ms_resampler import cli
 from ms_resampler.training.recipes import RECIPES, Adapters, LearningRates, Recipe
+from ms_resampler_cli import main as cli
 
 
 def shown(capsys, *arguments):

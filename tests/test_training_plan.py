@@ -7,11 +7,12 @@ import pytest
 from tiny_models import tiny_config, tiny_model
 from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, Qwen2Config, Siglip2VisionConfig
 
-from ms_resampler import MSResamplerConfig, cli
+from ms_resampler import MSResamplerConfig
 from ms_resampler.training.measure import measure
 from ms_resampler.training.memory import BatchShape, Sizes, device_bytes, step_sizes
 from ms_resampler.training.plan import duration, memory_table
 from ms_resampler.training.recipes import RECIPES
+from ms_resampler_cli import main as cli
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

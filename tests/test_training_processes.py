@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from tiny_runs import losses_of, make_shards, make_start, options_in, small
 from transformers import AutoModelForImageTextToText
 
-from ms_resampler import cli
 from ms_resampler.training.recipes import Adapters
 from ms_resampler.training.run import run_recipe
+from ms_resampler_cli import main as cli
 
 CHANGES = {"batch_size": 8, "steps": 6, "save_steps": 3, "token_budgets": [1, 4, 9]}
 ADAPTERS = {"rank": 4, "alpha": 8, "dropout": 0.0}

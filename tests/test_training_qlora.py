@@ -11,10 +11,11 @@ from tiny_models import IMAGE, collate, pixels, tiny_model, words
 from tiny_runs import losses_of, make_start, options_in, run_interrupted, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ms_resampler import MSResamplerForConditionalGeneration, cli
+from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.training.adapters import four_bit_config
 from ms_resampler.training.recipes import Adapters, LearningRates
 from ms_resampler.training.run import load_model, run_recipe
+from ms_resampler_cli import main as cli
 
 # peft asks a model of transformers by a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -8,10 +8,10 @@ from killed_runs import assert_same_weights, finish, kill_at, start_run
 from tiny_runs import losses_of, make_shards, make_start, options_in, small
 from torch.utils.data import DataLoader, get_worker_info
 
-from ms_resampler import cli
 from ms_resampler.training.data import open_records
 from ms_resampler.training.run import run_recipe
 from ms_resampler.training.schedule import StreamSchedule
+from ms_resampler_cli import main as cli
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ..cli import model_or_embedded
+from ms_resampler_cli.models import model_or_embedded
+
 from .staging import stage_checkpoint
 
 

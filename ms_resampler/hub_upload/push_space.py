@@ -15,7 +15,8 @@ from typing import Any
 from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.repocard import metadata_save
 
-from ..demo import find_app
+from ms_resampler_cli.demo import find_app
+
 from .client import check_repository_name, hub_errors, patiently
 from .content import check_content, check_sizes
 from .plan import as_visible_as, describe, look_at, make_plan

@@ -14,7 +14,8 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..cli import model_or_embedded
+from ms_resampler_cli.models import model_or_embedded
+
 from ..processing_ms_resampler import MSResamplerProcessor
 from .data import IGNORED, BadRecord, ConversationCollator, errors_of_workers, images_of, open_records
 from .label_pictures import Example, coloured_text, example_of, page

@@ -6,7 +6,8 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-from ..cli import model_or_embedded
+from ms_resampler_cli.models import model_or_embedded
+
 from .recipes import RECIPES, LearningRates, Recipe
 
 PARTS = [field.name for field in dataclasses.fields(LearningRates)]

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import AutoProcessor
 
-from ..cli import model_or_embedded
+from ms_resampler_cli.models import model_or_embedded
+
 from ..folders import whole_folder
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import four_bit_config

@@ -4,8 +4,9 @@ import argparse
 import math
 from typing import Any
 
+from ms_resampler_cli.models import model_or_embedded
+
 from ..assembly import Components, make_config, text_config_of, tower_config_of
-from ..cli import model_or_embedded
 from ..configuration_ms_resampler import MSResamplerConfig
 from .command import add_recipe_changes, changed_recipe
 from .measure import Measurement, measure

@@ -10,14 +10,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from . import TINY
-from .cli import model_or_embedded
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
-PEER = str(Path(TINY).with_name("tiny_resampler"))  # a projector of one scope, trained in the embedded checkpoint
+from .models import EMBEDDED, PACKAGE, model_or_embedded
+
+PEER = EMBEDDED.with_name("tiny_resampler")  # a projector of one scope, trained in the embedded checkpoint
+WEIGHTS, PROJECTOR = "model.safetensors", "projector.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,17 +55,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 def find_app() -> Path:
     """app.py of the Space: inside this package's folder in a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "space_app", package.parent / "space_app"):
+    for folder in (PACKAGE / "space_app", PACKAGE.with_name("space_app")):
         if (folder / "app.py").is_file():
             return folder / "app.py"
     raise FileNotFoundError("The demo's space_app folder is neither inside nor beside the installed package.")
 
 
 def check_port(host: str, port: int | None) -> None:
-    """Raises ValueError if the port that was asked for is taken; None is looked for by Gradio."""
+    """Raises ValueError if the port that was asked for is taken, or is none; None is looked for by Gradio."""
     if port is None:
         return
+    if not 0 < port < 2**16:
+        raise ValueError(f"A port is a number from 1 to 65535, and {port} is not.")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -73,46 +77,55 @@ def check_port(host: str, port: int | None) -> None:
 
 @contextmanager
 def loadable(model: str) -> Iterator[str]:
-    """The model as a stranger can load it: a folder of weights without code gets the code, in a copy."""
+    """The model as a stranger can load it: beside weights without code, in a folder of links, stands the code."""
     folder = Path(model)
     if not folder.is_dir() or (folder / "modeling_ms_resampler.py").is_file():
         yield str(folder.resolve()) if folder.is_dir() else model
         return
-    from .hub_upload.staging import PROJECTOR, stage_checkpoint
-
     with tempfile.TemporaryDirectory(prefix="ms-resampler-") as place:
-        staged = Path(place) / folder.resolve().name
+        whole = Path(place) / folder.resolve().name
+        whole.mkdir()
         if (folder / PROJECTOR).is_file():
-            stage_in_embedded(folder, staged)
+            put_into_embedded(folder, whole)
         else:
-            stage_checkpoint(folder, staged)
-        yield str(staged)
+            link_files(folder.iterdir(), whole)
+        link_files(PACKAGE.glob("*_ms_resampler.py"), whole)
+        yield str(whole)
+
+
+def link_files(files: Iterable[Path], folder: Path) -> None:
+    """Puts links to files into a folder, or copies of them where the system makes no links."""
+    for file in filter(Path.is_file, files):
+        try:
+            (folder / file.name).symlink_to(file.resolve())
+        except OSError:
+            shutil.copyfile(file, folder / file.name)
 
 
 @contextmanager
 def loadable_pair(model: str | None, second: str | None) -> Iterator[tuple[str, str | None]]:
     """A model and the second one to compare it with, as strangers can load them; the embedded one brings its own."""
-    second = second or (PEER if model is None else None)
+    second = second or (str(PEER) if model is None else None)
     other = nullcontext() if second is None else loadable(model_or_embedded(second))
     with loadable(model_or_embedded(model)) as first, other as compared:
         yield first, compared
 
 
-def stage_in_embedded(folder: Path, target: Path) -> None:
-    """Stages the embedded checkpoint with the projector of a folder. Raises ValueError if it does not belong there."""
-    from safetensors.torch import load_file, save_file
-
-    from .hub_upload.staging import PROJECTOR, WEIGHTS, stage_checkpoint
-
-    ours, theirs = (json.loads((place / "config.json").read_text()) for place in (Path(TINY), folder))
+def put_into_embedded(folder: Path, target: Path) -> None:
+    """Makes the embedded checkpoint with the projector of a folder. Raises ValueError if it does not belong there."""
+    ours, theirs = (json.loads((place / "config.json").read_text()) for place in (EMBEDDED, folder))
     if any(ours[part] | theirs[part] != ours[part] | {"dtype": "float32"} for part in ("vision_config", "text_config")):
         raise ValueError(
             f"{folder} holds a projector alone, and not one for the embedded checkpoint: name a whole model."
         )
-    stage_checkpoint(Path(TINY), target)
-    shutil.copyfile(folder / "config.json", target / "config.json")
-    tensors = {name: tensor for name, tensor in load_file(target / WEIGHTS).items() if "projector." not in name}
-    save_file(tensors | load_file(folder / PROJECTOR), target / WEIGHTS, metadata={"format": "pt"})
+    link_files((file for file in EMBEDDED.iterdir() if file.name not in ("config.json", WEIGHTS)), target)
+    link_files([folder / "config.json"], target)
+    tensors = {name: tensor for name, tensor in load_file(EMBEDDED / WEIGHTS).items() if "projector." not in name}
+    try:
+        projector = load_file(folder / PROJECTOR)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / PROJECTOR} is not a whole file of weights ({error}): copy it again.") from error
+    save_file(tensors | projector, target / WEIGHTS, metadata={"format": "pt"})
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The command `ms-resampler`. A subcommand is a module that is imported when it runs, not before.
 
+This is no part of the package ms_resampler, whose import takes transformers and seconds: `demo` does without it.
+
 Such a module offers `add_arguments(parser)` and `run(arguments) -> exit code`, and its name goes into COMMANDS.
 What is wrong with the input it raises as ValueError or OSError: that becomes one sentence on stderr.
 
@@ -8,16 +10,13 @@ Exit codes: 0 done, 1 an unexpected error, 2 wrong usage or bad input, 130 inter
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.resources import files
-from pathlib import Path
+from importlib import import_module, metadata
 
 # Name: module and help, one line each.
 COMMANDS = {
-    "demo": ("ms_resampler.demo", "open a page on which you ask about a picture and see where the model looked"),
+    "demo": ("ms_resampler_cli.demo", "open a page on which you ask about a picture and see where the model looked"),
     "chat": ("ms_resampler.chat", "ask about one or several pictures, here in the terminal"),
     "export": ("ms_resampler.hub_upload.export", "copy a checkpoint with its code into a folder that loads anywhere"),
     "init": ("ms_resampler.init_command", "assemble a model from a vision tower and a language model"),
@@ -59,30 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of all commands, with the arguments of those that `argv` names: the others stay unimported."""
-    from . import __version__
-
     parser = argparse.ArgumentParser(prog="ms-resampler", description="The multi-scope visual resampler.")
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=metadata.version("ms-resampler"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, help_line) in COMMANDS.items():
         command = commands.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
         if name in argv:
             import_module(module).add_arguments(command)
     return parser
-
-
-def model_or_embedded(model: str | None) -> str:
-    """A folder or repository as it is; None is the checkpoint in this package. Raises ValueError if it cannot be."""
-    folder = Path(str(files("ms_resampler") / "checkpoints" / "tiny")) if model is None else Path(model)
-    if (folder / "config.json").is_file():
-        return str(folder)
-    if model is None:
-        raise ValueError("The embedded checkpoint is missing: make it with `make train-tiny`, or name a --model.")
-    if folder.is_dir():
-        raise ValueError(f"There is no model in the folder {model!r}: it has no config.json.")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
-        raise ValueError(f"{model!r} is neither a folder nor the name of a Hub repository.")
-    return model
 
 
 if __name__ == "__main__":

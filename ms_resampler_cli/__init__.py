@@ -1,0 +1,1 @@
+"""The command line of MS-Resampler, which starts without its package: see main.py."""
