@@ -18,6 +18,7 @@ place) over the rate of a product of large square matrices.
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
@@ -45,6 +48,7 @@ from ms_resampler.evaluation.timing import (
     peak_memory,
     rates,
     spread,
+    wait_for_device,
 )
 from ms_resampler.folders import write_whole
 from ms_resampler.modeling_ms_resampler import make_unread_layers_skippable
@@ -130,7 +134,7 @@ def contenders(
 
 def make_run(
     model: PreTrainedModel, visual_tokens: int, images: int, new_tokens: int, requests: int = 1
-) -> Callable[[], Tensor]:
+) -> Callable[..., Tensor]:
     """A run that answers every request with so many tokens."""
     prompt = make_prompt(model, images, visual_tokens, requests)
     if isinstance(model, MSResamplerForConditionalGeneration):
@@ -158,22 +162,39 @@ def prompt_macs(model: PreTrainedModel, visual_tokens: int, images: int) -> int:
 
 def measure_prompts(names: dict, images: int, new_tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
     """For every contender the times to its first token, and from there to `new_tokens` more, with memory and floor."""
-    runs = {name: make_run(*model, images, 1) for name, model in names.items()}
+    runs = {name: make_run(*model, images, 1 + new_tokens) for name, model in names.items()}
     peaks = {name: peak_memory(run) for name, run in runs.items()}  # warms up, too
-    if new_tokens:
-        runs |= {f"{name}, more": make_run(*model, images, 1 + new_tokens) for name, model in names.items()}
-    times = in_turn({name: partial(milliseconds, run) for name, run in runs.items()}, repeats)
+    times = in_turn({name: partial(token_times, run) for name, run in runs.items()}, repeats)
     return {
         name: {
-            "first_ms": times[name],
-            "further_ms": [
-                more - first for more, first in zip(times.get(f"{name}, more", ()), times[name], strict=False)
-            ],
+            "first_ms": [first for first, *_ in answers],
+            "further_ms": [last - first for first, *_, last in answers] if new_tokens else [],
             "peak_bytes": peaks[name],
             "macs": prompt_macs(*names[name], images),
         }
-        for name in names
+        for name, answers in times.items()
     }
+
+
+class TokenClock(StoppingCriteria):
+    """Notes when each token of an answer is there, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        wait_for_device()
+        self.seconds.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def token_times(run: Callable[..., Tensor]) -> list[float]:
+    """Milliseconds from the start of a run to each token of its answer."""
+    clock = TokenClock()
+    wait_for_device()
+    start = time.perf_counter()
+    run(stopping_criteria=StoppingCriteriaList([clock]))
+    return [1000 * (second - start) for second in clock.seconds]
 
 
 def ratios(values: list[float], base: list[float]) -> float:

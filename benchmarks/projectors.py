@@ -46,6 +46,7 @@ from ms_resampler.resampler_ms_resampler import init_resampler_weights
 GRID, TOKENS, TEXT_WIDTH = 24, 144, 4096
 SWEPT = {"tokens": "visual tokens", "batch": "images", "grid": "patches a side"}  # what the plot has lines over
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX512"
 # Sizes of the publications: projector fields, and the tower's layers where there are several.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "resampler": {},
@@ -112,7 +113,12 @@ def published_config(name: str, setting: Setting) -> MSResamplerConfig:
             "num_attention_heads": 16,
         },
         text_config={"model_type": "llama", "hidden_size": TEXT_WIDTH, "num_attention_heads": 32},
-        projector_config={"projector_type": name.split(",")[0], "visual_tokens": tokens, **fields},
+        projector_config={
+            "projector_type": name.split(",")[0],
+            "visual_tokens": tokens,
+            "query_grid": tokens,
+            **fields,
+        },
         vision_feature_layer=layers,
     )
 
@@ -208,6 +214,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown_table([*columns, "share of the floor", "peak (MB)"], lines)
 
 
+def summary(results: list[dict[str, Any]]) -> str:
+    """All settings in markdown: what ms_resampler takes, and how many times as long the others do in the same round."""
+    others = ["resampler", "ms_resampler, 1024 wide", *RIVALS]
+    lines = []
+    for result in results:
+        rows = {row["projector"]: row for row in result["rows"]}
+        ours = rows["ms_resampler"]
+        median = statistics.median(ours["ms"])
+        cells = [str(Setting(**result["setting"])), f"{median:.1f}", f"{ours['floor_ms'] / median:.0%}"]
+        ratios = [times_as_long(rows[name], result["rows"], "ms_resampler") if name in rows else "" for name in others]
+        lines.append(cells + ratios)
+    return markdown_table(["setting", "ms_resampler, ms", "share of the floor", *others], lines)
+
+
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """Median milliseconds: bars for the first setting, and lines over what varies beside it."""
     first, swept = results[0]["setting"], [axis for axis in SWEPT if len(along(results, axis)) > 1]
@@ -217,6 +237,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     draw_bars(axes[0][0], results[0]["rows"], str(Setting(**first)))
     for axis, name in zip(axes[0][1:], swept, strict=True):
         draw_lines(axis, along(results, name), name)
+    if swept:
+        lines = {line.get_label(): line for axis in axes[0][1:] for line in axis.get_lines()}
+        figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -224,12 +247,12 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 def along(results: list[dict[str, Any]], axis: str) -> dict[int, list[dict[str, Any]]]:
     """The rows of the settings that differ from the first one in nothing but this, by its value."""
     first = Setting(**results[0]["setting"])
-    found = {result["setting"][axis]: result for result in results}
-    return {
-        value: result["rows"]
-        for value, result in sorted(found.items())
-        if Setting(**result["setting"]) == replace(first, **{axis: value})
+    found = {
+        result["setting"][axis]: result["rows"]
+        for result in results
+        if Setting(**result["setting"]) == replace(first, **{axis: result["setting"][axis]})
     }
+    return dict(sorted(found.items()))
 
 
 def is_ours(name: str) -> bool:
@@ -240,21 +263,22 @@ def draw_bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
     names, medians = [row["projector"] for row in rows], [statistics.median(row["ms"]) for row in rows]
     bars = axis.barh(names, medians, color=["tab:blue" if is_ours(name) else "tab:grey" for name in names])
     axis.bar_label(bars, fmt="%.0f", padding=2)
-    axis.set(xscale="log", xlabel="milliseconds")
+    axis.set(xscale="log", xlabel="milliseconds", xlim=(min(medians) / 2, 3 * max(medians)))
     axis.set_title(title, fontsize=8)
     axis.invert_yaxis()
 
 
 def draw_lines(axis: Any, rows_by_value: dict[int, list[dict[str, Any]]], label: str) -> None:
-    """A line for every projector that was measured at each value."""
+    """A line for every projector that was measured at each value, of ours and of those that ours are compared with."""
     medians = [{row["projector"]: statistics.median(row["ms"]) for row in rows} for rows in rows_by_value.values()]
-    for name in [name for name in medians[0] if all(name in some for some in medians)]:
-        style = {"linewidth": 2.5 if is_ours(name) else 1, "linestyle": "-" if is_ours(name) else "--"}
-        axis.plot(list(rows_by_value), [some[name] for some in medians], marker="o", label=name, **style)
+    for colour, name in enumerate([*OURS, *RIVALS]):
+        if all(name in some for some in medians):
+            style = {"linewidth": 2.5, "linestyle": "-"} if is_ours(name) else {"linewidth": 1, "linestyle": "--"}
+            line = [some[name] for some in medians]
+            axis.plot(list(rows_by_value), line, marker="o", label=name, color=f"C{colour}", **style)
     axis.set(xscale="log", yscale="log", xlabel=SWEPT[label], ylabel="milliseconds")
     axis.set_xticks(list(rows_by_value), list(map(str, rows_by_value)), minor=False)
     axis.minorticks_off()
-    axis.legend(fontsize=6)
 
 
 def arguments() -> argparse.Namespace:
@@ -276,9 +300,9 @@ def arguments() -> argparse.Namespace:
 
 
 def chosen(asked: argparse.Namespace) -> list[tuple[list[str], Setting]]:
-    """The projectors and settings to measure."""
+    """The projectors and settings to measure; the suite's in half precision only where the device computes in it."""
     if asked.suite:
-        return SUITE
+        return [(names, setting) for names, setting in SUITE if setting.dtype == "float32" or HALF]
     combinations = product(asked.grid, asked.tokens, asked.batch, asked.dtype)
     return [(asked.projectors, Setting(*values, asked.backward)) for values in combinations]
 
@@ -293,6 +317,8 @@ def main() -> None:
         results.append({"setting": asdict(setting), "machine": machine(), "rows": rows})
         if asked.json:
             write_whole(asked.json, json.dumps(results, indent=1))
+    if asked.suite:
+        print(f"\nTimes as long as ms_resampler\n\n{summary(results)}")
     if asked.plot:
         draw(results, asked.plot)
 

@@ -1,6 +1,7 @@
 """The benchmarks count what the peers' publications and original code add up to."""
 
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,23 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from loading import table as loading_table
-from model import QWEN, TOWER, VICUNA, WORDS, contenders, make_models, make_prompt, make_run, measure_prompts, shapes
+from model import (
+    QWEN,
+    TOWER,
+    VICUNA,
+    WORDS,
+    contenders,
+    make_models,
+    make_prompt,
+    make_run,
+    measure_prompts,
+    shapes,
+    token_times,
+)
 from model import prompt_table as model_table
 from preprocessing import measure as measure_preprocessing
-from projectors import PUBLISHED, SUITE, Setting, along, cost, draw, measure, table
+from projectors import PUBLISHED, SUITE, Setting, along, chosen, cost, draw, measure, summary, table
+from projectors import make_run as make_projector_run
 from training_step import PROJECTORS, make_steps
 from training_step import make_models as make_training_models
 from training_step import measure as measure_training
@@ -88,6 +102,11 @@ def test_ratios_are_those_within_a_round():
     ]
     cells = [line.split(" | ") for line in table(rows).splitlines()[2:]]
     assert [row[5:7] for row in cells] == [["1.00", "0.91"], ["1.10", "1.00"], ["0.50", "0.45"]]
+    head, _, line = summary([{"setting": vars(Setting(batch=8)), "rows": rows}]).splitlines()
+    found = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    assert "batch 8" in line
+    assert (found["ms_resampler, ms"], found["share of the floor"]) == ("22.0", "5%")
+    assert (found["resampler"], found["mqt"], found["token_packer"]) == ("0.91", "0.45", "")
 
 
 def test_the_suite_has_what_performance_is_about():
@@ -98,6 +117,21 @@ def test_the_suite_has_what_performance_is_about():
     assert combinations >= {(batch, "float32", backward) for batch in (1, 8, 32) for backward in (False, True)}
     assert combinations >= {(1, "bfloat16", False), (8, "bfloat16", False), (1, "bfloat16", True)}
     assert all({"resampler", "ms_resampler", "mqt"} <= set(names) for names, _ in SUITE)
+
+
+@pytest.mark.parametrize(("half", "left"), [(True, 16), (False, 13)])
+def test_the_suite_leaves_out_half_precision_where_it_is_emulated(half, left, monkeypatch):
+    monkeypatch.setattr("projectors.HALF", half)
+    settings = [setting for _, setting in chosen(Namespace(suite=True))]
+    assert len(settings) == left
+    assert ("bfloat16" in {setting.dtype for setting in settings}) == half
+
+
+def test_every_projector_of_the_suite_can_do_what_is_asked_of_it():
+    asked = {(name, setting.grid, setting.tokens) for names, setting in SUITE for name in names}
+    for name, grid, tokens in asked:
+        if name != "idefics2_perceiver":  # which looks at its data, and is large
+            make_projector_run(name, Setting(grid, tokens), "meta")[1]()
 
 
 class Clock:
@@ -203,6 +237,13 @@ def test_a_model_is_measured_up_to_the_first_token_and_after_it(tiny_parts):
     with torch.no_grad():
         real = count_macs(lambda: llava(**prompt, logits_to_keep=1))
     assert records["LLaVA, 16"]["macs"] == real  # of a forward pass with data
+
+
+def test_the_time_of_every_token_is_noted(tiny_parts, monkeypatch):
+    (model, visual_tokens), *_ = contenders(*make_models(tiny_parts), [4]).values()
+    run, seconds = make_run(model, visual_tokens, images=1, new_tokens=3), iter([1.0, 3.0, 3.5, 4.5])
+    monkeypatch.setattr("model.time.perf_counter", lambda: next(seconds))
+    assert token_times(run) == [2000.0, 2500.0, 3500.0]
 
 
 def test_layers_that_share_weights_do_what_layers_of_their_own_do():

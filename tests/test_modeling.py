@@ -25,6 +25,12 @@ TRANSFORMER_TOWERS = list(PREFIX)
 FEATURE_MAP_TOWERS = ["convnext", "convnextv2"]
 EXACT = {"atol": 0, "rtol": 0}
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+CLOSE_IN = {  # a few units in the last place
+    torch.float64: {"atol": 1e-12, "rtol": 1e-12},
+    torch.float32: CLOSE,
+    torch.bfloat16: {"atol": 1.6e-2, "rtol": 1.6e-2},
+    torch.float16: {"atol": 2e-3, "rtol": 2e-3},
+}
 
 
 def projector_inputs(model, **images) -> list[torch.Tensor]:
@@ -104,19 +110,20 @@ def test_images_of_other_sizes_and_shapes_keep_raster_order(kind, size):
     assert different.tolist() == [2 * columns + 1]
 
 
+@pytest.mark.parametrize("dtype", CLOSE_IN, ids=str)
 @pytest.mark.parametrize("kind", [*tiny.TOWERS])
 @torch.no_grad()
-def test_images_alone_equal_images_in_a_batch(kind):
-    model = tiny.tiny_base_model(kind)
-    images = tiny.pixels(3, (16, 32))
+def test_images_alone_equal_images_in_a_batch(kind, dtype):
+    model = tiny.tiny_base_model(kind).to(dtype)
+    images = tiny.pixels(3, (16, 32)).to(dtype)
     grids = torch.tensor([[1, 2], [2, 2], [1, 2]])
     together = model.get_image_features(images, token_grids=grids, output_scopes=True)
     assert together.token_grids == [(1, 2), (2, 2), (1, 2)]
     for n in range(3):
         alone = model.get_image_features(images[n : n + 1], token_grids=grids[n : n + 1], output_scopes=True)
-        assert_close(together.pooler_output[n], alone.pooler_output[0], **CLOSE)
-        assert_close(together.scope_weights[n], alone.scope_weights[0], **CLOSE)
-        assert_close(together.scope_attentions[n], alone.scope_attentions[0], **CLOSE)
+        assert_close(together.pooler_output[n], alone.pooler_output[0], **CLOSE_IN[dtype])
+        assert_close(together.scope_weights[n], alone.scope_weights[0], **CLOSE_IN[dtype])
+        assert_close(together.scope_attentions[n], alone.scope_attentions[0], **CLOSE_IN[dtype])
 
 
 @torch.no_grad()
@@ -313,6 +320,11 @@ def ragged_batch(side: str = "left") -> dict[str, torch.Tensor]:
     return {**tiny.collate(rows, side), "pixel_values": images, "token_grids": grids}
 
 
+def model_and_batch(dtype: torch.dtype) -> tuple[MSResamplerForConditionalGeneration, dict[str, torch.Tensor]]:
+    batch = ragged_batch()
+    return tiny.tiny_model().to(dtype), batch | {"pixel_values": batch["pixel_values"].to(dtype)}
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("text", ["llama", "qwen3", "gemma2"])
 @torch.no_grad()
@@ -354,13 +366,13 @@ def test_visual_tokens_replace_the_placeholders_in_order():
     assert_close(outputs.image_hidden_states, tokens, **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", CLOSE_IN, ids=str)
 @torch.no_grad()
-def test_images_encoded_before_equal_images_encoded_inside():
-    model = tiny.tiny_model()
-    batch = ragged_batch()
+def test_images_encoded_before_equal_images_encoded_inside(dtype):
+    model, batch = model_and_batch(dtype)
     inside = model(**batch).logits
     images = model.get_image_features(batch.pop("pixel_values"), token_grids=batch.pop("token_grids"))
-    assert_close(model(**batch, mm_encoder_outputs={"image": images}).logits, inside, **CLOSE)
+    assert_close(model(**batch, mm_encoder_outputs={"image": images}).logits, inside, **CLOSE_IN[dtype])
 
 
 @torch.no_grad()
@@ -372,14 +384,14 @@ def test_embeddings_in_place_of_ids():
     assert_close(model(inputs_embeds=embeds, **batch).logits, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", CLOSE_IN, ids=str)
 @torch.no_grad()
-def test_logits_to_keep():
-    model = tiny.tiny_model()
-    batch = ragged_batch()
+def test_logits_to_keep(dtype):
+    model, batch = model_and_batch(dtype)
     logits = model(**batch).logits
-    assert_close(model(**batch, logits_to_keep=1).logits, logits[:, -1:], **CLOSE)
+    assert_close(model(**batch, logits_to_keep=1).logits, logits[:, -1:], **CLOSE_IN[dtype])
     places = torch.tensor([3, 11])
-    assert_close(model(**batch, logits_to_keep=places).logits, logits[:, places], **CLOSE)
+    assert_close(model(**batch, logits_to_keep=places).logits, logits[:, places], **CLOSE_IN[dtype])
 
 
 @pytest.mark.parametrize("split", [1, 6, 12])

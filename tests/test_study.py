@@ -47,9 +47,9 @@ from ms_resampler.study.plan import (
     sweep_runs,
 )
 from ms_resampler.study.reader import WIDTH, Reader
-from ms_resampler.study.report import ablation_table, check_report, report_text, rivals, write_report
+from ms_resampler.study.report import ablation_table, check_report, elastic_table, report_text, rivals, write_report
 from ms_resampler.study.results import Results, adopt, collect, load, result_path, run_of, save
-from ms_resampler.study.run import last_attention, patches_right
+from ms_resampler.study.run import last_attention, patches_right, perform
 from ms_resampler.study.statistics import (
     GROUPS,
     ROWS,
@@ -387,6 +387,14 @@ def test_the_command_line_changes_the_study(tmp_path):
     assert study_of(parser.parse_args([])) == Study()
 
 
+def test_a_result_of_an_early_version_is_refused(tmp_path):
+    run = main_runs(SMALL, RATES)[0]
+    (tmp_path / "runs").mkdir()
+    result_path(tmp_path, run).write_text('{"test": {}}')
+    with pytest.raises(ValueError, match=rf"{run.name}.json was made by another version of the study: remove it"):
+        perform(run, tmp_path)
+
+
 def test_a_study_goes_on_from_the_stored_results(tmp_path):
     """Every run of theirs is found under the name that the plan has for it today, with their tower and reader."""
     stored = load(DOCS / "study")
@@ -503,6 +511,16 @@ def test_what_nothing_here_compares_with_is_not_run(tmp_path, capsys):
     kept = command.comparable_here(runs, tmp_path, {0})
     assert kept == [run for run in runs if run.seed or run.arm == OURS]
     assert f"Left out: {len(runs) - len(kept)} runs of seeds 0, whose" in capsys.readouterr().out
+
+
+def test_elastic_weights_that_share_no_seed_with_fixed_ones_are_named():
+    elastic = [scored(arm, "here", 0, "11") for arm in ("mqt", "avg_pool")]
+    for run in elastic:
+        run["run"]["grids"].append([3, 3])
+    runs = [*elastic, scored("mqt", "here", 0, "10"), scored("avg_pool", "there", 0, "10")]
+    text = elastic_table(Results({"budgets": [16]}, dict.fromkeys(("mqt", "avg_pool"), 1e-3), {}, runs))
+    assert re.findall(r"^\| (\w+) \| 16 ", text, flags=re.MULTILINE) == ["mqt"]
+    assert text.endswith("Left out, because no seed is shared yet: avg_pool at 16 tokens.")
 
 
 def test_a_table_leaves_out_what_shares_no_seed_with_the_default():

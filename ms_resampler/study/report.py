@@ -1,6 +1,7 @@
 """The report: `study.md` and its figures, made of stored results alone, so that it can be checked against them."""
 
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -208,17 +209,16 @@ def left_out(arms: list[str]) -> str:
 
 def elastic_table(results: Results) -> str:
     """Weights trained with random budgets beside weights trained for each."""
-    rows = []
-    for arm in ELASTIC:
-        for tokens in results.budgets:
-            keys = [(arm, mode, tokens) for mode in ("elastic", "fixed")]
-            if results.comparable(*keys):
-                elastic, fixed = results.estimates(*keys).values()
-                rows.append(
-                    [arm, tokens, percent(elastic, -1), percent(fixed, -1), signed(results.difference(*keys), -1)]
-                )
+    rows, missing = [], []
+    for arm, tokens in product(ELASTIC, results.budgets):
+        keys = [(arm, mode, tokens) for mode in ("elastic", "fixed")]
+        if results.comparable(*keys):
+            elastic, fixed = results.estimates(*keys).values()
+            rows.append([arm, tokens, percent(elastic, -1), percent(fixed, -1), signed(results.difference(*keys), -1)])
+        elif keys[0] in results.scores:
+            missing.append(f"{arm} at {tokens} tokens")
     head = ["projector", "tokens", "trained with random budgets", "trained for this budget", "difference"]
-    return markdown_table(head, rows)
+    return markdown_table(head, rows) + left_out(missing)
 
 
 def cost_table(results: Results) -> str:

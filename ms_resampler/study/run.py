@@ -43,10 +43,16 @@ class Student(nn.Module):
 
 
 def perform(run: Run, out: Path) -> dict[str, Any]:
-    """The result of a run, from `OUT/runs` if it is there; else it is trained, examined and written there."""
+    """The result of a run, from `OUT/runs` if it is there; else it is trained, examined and written there.
+
+    Raises ValueError if what is there does not say how it was made, as an early version left it.
+    """
     path = result_path(out, run)
     if path.exists():
-        return {**json.loads(path.read_text()), "run": dataclasses.asdict(run)}  # under the name it has today
+        result = json.loads(path.read_text())
+        if "made_with" not in result:
+            raise ValueError(f"{path} was made by another version of the study: remove it, or work in a new folder.")
+        return {**result, "run": dataclasses.asdict(run)}  # under the name it has today
     keep_freed_memory()
     data = prepare_data(out, run.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
