@@ -46,6 +46,7 @@ from ms_resampler.resampler_ms_resampler import init_resampler_weights
 GRID, TOKENS, TEXT_WIDTH = 24, 144, 4096
 SWEPT = {"tokens": "visual tokens", "batch": "images", "grid": "patches a side"}  # what the plot has lines over
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# AVX2 has no instructions for bfloat16: products are emulated, several times slower than in float32.
 HALF = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX512"
 # Sizes of the publications: projector fields, and the tower's layers where there are several.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -300,7 +301,7 @@ def arguments() -> argparse.Namespace:
 
 
 def chosen(asked: argparse.Namespace) -> list[tuple[list[str], Setting]]:
-    """The projectors and settings to measure; the suite's in half precision only where the device computes in it."""
+    """The projectors and settings to measure; the suite's in half precision only where that is not hopeless."""
     if asked.suite:
         return [(names, setting) for names, setting in SUITE if setting.dtype == "float32" or HALF]
     combinations = product(asked.grid, asked.tokens, asked.batch, asked.dtype)

@@ -21,6 +21,13 @@ from .models import EMBEDDED, PACKAGE, model_or_embedded
 
 PEER = EMBEDDED.with_name("tiny_resampler")  # a projector of one scope, trained in the embedded checkpoint
 WEIGHTS, PROJECTOR = "model.safetensors", "projector.safetensors"
+KINDS = {
+    ".safetensors",
+    ".json",
+    ".jinja",
+    ".model",
+    ".txt",
+}  # of files that a model is loaded from: no code, no pickles
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find_app() -> Path:
-    """app.py of the Space: inside this package's folder in a wheel, beside it in a checkout."""
+    """app.py of the Space: inside the folder of ms_resampler in a wheel, beside it in a checkout."""
     for folder in (PACKAGE / "space_app", PACKAGE.with_name("space_app")):
         if (folder / "app.py").is_file():
             return folder / "app.py"
@@ -88,7 +95,7 @@ def loadable(model: str) -> Iterator[str]:
         if (folder / PROJECTOR).is_file():
             put_into_embedded(folder, whole)
         else:
-            link_files(folder.iterdir(), whole)
+            link_files((file for file in folder.iterdir() if file.suffix in KINDS), whole)
         link_files(PACKAGE.glob("*_ms_resampler.py"), whole)
         yield str(whole)
 
@@ -118,8 +125,8 @@ def put_into_embedded(folder: Path, target: Path) -> None:
         raise ValueError(
             f"{folder} holds a projector alone, and not one for the embedded checkpoint: name a whole model."
         )
-    link_files((file for file in EMBEDDED.iterdir() if file.name not in ("config.json", WEIGHTS)), target)
-    link_files([folder / "config.json"], target)
+    kept = [file for file in EMBEDDED.iterdir() if file.name not in ("config.json", WEIGHTS)]
+    link_files([*kept, folder / "config.json"], target)
     tensors = {name: tensor for name, tensor in load_file(EMBEDDED / WEIGHTS).items() if "projector." not in name}
     try:
         projector = load_file(folder / PROJECTOR)

@@ -164,13 +164,17 @@ def test_demo_compares_two_models(folder):
 def test_demo_adds_the_code_to_a_folder_of_weights(folder, tmp_path):
     weights = tmp_path / "weights"
     weights.mkdir()
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", "model.safetensors", "processing_ms_resampler.py", "pytorch_model.bin"):
         (weights / name).write_bytes(b"{}")
     with demo.loadable(str(weights)) as model:
+        code = (demo.PACKAGE / "processing_ms_resampler.py").read_text()
+        assert (demo.Path(model) / "processing_ms_resampler.py").read_text() == code
+        assert not (demo.Path(model) / "pytorch_model.bin").exists()
         assert (demo.Path(model) / "modeling_ms_resampler.py").is_file()
         assert (demo.Path(model) / "model.safetensors").is_file()
     assert not demo.Path(model).exists()
-    assert sorted(file.name for file in weights.iterdir()) == ["config.json", "model.safetensors"]
+    names = ["config.json", "model.safetensors", "processing_ms_resampler.py", "pytorch_model.bin"]
+    assert {file.name: file.read_bytes() for file in weights.iterdir()} == dict.fromkeys(names, b"{}")
 
 
 def test_demo_starts_the_app_before_anything_heavy_is_imported():
