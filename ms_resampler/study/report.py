@@ -158,7 +158,7 @@ def differences_table(title: str, found: dict[str, Difference]) -> str:
             arm,
             str(difference.seeds),
             signed(difference, -1),
-            number(p, 3),
+            "<0.001" if p < 0.0005 else number(p, 3),
             number(difference.effect, 1),
             *(signed(difference, column) for column in range(len(GROUPS))),
         ]
