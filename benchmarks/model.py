@@ -3,10 +3,13 @@
     python benchmarks/model.py                                   one image, budgets of 576, 144, 64 and 36 visual tokens
     python benchmarks/model.py --images 2 4 8 --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
     python benchmarks/model.py --llm 7b --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
+    python benchmarks/model.py --compile --budgets 144 --requests 0                                     on a GPU
 
-Weights are random: times do not depend on them. `--llm 7b` has the shapes of Vicuna-7B, with one layer's weights (0.8
-GB in float32, far more than any processor's cache holds) in all 32 layers, each with its own keys and values: the same
-operations in 4 GB instead of 28 GB.
+Weights are random: times do not depend on them. On a GPU, if there is one, in bfloat16, elsewhere in float32. `--llm
+7b` has the shapes of Vicuna-7B; without a GPU with one layer's weights (0.8 GB in float32, far more than any
+processor's cache holds) in all 32 layers, each with its own keys and values: the same operations in 4 GB instead of 28.
+`--compile` runs prompt and tokens as CUDA graphs (torch.compile, "reduce-overhead") over a static cache, instead of
+through generate().
 
 Prints markdown tables: milliseconds to the first token (image included), tokens a second from there on, and requests a
 second of a batch, medians of interleaved repeats and their spread, relative to transformers'
@@ -20,12 +23,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -34,9 +38,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
 from ms_resampler.evaluation.timing import (
@@ -52,7 +58,11 @@ from ms_resampler.evaluation.timing import (
 )
 from ms_resampler.folders import write_whole
 from ms_resampler.modeling_ms_resampler import make_unread_layers_skippable
+from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
+from ms_resampler.resampler_ms_resampler import init_resampler_weights
 
+DEVICE, DTYPE = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("past_key_values", "cache"))
 WORDS = 64  # tokens of text in the prompt
 TOWER = {
     "image_size": 336,
@@ -91,16 +101,23 @@ def make_models(
     torch.manual_seed(0)
     text = parts["text_config"]
     first = type(text)(**text.to_dict() | {"num_hidden_layers": 1}) if one_layer else text
-    llava = LlavaForConditionalGeneration(LlavaConfig(**parts | {"text_config": first})).to(dtype).eval()
+    with torch.device(DEVICE):
+        llava = LlavaForConditionalGeneration(LlavaConfig(**parts | {"text_config": first})).to(dtype).eval()
     if one_layer:
         repeat_layer(llava.model.language_model, text)
     config = MSResamplerConfig(**parts)
     with torch.device("meta"):
         ours = MSResamplerForConditionalGeneration(config).to(dtype).eval()
-    ours.model.projector.to_empty(device="cpu").apply(ours._init_weights)
+    ours.model.projector = make_projector(config).to(dtype).eval()
     ours.model.vision_tower = make_unread_layers_skippable(llava.model.vision_tower, config)
     ours.model.language_model, ours.lm_head = llava.model.language_model, llava.lm_head
     return llava, ours
+
+
+def make_projector(config: MSResamplerConfig) -> nn.Module:
+    """The configuration's projector as a model starts it, with weights, unlike a model on the meta device."""
+    with torch.device(DEVICE):
+        return build_projector(config).apply(init_resampler_weights).apply(init_projector_weights)
 
 
 def repeat_layer(language_model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -118,9 +135,13 @@ def make_prompt(model: PreTrainedModel, images: int, visual_tokens: int, request
     """Requests of images, each with its placeholders, and words after them."""
     side = model.config.vision_config.image_size
     placeholders = torch.full((requests, images * visual_tokens), model.config.image_token_id)
-    ids = torch.cat([placeholders, torch.randint(10, 1000, (requests, WORDS))], dim=1)
-    pixels = torch.randn(requests * images, 3, side, side, dtype=model.dtype)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    ids = torch.cat([placeholders, torch.randint(10, 1000, (requests, WORDS))], dim=1).to(DEVICE)
+    pixels = torch.randn(requests * images, 3, side, side, dtype=model.dtype, device=DEVICE)
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    if isinstance(model, MSResamplerForConditionalGeneration):
+        grid = round(visual_tokens**0.5)
+        prompt["token_grids"] = [(grid, grid)] * (requests * images)  # a list, which torch.compile wants
+    return prompt
 
 
 def contenders(
@@ -135,13 +156,44 @@ def contenders(
 def make_run(
     model: PreTrainedModel, visual_tokens: int, images: int, new_tokens: int, requests: int = 1
 ) -> Callable[..., Tensor]:
-    """A run that answers every request with so many tokens."""
+    """A run of generate() that answers every request with so many tokens, and tells a clock of each."""
     prompt = make_prompt(model, images, visual_tokens, requests)
-    if isinstance(model, MSResamplerForConditionalGeneration):
-        side = round(visual_tokens**0.5)
-        prompt["token_grids"] = torch.tensor([[side, side]] * (images * requests))
     exact = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-    return partial(model.generate, **prompt, **exact)
+
+    def run(clock: "TokenClock | None" = None) -> Tensor:
+        return model.generate(**prompt, **exact, stopping_criteria=StoppingCriteriaList([clock] if clock else []))
+
+    return run
+
+
+def make_compiled_run(
+    model: PreTrainedModel, visual_tokens: int, images: int, new_tokens: int, requests: int = 1, **how: Any
+) -> Callable[..., Tensor]:
+    """The same with nothing but the model's compiled forward: the prompt, then one token at a time."""
+    prompt, text = make_prompt(model, images, visual_tokens, requests), model.config.text_config
+    del prompt["attention_mask"]  # of ones
+    length = prompt["input_ids"].shape[1]
+    cache = StaticCache(config=text, max_cache_len=length + new_tokens)
+    with torch.no_grad():  # transformers' hooks and the cache's tensors are made in a first call
+        model(**prompt, **{CACHE: cache}, logits_to_keep=1)
+    cache.reset()
+    forward = torch.compile(model.forward, fullgraph=True, dynamic=False, **how or {"mode": "reduce-overhead"})
+
+    @torch.no_grad()
+    def run(clock: TokenClock | None = None) -> Tensor:
+        answer, positions = [prompt["input_ids"]], torch.arange(length, device=DEVICE)[None]
+        for place in range(new_tokens):
+            inputs = {"input_ids": answer[-1]} if place else prompt
+            torch.compiler.cudagraph_mark_step_begin()
+            logits = forward(**inputs, **{CACHE: cache}, position_ids=positions, logits_to_keep=1).logits
+            answer.append(logits.argmax(-1))
+            positions = positions[:, -1:] + 1
+            if clock:
+                clock(answer[-1], logits)
+        cache.reset()
+        return torch.cat(answer, dim=1)
+
+    return run
 
 
 def prompt_macs(model: PreTrainedModel, visual_tokens: int, images: int) -> int:
@@ -160,10 +212,14 @@ def prompt_macs(model: PreTrainedModel, visual_tokens: int, images: int) -> int:
     return head + language_model + count_macs(lambda: blank.get_image_features(pixels, **options, return_dict=True))
 
 
-def measure_prompts(names: dict, images: int, new_tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
+def measure_prompts(
+    names: dict, images: int, new_tokens: int, repeats: int, make: Callable = make_run
+) -> dict[str, dict[str, Any]]:
     """For every contender the times to its first token, and from there to `new_tokens` more, with memory and floor."""
-    runs = {name: make_run(*model, images, 1 + new_tokens) for name, model in names.items()}
-    peaks = {name: peak_memory(run) for name, run in runs.items()}  # warms up, too
+    runs = {name: make(*model, images, 1 + new_tokens) for name, model in names.items()}
+    for run in runs.values():
+        run()  # what compiles does so in the first two calls
+    peaks = {name: peak_memory(run) for name, run in runs.items()}
     times = in_turn({name: partial(token_times, run) for name, run in runs.items()}, repeats)
     return {
         name: {
@@ -193,7 +249,7 @@ def token_times(run: Callable[..., Tensor]) -> list[float]:
     clock = TokenClock()
     wait_for_device()
     start = time.perf_counter()
-    run(stopping_criteria=StoppingCriteriaList([clock]))
+    run(clock)
     return [1000 * (second - start) for second in clock.seconds]
 
 
@@ -211,8 +267,9 @@ def prompt_table(records: dict[str, dict[str, Any]], mac_rate: float, new_tokens
     for name, record in records.items():
         first, macs = record["first_ms"], record["macs"]
         median = statistics.median(first)
-        cells = [name, f"{median:.0f}", spread(first), f"{ratios(first, base['first_ms']):.2f}", f"{macs / 1e9:.0f}"]
-        cells += [f"{macs / base['macs']:.2f}", f"{1000 * macs / mac_rate / median:.0%}"]
+        digits = 0 if median > 100 else 1
+        cells = [name, f"{median:.{digits}f}", spread(first, digits), f"{ratios(first, base['first_ms']):.2f}"]
+        cells += [f"{macs / 1e9:.0f}", f"{macs / base['macs']:.2f}", f"{1000 * macs / mac_rate / median:.0%}"]
         cells += [f"{1000 * new_tokens / statistics.median(record['further_ms']):.1f}" if new_tokens else ""]
         rows.append([*cells, f"{record['peak_bytes'] / 1e6:.0f}"])
     return markdown_table(head, rows)
@@ -224,8 +281,8 @@ def batch_table(times: dict[str, list[float]], requests: int) -> str:
     rows = [
         [
             name,
-            f"{1000 * requests / statistics.median(spent):.3f}",
-            spread([ms / 1000 for ms in spent], 1),
+            f"{1000 * requests / statistics.median(spent):.3g}",
+            spread([ms / 1000 for ms in spent], 1 if min(spent) > 1000 else 3),
             f"{ratios(base, spent):.2f}",
         ]
         for name, spent in times.items()
@@ -241,6 +298,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=16, help="timed after the first token (0: none)")
     parser.add_argument("--requests", type=int, default=4, help="in the batch, with one image each (0: no batch)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=DTYPE)
+    parser.add_argument("--compile", action="store_true", help="run as CUDA graphs, and not through generate()")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     return parser.parse_args()
 
@@ -248,18 +307,22 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures, prints and keeps."""
     asked = arguments()
-    kind, fields = LANGUAGE_MODELS[asked.llm]
-    models = make_models(shapes(TOWER, kind(**fields)), one_layer=asked.llm == "7b")
-    names, (mac_rate, _) = contenders(*models, asked.budgets), rates(torch.float32)
-    shared = ", one layer's weights in all layers" if asked.llm == "7b" else ""
-    print(f"{machine()}; float32, language model {asked.llm}{shared}, {WORDS} words of prompt", flush=True)
-    kept: dict[str, Any] = {"machine": machine(), "llm": asked.llm, "mac_rate": mac_rate, "images": {}}
+    torch._dynamo.config.recompile_limit = 64  # every contender's prompt and token are graphs of the same code
+    kind, sizes = LANGUAGE_MODELS[asked.llm]
+    dtype, one_layer = getattr(torch, asked.dtype), asked.llm == "7b" and DEVICE == "cpu"
+    models = make_models(shapes(TOWER, kind(**sizes)), dtype, one_layer)
+    names, (mac_rate, _) = contenders(*models, asked.budgets), rates(dtype)
+    how = f"{asked.dtype}, language model {asked.llm}" + (", one layer's weights in all layers" if one_layer else "")
+    how += ", CUDA graphs" if asked.compile else ""
+    print(f"{machine()}; {how}, {WORDS} words of prompt", flush=True)
+    kept: dict[str, Any] = {"machine": machine(), "how": how, "mac_rate": mac_rate, "images": {}}
+    make = make_compiled_run if asked.compile else make_run
     for images in asked.images:
-        records = measure_prompts(names, images, asked.new_tokens, asked.repeats)
+        records = measure_prompts(names, images, asked.new_tokens, asked.repeats, make)
         print(f"\nImages: {images}\n\n{prompt_table(records, mac_rate, asked.new_tokens)}", flush=True)
         kept["images"][images] = records
     if asked.requests:
-        runs = {name: make_run(*model, 1, 1 + asked.new_tokens, asked.requests) for name, model in names.items()}
+        runs = {name: make(*model, 1, 1 + asked.new_tokens, asked.requests) for name, model in names.items()}
         kept["batch"] = in_turn({name: partial(milliseconds, run) for name, run in runs.items()}, min(asked.repeats, 3))
         about = f"{asked.requests} requests at once, an image and {1 + asked.new_tokens} tokens of answer each"
         print(f"\n{about}\n\n{batch_table(kept['batch'], asked.requests)}", flush=True)

@@ -3,6 +3,7 @@
     python benchmarks/projectors.py                                        float32, batch 1, forward: all projectors
     python benchmarks/projectors.py --suite --json costs.json --plot costs.png      budgets, batches, dtypes, grids
     python benchmarks/projectors.py --tokens 64 --batch 8 --dtype bfloat16 --backward --projectors ms_resampler mqt
+    python benchmarks/projectors.py --compile --projectors ms_resampler mqt mlp             as CUDA graphs, on a GPU
 
 Every combination is a setting of its own, and prints one markdown table: parameters, multiply-accumulates of the run,
 median milliseconds over interleaved repeats (and their spread), relative to our single-scope and multi-scope
@@ -88,6 +89,7 @@ class Setting:
     batch: int = 1
     dtype: str = "float32"
     backward: bool = False
+    compiled: bool = False
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -95,7 +97,7 @@ class Setting:
         return side, side
 
     def __str__(self) -> str:
-        what = "forward + backward" if self.backward else "forward"
+        what = ("forward + backward" if self.backward else "forward") + (", compiled" if self.compiled else "")
         return f"{self.grid} x {self.grid} patches -> {self.tokens} tokens, {self.dtype}, batch {self.batch}, {what}"
 
 
@@ -155,11 +157,12 @@ def make_run(name: str, setting: Setting, device: str = DEVICE) -> tuple[nn.Modu
         x_BNC = torch.randn(setting.batch, setting.grid**2, config.feature_width, dtype=dtype)
     projector.apply(init_resampler_weights).apply(init_projector_weights)
     patch_grid, token_grid = (setting.grid, setting.grid), tuple(config.projector_config.visual_tokens)
+    project = torch.compile(projector, mode="reduce-overhead", dynamic=False) if setting.compiled else projector
 
     def run() -> None:
         projector.zero_grad()
         with torch.set_grad_enabled(setting.backward):
-            y = projector.train(setting.backward)(x_BNC, patch_grid, token_grid)
+            y = project.train(setting.backward)(x_BNC, patch_grid, token_grid)
         if setting.backward:
             (y[0] if isinstance(y, tuple) else y).sum().backward()
 
@@ -168,7 +171,8 @@ def make_run(name: str, setting: Setting, device: str = DEVICE) -> tuple[nn.Modu
 
 def cost(name: str, setting: Setting = Setting()) -> tuple[int, int]:
     """Parameters, and multiply-accumulates of the run, counted on tensors without data where no code looks at those."""
-    projector, run = make_run(name, setting, DEVICE if name == "idefics2_perceiver" else "meta")
+    eager = replace(setting, compiled=False)
+    projector, run = make_run(name, eager, DEVICE if name == "idefics2_perceiver" else "meta")
     projector.requires_grad_(setting.backward)  # or the counter would wait for gradients
     return sum(weight.numel() for weight in projector.parameters()), count_macs(run)
 
@@ -184,7 +188,9 @@ def measure(setting: Setting, names: list[str], repeats: int, seconds: float = m
     """A row of numbers for every projector in a setting."""
     speed = rates(getattr(torch, setting.dtype))
     runs = {name: make_run(name, setting)[1] for name in names}
-    peaks = {name: peak_memory(run) for name, run in runs.items()}  # warms up, too
+    for run in runs.values():
+        run()  # what compiles does so in the first two calls
+    peaks = {name: peak_memory(run) for name, run in runs.items()}
     times = in_turn({name: partial(milliseconds, run) for name, run in runs.items()}, repeats, seconds)
     rows = []
     for name, spent in times.items():
@@ -208,8 +214,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         median = statistics.median(row["ms"])
-        cells = [row["projector"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}", f"{median:.1f}"]
-        cells += [spread(row["ms"], 1), *(times_as_long(row, rows, base) for base in OURS)]
+        digits = 1 if median > 10 else 3
+        cells = [row["projector"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}", f"{median:.{digits}f}"]
+        cells += [spread(row["ms"], digits), *(times_as_long(row, rows, base) for base in OURS)]
         cells += [f"{row['floor_ms'] / median:.0%}", f"{row['peak_bytes'] / 1e6:.1f}"]
         lines.append(cells)
     return markdown_table([*columns, "share of the floor", "peak (MB)"], lines)
@@ -223,7 +230,11 @@ def summary(results: list[dict[str, Any]]) -> str:
         rows = {row["projector"]: row for row in result["rows"]}
         ours = rows["ms_resampler"]
         median = statistics.median(ours["ms"])
-        cells = [str(Setting(**result["setting"])), f"{median:.1f}", f"{ours['floor_ms'] / median:.0%}"]
+        cells = [
+            str(Setting(**result["setting"])),
+            f"{median:.{1 if median > 10 else 3}f}",
+            f"{ours['floor_ms'] / median:.0%}",
+        ]
         ratios = [times_as_long(rows[name], result["rows"], "ms_resampler") if name in rows else "" for name in others]
         lines.append(cells + ratios)
     return markdown_table(["setting", "ms_resampler, ms", "share of the floor", *others], lines)
@@ -290,6 +301,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--backward", action="store_true", help="with the gradients of all parameters")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, into a CUDA graph on a GPU")
     parser.add_argument(
         "--suite", action="store_true", help="all settings: budgets, batches, dtypes, grids; other options rest"
     )
@@ -305,7 +317,7 @@ def chosen(asked: argparse.Namespace) -> list[tuple[list[str], Setting]]:
     if asked.suite:
         return [(names, setting) for names, setting in SUITE if setting.dtype == "float32" or HALF]
     combinations = product(asked.grid, asked.tokens, asked.batch, asked.dtype)
-    return [(asked.projectors, Setting(*values, asked.backward)) for values in combinations]
+    return [(asked.projectors, Setting(*values, asked.backward, asked.compile)) for values in combinations]
 
 
 def main() -> None:

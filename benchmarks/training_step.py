@@ -3,7 +3,8 @@
     python benchmarks/training_step.py                     stage 1 (align) and stage 2 (instruct), 144 visual tokens
     python benchmarks/training_step.py --stages align --records 2 --visual-tokens 36
 
-CLIP-L/14-336 and Qwen2.5-0.5B's shapes in float32, random weights, a batch of records of one image and 64 words; tower
+CLIP-L/14-336 and Qwen2.5-0.5B's shapes, random weights, in float32 or on a GPU as training does it (what is frozen in
+bfloat16, the rest under autocast), a batch of records of one image and 64 words; tower
 and language model are the same in all, and so is the language model's optimiser. A step is forward, backward and AdamW.
 Prints one markdown table for each stage, with gradient checkpointing and without: medians of interleaved repeats, the
 spread, and the most that tensors took beside weights and moments.
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import QWEN, TOWER, WORDS, ratios, shapes
+from model import DEVICE, DTYPE, QWEN, TOWER, WORDS, make_projector, ratios, shapes
 from torch import nn
 from transformers import PreTrainedModel, Qwen2Config
 
@@ -27,7 +28,7 @@ from ms_resampler.evaluation.timing import in_turn, machine, markdown_table, mil
 from ms_resampler.folders import write_whole
 from ms_resampler.training.measure import backward, update
 from ms_resampler.training.memory import BatchShape
-from ms_resampler.training.parameters import freeze, parameter_groups
+from ms_resampler.training.parameters import freeze, parameter_groups, set_precision
 from ms_resampler.training.recipes import RECIPES, Recipe
 
 PROJECTORS = ("mlp", "resampler", "ms_resampler")
@@ -42,11 +43,12 @@ def make_models(parts: dict, visual_tokens: int) -> dict[str, PreTrainedModel]:
         projector = {"projector_type": kind, "visual_tokens": side**2 if kind == "mlp" else visual_tokens}
         config = MSResamplerConfig(**parts, projector_config=projector)
         if not models:
-            models[kind] = first = MSResamplerForConditionalGeneration(config)
+            with torch.device(DEVICE):
+                models[kind] = first = MSResamplerForConditionalGeneration(config)
             continue
         with torch.device("meta"):
             models[kind] = model = MSResamplerForConditionalGeneration(config)
-        model.model.projector.to_empty(device="cpu").apply(model._init_weights)
+        model.model.projector = make_projector(config)
         model.model.vision_tower, model.model.language_model = first.model.vision_tower, first.model.language_model
         model.lm_head = first.lm_head
     return models
@@ -77,6 +79,7 @@ def make_steps(models: dict[str, PreTrainedModel], recipe: Recipe, records: int)
     steps, shared = {}, None
     for kind, model in models.items():
         freeze(model, recipe.rates)
+        set_precision(model, torch.bfloat16 if recipe.bf16 else torch.float32)
         optimiser = SharedOptimiser(model, recipe, shared)
         shared = optimiser.shared
         side = model.config.vision_config.image_size
@@ -102,7 +105,7 @@ def measure(
     models: dict[str, PreTrainedModel], stage: str, records: int, repeats: int
 ) -> dict[bool, dict[str, dict[str, Any]]]:
     """Times and memory of every model's step, with gradient checkpointing (True) and without (False)."""
-    recipe = replace(RECIPES[stage](), bf16=False)
+    recipe = replace(RECIPES[stage](), bf16=DTYPE == "bfloat16")
     steps = make_steps(models, recipe, records)
     for run in steps.values():
         run()  # the moments of Adam are there from now on
@@ -128,9 +131,9 @@ def table(measured: dict[bool, dict[str, dict[str, Any]]], records: int) -> str:
             cells = [
                 name,
                 "yes" if checkpointing else "no",
-                f"{median:.2f}",
-                spread([ms / 1000 for ms in row["ms"]], 2),
-                f"{records / median:.3f}",
+                f"{median:.3g}",
+                spread([ms / 1000 for ms in row["ms"]], 2 if median > 1 else 4),
+                f"{records / median:.3g}",
                 *(f"{ratios(row['ms'], times[base]):.2f}" for base in ("resampler", "mlp")),
                 f"{row['peak_bytes'] / 1e6:.0f}",
             ]
@@ -148,7 +151,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     asked = parser.parse_args()
     models = make_models(shapes(TOWER, Qwen2Config(**QWEN)), asked.visual_tokens)
-    print(f"{machine()}; float32, {asked.records} record(s) a step")
+    print(f"{machine()}; {DTYPE}, {asked.records} record(s) a step")
     kept: dict[str, Any] = {"machine": machine(), "records": asked.records, "stages": {}}
     for stage in asked.stages:
         measured = measure(models, stage, asked.records, asked.repeats)

@@ -19,6 +19,8 @@ Dimensions, as name suffixes: B images, N patches, M visual tokens, S scopes, G 
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,11 +67,68 @@ def sincos_positions(points_P2: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1) * math.sqrt(2)
 
 
-def grid_positions(grid: tuple[int, int], width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def grid_positions(grid: tuple[int, int], width: int, device: torch.device | None, dtype: torch.dtype) -> Tensor:
     """`sincos_positions` of a grid's `cell_centres`, with the sines of each row and column taken once."""
     rows, columns = (centres(cells, device, dtype)[:, None] for cells in grid)
     row_HE, column_WE = (sincos_positions(axis, width) for axis in (rows, columns))
     return torch.cat([row_HE[:, None].expand(-1, grid[1], -1), column_WE.expand(grid[0], -1, -1)], dim=-1).flatten(0, 1)
+
+
+class Geometry(NamedTuple):
+    """What the two grids decide, whatever the image.
+
+    Anchors and patches are (y, x) from the middle of the image in units of the anchor pitch, in float32 or wider. Codes
+    are their `sincos_positions`. The channels are what the Gaussian prior appends to keys, and zeros up to a multiple
+    of 8 with the head's own, which kernels like.
+    """
+
+    anchors_M2: Tensor
+    patches_N2: Tensor
+    anchor_codes_MD: Tensor
+    patch_codes_ND: Tensor
+    channels_Ne: Tensor
+
+
+def make_geometry(
+    patch_grid: tuple[int, int],
+    token_grid: tuple[int, int],
+    width: int,
+    head_width: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Geometry:
+    """The geometry of patches (..., width) of a dtype and heads of a width."""
+    pitches_2 = torch.tensor(token_grid, device=device)  # in an image: the prior counts in them
+    anchors_M2, patches_N2 = (
+        (cell_centres(grid, device, wide(dtype)) - 0.5) * pitches_2 for grid in (token_grid, patch_grid)
+    )
+    anchor_codes_MD, patch_codes_ND = (
+        grid_positions(grid, width, device, wide(dtype)) for grid in (token_grid, patch_grid)
+    )
+    key_N3 = torch.cat([patches_N2, -0.5 * patches_N2.square().sum(-1, keepdim=True)], dim=-1)
+    channels_Ne = key_N3.to(dtype)
+    if dtype.itemsize < 4:
+        high_N3, low_N3 = high_and_low(key_N3, dtype)
+        channels_Ne = torch.cat([high_N3, low_N3, high_N3], dim=-1)
+    padding = -(head_width + channels_Ne.shape[-1]) % 8
+    return Geometry(anchors_M2, patches_N2, anchor_codes_MD, patch_codes_ND.to(dtype), F.pad(channels_Ne, (0, padding)))
+
+
+_kept_geometry = lru_cache(maxsize=16)(make_geometry)
+
+
+def geometry_of(u_BND: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int], head_width: int) -> Geometry:
+    """`make_geometry` for patches, kept from call to call: a GPU takes as long to start its kernels as all others.
+
+    Nothing is kept where tensors only stand for others or a graph records where its memory is.
+    """
+    asked = (patch_grid, token_grid, u_BND.shape[-1], head_width, u_BND.device, u_BND.dtype)
+    if torch.compiler.is_compiling() or type(u_BND) is not Tensor:
+        return make_geometry(*asked)
+    if u_BND.is_cuda and torch.cuda.is_current_stream_capturing():
+        return make_geometry(*asked)
+    with torch.inference_mode(False):  # or training could not use it later
+        return _kept_geometry(*asked)
 
 
 def check_patches(x_BNC: Tensor, patch_grid: tuple[int, int]) -> None:
@@ -162,13 +221,11 @@ class ScopePrior(nn.Module):
         return torch.cat(sigmas).unflatten(0, (len(scope_Gh), -1)), torch.cat(offsets).unflatten(0, (len(scope_Gh), -1))
 
     # Called as a module, not by these names: what moves offloaded weights around hooks into the call.
-    def forward(
-        self, anchors_M2: Tensor, patches_N2: Tensor, dtype: torch.dtype | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The prior as channels for queries and keys of a dtype, or without one as an additive bias."""
-        if dtype is None:
-            return self.bias_GhMN(anchors_M2, patches_N2)
-        return self.channels(anchors_M2, patches_N2, dtype)
+    def forward(self, geometry: Geometry, as_bias: bool = False) -> Tensor:
+        """The prior as channels for queries, to go with those of the geometry for keys, or as an additive bias."""
+        if as_bias:
+            return self.bias_GhMN(geometry.anchors_M2, geometry.patches_N2)
+        return self.channels_GhMe(geometry.anchors_M2, geometry.channels_Ne)
 
     def precision_Gh(self) -> Tensor:
         """1 / sigma^2 in float32 or wider, zero for the global scope."""
@@ -192,24 +249,21 @@ class ScopePrior(nn.Module):
             return anchors_M2.expand(*self.sigma_Gh.shape, -1, -1)
         return anchors_M2 + self.offset_Gh2[:, :, None].to(anchors_M2.dtype)
 
-    def channels(self, anchors_M2: Tensor, patches_N2: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The Gaussian prior as a dot product: channels to append to queries (G, h, M, e) and keys (N, e).
+    def channels_GhMe(self, anchors_M2: Tensor, channels_Ne: Tensor) -> Tensor:
+        """The Gaussian prior as a dot product: what to append to queries, where keys have the geometry's channels.
 
         -|a - p|^2 / 2 sigma^2 = (a . p - |p|^2 / 2) / sigma^2 up to a term of the row, which softmax ignores.
         Queries carry the factor sqrt(d) by which attention divides: after the split it would round them again.
         Half precision takes every factor in a high and a low part, or the prior would lose its digits.
         """
-        centre_2 = patches_N2.mean(dim=0)
-        anchors_M2, patches_N2 = anchors_M2 - centre_2, patches_N2 - centre_2
-        precision_Gh11 = self.precision_Gh()[:, :, None, None]
+        precision_Gh11, dtype = self.precision_Gh()[:, :, None, None], channels_Ne.dtype
         head_width = self.config.hidden_size // self.config.num_attention_heads
         query_GhM3 = precision_Gh11 * F.pad(self.of_heads(anchors_M2), (0, 1), value=1.0) * math.sqrt(head_width)
-        key_N3 = torch.cat([patches_N2, -0.5 * patches_N2.square().sum(-1, keepdim=True)], dim=-1)
-        if dtype.itemsize >= 4:
-            return query_GhM3.to(dtype), key_N3.to(dtype)
-        query_high, query_low = high_and_low(query_GhM3, dtype)
-        key_high, key_low = high_and_low(key_N3, dtype)
-        return torch.cat([query_high, query_high, query_low], -1), torch.cat([key_high, key_low, key_high], -1)
+        query_GhMe = query_GhM3.to(dtype)
+        if dtype.itemsize < 4:
+            high_GhM3, low_GhM3 = high_and_low(query_GhM3, dtype)
+            query_GhMe = torch.cat([high_GhM3, high_GhM3, low_GhM3], dim=-1)
+        return F.pad(query_GhMe, (0, channels_Ne.shape[-1] - query_GhMe.shape[-1]))
 
 
 def tiles(heads: int) -> Tensor:
@@ -276,48 +330,44 @@ class ScopeLayer(GradientCheckpointingLayer):
         z_BMD: Tensor,
         u_BND: Tensor,
         cell_BMD: Tensor | float,
-        pos_ND: Tensor,
-        anchors_M2: Tensor,
-        patches_N2: Tensor,
+        geometry: Geometry,
         output_scopes: bool,
     ) -> tuple[Tensor, ScopeMaps | None]:
-        """Steps 3 to 6 of the equations; anchors and patches (y, x) in units of the anchor pitch."""
+        """Steps 3 to 6 of the equations."""
         q_BGMD = z_BMD[:, None] + self.scope_embedding_GD[:, None]
         query_BGhMd = split_heads(self.q_proj(self.query_norm(q_BGMD)), self.heads).expand(len(u_BND), *[-1] * 4)
-        key_BKhNd = self._per_key_set(self.k_proj(u_BND + pos_ND))
+        key_BKhNd = self._per_key_set(self.k_proj(u_BND + geometry.patch_codes_ND))
         value_BKhNd = self._per_key_set(self.v_proj(u_BND))
 
-        o_BGhMd = self._attend(query_BGhMd, key_BKhNd, value_BKhNd, anchors_M2, patches_N2)
+        o_BGhMd = self._attend(query_BGhMd, key_BKhNd, value_BKhNd, geometry)
         z_BMD, weights_BSM = self._fuse(o_BGhMd, q_BGMD)
         z_BMD = z_BMD + cell_BMD
         z_BMD = z_BMD + self.ffn(self.ffn_norm(z_BMD))
         if not output_scopes:
             return z_BMD, None
-        attentions_BSMN = self._attention_maps(query_BGhMd, key_BKhNd, anchors_M2, patches_N2)
+        attentions_BSMN = self._attention_maps(query_BGhMd, key_BKhNd, geometry)
         return z_BMD, ScopeMaps(weights_BSM, attentions_BSMN)
 
     def _per_key_set(self, x: Tensor) -> Tensor:
         """(B, N, K*h*d) -> (B, K, h, N, d), K key sets: one, or one a scope."""
         return split_heads(x.unflatten(-1, (self.key_sets, -1)).transpose(1, 2), self.heads)
 
-    def _attend(self, query, key, value, anchors_M2: Tensor, patches_N2: Tensor) -> Tensor:
+    def _attend(self, query, key, value, geometry: Geometry) -> Tensor:
         """o (B, G, h, M, d): one attention call for all scopes that share keys and values."""
         width, bias, scale = query.shape[-1], None, query.shape[-1] ** -0.5
         if self.prior.kind == "gaussian" and self.prior.form == "channels":
-            query, key, value = self._with_prior_channels(query, key, value, anchors_M2, patches_N2)
+            query, key, value = self._with_prior_channels(query, key, value, geometry)
         elif self.prior.kind != "none":
-            bias = self.prior(anchors_M2, patches_N2)[None].to(query.dtype)
+            bias = self.prior(geometry, as_bias=True)[None].to(query.dtype)
         if self.key_sets > 1:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)[..., :width]
         query, bias = fold_scopes(query), None if bias is None else fold_scopes(bias)
         out = F.scaled_dot_product_attention(query, key[:, 0], value[:, 0], attn_mask=bias, scale=scale)
         return out[..., :width].unflatten(2, (self.query_sets, -1)).transpose(1, 2)
 
-    def _with_prior_channels(self, query, key, value, anchors_M2, patches_N2) -> tuple[Tensor, Tensor, Tensor]:
-        """Appends the prior to queries and keys, and zeros up to a multiple of 8 channels, which kernels like."""
-        extra_q, extra_k = self.prior(anchors_M2, patches_N2, query.dtype)
-        padding = -(query.shape[-1] + extra_q.shape[-1]) % 8
-        extra_q, extra_k = F.pad(extra_q, (0, padding)), F.pad(extra_k, (0, padding))
+    def _with_prior_channels(self, query, key, value, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+        """Appends the prior to queries and keys, and to values as many zeros."""
+        extra_q, extra_k = self.prior(geometry), geometry.channels_Ne
         query = torch.cat([query, extra_q.expand(*query.shape[:-1], -1)], dim=-1)
         key = torch.cat([key, extra_k.expand(*key.shape[:-1], -1)], dim=-1)
         return query, key, F.pad(value, (0, extra_k.shape[-1]))
@@ -355,12 +405,12 @@ class ScopeLayer(GradientCheckpointingLayer):
             return self.gate_S.softmax(dim=0)
         return self.scope_embedding_GD.new_full((self.scopes,), 1 / self.scopes)
 
-    def _attention_maps(self, query, key, anchors_M2: Tensor, patches_N2: Tensor) -> Tensor:
+    def _attention_maps(self, query, key, geometry: Geometry) -> Tensor:
         """A (B, S, M, N): the attention of every scope, mean over its heads, computed plainly."""
         dtype = wide(query.dtype)
         scores_BGhMN = query.to(dtype) @ key.to(dtype).mT * query.shape[-1] ** -0.5
         if self.prior.kind != "none":
-            scores_BGhMN = scores_BGhMN + self.prior(anchors_M2, patches_N2)
+            scores_BGhMN = scores_BGhMN + self.prior(geometry, as_bias=True)
         maps_BGhMN = scores_BGhMN.softmax(dim=-1)
         if self.layout == "branches":
             return maps_BGhMN.mean(dim=2)
@@ -404,19 +454,15 @@ class MultiScopeResampler(nn.Module):
         """
         check_patches(x_BNC, patch_grid)
         u_BND = self._patches(x_BNC, patch_grid)
-        anchors_M2 = cell_centres(token_grid, u_BND.device, wide(u_BND.dtype))
-        patches_N2 = cell_centres(patch_grid, u_BND.device, wide(u_BND.dtype))
-        pos_ND = grid_positions(patch_grid, u_BND.shape[-1], u_BND.device, patches_N2.dtype).to(u_BND.dtype)
+        head_width = self.config.hidden_size // self.config.num_attention_heads
+        geometry = geometry_of(u_BND, patch_grid, token_grid, head_width)
         mean_BMD = cell_means(u_BND, patch_grid, token_grid)
         cell_BMD = mean_BMD if self.config.cell_residual else 0.0
-        z_BMD, maps = self._first_queries(anchors_M2, token_grid).to(u_BND.dtype), None
+        z_BMD, maps = self._first_queries(geometry.anchor_codes_MD, token_grid).to(u_BND.dtype), None
         if self.config.query_init == "content":
             z_BMD = z_BMD + mean_BMD
-
-        pitches_2 = torch.tensor(token_grid, device=u_BND.device)  # in an image: the prior counts in them
-        anchors_M2, patches_N2 = anchors_M2 * pitches_2, patches_N2 * pitches_2
         for layer in self.layers:
-            z_BMD, maps = layer(z_BMD, u_BND, cell_BMD, pos_ND, anchors_M2, patches_N2, output_scopes)
+            z_BMD, maps = layer(z_BMD, u_BND, cell_BMD, geometry, output_scopes)
         y_BMT = self.output_proj(self.output_norm(z_BMD))
         if self.config.pooled_mlp:
             y_BMT = y_BMT + self.mlp(cell_means(x_BNC, patch_grid, token_grid))
@@ -429,11 +475,11 @@ class MultiScopeResampler(nn.Module):
             return u_BND
         return u_BND + as_tokens(self.patch_conv(as_map(u_BND, patch_grid)))
 
-    def _first_queries(self, anchors_M2: Tensor, token_grid: tuple[int, int]) -> Tensor:
+    def _first_queries(self, codes_MD: Tensor, token_grid: tuple[int, int]) -> Tensor:
         """z (1, M, D) before the first layer, the same for every image: the base grid at the anchors + pos(a)."""
-        query_1DHW = self.query_1DHW.to(anchors_M2.dtype)
+        query_1DHW = self.query_1DHW.to(codes_MD.dtype)
         base_1DHW = F.interpolate(query_1DHW, size=token_grid, mode="bilinear", align_corners=False)
-        return base_1DHW.flatten(2).mT + sincos_positions(anchors_M2, self.config.hidden_size)
+        return base_1DHW.flatten(2).mT + codes_MD
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from model import (
     VICUNA,
     WORDS,
     contenders,
+    make_compiled_run,
     make_models,
     make_prompt,
     make_run,
@@ -28,6 +29,7 @@ from model import prompt_table as model_table
 from preprocessing import measure as measure_preprocessing
 from projectors import PUBLISHED, SUITE, Setting, along, chosen, cost, draw, measure, summary, table
 from projectors import make_run as make_projector_run
+from torch._dynamo.testing import CompileCounter
 from training_step import PROJECTORS, make_steps
 from training_step import make_models as make_training_models
 from training_step import measure as measure_training
@@ -212,6 +214,8 @@ def test_llava_and_ours_answer_with_the_same_parts(tiny_parts):
     llava, ours = make_models(tiny_parts)
     assert {id(p) for p in llava.model.vision_tower.parameters()} <= {id(p) for p in ours.parameters()}
     assert {id(p) for p in llava.model.language_model.parameters()} <= {id(p) for p in ours.parameters()}
+    with torch.no_grad():
+        assert all(m(**make_prompt(m, 2, n)).logits.isfinite().all() for m, n in ((llava, 16), (ours, 9)))
     lengths = {"LLaVA, 16": 2 * 16, "ours, 4": 2 * 4, "ours, 9": 2 * 9}
     names = contenders(llava, ours, [4, 9])
     answers = {name: make_run(*model, images=2, new_tokens=3, requests=2)() for name, model in names.items()}
@@ -225,6 +229,22 @@ def test_llava_and_ours_answer_with_the_same_parts(tiny_parts):
     assert len(ran) == 2  # of three: the last is not read
     make_run(*names["LLaVA, 16"], images=1, new_tokens=1)()
     assert len(ran) == 2 + 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about torch
+@torch.no_grad()
+def test_the_compiled_forward_says_what_generate_does(tiny_parts):
+    """Token for token, with the graphs of prompt and next token not compiled again in a second run."""
+    for model, visual_tokens in contenders(*make_models(tiny_parts), [4]).values():
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        torch.manual_seed(1)
+        run = make_compiled_run(model, visual_tokens, images=2, new_tokens=4, backend=counter)
+        torch.manual_seed(1)
+        assert torch.equal(run(), make_run(model, visual_tokens, images=2, new_tokens=4)())
+        assert counter.frame_count == 2
+        assert len(token_times(run)) == 4
+        assert counter.frame_count == 2
 
 
 def test_a_model_is_measured_up_to_the_first_token_and_after_it(tiny_parts):

@@ -11,16 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from ms_resampler import MSResamplerProjectorConfig
 from ms_resampler.resampler_ms_resampler import (
     MultiScopeResampler,
     ScopePrior,
+    _kept_geometry,
     as_map,
     cell_centres,
     cell_means,
+    geometry_of,
     grid_positions,
     init_resampler_weights,
+    make_geometry,
     sincos_positions,
     tiles,
 )
@@ -157,8 +161,7 @@ def test_queries_that_come_once_do_what_queries_of_every_image_do(changes, dtype
         layer = make(**changes).to(dtype).layers[0]
         z_1MD, u_BND = (torch.randn(n, m, 16, generator=torch.Generator().manual_seed(m)) for n, m in ((1, 6), (3, 20)))
         z_BMD = z_1MD.to(dtype).requires_grad_().expand(repeats, -1, -1)
-        anchors, patches = cell_centres((2, 3)) * 2, cell_centres((4, 5)) * 2
-        z, maps = layer(z_BMD, u_BND.to(dtype), 0.0, torch.zeros(20, 16, dtype=dtype), anchors, patches, True)
+        z, maps = layer(z_BMD, u_BND.to(dtype), 0.0, make_geometry((4, 5), (2, 3), 16, 4, dtype=dtype), True)
         z.float().square().mean().backward()
         results.append([z, maps.weights_BSM, maps.attentions_BSMN, layer.q_proj.weight.grad, layer.o_proj.weight.grad])
     for once, each in zip(*results, strict=True):
@@ -218,12 +221,12 @@ def test_bfloat16_stays_within_two_percent(mode, form):
 def test_attention_by_the_prior_alone_keeps_its_digits_in_bfloat16(width):
     """For every head width, not for powers of four alone."""
     layer = make(hidden_size=width, num_attention_heads=1, scope_sigmas=[0.5]).layers[0]
-    anchors, patches = cell_centres((12, 12)) * 12, cell_centres((24, 24)) * 12
+    geometry = make_geometry((24, 24), (12, 12), width, width, dtype=torch.bfloat16)
     query, key = torch.zeros(1, 1, 1, 144, width), torch.zeros(1, 1, 1, 576, width)
     with torch.no_grad():
-        query, key, _ = layer._with_prior_channels(query.bfloat16(), key.bfloat16(), key.bfloat16(), anchors, patches)
+        query, key, _ = layer._with_prior_channels(query.bfloat16(), key.bfloat16(), key.bfloat16(), geometry)
         attention = (query.float() @ key.float().mT * width**-0.5)[0, 0, 0].softmax(-1)
-        gaussian = layer.prior(anchors, patches)[0, 0].softmax(-1)
+        gaussian = layer.prior(geometry, as_bias=True)[0, 0].softmax(-1)
     assert (attention - gaussian).abs().sum(-1).max() < 1e-3
 
 
@@ -311,8 +314,8 @@ def test_tiles_cover_the_disc_evenly():
 @pytest.mark.parametrize("side", [19, 27])
 def test_a_window_is_the_same_disc_around_every_token(side):
     prior = make(scope_prior="window", scope_sigmas=[0.5]).layers[0].prior
-    cells = cell_centres((side, side)) * side
-    seen_M = (prior(cells, cells)[0, 0] == 0).sum(-1).view(side, side)
+    geometry = make_geometry((side, side), (side, side), 16, 4)
+    seen_M = (prior(geometry, as_bias=True)[0, 0] == 0).sum(-1).view(side, side)
     assert (seen_M[1:-1, 1:-1] == 5).all()  # the token's own patch and its four neighbours
 
 
@@ -417,6 +420,44 @@ def test_patches_become_a_map_without_a_copy(batch, dtype):
 def test_positions_of_a_grid_are_those_of_its_cells(grid, dtype):
     cells = cell_centres(grid, dtype=dtype)
     assert torch.equal(grid_positions(grid, 16, cells.device, dtype), sincos_positions(cells, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_geometry_of_two_grids_is_made_once(dtype):
+    """And is the same as one that is made anew, whichever grids, widths and dtypes were asked for in between."""
+    asked = [((4, 5), (2, 3), 16, 4), ((4, 5), (2, 2), 16, 4), ((4, 5), (2, 3), 32, 4), ((4, 5), (2, 3), 16, 8)]
+    kept = [geometry_of(torch.zeros(1, 20, width, dtype=dtype), *grids, head) for *grids, width, head in asked]
+    for one, (*grids, width, head) in zip(kept, asked, strict=True):
+        again = geometry_of(torch.zeros(3, 20, width, dtype=dtype), *grids, head)
+        assert all(part is same for part, same in zip(one, again, strict=True))
+        made = make_geometry(*grids, width, head, dtype=dtype)
+        assert all(torch.equal(part, other) for part, other in zip(one, made, strict=True))
+        assert made.patch_codes_ND.dtype == made.channels_Ne.dtype == dtype
+        assert (head + made.channels_Ne.shape[-1]) % 8 == 0
+
+
+def test_geometry_that_was_first_needed_elsewhere_serves_training():
+    """In inference mode, in a transformed function, or among tensors that hold no data."""
+    resampler, x = make(), features((2, 9))
+
+    def loss(x_BNC: torch.Tensor) -> torch.Tensor:
+        return resampler(x_BNC, (2, 9), (1, 4))[0].square().sum()
+
+    _kept_geometry.cache_clear()
+    with FakeTensorMode():
+        make()(torch.zeros(1, 18, VISION), (2, 9), (1, 4))
+    assert _kept_geometry.cache_info().currsize == 0  # or what comes next would have no data either
+    with torch.inference_mode():
+        expected = loss(x)
+    _kept_geometry.cache_clear()
+    gradient = torch.func.grad(loss)(x)
+    x.requires_grad_()
+    torch.testing.assert_close(loss(x), expected)
+    torch.testing.assert_close(torch.autograd.grad(loss(x), x)[0], gradient)
+    _kept_geometry.cache_clear()
+    with torch.inference_mode():
+        loss(x)
+    torch.testing.assert_close(torch.autograd.grad(loss(x), x)[0], gradient)
 
 
 def test_a_wrong_number_of_features_is_named():

@@ -1,0 +1,115 @@
+"""On a GPU, where there is one: what the CPU computes, in every dtype, and CUDA graphs, which only a GPU has."""
+
+import copy
+
+import pytest
+import tiny_models as tiny
+import torch
+from test_generation import answers, by_hand
+from test_modeling import ragged_batch
+
+from ms_resampler import MSResamplerProjectorConfig
+from ms_resampler.resampler_ms_resampler import MultiScopeResampler, _kept_geometry, init_resampler_weights
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU here"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch, about torch
+]
+PATCHES, TOKENS = (24, 24), (12, 12)
+DTYPES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def make(**changes) -> MultiScopeResampler:
+    """A resampler of the width and heads that CLIP-L and a 7B model would have, for narrower features."""
+    torch.manual_seed(0)
+    return MultiScopeResampler(MSResamplerProjectorConfig(**changes), 128, 256).apply(init_resampler_weights)
+
+
+def features(images: int = 2) -> torch.Tensor:
+    return torch.randn(images, 24 * 24, 128, generator=torch.Generator().manual_seed(1))
+
+
+def relative_error(one: torch.Tensor, other: torch.Tensor) -> float:
+    one, other = one.cpu().double(), other.cpu().double()
+    return ((one - other).norm() / other.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"prior_form": "bias"}, {"scope_layout": "branches", "fusion": "head"}], ids=str
+)
+def test_outputs_maps_and_gradients_are_those_of_the_equations_in_float64(changes, dtype):
+    exact, x = make(**changes).double(), features()
+    ours = copy.deepcopy(exact).to("cuda", dtype)
+    y, maps = exact(x.double(), PATCHES, TOKENS, True)
+    got, seen = ours(x.to("cuda", dtype), PATCHES, TOKENS, True)
+    assert relative_error(got, y) < DTYPES[dtype]
+    assert relative_error(seen.attentions_BSMN, maps.attentions_BSMN) < DTYPES[dtype]
+    assert relative_error(seen.weights_BSM, maps.weights_BSM) < DTYPES[dtype]
+    y.square().mean().backward()
+    got.float().square().mean().backward()
+    ours_gradient, gradient = (
+        torch.cat([parameter.grad.flatten() for parameter in resampler.parameters()]) for resampler in (ours, exact)
+    )
+    assert relative_error(ours_gradient, gradient) < 2 * DTYPES[dtype]
+
+
+@torch.no_grad()
+def test_a_recorded_graph_needs_nothing_that_was_kept_outside():
+    """Recorded with geometry kept and not, replayed after that was forgotten, with other images."""
+    resampler, x = make().cuda().bfloat16(), features().cuda().bfloat16()
+    resampler(x, PATCHES, TOKENS)  # libraries start up
+    for forget in (lambda: None, _kept_geometry.cache_clear):
+        forget()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, _ = resampler(x, PATCHES, TOKENS)
+        _kept_geometry.cache_clear()
+        junk = [torch.full((10_000, 16), torch.nan, device="cuda") for _ in range(50)]  # where it may have been
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        del junk
+        torch.testing.assert_close(y, resampler(x, PATCHES, TOKENS)[0])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.tiny_model().cuda()
+
+
+def on_gpu(batch: dict) -> dict:
+    return {name: value.cuda() for name, value in batch.items()}
+
+
+def test_answers_are_those_of_the_whole_text_again_for_every_token(model):
+    """With a dynamic cache, and with a static one, for which generate() compiles decoding into CUDA graphs."""
+    expected = by_hand(tiny.tiny_model(), ragged_batch())
+    for options in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(answers(model, on_gpu(ragged_batch()), **options).cpu(), expected)
+
+
+@torch.no_grad()
+def test_a_prompt_with_images_as_one_cuda_graph(model):
+    torch._dynamo.reset()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    batch = on_gpu(ragged_batch())
+    batch["token_grids"] = [tuple(grid) for grid in batch["token_grids"].tolist()]
+    for _ in range(3):
+        batch["pixel_values"] = torch.randn_like(batch["pixel_values"])
+        expected = model(**batch).logits
+        torch.testing.assert_close(compiled(**batch).logits.clone(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_under_autocast_has_the_gradients_of_float32(checkpointing):
+    gradients = []
+    for device, autocast in (("cpu", False), ("cuda", True)):
+        model = tiny.tiny_model().to(device).train()
+        if checkpointing and autocast:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        batch = {name: value.to(device) for name, value in ragged_batch().items()}
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.model.projector.parameters()]))
+    assert relative_error(gradients[1], gradients[0]) < 0.05
