@@ -3,13 +3,12 @@
     python benchmarks/model.py                                   one image, budgets of 576, 144, 64 and 36 visual tokens
     python benchmarks/model.py --images 2 4 8 --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
     python benchmarks/model.py --llm 7b --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
-    python benchmarks/model.py --compile --budgets 144 --requests 0                                     on a GPU
+    python benchmarks/model.py --graphs --budgets 144 36                                                    on a GPU
 
 Weights are random: times do not depend on them. On a GPU, if there is one, in bfloat16, elsewhere in float32. `--llm
 7b` has the shapes of Vicuna-7B; without a GPU with one layer's weights (0.8 GB in float32, far more than any
 processor's cache holds) in all 32 layers, each with its own keys and values: the same operations in 4 GB instead of 28.
-`--compile` runs prompt and tokens as CUDA graphs (torch.compile, "reduce-overhead") over a static cache, instead of
-through generate().
+`--graphs` runs prompt and tokens as CUDA graphs over a static cache, and not through generate().
 
 Prints markdown tables: milliseconds to the first token (image included), tokens a second from there on, and requests a
 second of a batch, medians of interleaved repeats and their spread, relative to transformers'
@@ -20,6 +19,7 @@ place) over the rate of a product of large square matrices.
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +27,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +49,9 @@ from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
 from ms_resampler.evaluation.timing import (
     count_macs,
     in_turn,
+    interleaved,
     machine,
     markdown_table,
-    milliseconds,
     peak_memory,
     rates,
     spread,
@@ -166,34 +167,60 @@ def make_run(
     return run
 
 
-def make_compiled_run(
-    model: PreTrainedModel, visual_tokens: int, images: int, new_tokens: int, requests: int = 1, **how: Any
+def make_recorded_run(
+    model: PreTrainedModel, visual_tokens: int, images: int, new_tokens: int, requests: int = 1
 ) -> Callable[..., Tensor]:
-    """The same with nothing but the model's compiled forward: the prompt, then one token at a time."""
-    prompt, text = make_prompt(model, images, visual_tokens, requests), model.config.text_config
+    """The same as two CUDA graphs over a static cache, of the prompt and of a token after it; without generate()."""
+    prompt = make_prompt(model, images, visual_tokens, requests)
     del prompt["attention_mask"]  # of ones
     length = prompt["input_ids"].shape[1]
-    cache = StaticCache(config=text, max_cache_len=length + new_tokens)
-    with torch.no_grad():  # transformers' hooks and the cache's tensors are made in a first call
-        model(**prompt, **{CACHE: cache}, logits_to_keep=1)
-    cache.reset()
-    forward = torch.compile(model.forward, fullgraph=True, dynamic=False, **how or {"mode": "reduce-overhead"})
+    cache = StaticCache(config=model.config.text_config, max_cache_len=length + new_tokens)
+    token = {"input_ids": torch.zeros(requests, 1, dtype=torch.long, device=DEVICE)}
+    places = [torch.arange(length, device=DEVICE)[None], torch.tensor([[length]], device=DEVICE)]
+    read, go_on = (
+        record(partial(likeliest, model, **inputs, position_ids=place, **{CACHE: cache}), cache)
+        for inputs, place in zip((prompt, token), places, strict=True)
+    )
 
     @torch.no_grad()
     def run(clock: TokenClock | None = None) -> Tensor:
-        answer, positions = [prompt["input_ids"]], torch.arange(length, device=DEVICE)[None]
-        for place in range(new_tokens):
-            inputs = {"input_ids": answer[-1]} if place else prompt
-            torch.compiler.cudagraph_mark_step_begin()
-            logits = forward(**inputs, **{CACHE: cache}, position_ids=positions, logits_to_keep=1).logits
-            answer.append(logits.argmax(-1))
-            positions = positions[:, -1:] + 1
+        answer = [prompt["input_ids"]]
+        for number in range(new_tokens):
+            if number:
+                token["input_ids"].copy_(answer[-1])
+                places[1].fill_(length + number - 1)
+            answer.append((go_on if number else read)().clone())
             if clock:
-                clock(answer[-1], logits)
+                clock(answer[-1], answer[-1])
         cache.reset()
         return torch.cat(answer, dim=1)
 
     return run
+
+
+def likeliest(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """The likeliest next token of every text: (requests, 1)."""
+    return model(**inputs, logits_to_keep=1).logits.argmax(-1)
+
+
+@torch.no_grad()
+def record(step: Callable[[], Tensor], cache: StaticCache) -> Callable[[], Tensor]:
+    """A step on tensors that stay where they are, as a CUDA graph; without a GPU the step itself."""
+    for _ in range(3):  # libraries start up, and the cache makes its tensors
+        step()
+        cache.reset()
+    if DEVICE == "cpu":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    # The count of placeholders was checked in the steps before; a graph cannot look at numbers.
+    with patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"), torch.cuda.graph(graph):
+        answer = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return answer
+
+    return replay
 
 
 def prompt_macs(model: PreTrainedModel, visual_tokens: int, images: int) -> int:
@@ -218,7 +245,7 @@ def measure_prompts(
     """For every contender the times to its first token, and from there to `new_tokens` more, with memory and floor."""
     runs = {name: make(*model, images, 1 + new_tokens) for name, model in names.items()}
     for run in runs.values():
-        run()  # what compiles does so in the first two calls
+        run()
     peaks = {name: peak_memory(run) for name, run in runs.items()}
     times = in_turn({name: partial(token_times, run) for name, run in runs.items()}, repeats)
     return {
@@ -299,7 +326,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=4, help="in the batch, with one image each (0: no batch)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=DTYPE)
-    parser.add_argument("--compile", action="store_true", help="run as CUDA graphs, and not through generate()")
+    parser.add_argument("--graphs", action="store_true", help="run as CUDA graphs, and not through generate()")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     return parser.parse_args()
 
@@ -307,23 +334,22 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures, prints and keeps."""
     asked = arguments()
-    torch._dynamo.config.recompile_limit = 64  # every contender's prompt and token are graphs of the same code
     kind, sizes = LANGUAGE_MODELS[asked.llm]
     dtype, one_layer = getattr(torch, asked.dtype), asked.llm == "7b" and DEVICE == "cpu"
     models = make_models(shapes(TOWER, kind(**sizes)), dtype, one_layer)
     names, (mac_rate, _) = contenders(*models, asked.budgets), rates(dtype)
     how = f"{asked.dtype}, language model {asked.llm}" + (", one layer's weights in all layers" if one_layer else "")
-    how += ", CUDA graphs" if asked.compile else ""
+    how += ", CUDA graphs" if asked.graphs else ""
     print(f"{machine()}; {how}, {WORDS} words of prompt", flush=True)
     kept: dict[str, Any] = {"machine": machine(), "how": how, "mac_rate": mac_rate, "images": {}}
-    make = make_compiled_run if asked.compile else make_run
+    make = make_recorded_run if asked.graphs else make_run
     for images in asked.images:
         records = measure_prompts(names, images, asked.new_tokens, asked.repeats, make)
         print(f"\nImages: {images}\n\n{prompt_table(records, mac_rate, asked.new_tokens)}", flush=True)
         kept["images"][images] = records
     if asked.requests:
         runs = {name: make(*model, 1, 1 + asked.new_tokens, asked.requests) for name, model in names.items()}
-        kept["batch"] = in_turn({name: partial(milliseconds, run) for name, run in runs.items()}, min(asked.repeats, 3))
+        kept["batch"] = interleaved(runs, min(asked.repeats, 5))
         about = f"{asked.requests} requests at once, an image and {1 + asked.new_tokens} tokens of answer each"
         print(f"\n{about}\n\n{batch_table(kept['batch'], asked.requests)}", flush=True)
     if asked.json:

@@ -98,9 +98,9 @@ def make_geometry(
     dtype: torch.dtype = torch.float32,
 ) -> Geometry:
     """The geometry of patches (..., width) of a dtype and heads of a width."""
-    pitches_2 = torch.tensor(token_grid, device=device)  # in an image: the prior counts in them
     anchors_M2, patches_N2 = (
-        (cell_centres(grid, device, wide(dtype)) - 0.5) * pitches_2 for grid in (token_grid, patch_grid)
+        torch.cartesian_prod(*((centres(cells, device, wide(dtype)) - 0.5) * pitches for cells, pitches in axes))
+        for axes in (zip(token_grid, token_grid, strict=True), zip(patch_grid, token_grid, strict=True))
     )
     anchor_codes_MD, patch_codes_ND = (
         grid_positions(grid, width, device, wide(dtype)) for grid in (token_grid, patch_grid)
@@ -395,8 +395,10 @@ class ScopeLayer(GradientCheckpointingLayer):
             g_BMS = self.gate(self.gate_norm(o_BMD + q_BMD)).softmax(dim=-1)
         else:
             g_BMS = self._fixed_weights_S().expand(*o_BMD.shape[:2], -1).to(o_BMD.dtype)
-        g_BMh1 = self.scopes * g_BMS[..., self.scope_Gh[0], None]
-        o_BMD = (g_BMh1 * o_BMD.unflatten(-1, (self.heads, -1))).flatten(-2)
+        # Spread over heads without an index, which would have to be sent to a GPU at every call.
+        heads_S = [self.scope_Gh[0].count(scope) for scope in range(self.scopes)]
+        g_BMh = torch.cat([g.expand(-1, -1, heads) for g, heads in zip(g_BMS.split(1, -1), heads_S, strict=True)], -1)
+        o_BMD = (self.scopes * g_BMh[..., None] * o_BMD.unflatten(-1, (self.heads, -1))).flatten(-2)
         return self.o_proj(o_BMD) + q_BMD, g_BMS.transpose(1, 2)
 
     def _fixed_weights_S(self) -> Tensor:
