@@ -22,7 +22,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaModel,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -212,8 +214,7 @@ def record(step: Callable[[], Tensor], cache: StaticCache) -> Callable[[], Tenso
     if DEVICE == "cpu":
         return step
     graph = torch.cuda.CUDAGraph()
-    # The count of placeholders was checked in the steps before; a graph cannot look at numbers.
-    with patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"), torch.cuda.graph(graph):
+    with uncounted_placeholders(), torch.cuda.graph(graph):
         answer = step()
 
     def replay() -> Tensor:
@@ -221,6 +222,21 @@ def record(step: Callable[[], Tensor], cache: StaticCache) -> Callable[[], Tenso
         return answer
 
     return replay
+
+
+@contextmanager
+def uncounted_placeholders() -> Iterator[None]:
+    """While open, neither model counts its placeholders, for which it would have to wait for the device.
+
+    LLaVA does so even with transformers' checks switched off, to have a message.
+    """
+
+    def where(llava: LlavaModel, input_ids: Tensor, **_: Tensor) -> Tensor:
+        return (input_ids == llava.config.image_token_id).unsqueeze(-1)
+
+    unchecked = patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1")
+    with unchecked, patch.object(LlavaModel, "get_placeholder_mask", where):
+        yield
 
 
 def prompt_macs(model: PreTrainedModel, visual_tokens: int, images: int) -> int:

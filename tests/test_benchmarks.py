@@ -24,11 +24,13 @@ from model import (
     measure_prompts,
     shapes,
     token_times,
+    uncounted_placeholders,
 )
 from model import prompt_table as model_table
 from preprocessing import measure as measure_preprocessing
 from projectors import PUBLISHED, SUITE, Setting, along, chosen, cost, draw, measure, summary, table
 from projectors import make_run as make_projector_run
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_step import PROJECTORS, make_steps
 from training_step import make_models as make_training_models
 from training_step import measure as measure_training
@@ -36,6 +38,7 @@ from training_step import table as training_table
 from transformers import LlamaConfig, Qwen2Config
 
 from ms_resampler.evaluation.timing import LEAST, count_macs, in_turn, milliseconds, rates
+from ms_resampler.resampler_ms_resampler import make_geometry
 from ms_resampler.training.recipes import RECIPES
 
 # Parameters and multiply-accumulates in millions, counted on the originals at 576 x 1024 -> 144 -> 4096. Tables of
@@ -240,6 +243,34 @@ def test_what_is_recorded_says_what_generate_does(tiny_parts):
         assert torch.equal(run(), expected)
         assert torch.equal(run(), expected)
         assert len(token_times(run)) == 4
+
+
+class Waits(TorchDispatchMode):
+    """Notes what a GPU would have to be waited for, or sent from Python: neither can be part of a CUDA graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.lift_fresh):
+            self.found.append(str(operation))
+        return operation(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def test_what_is_recorded_waits_for_no_number_and_sends_none(tiny_parts, monkeypatch):
+    """Of the prompt and of a token after it; transformers' masks and our geometry do as while a graph is recorded."""
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
+    monkeypatch.setattr("ms_resampler.resampler_ms_resampler._kept_geometry", make_geometry)
+    for model, visual_tokens in contenders(*make_models(tiny_parts), [4]).values():
+        run = make_recorded_run(model, visual_tokens, images=2, new_tokens=2)
+        with Waits() as counted:
+            run()
+        assert "aten._local_scalar_dense.default" in counted.found
+        with uncounted_placeholders(), Waits() as waits:
+            run()
+        assert waits.found == []
 
 
 def test_a_model_is_measured_up_to_the_first_token_and_after_it(tiny_parts):
