@@ -274,7 +274,7 @@ def is_ours(name: str) -> bool:
 def draw_bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
     names, medians = [row["projector"] for row in rows], [statistics.median(row["ms"]) for row in rows]
     bars = axis.barh(names, medians, color=["tab:blue" if is_ours(name) else "tab:grey" for name in names])
-    axis.bar_label(bars, fmt="%.0f", padding=2)
+    axis.bar_label(bars, [f"{ms:.{0 if ms > 10 else 1}f}" for ms in medians], padding=2)
     axis.set(xscale="log", xlabel="milliseconds", xlim=(min(medians) / 2, 3 * max(medians)))
     axis.set_title(title, fontsize=8)
     axis.invert_yaxis()
