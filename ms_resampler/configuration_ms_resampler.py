@@ -73,6 +73,7 @@ _SCOPE_FIELDS = (
     "patch_conv",
     "cell_residual",
     "pooled_mlp",
+    "queries",
     "query_init",
     "prior_form",
 )
@@ -170,6 +171,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         cell_residual: whether a token also receives the mean of the patches in its cell, so that no scope has to.
         pooled_mlp: whether LLaVA's MLP of the mean of a cell's features is added to each visual token, which is where
             the projector then starts.
+        queries: whether tokens ask patches with learned queries; or heads score patches by themselves (layout "heads"
+            only), the same for all tokens, so that only the prior says which token reads where.
         query_init: "learned", or "content" to add the mean of the patches in a token's cell.
         prior_form: "channels" (appended to queries and keys) or "bias" (added to the scores); same function.
     """
@@ -210,6 +213,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     patch_conv: bool = True
     cell_residual: bool = True
     pooled_mlp: bool = False
+    queries: bool = True
     query_init: Literal["learned", "content"] = "learned"
     prior_form: Literal["channels", "bias"] = "channels"
     layer_norm_eps: float = 1e-6
@@ -283,6 +287,11 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         for sigma in self.scope_sigmas:
             if sigma is not None and not (0 < sigma < math.inf):
                 raise ValueError(f"A scope's sigma must be positive, or None for the global scope, got {sigma}.")
+        if not self.queries and (self.scope_layout != "heads" or self.query_init != "learned"):
+            raise ValueError(
+                '`queries=False` needs `scope_layout="heads"` and `query_init="learned"`, got '
+                f'"{self.scope_layout}" and "{self.query_init}", which are about queries.'
+            )
         if self.scope_layout == "heads":
             self._check_heads_layout()
         elif self.scope_heads is not None:

@@ -9,9 +9,10 @@
     z   = W_o [S g^s o_h]_h + q + mean of u in the cell  adaptive fusion over the scopes
     z   = z + FFN(LN(z));   y = W_out LN(z)
 
-In the layout "branches" every scope has queries q^s = z + e_s for all heads, and z = sum_s g^s (W_o o^s + q^s). The
-mean of the cell is there with `cell_residual`. With `pooled_mlp`, y = W_out LN(z) + MLP(mean of the features x in the
-cell), and W_out starts at zero.
+In the layout "branches" every scope has queries q^s = z + e_s for all heads, and z = sum_s g^s (W_o o^s + q^s). With
+`queries=False` every head scores patches by itself, o_h = softmax(w_h . u + B^s) W_v u, and z starts at zero: only the
+prior knows where a token is. The mean of the cell is there with `cell_residual`. With `pooled_mlp`, y = W_out LN(z) +
+MLP(mean of the features x in the cell), and W_out starts at zero.
 
 Dimensions, as name suffixes: B images, N patches, M visual tokens, S scopes, G query sets (S in the layout
 "branches", 1 in "heads"), C vision width, D resampler width, T text width, h heads, d head width.
@@ -93,11 +94,11 @@ def make_geometry(
     patch_grid: tuple[int, int],
     token_grid: tuple[int, int],
     width: int,
-    head_width: int,
+    key_width: int,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Geometry:
-    """The geometry of patches (..., width) of a dtype and heads of a width."""
+    """The geometry of patches (..., width) of a dtype and heads with keys of a width."""
     anchors_M2, patches_N2 = (
         torch.cartesian_prod(*((centres(cells, device, wide(dtype)) - 0.5) * pitches for cells, pitches in axes))
         for axes in (zip(token_grid, token_grid, strict=True), zip(patch_grid, token_grid, strict=True))
@@ -110,19 +111,19 @@ def make_geometry(
     if dtype.itemsize < 4:
         high_N3, low_N3 = high_and_low(key_N3, dtype)
         channels_Ne = torch.cat([high_N3, low_N3, high_N3], dim=-1)
-    padding = -(head_width + channels_Ne.shape[-1]) % 8
-    return Geometry(anchors_M2, patches_N2, anchor_codes_MD, patch_codes_ND.to(dtype), F.pad(channels_Ne, (0, padding)))
+    channels_Ne = widen(channels_Ne, channels_Ne.shape[-1] + -(key_width + channels_Ne.shape[-1]) % 8)
+    return Geometry(anchors_M2, patches_N2, anchor_codes_MD, patch_codes_ND.to(dtype), channels_Ne)
 
 
 _kept_geometry = lru_cache(maxsize=16)(make_geometry)
 
 
-def geometry_of(u_BND: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int], head_width: int) -> Geometry:
+def geometry_of(u_BND: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int], key_width: int) -> Geometry:
     """`make_geometry` for patches, kept from call to call: a GPU takes as long to start its kernels as all others.
 
     Nothing is kept where tensors only stand for others or a graph records where its memory is.
     """
-    asked = (patch_grid, token_grid, u_BND.shape[-1], head_width, u_BND.device, u_BND.dtype)
+    asked = (patch_grid, token_grid, u_BND.shape[-1], key_width, u_BND.device, u_BND.dtype)
     if torch.compiler.is_compiling() or type(u_BND) is not Tensor:
         return make_geometry(*asked)
     if u_BND.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -171,6 +172,16 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """(..., h, P, d) -> (..., P, h*d)."""
     return x.transpose(-3, -2).flatten(-2)
+
+
+def widen(x: Tensor, width: int) -> Tensor:
+    """x with zeros up to a width of its last dimension."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def key_width(config) -> int:
+    """Channels of a head's queries and keys: d, or a single one for the score."""
+    return config.hidden_size // config.num_attention_heads if config.queries else 1
 
 
 def high_and_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -257,13 +268,13 @@ class ScopePrior(nn.Module):
         Half precision takes every factor in a high and a low part, or the prior would lose its digits.
         """
         precision_Gh11, dtype = self.precision_Gh()[:, :, None, None], channels_Ne.dtype
-        head_width = self.config.hidden_size // self.config.num_attention_heads
-        query_GhM3 = precision_Gh11 * F.pad(self.of_heads(anchors_M2), (0, 1), value=1.0) * math.sqrt(head_width)
+        query_GhM3 = precision_Gh11 * F.pad(self.of_heads(anchors_M2), (0, 1), value=1.0)
+        query_GhM3 = query_GhM3 * math.sqrt(key_width(self.config))
         query_GhMe = query_GhM3.to(dtype)
         if dtype.itemsize < 4:
             high_GhM3, low_GhM3 = high_and_low(query_GhM3, dtype)
             query_GhMe = torch.cat([high_GhM3, high_GhM3, low_GhM3], dim=-1)
-        return F.pad(query_GhMe, (0, channels_Ne.shape[-1] - query_GhMe.shape[-1]))
+        return widen(query_GhMe, channels_Ne.shape[-1])
 
 
 def tiles(heads: int) -> Tensor:
@@ -303,10 +314,14 @@ class ScopeLayer(GradientCheckpointingLayer):
         self.query_sets = len(self.scope_Gh)
         self.key_sets = 1 if config.share_kv else self.scopes
 
-        self.scope_embedding_GD = nn.Parameter(torch.zeros(self.query_sets, width))
-        self.query_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width * self.key_sets)
+        self.queries = config.queries
+        if config.queries:
+            self.scope_embedding_GD = nn.Parameter(torch.zeros(self.query_sets, width))
+            self.query_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+            self.q_proj = nn.Linear(width, width)
+            self.k_proj = nn.Linear(width, width * self.key_sets)
+        else:
+            self.score_proj = nn.Linear(width, self.heads, bias=False)  # which softmax would ignore
         self.v_proj = nn.Linear(width, width * self.key_sets)
         self.o_proj = nn.Linear(width, width)
         self.prior = ScopePrior(config)
@@ -334,9 +349,8 @@ class ScopeLayer(GradientCheckpointingLayer):
         output_scopes: bool,
     ) -> tuple[Tensor, ScopeMaps | None]:
         """Steps 3 to 6 of the equations."""
-        q_BGMD = z_BMD[:, None] + self.scope_embedding_GD[:, None]
-        query_BGhMd = split_heads(self.q_proj(self.query_norm(q_BGMD)), self.heads).expand(len(u_BND), *[-1] * 4)
-        key_BKhNd = self._per_key_set(self.k_proj(u_BND + geometry.patch_codes_ND))
+        q_BGMD, query_BGhMd, key_BKhNd = self._queries_and_keys(z_BMD, u_BND, geometry)
+        query_BGhMd = query_BGhMd.expand(len(u_BND), *[-1] * 4)
         value_BKhNd = self._per_key_set(self.v_proj(u_BND))
 
         o_BGhMd = self._attend(query_BGhMd, key_BKhNd, value_BKhNd, geometry)
@@ -348,29 +362,42 @@ class ScopeLayer(GradientCheckpointingLayer):
         attentions_BSMN = self._attention_maps(query_BGhMd, key_BKhNd, geometry)
         return z_BMD, ScopeMaps(weights_BSM, attentions_BSMN)
 
+    def _queries_and_keys(self, z_BMD: Tensor, u_BND: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, G, M, D), and queries (B, G, h, M, d) and keys (B, K, h, N, d) of the heads.
+
+        Without queries, a head's key is its score of a patch, and every token asks for that: d is 1.
+        """
+        if not self.queries:
+            score_BKhNd = self.score_proj(u_BND).mT[:, None, :, :, None]
+            return z_BMD[:, None], score_BKhNd.new_ones(1, 1, self.heads, z_BMD.shape[1], 1), score_BKhNd
+        q_BGMD = z_BMD[:, None] + self.scope_embedding_GD[:, None]
+        query_BGhMd = split_heads(self.q_proj(self.query_norm(q_BGMD)), self.heads)
+        return q_BGMD, query_BGhMd, self._per_key_set(self.k_proj(u_BND + geometry.patch_codes_ND))
+
     def _per_key_set(self, x: Tensor) -> Tensor:
         """(B, N, K*h*d) -> (B, K, h, N, d), K key sets: one, or one a scope."""
         return split_heads(x.unflatten(-1, (self.key_sets, -1)).transpose(1, 2), self.heads)
 
     def _attend(self, query, key, value, geometry: Geometry) -> Tensor:
         """o (B, G, h, M, d): one attention call for all scopes that share keys and values."""
-        width, bias, scale = query.shape[-1], None, query.shape[-1] ** -0.5
+        bias, scale, width = None, query.shape[-1] ** -0.5, value.shape[-1]
         if self.prior.kind == "gaussian" and self.prior.form == "channels":
-            query, key, value = self._with_prior_channels(query, key, value, geometry)
+            query, key = self._with_prior_channels(query, key, geometry)
         elif self.prior.kind != "none":
             bias = self.prior(geometry, as_bias=True)[None].to(query.dtype)
+        widest = max(query.shape[-1], width)  # the fast kernels want one width
+        query, key, value = (widen(x, widest) for x in (query, key, value))
         if self.key_sets > 1:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)[..., :width]
         query, bias = fold_scopes(query), None if bias is None else fold_scopes(bias)
         out = F.scaled_dot_product_attention(query, key[:, 0], value[:, 0], attn_mask=bias, scale=scale)
         return out[..., :width].unflatten(2, (self.query_sets, -1)).transpose(1, 2)
 
-    def _with_prior_channels(self, query, key, value, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
-        """Appends the prior to queries and keys, and to values as many zeros."""
+    def _with_prior_channels(self, query, key, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        """Appends the prior to queries and keys."""
         extra_q, extra_k = self.prior(geometry), geometry.channels_Ne
         query = torch.cat([query, extra_q.expand(*query.shape[:-1], -1)], dim=-1)
-        key = torch.cat([key, extra_k.expand(*key.shape[:-1], -1)], dim=-1)
-        return query, key, F.pad(value, (0, extra_k.shape[-1]))
+        return query, torch.cat([key, extra_k.expand(*key.shape[:-1], -1)], dim=-1)
 
     def _fuse(self, o_BGhMd: Tensor, q_BGMD: Tensor) -> tuple[Tensor, Tensor]:
         """Step 5: the tokens z (B, M, D) and the weights g (B, S, M) that made them."""
@@ -405,7 +432,7 @@ class ScopeLayer(GradientCheckpointingLayer):
         """g of the fusions that do not look at the tokens: "static" and "mean"."""
         if self.fusion == "static":
             return self.gate_S.softmax(dim=0)
-        return self.scope_embedding_GD.new_full((self.scopes,), 1 / self.scopes)
+        return self.o_proj.weight.new_full((self.scopes,), 1 / self.scopes)
 
     def _attention_maps(self, query, key, geometry: Geometry) -> Tensor:
         """A (B, S, M, N): the attention of every scope, mean over its heads, computed plainly."""
@@ -436,7 +463,8 @@ class MultiScopeResampler(nn.Module):
         self.input_proj = nn.Linear(vision_width, width)
         if config.patch_conv:
             self.patch_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
-        self.query_1DHW = nn.Parameter(torch.zeros(1, width, *config.query_grid))
+        if config.queries:
+            self.query_1DHW = nn.Parameter(torch.zeros(1, width, *config.query_grid))
         self.layers = nn.ModuleList(ScopeLayer(config) for _ in range(config.num_hidden_layers))
         self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.output_proj = nn.Linear(width, text_width)
@@ -456,8 +484,7 @@ class MultiScopeResampler(nn.Module):
         """
         check_patches(x_BNC, patch_grid)
         u_BND = self._patches(x_BNC, patch_grid)
-        head_width = self.config.hidden_size // self.config.num_attention_heads
-        geometry = geometry_of(u_BND, patch_grid, token_grid, head_width)
+        geometry = geometry_of(u_BND, patch_grid, token_grid, key_width(self.config))
         mean_BMD = cell_means(u_BND, patch_grid, token_grid)
         cell_BMD = mean_BMD if self.config.cell_residual else 0.0
         z_BMD, maps = self._first_queries(geometry.anchor_codes_MD, token_grid).to(u_BND.dtype), None
@@ -478,7 +505,9 @@ class MultiScopeResampler(nn.Module):
         return u_BND + as_tokens(self.patch_conv(as_map(u_BND, patch_grid)))
 
     def _first_queries(self, codes_MD: Tensor, token_grid: tuple[int, int]) -> Tensor:
-        """z (1, M, D) before the first layer, the same for every image: the base grid at the anchors + pos(a)."""
+        """z (1, M, D) before the first layer, the same for every image: the base grid at the anchors + pos(a), or 0."""
+        if not self.config.queries:
+            return torch.zeros_like(codes_MD)[None]
         query_1DHW = self.query_1DHW.to(codes_MD.dtype)
         base_1DHW = F.interpolate(query_1DHW, size=token_grid, mode="bilinear", align_corners=False)
         return base_1DHW.flatten(2).mT + codes_MD
@@ -504,11 +533,13 @@ def init_resampler_weights(module: nn.Module) -> None:
         init.ones_(module.weight)
         init.zeros_(module.bias)
     elif isinstance(module, MultiScopeResampler):
-        init.normal_(module.query_1DHW, std=0.02)
+        if module.config.queries:
+            init.normal_(module.query_1DHW, std=0.02)
         if module.config.pooled_mlp:
             init.zeros_(module.output_proj.weight)
     elif isinstance(module, ScopeLayer):
-        init.normal_(module.scope_embedding_GD, std=1.0 if module.query_sets > 1 else 0.02)
+        if module.queries:
+            init.normal_(module.scope_embedding_GD, std=1.0 if module.query_sets > 1 else 0.02)
         if module.fusion == "static":
             init.zeros_(module.gate_S)
         if module.fusion in ("token", "head"):

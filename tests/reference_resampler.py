@@ -25,10 +25,14 @@ def resample_image(weights: Weights, config: Any, x_NC: np.ndarray, patch_grid, 
     u = [linear(weights, "input_proj", layer_norm(weights, "input_norm", x, config)) for x in x_NC]
     if config.patch_conv:
         u = [patch + neighbours(weights, u, patch_grid, j) for j, patch in enumerate(u)]
-    z = [
-        base_query(weights["query_1DHW"][0], token_grid, i) + positions(anchor, width)
-        for i, anchor in enumerate(anchors)
-    ]
+    z = (
+        [np.zeros(width)] * len(anchors)
+        if not config.queries
+        else [
+            base_query(weights["query_1DHW"][0], token_grid, i) + positions(anchor, width)
+            for i, anchor in enumerate(anchors)
+        ]
+    )
     if config.query_init == "content":
         z = [query + cell_mean(u, patch_grid, token_grid, i) for i, query in enumerate(z)]
     for layer in range(config.num_hidden_layers):
@@ -61,8 +65,11 @@ def scope_layer(weights: Weights, at: str, config: Any, z, u, cells, anchors, pa
     for i, token in enumerate(z):
         outputs, queries = [], []
         for s in range(scopes if branches else 1):
-            query = token + weights[at + "scope_embedding_GD"][s]
-            q = np.split(linear(weights, at + "q_proj", layer_norm(weights, at + "query_norm", query, config)), heads)
+            query, q = token, [None] * heads
+            if config.queries:
+                query = token + weights[at + "scope_embedding_GD"][s]
+                normed = layer_norm(weights, at + "query_norm", query, config)
+                q = np.split(linear(weights, at + "q_proj", normed), heads)
             heard = []
             for head in range(heads):
                 scope = s if branches else scope_of_head(config, head)
@@ -87,12 +94,12 @@ def attend(weights, at, config, q, head, query_set, u, anchor, patches, token_gr
     """The attention of one query and head over all patches."""
     scores = []
     for u_j, patch in zip(u, patches, strict=True):
-        key = linear(weights, at + "k_proj", u_j + positions(patch, config.hidden_size))
-        key = pick_head(key, config, head, query_set)
-        scores.append(
-            q @ key / math.sqrt(len(q))
-            + prior(weights, at, config, query_set, head, anchor, patch, patches, token_grid)
-        )
+        if config.queries:
+            key = linear(weights, at + "k_proj", u_j + positions(patch, config.hidden_size))
+            score = q @ pick_head(key, config, head, query_set) / math.sqrt(len(q))
+        else:
+            score = weights[at + "score_proj.weight"][head] @ u_j
+        scores.append(score + prior(weights, at, config, query_set, head, anchor, patch, patches, token_grid))
     scores = np.array(scores)
     odds = np.exp(scores - scores.max())
     return odds / odds.sum()

@@ -54,6 +54,10 @@ ARRANGEMENTS = [
     {"scope_sigmas": [0.4, 0.9, 2, None, None]},
     {"hidden_size": 4, "num_attention_heads": 1},
     {"scope_layout": "heads", "fusion": "token", "scope_sigmas": [0.4, 1, None], "num_hidden_layers": 2},
+    *({"scope_layout": "heads", "fusion": f, "queries": False} for f in ("token", "mean")),
+    {"scope_layout": "heads", "fusion": "token", "queries": False, "prior_form": "bias", "cell_residual": True},
+    {"scope_layout": "heads", "fusion": "static", "queries": False, "scope_prior": "window", "num_hidden_layers": 2},
+    {"scope_layout": "heads", "queries": False, "fusion": "token", "scope_sigmas": [0.5], "num_attention_heads": 1},
 ]  # fmt: skip
 GRIDS = [((4, 4), (2, 2)), ((3, 5), (2, 3)), ((5, 2), (3, 1)), ((4, 6), (4, 5)), ((1, 7), (1, 3))]
 
@@ -175,6 +179,7 @@ SLOPES = [
     {"fusion": "token", "query_init": "content", "num_hidden_layers": 2},
     {"fusion": "static", "scope_layout": "heads"},
     {"fusion": "token", "scope_layout": "heads", "scope_prior": "window"},
+    {"fusion": "token", "scope_layout": "heads", "queries": False},
 ]
 
 
@@ -224,7 +229,7 @@ def test_attention_by_the_prior_alone_keeps_its_digits_in_bfloat16(width):
     geometry = make_geometry((24, 24), (12, 12), width, width, dtype=torch.bfloat16)
     query, key = torch.zeros(1, 1, 1, 144, width), torch.zeros(1, 1, 1, 576, width)
     with torch.no_grad():
-        query, key, _ = layer._with_prior_channels(query.bfloat16(), key.bfloat16(), key.bfloat16(), geometry)
+        query, key = layer._with_prior_channels(query.bfloat16(), key.bfloat16(), geometry)
         attention = (query.float() @ key.float().mT * width**-0.5)[0, 0, 0].softmax(-1)
         gaussian = layer.prior(geometry, as_bias=True)[0, 0].softmax(-1)
     assert (attention - gaussian).abs().sum(-1).max() < 1e-3
@@ -350,14 +355,38 @@ def test_scopes_are_trusted_alike_before_training():
     assert (maps.attentions_BSMN[:, 0] - maps.attentions_BSMN[:, 2]).abs().max() > 0.05
 
 
-@given(*(st.tuples(st.integers(1, 9), st.integers(1, 9)) for _ in range(2)), st.sampled_from(["learned", "content"]))
-def test_any_grids_with_one_set_of_weights(patch_grid, token_grid, query_init):
-    resampler, x = make(query_init=query_init), features(patch_grid)
+KINDS = [{}, {"query_init": "content"}, {"queries": False, "scope_layout": "heads", "fusion": "token"}]
+
+
+@given(*(st.tuples(st.integers(1, 9), st.integers(1, 9)) for _ in range(2)), st.sampled_from(KINDS))
+def test_any_grids_with_one_set_of_weights(patch_grid, token_grid, changes):
+    resampler, x = make(**changes), features(patch_grid)
     with torch.no_grad():
         y, maps = resampler(x, patch_grid, token_grid, output_scopes=True)
     assert y.shape == (2, math.prod(token_grid), TEXT)
     assert maps.attentions_BSMN.shape == (2, 3, math.prod(token_grid), math.prod(patch_grid))
     assert y.isfinite().all()
+
+
+def test_without_queries_only_the_prior_tells_tokens_apart():
+    """A global scope says the same to every token; a local one what it says to a token that stands where this one does.
+
+    So a token of a grid is a token of any grid in whose units the patches around it lie as they do here.
+    """
+    changes = {"queries": False, "scope_layout": "heads", "fusion": "mean", "scope_heads": [3, 1], "patch_conv": False}
+    resampler, x = make(scope_sigmas=[0.5, None], **changes), features((6, 6))
+    assert not [name for name, _ in resampler.named_parameters() if "query" in name or "k_proj" in name]
+    with torch.no_grad():
+        y, maps = resampler(x, (6, 6), (3, 3), output_scopes=True)
+        assert torch.equal(maps.attentions_BSMN[:, 1, :1].expand(-1, 9, -1), maps.attentions_BSMN[:, 1])
+        assert (y[:, 0] - y[:, 1]).abs().min(dim=0).values.max() > 1e-3
+        # The same patches twice, side by side: six tokens in a row are those of the left half, twice.
+        maps_twice = resampler(torch.cat([x.unflatten(1, (6, 6))] * 2, dim=2).flatten(1, 2), (6, 12), (3, 6), True)[1]
+    far = maps_twice.attentions_BSMN[:, 0].unflatten(-1, (6, 12)).unflatten(1, (3, 6))
+    torch.testing.assert_close(far[:, :, 4, :, 6:].sum((-2, -1)), torch.ones(2, 3), rtol=0, atol=0.2)
+    here = maps.attentions_BSMN[:, 0].unflatten(-1, (6, 6)).unflatten(1, (3, 3))
+    odds = far[:, :, 4, :, 6:] / far[:, :, 4, :, 6:].sum((-2, -1), keepdim=True)
+    torch.testing.assert_close(odds, here[:, :, 1], rtol=1e-4, atol=1e-6)
 
 
 def test_images_of_a_batch_do_not_mix():

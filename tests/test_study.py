@@ -36,6 +36,7 @@ from ms_resampler.study.data import (
 from ms_resampler.study.plan import (
     ABLATIONS,
     BASELINE,
+    CANDIDATES,
     OURS,
     PEERS,
     REFERENCE,
@@ -47,7 +48,15 @@ from ms_resampler.study.plan import (
     sweep_runs,
 )
 from ms_resampler.study.reader import WIDTH, Reader
-from ms_resampler.study.report import ablation_table, check_report, elastic_table, report_text, rivals, write_report
+from ms_resampler.study.report import (
+    ablation_table,
+    candidate_tables,
+    check_report,
+    elastic_table,
+    report_text,
+    rivals,
+    write_report,
+)
 from ms_resampler.study.results import Results, adopt, collect, load, result_path, run_of, save
 from ms_resampler.study.run import last_attention, patches_right, perform
 from ms_resampler.study.statistics import (
@@ -185,9 +194,10 @@ def test_the_plan_is_complete():
     }
     assert len(main_plan) == 5 * (3 * len(fixed) + 1)
     assert len(sweep_runs(study)) == 3 * len(study.arms)
-    ablations = further_runs(study, RATES)
-    assert {run.arm for run in ablations if len(run.grids) == 1} == set(ABLATIONS)
-    assert {run.tokens for run in ablations} == {"16", "9 to 36"}
+    further = further_runs(study, RATES)
+    assert {run.arm for run in further if len(run.grids) == 1} == {*ABLATIONS, *CANDIDATES}
+    assert {run.tokens for run in further if run.arm not in CANDIDATES} == {"16", "9 to 36"}
+    assert {run.tokens for run in further if run.arm in CANDIDATES} == {"36", "16", "9"}
 
 
 def test_every_projector_of_the_plan_can_be_made():
@@ -351,7 +361,7 @@ def test_the_report_is_made_of_the_results_and_checked_against_them(studied, tmp
     write_report(tmp_path)
     assert main(["study", "--check", str(tmp_path)]) == 0
     text = (tmp_path / "study.md").read_text()
-    assert all(arm in text for arm in (*SMALL.arms, *ABLATIONS))
+    assert all(arm in text for arm in (*SMALL.arms, *ABLATIONS, *CANDIDATES))
     assert re.search(r"\| avg_pool \| 9 \| [\d.]+ \([\d.]+ to [\d.]+\) \|", text), "elastic budgets"
 
     shutil.copytree(tmp_path, other := tmp_path / "other", ignore=shutil.ignore_patterns("other"))
@@ -450,6 +460,19 @@ def test_runs_are_compared_only_with_those_of_the_same_tower_and_machine():
     apart = dataclasses.replace(results, runs=[runs[0], runs[3]])
     with pytest.raises(ValueError, match="No seed is finished yet for all of ms_resampler, avg_pool"):
         apart.blocks(ours, other)
+
+
+def test_a_candidate_is_compared_with_all_and_in_nobodys_table():
+    candidate, control = CANDIDATES
+    letters = {OURS: "1100", "avg_pool": "1000", candidate: "1110", control: "1111"}
+    runs = [scored(arm, "here", seed, seen) for arm, seen in letters.items() for seed in range(2)]
+    results = Results({"budgets": [16]}, {OURS: 1e-3, "avg_pool": 1e-3}, {}, runs)
+    assert {arm for arm, _, _ in results.contenders("16")} == {OURS, "avg_pool"} == {OURS, *rivals(results, "16")}
+    found = rivals(results, "16", candidate)
+    assert list(found) == [control, OURS, "avg_pool"]  # the strongest first
+    points = [difference.estimate.mean_G[0] for difference in found.values()]
+    np.testing.assert_allclose(points, [-0.25, 0.25, 0.5])
+    assert f"At 16 tokens `{candidate}` is" in candidate_tables(results)
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from ..resampler_ms_resampler import ScopePrior
 HEAD_START = 14.0  # in the fusion's logits: a new scope has exp(-14), 0.8 millionths, of the weight
 KEPT = (
     "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "query_grid", "visual_tokens",
-    "scope_prior", "learn_scopes", "tile_heads", "patch_conv", "cell_residual", "pooled_mlp", "query_init",
-    "prior_form", "layer_norm_eps",
+    "scope_prior", "learn_scopes", "tile_heads", "patch_conv", "cell_residual", "pooled_mlp", "queries",
+    "query_init", "prior_form", "layer_norm_eps",
 )  # fmt: skip
 
 

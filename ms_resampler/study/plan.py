@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -60,6 +61,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "content queries": {"query_init": "content"},
     "two layers": {"num_hidden_layers": 2},
     "three quarters as wide": {"hidden_size": 3 * WIDTH // 4, "intermediate_size": 3 * WIDTH // 4},
+}
+# What may become the default, and its control, at every budget. As wide as makes up for queries and keys.
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "no queries": {"queries": False},
+    "no queries, one local scope": {"projector_type": "resampler", "scope_sigmas": [0.5], "queries": False},
 }
 # Trained with a random grid each step, and asked for every budget.
 ELASTIC = (OURS, "mqt", "avg_pool")
@@ -122,7 +128,7 @@ class Run:
 
 def fields_of(arm: str) -> dict[str, Any]:
     """The projector fields of an arm. Raises ValueError if there is no such arm."""
-    known = {**PEERS, **REFERENCE, **ABLATIONS}
+    known = {**PEERS, **REFERENCE, **ABLATIONS, **CANDIDATES}
     if arm not in known:
         raise ValueError(f"The study knows no projector {arm!r}; it knows {', '.join(known)}.")
     return known[arm]
@@ -141,15 +147,20 @@ def make_run(study: Study, arm: str, budgets: Sequence[int], seed: int, learning
 def complete_fields(projector: dict[str, Any]) -> dict[str, Any]:
     """The fields with their defaults, so that a result is known by what was trained, whatever becomes a default.
 
-    A peer has none of the fields of scopes, and all others that it has are given.
+    A peer has none of the fields of scopes, and all others that it has are given. A field that came later is named
+    where it changes something, or earlier results would be lost.
     """
     config = MSResamplerProjectorConfig(**projector)
-    return {name: getattr(config, name) for name in config.__annotations__} if config.num_scopes else projector
+    if not config.num_scopes:
+        return projector
+    later = {"queries"} if config.queries else set()
+    return {name: getattr(config, name) for name in config.__annotations__ if name not in later}
 
 
 def size_of(arm: str) -> dict[str, int]:
     """Width, heads and FFN of an arm: those of ms_resampler, or what gives a peer about as many parameters."""
-    return sizes(WIDTH if "projector_type" not in fields_of(arm) else matched_width(arm))
+    fields = fields_of(arm)
+    return sizes(WIDTH if not fields.keys() & {"projector_type", "queries"} else matched_width(arm))
 
 
 def sizes(width: int) -> dict[str, int]:
@@ -232,11 +243,15 @@ def main_runs(study: Study, rates: dict[str, float]) -> list[Run]:
 
 
 def further_runs(study: Study, rates: dict[str, float]) -> list[Run]:
-    """The ablations at the middle budget, with the learning rate of ms_resampler; and the elastic runs."""
+    """With the learning rate of ms_resampler its ablations, at the middle budget, and candidates; and elastic runs."""
     if not study.ablations or OURS not in rates:
         return []
     elastic = [arm for arm in ELASTIC if arm in rates]
     return [
         *(make_run(study, arm, [study.middle], seed, rates[OURS]) for seed in range(study.seeds) for arm in ABLATIONS),
+        *(
+            make_run(study, arm, [budget], seed, rates[OURS])
+            for seed, budget, arm in product(range(study.seeds), study.budgets, CANDIDATES)
+        ),
         *(make_run(study, arm, study.budgets, seed, rates[arm]) for seed in range(study.seeds) for arm in elastic),
     ]

@@ -18,7 +18,7 @@ import numpy as np
 from ..evaluation.timing import machine
 from ..folders import copy_whole, write_whole
 from .data import TOWER, DataSettings, data_folder
-from .plan import ABLATIONS, OURS, PEERS, REFERENCE, Run, Study
+from .plan import ABLATIONS, CANDIDATES, OURS, PEERS, REFERENCE, Run, Study
 from .reader import READER
 from .statistics import Difference, Estimate, difference, estimate, score_matrix
 
@@ -64,6 +64,10 @@ class Results:
     def ablations(self) -> list[str]:
         """The ablations that have results."""
         return [arm for arm in ABLATIONS if (arm, "fixed", self.middle) in self.scores]
+
+    def candidates(self, tokens: str) -> list[str]:
+        """The candidates that have results at a budget."""
+        return [arm for arm in CANDIDATES if (arm, "fixed", tokens) in self.scores]
 
     def contenders(self, tokens: str) -> list[Key]:
         """What the main table of a budget compares: the projectors, and those that keep every patch.
