@@ -124,7 +124,7 @@ class Results:
 def collect(study: Study, rates: dict[str, float], costs: dict[str, Any], results: Sequence[dict[str, Any]]) -> Results:
     """The results of a study, each run once, without what no table or figure needs."""
     runs = {json.dumps(result["run"]): compact(result) for result in results}
-    order = [*PEERS, *REFERENCE, *ABLATIONS]
+    order = [*PEERS, *REFERENCE, *ABLATIONS, *CANDIDATES]
     ordered = sorted(
         runs.values(),
         key=lambda r: (order.index(r["run"]["arm"]), -len(r["run"]["grids"]), r["run"]["grids"], r["run"]["seed"]),
