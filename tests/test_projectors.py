@@ -229,9 +229,12 @@ def test_a_table_is_resized_between_its_values_and_not_at_its_own_size():
 BUDGETS = {"mlp": [6, 6]}
 
 
-@pytest.mark.parametrize("kind", PROJECTORS)
-def test_a_peer_in_a_whole_model_trains_saves_loads_and_generates(kind, tmp_path):
-    budget = BUDGETS.get(kind, [3, 3])
+WITHOUT_QUERIES = "ms_resampler, no queries"
+
+
+@pytest.mark.parametrize("name", [*PROJECTORS, WITHOUT_QUERIES])
+def test_a_projector_in_a_whole_model_trains_saves_loads_and_generates(name, tmp_path):
+    kind, budget = name.split(",")[0], BUDGETS.get(name, [3, 3])
     torch.manual_seed(0)
     model = tiny_model(
         projector={
@@ -240,6 +243,7 @@ def test_a_peer_in_a_whole_model_trains_saves_loads_and_generates(kind, tmp_path
             "visual_tokens": budget,
             "hidden_size": 16,
             "num_attention_heads": 4,
+            "queries": name != WITHOUT_QUERIES,
         }
     )
     processor = tiny_processor(visual_tokens=budget)
@@ -260,6 +264,10 @@ def test_a_peer_in_a_whole_model_trains_saves_loads_and_generates(kind, tmp_path
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits, rtol=0, atol=0)
     assert loaded.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+    if name == WITHOUT_QUERIES:
+        maps = loaded.get_image_features(inputs["pixel_values"], output_scopes=True).scope_attentions
+        assert maps[0].shape == (3, 9, 36)
+        return
     with pytest.raises(ValueError, match=f"`{kind}` has none"):
         loaded.get_image_features(inputs["pixel_values"], output_scopes=True)
 
