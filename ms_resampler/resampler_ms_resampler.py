@@ -111,8 +111,8 @@ def make_geometry(
     if dtype.itemsize < 4:
         high_N3, low_N3 = high_and_low(key_N3, dtype)
         channels_Ne = torch.cat([high_N3, low_N3, high_N3], dim=-1)
-    channels_Ne = widen(channels_Ne, channels_Ne.shape[-1] + -(key_width + channels_Ne.shape[-1]) % 8)
-    return Geometry(anchors_M2, patches_N2, anchor_codes_MD, patch_codes_ND.to(dtype), channels_Ne)
+    padding = -(key_width + channels_Ne.shape[-1]) % 8
+    return Geometry(anchors_M2, patches_N2, anchor_codes_MD, patch_codes_ND.to(dtype), F.pad(channels_Ne, (0, padding)))
 
 
 _kept_geometry = lru_cache(maxsize=16)(make_geometry)

@@ -158,7 +158,7 @@ def complete_fields(projector: dict[str, Any]) -> dict[str, Any]:
 
 
 def size_of(arm: str) -> dict[str, int]:
-    """Width, heads and FFN of an arm: those of ms_resampler, or what gives a peer about as many parameters."""
+    """Width, heads and FFN of an arm: those of ms_resampler, or what gives a peer or candidate as many parameters."""
     fields = fields_of(arm)
     return sizes(WIDTH if not fields.keys() & {"projector_type", "queries"} else matched_width(arm))
 
