@@ -260,9 +260,7 @@ def measure_prompts(
 ) -> dict[str, dict[str, Any]]:
     """For every contender the times to its first token, and from there to `new_tokens` more, with memory and floor."""
     runs = {name: make(*model, images, 1 + new_tokens) for name, model in names.items()}
-    for run in runs.values():
-        run()
-    peaks = {name: peak_memory(run) for name, run in runs.items()}
+    peaks = {name: peak_memory(run) for name, run in runs.items()}  # warms up, too
     times = in_turn({name: partial(token_times, run) for name, run in runs.items()}, repeats)
     return {
         name: {

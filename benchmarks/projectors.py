@@ -209,15 +209,20 @@ def times_as_long(row: dict[str, Any], rows: list[dict[str, Any]], base: str) ->
     )
 
 
+def digits(ms: float) -> int:
+    """After the point, for milliseconds in a table: more where a GPU takes few."""
+    return 1 if ms > 10 else 3
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in markdown."""
     columns = ["projector", "parameters (M)", "GMAC", "median ms", "spread", *(f"x {base}" for base in OURS)]
     lines = []
     for row in rows:
         median = statistics.median(row["ms"])
-        digits = 1 if median > 10 else 3
-        cells = [row["projector"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}", f"{median:.{digits}f}"]
-        cells += [spread(row["ms"], digits), *(times_as_long(row, rows, base) for base in OURS)]
+        cells = [row["projector"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}"]
+        cells += [f"{median:.{digits(median)}f}", spread(row["ms"], digits(median))]
+        cells += [*(times_as_long(row, rows, base) for base in OURS)]
         cells += [f"{row['floor_ms'] / median:.0%}", f"{row['peak_bytes'] / 1e6:.1f}"]
         lines.append(cells)
     return markdown_table([*columns, "share of the floor", "peak (MB)"], lines)
@@ -231,11 +236,7 @@ def summary(results: list[dict[str, Any]]) -> str:
         rows = {row["projector"]: row for row in result["rows"]}
         ours = rows["ms_resampler"]
         median = statistics.median(ours["ms"])
-        cells = [
-            str(Setting(**result["setting"])),
-            f"{median:.{1 if median > 10 else 3}f}",
-            f"{ours['floor_ms'] / median:.0%}",
-        ]
+        cells = [str(Setting(**result["setting"])), f"{median:.{digits(median)}f}", f"{ours['floor_ms'] / median:.0%}"]
         ratios = [times_as_long(rows[name], result["rows"], "ms_resampler") if name in rows else "" for name in others]
         lines.append(cells + ratios)
     return markdown_table(["setting", "ms_resampler, ms", "share of the floor", *others], lines)
