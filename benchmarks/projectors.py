@@ -54,7 +54,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "resampler": {},
     "ms_resampler": {},
     "ms_resampler, 1024 wide": {"hidden_size": 1024},
-    "ms_resampler, no queries": {"queries": False},
+    "ms_resampler, learned queries": {"query_init": "learned"},
     "ms_resampler, branches": {"scope_layout": "branches", "fusion": "head", "cell_residual": False},
     "mlp": {},
     "avg_pool": {},

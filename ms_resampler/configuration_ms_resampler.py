@@ -73,7 +73,6 @@ _SCOPE_FIELDS = (
     "patch_conv",
     "cell_residual",
     "pooled_mlp",
-    "queries",
     "query_init",
     "prior_form",
 )
@@ -154,7 +153,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: D, h, depth, width of the FFN. The
             defaults are 768 with scopes and 1024 for peers, a head for every 64 channels (as many as divide D, and no
             fewer than the scopes that share them), one layer, and D.
-        query_grid: rows and columns of the learned base queries; interpolated to any token grid.
+        query_grid: rows and columns of the learned base queries, if there are any; interpolated to any token grid.
         visual_tokens: the default budget, a count or [rows, columns].
         scope_sigmas: one entry a scope, in units of the anchor pitch; None is the global scope. The default is
             (0.5, 1.5, None) for "ms_resampler", (None,) for "resampler".
@@ -171,9 +170,9 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         cell_residual: whether a token also receives the mean of the patches in its cell, so that no scope has to.
         pooled_mlp: whether LLaVA's MLP of the mean of a cell's features is added to each visual token, which is where
             the projector then starts.
-        queries: whether tokens ask patches with learned queries; or heads score patches by themselves (layout "heads"
-            only), the same for all tokens, so that only the prior says which token reads where.
-        query_init: "learned", or "content" to add the mean of the patches in a token's cell.
+        query_init: "none" (heads score patches by themselves, and only the prior says which token reads where),
+            "learned", or "content" to add the mean of the patches in a token's cell. The default of "ms_resampler" is
+            "none" where that is possible (layout "heads", a prior, a scope that is not global), else it is "learned".
         prior_form: "channels" (appended to queries and keys) or "bias" (added to the scores); same function.
     """
 
@@ -213,8 +212,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     patch_conv: bool = True
     cell_residual: bool = True
     pooled_mlp: bool = False
-    queries: bool = True
-    query_init: Literal["learned", "content"] = "learned"
+    query_init: Literal["none", "learned", "content"] | None = None
     prior_form: Literal["channels", "bias"] = "channels"
     layer_norm_eps: float = 1e-6
 
@@ -223,6 +221,9 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
         if self.scope_sigmas is None:
             self.scope_sigmas = _DEFAULT_SIGMAS.get(self.projector_type)
+        if self.query_init is None:
+            without = self.projector_type == "ms_resampler" and self._prior_tells_tokens_apart()
+            self.query_init = "none" if without else "learned"
         # Not as `validate_*` methods: those raise an error of @strict's own, which is no ValueError.
         self._complete_sizes()
         self._check_sizes()
@@ -231,6 +232,11 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             self._check_peer()
             return
         self._check_scopes()
+
+    def _prior_tells_tokens_apart(self) -> bool:
+        """Whether tokens can do without queries: heads that share one score of a patch read it where the prior says."""
+        local = any(sigma is not None for sigma in self.scope_sigmas or ())
+        return local and self.scope_layout == "heads" and self.scope_prior != "none"
 
     def _complete_sizes(self) -> None:
         if self.hidden_size is None:
@@ -273,7 +279,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
 
     def _check_peer(self) -> None:
         for name in _SCOPE_FIELDS:
-            if getattr(self, name) != self.__dataclass_fields__[name].default:
+            default = "learned" if name == "query_init" else self.__dataclass_fields__[name].default
+            if getattr(self, name) != default:
                 raise ValueError(f"`{name}` is a field of `ms_resampler`: `{self.projector_type}` has no such thing.")
 
     def _check_scopes(self) -> None:
@@ -287,10 +294,11 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         for sigma in self.scope_sigmas:
             if sigma is not None and not (0 < sigma < math.inf):
                 raise ValueError(f"A scope's sigma must be positive, or None for the global scope, got {sigma}.")
-        if not self.queries and (self.scope_layout != "heads" or self.query_init != "learned"):
+        if self.query_init == "none" and not self._prior_tells_tokens_apart():
             raise ValueError(
-                '`queries=False` needs `scope_layout="heads"` and `query_init="learned"`, got '
-                f'"{self.scope_layout}" and "{self.query_init}", which are about queries.'
+                '`query_init="none"` needs `scope_layout="heads"`, a `scope_prior`, and a scope that is not global, or '
+                f'all tokens were the same; got "{self.scope_layout}", "{self.scope_prior}" and `scope_sigmas` '
+                f'{list(self.scope_sigmas)}: use `query_init="learned"`.'
             )
         if self.scope_layout == "heads":
             self._check_heads_layout()

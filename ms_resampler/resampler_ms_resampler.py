@@ -1,18 +1,22 @@
 """The multi-scope resampler: patch features (B, N, C) to visual tokens (B, M, T), in pure torch.
 
     u   = LN(x) W_in                                     patches, at the resampler's width
-    u   = u + DWConv_3x3(u)                              each patch with its neighbours
-    q   = z + e                                          queries; z starts as base grid + pos(a)
-    o_h = softmax(W_q LN(q) . W_k(u + pos(p)) / sqrt(d) + B^s) W_v u         head h, which belongs to scope s
+    u   = LN(u + DWConv_3x3(u))                          each patch with its neighbours
+    o_h = softmax(w_h . gelu(W_s u) + B^s) W_v u         head h, which belongs to scope s
     B^s_ij = -|| (a_i - p_j) / c ||^2 / (2 sigma_s^2)    scope prior; c is the anchor pitch, B = 0 for global
                                                          (each head has a part of the scope: `tiles`)
-    z   = W_o [S g^s o_h]_h + q + mean of u in the cell  adaptive fusion over the scopes
+    z   = W_o [S g^s o_h]_h + z + mean of u in the cell  adaptive fusion over the scopes; z starts at 0
     z   = z + FFN(LN(z));   y = W_out LN(z)
 
-In the layout "branches" every scope has queries q^s = z + e_s for all heads, and z = sum_s g^s (W_o o^s + q^s). With
-`queries=False` every head scores patches by itself, o_h = softmax(w_h . u + B^s) W_v u, and z starts at zero: only the
-prior knows where a token is. The mean of the cell is there with `cell_residual`. With `pooled_mlp`, y = W_out LN(z) +
-MLP(mean of the features x in the cell), and W_out starts at zero.
+A head scores a patch in the same way for every token: only the prior says which token reads it. With `query_init`
+"learned" or "content" tokens ask by themselves, and u, without its last norm, is read at its place:
+
+    q   = z + e                                          queries; z starts as base grid + pos(a)
+    o_h = softmax(W_q LN(q) . W_k(u + pos(p)) / sqrt(d) + B^s) W_v u, and q instead of z in the sum
+
+There, in the layout "branches", every scope has queries q^s = z + e_s for all heads, and z = sum_s g^s (W_o o^s + q^s).
+The mean of the cell is there with `cell_residual`. With `pooled_mlp`, y = W_out LN(z) + MLP(mean of the features x in
+the cell), and W_out starts at zero.
 
 Dimensions, as name suffixes: B images, N patches, M visual tokens, S scopes, G query sets (S in the layout
 "branches", 1 in "heads"), C vision width, D resampler width, T text width, h heads, d head width.
@@ -164,6 +168,10 @@ def mlp(inputs: int, outputs: int, activation: type[nn.Module] = nn.GELU) -> nn.
     return nn.Sequential(nn.Linear(inputs, outputs), activation(), nn.Linear(outputs, outputs))
 
 
+class LinearFromZero(nn.Linear):
+    """A linear map whose matrix starts at zero."""
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(..., P, h*d) -> (..., h, P, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
@@ -181,7 +189,7 @@ def widen(x: Tensor, width: int) -> Tensor:
 
 def key_width(config) -> int:
     """Channels of a head's queries and keys: d, or a single one for the score."""
-    return config.hidden_size // config.num_attention_heads if config.queries else 1
+    return 1 if config.query_init == "none" else config.hidden_size // config.num_attention_heads
 
 
 def high_and_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -314,14 +322,18 @@ class ScopeLayer(GradientCheckpointingLayer):
         self.query_sets = len(self.scope_Gh)
         self.key_sets = 1 if config.share_kv else self.scopes
 
-        self.queries = config.queries
-        if config.queries:
+        self.asks = config.query_init != "none"
+        if self.asks:
             self.scope_embedding_GD = nn.Parameter(torch.zeros(self.query_sets, width))
             self.query_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
             self.q_proj = nn.Linear(width, width)
             self.k_proj = nn.Linear(width, width * self.key_sets)
         else:
-            self.score_proj = nn.Linear(width, self.heads, bias=False)  # which softmax would ignore
+            self.score = nn.Sequential(
+                nn.Linear(width, width // 4),
+                nn.GELU(),
+                nn.Linear(width // 4, self.heads, bias=False),  # which softmax would ignore
+            )
         self.v_proj = nn.Linear(width, width * self.key_sets)
         self.o_proj = nn.Linear(width, width)
         self.prior = ScopePrior(config)
@@ -338,7 +350,7 @@ class ScopeLayer(GradientCheckpointingLayer):
         if self.fusion in ("token", "head"):
             self.gate_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             logits = self.scopes if self.layout == "heads" else self.heads if self.fusion == "head" else 1
-            self.gate = nn.Linear(config.hidden_size, logits, bias=False)  # the norm has one
+            self.gate = LinearFromZero(config.hidden_size, logits, bias=False)  # the norm has one
 
     def forward(
         self,
@@ -367,8 +379,8 @@ class ScopeLayer(GradientCheckpointingLayer):
 
         Without queries, a head's key is its score of a patch, and every token asks for that: d is 1.
         """
-        if not self.queries:
-            score_BKhNd = self.score_proj(u_BND).mT[:, None, :, :, None]
+        if not self.asks:
+            score_BKhNd = self.score(u_BND).mT[:, None, :, :, None]
             return z_BMD[:, None], score_BKhNd.new_ones(1, 1, self.heads, z_BMD.shape[1], 1), score_BKhNd
         q_BGMD = z_BMD[:, None] + self.scope_embedding_GD[:, None]
         query_BGhMd = split_heads(self.q_proj(self.query_norm(q_BGMD)), self.heads)
@@ -463,11 +475,14 @@ class MultiScopeResampler(nn.Module):
         self.input_proj = nn.Linear(vision_width, width)
         if config.patch_conv:
             self.patch_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
-        if config.queries:
+        self.asks = config.query_init != "none"
+        if not self.asks:
+            self.patch_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        else:
             self.query_1DHW = nn.Parameter(torch.zeros(1, width, *config.query_grid))
         self.layers = nn.ModuleList(ScopeLayer(config) for _ in range(config.num_hidden_layers))
         self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.output_proj = nn.Linear(width, text_width)
+        self.output_proj = (LinearFromZero if config.pooled_mlp else nn.Linear)(width, text_width)
         if config.pooled_mlp:
             self.mlp = mlp(vision_width, text_width)
 
@@ -500,13 +515,13 @@ class MultiScopeResampler(nn.Module):
     def _patches(self, x_BNC: Tensor, patch_grid: tuple[int, int]) -> Tensor:
         """u (B, N, D): the patches at the resampler's width, each with its neighbours."""
         u_BND = self.input_proj(self.input_norm(x_BNC))
-        if not self.config.patch_conv:
-            return u_BND
-        return u_BND + as_tokens(self.patch_conv(as_map(u_BND, patch_grid)))
+        if self.config.patch_conv:
+            u_BND = u_BND + as_tokens(self.patch_conv(as_map(u_BND, patch_grid)))
+        return u_BND if self.asks else self.patch_norm(u_BND)
 
     def _first_queries(self, codes_MD: Tensor, token_grid: tuple[int, int]) -> Tensor:
         """z (1, M, D) before the first layer, the same for every image: the base grid at the anchors + pos(a), or 0."""
-        if not self.config.queries:
+        if not self.asks:
             return torch.zeros_like(codes_MD)[None]
         query_1DHW = self.query_1DHW.to(codes_MD.dtype)
         base_1DHW = F.interpolate(query_1DHW, size=token_grid, mode="bilinear", align_corners=False)
@@ -519,31 +534,31 @@ def init_resampler_weights(module: nn.Module) -> None:
 
     Every sum of random terms keeps the variance of its inputs.
 
-    Linear, Conv2d  normal, std 1 / sqrt(inputs); bias 0          Linear "gate"    0: even weights at the start
+    Linear, Conv2d  normal, std 1 / sqrt(inputs); bias 0           static weights   0: even at the start
     LayerNorm       weight 1, bias 0                               base queries     normal, std 0.02
     scope embedding normal, std 1: scopes differ from the start    log scale        0: the configured scopes
-                    (std 0.02 where there is one query set)        static weights   0: even at the start
-    output matrix   0 beside a pooled MLP, which is all of the output at the start
+                    (std 0.02 where there is one query set)
+    LinearFromZero  0: even weights of the scopes at the start; no part in the output beside a pooled MLP
+
+    By its own class, not by that of the module around it: transformers passes over a module without weights of its own.
     """
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        if isinstance(module, LinearFromZero):
+            init.zeros_(module.weight)
         if module.bias is not None:
             init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
         init.ones_(module.weight)
         init.zeros_(module.bias)
     elif isinstance(module, MultiScopeResampler):
-        if module.config.queries:
+        if module.asks:
             init.normal_(module.query_1DHW, std=0.02)
-        if module.config.pooled_mlp:
-            init.zeros_(module.output_proj.weight)
     elif isinstance(module, ScopeLayer):
-        if module.queries:
+        if module.asks:
             init.normal_(module.scope_embedding_GD, std=1.0 if module.query_sets > 1 else 0.02)
         if module.fusion == "static":
             init.zeros_(module.gate_S)
-        if module.fusion in ("token", "head"):
-            init.zeros_(module.gate.weight)
     elif isinstance(module, ScopePrior):
         sigma_Gh, offset_Gh2 = module.configured()
         init.copy_(module.sigma_Gh, sigma_Gh)

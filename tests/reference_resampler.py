@@ -25,9 +25,11 @@ def resample_image(weights: Weights, config: Any, x_NC: np.ndarray, patch_grid, 
     u = [linear(weights, "input_proj", layer_norm(weights, "input_norm", x, config)) for x in x_NC]
     if config.patch_conv:
         u = [patch + neighbours(weights, u, patch_grid, j) for j, patch in enumerate(u)]
+    if config.query_init == "none":
+        u = [layer_norm(weights, "patch_norm", patch, config) for patch in u]
     z = (
         [np.zeros(width)] * len(anchors)
-        if not config.queries
+        if config.query_init == "none"
         else [
             base_query(weights["query_1DHW"][0], token_grid, i) + positions(anchor, width)
             for i, anchor in enumerate(anchors)
@@ -66,7 +68,7 @@ def scope_layer(weights: Weights, at: str, config: Any, z, u, cells, anchors, pa
         outputs, queries = [], []
         for s in range(scopes if branches else 1):
             query, q = token, [None] * heads
-            if config.queries:
+            if config.query_init != "none":
                 query = token + weights[at + "scope_embedding_GD"][s]
                 normed = layer_norm(weights, at + "query_norm", query, config)
                 q = np.split(linear(weights, at + "q_proj", normed), heads)
@@ -94,11 +96,12 @@ def attend(weights, at, config, q, head, query_set, u, anchor, patches, token_gr
     """The attention of one query and head over all patches."""
     scores = []
     for u_j, patch in zip(u, patches, strict=True):
-        if config.queries:
+        if config.query_init != "none":
             key = linear(weights, at + "k_proj", u_j + positions(patch, config.hidden_size))
             score = q @ pick_head(key, config, head, query_set) / math.sqrt(len(q))
         else:
-            score = weights[at + "score_proj.weight"][head] @ u_j
+            hidden = [gelu(v) for v in linear(weights, at + "score.0", u_j)]
+            score = weights[at + "score.2.weight"][head] @ np.array(hidden)
         scores.append(score + prior(weights, at, config, query_set, head, anchor, patch, patches, token_grid))
     scores = np.array(scores)
     odds = np.exp(scores - scores.max())

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ms_resampler import MSResamplerForConditionalGeneration, MSResamplerModel
 from ms_resampler.modeling_ms_resampler import flatten_patches
+from ms_resampler.resampler_ms_resampler import MultiScopeResampler, init_resampler_weights
 
 # What each tower puts in front of its patches, written down from the papers: CLS and registers.
 PREFIX = {
@@ -521,6 +522,22 @@ def test_a_model_comes_back_whole_buffers_included(kind, tmp_path):
         ours, theirs = dict(getattr(loaded, tensors)()), dict(getattr(model, tensors)())
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"query_init": "learned"}, {"pooled_mlp": True}, {"fusion": "static"}])
+def test_the_projector_of_a_new_model_starts_as_one_alone(changes):
+    """transformers passes over modules whose weights are all in their parts."""
+    torch.manual_seed(0)
+    model = MSResamplerModel(tiny.tiny_config(projector={"hidden_size": 64, **changes}))
+    C, T = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
+    alone = MultiScopeResampler(model.config.projector_config, C, T).apply(init_resampler_weights).state_dict()
+    assert model.projector.state_dict().keys() == alone.keys()
+    for name, value in model.projector.state_dict().items():
+        if value.unique().numel() == 1 or alone[name].unique().numel() == 1 or "prior" in name:
+            assert torch.equal(value, alone[name]), name
+        else:
+            assert_close(value.std(), alone[name].std(), rtol=0.5, atol=0, msg=name)
+    assert "layers.0.gate.weight" not in alone or not alone["layers.0.gate.weight"].any()
 
 
 @pytest.mark.parametrize(("projector", "name"), [("ms_resampler", "MultiScopeResampler"), ("mlp", "MLPProjector")])

@@ -229,10 +229,10 @@ def test_a_table_is_resized_between_its_values_and_not_at_its_own_size():
 BUDGETS = {"mlp": [6, 6]}
 
 
-WITHOUT_QUERIES = "ms_resampler, no queries"
+WITH_QUERIES = "ms_resampler, learned queries"
 
 
-@pytest.mark.parametrize("name", [*PROJECTORS, WITHOUT_QUERIES])
+@pytest.mark.parametrize("name", [*PROJECTORS, WITH_QUERIES])
 def test_a_projector_in_a_whole_model_trains_saves_loads_and_generates(name, tmp_path):
     kind, budget = name.split(",")[0], BUDGETS.get(name, [3, 3])
     torch.manual_seed(0)
@@ -243,7 +243,7 @@ def test_a_projector_in_a_whole_model_trains_saves_loads_and_generates(name, tmp
             "visual_tokens": budget,
             "hidden_size": 16,
             "num_attention_heads": 4,
-            "queries": name != WITHOUT_QUERIES,
+            **({"query_init": "learned"} if name == WITH_QUERIES else {}),
         }
     )
     processor = tiny_processor(visual_tokens=budget)
@@ -264,7 +264,7 @@ def test_a_projector_in_a_whole_model_trains_saves_loads_and_generates(name, tmp
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits, rtol=0, atol=0)
     assert loaded.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
-    if name == WITHOUT_QUERIES:
+    if name == WITH_QUERIES:
         maps = loaded.get_image_features(inputs["pixel_values"], output_scopes=True).scope_attentions
         assert maps[0].shape == (3, 9, 36)
         return

@@ -31,7 +31,8 @@ from ms_resampler.resampler_ms_resampler import (
 
 VISION, TEXT = 6, 10
 SMALL = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 12, "query_grid": [2, 3]}
-SMALL |= {"scope_layout": "branches", "fusion": "head", "cell_residual": False}
+SMALL |= {"scope_layout": "branches", "fusion": "head", "cell_residual": False, "query_init": "learned"}
+NO_QUERIES = {"query_init": "none", "scope_layout": "heads"}
 
 FUSIONS = ("head", "token", "static", "mean")
 ARRANGEMENTS = [
@@ -54,10 +55,10 @@ ARRANGEMENTS = [
     {"scope_sigmas": [0.4, 0.9, 2, None, None]},
     {"hidden_size": 4, "num_attention_heads": 1},
     {"scope_layout": "heads", "fusion": "token", "scope_sigmas": [0.4, 1, None], "num_hidden_layers": 2},
-    *({"scope_layout": "heads", "fusion": f, "queries": False} for f in ("token", "mean")),
-    {"scope_layout": "heads", "fusion": "token", "queries": False, "prior_form": "bias", "cell_residual": True},
-    {"scope_layout": "heads", "fusion": "static", "queries": False, "scope_prior": "window", "num_hidden_layers": 2},
-    {"scope_layout": "heads", "queries": False, "fusion": "token", "scope_sigmas": [0.5], "num_attention_heads": 1},
+    *({**NO_QUERIES, "fusion": f, "cell_residual": True} for f in ("token", "mean")),
+    {**NO_QUERIES, "fusion": "token", "prior_form": "bias", "cell_residual": True},
+    {**NO_QUERIES, "fusion": "static", "scope_prior": "window", "num_hidden_layers": 2},
+    {**NO_QUERIES, "fusion": "token", "scope_sigmas": [0.5], "num_attention_heads": 1},
 ]  # fmt: skip
 GRIDS = [((4, 4), (2, 2)), ((3, 5), (2, 3)), ((5, 2), (3, 1)), ((4, 6), (4, 5)), ((1, 7), (1, 3))]
 
@@ -179,7 +180,7 @@ SLOPES = [
     {"fusion": "token", "query_init": "content", "num_hidden_layers": 2},
     {"fusion": "static", "scope_layout": "heads"},
     {"fusion": "token", "scope_layout": "heads", "scope_prior": "window"},
-    {"fusion": "token", "scope_layout": "heads", "queries": False},
+    {**NO_QUERIES, "fusion": "token"},
 ]
 
 
@@ -355,7 +356,7 @@ def test_scopes_are_trusted_alike_before_training():
     assert (maps.attentions_BSMN[:, 0] - maps.attentions_BSMN[:, 2]).abs().max() > 0.05
 
 
-KINDS = [{}, {"query_init": "content"}, {"queries": False, "scope_layout": "heads", "fusion": "token"}]
+KINDS = [{}, {"query_init": "content"}, {**NO_QUERIES, "fusion": "token"}]
 
 
 @given(*(st.tuples(st.integers(1, 9), st.integers(1, 9)) for _ in range(2)), st.sampled_from(KINDS))
@@ -373,7 +374,7 @@ def test_without_queries_only_the_prior_tells_tokens_apart():
 
     So a token of a grid is a token of any grid in whose units the patches around it lie as they do here.
     """
-    changes = {"queries": False, "scope_layout": "heads", "fusion": "mean", "scope_heads": [3, 1], "patch_conv": False}
+    changes = {**NO_QUERIES, "fusion": "mean", "scope_heads": [3, 1], "patch_conv": False}
     resampler, x = make(scope_sigmas=[0.5, None], **changes), features((6, 6))
     assert not [name for name, _ in resampler.named_parameters() if "query" in name or "k_proj" in name]
     with torch.no_grad():

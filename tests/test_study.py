@@ -36,10 +36,10 @@ from ms_resampler.study.data import (
 from ms_resampler.study.plan import (
     ABLATIONS,
     BASELINE,
-    CANDIDATES,
     OURS,
     PEERS,
     REFERENCE,
+    WITH_QUERIES,
     Study,
     count_parameters,
     further_runs,
@@ -50,7 +50,6 @@ from ms_resampler.study.plan import (
 from ms_resampler.study.reader import WIDTH, Reader
 from ms_resampler.study.report import (
     ablation_table,
-    candidate_tables,
     check_report,
     elastic_table,
     report_text,
@@ -76,7 +75,7 @@ from ms_resampler_cli.main import main
 DOCS = Path(__file__).parent.parent / "docs"
 RATES = dict.fromkeys((*PEERS, *REFERENCE), 2e-3)
 SMALL = Study(
-    arms=(OURS, BASELINE, "avg_pool", "mlp"),
+    arms=(OURS, BASELINE, WITH_QUERIES, "avg_pool", "mlp"),
     budgets=(16, 9),
     seeds=2,
     learning_rates=(1e-3, 2e-3),
@@ -195,9 +194,8 @@ def test_the_plan_is_complete():
     assert len(main_plan) == 5 * (3 * len(fixed) + 1)
     assert len(sweep_runs(study)) == 3 * len(study.arms)
     further = further_runs(study, RATES)
-    assert {run.arm for run in further if len(run.grids) == 1} == {*ABLATIONS, *CANDIDATES}
-    assert {run.tokens for run in further if run.arm not in CANDIDATES} == {"16", "9 to 36"}
-    assert {run.tokens for run in further if run.arm in CANDIDATES} == {"36", "16", "9"}
+    assert {run.arm for run in further if len(run.grids) == 1} == set(ABLATIONS)
+    assert {run.tokens for run in further} == {"16", "9 to 36"}
 
 
 def test_every_projector_of_the_plan_can_be_made():
@@ -361,7 +359,7 @@ def test_the_report_is_made_of_the_results_and_checked_against_them(studied, tmp
     write_report(tmp_path)
     assert main(["study", "--check", str(tmp_path)]) == 0
     text = (tmp_path / "study.md").read_text()
-    assert all(arm in text for arm in (*SMALL.arms, *ABLATIONS, *CANDIDATES))
+    assert all(arm in text for arm in (*SMALL.arms, *ABLATIONS))
     assert re.search(r"\| avg_pool \| 9 \| [\d.]+ \([\d.]+ to [\d.]+\) \|", text), "elastic budgets"
 
     shutil.copytree(tmp_path, other := tmp_path / "other", ignore=shutil.ignore_patterns("other"))
@@ -462,18 +460,6 @@ def test_runs_are_compared_only_with_those_of_the_same_tower_and_machine():
         apart.blocks(ours, other)
 
 
-def test_a_candidate_is_compared_with_all_and_in_nobodys_table():
-    candidate, control = CANDIDATES
-    letters = {OURS: "10", "avg_pool": "00", candidate: "11", control: "11"}
-    runs = [scored(arm, "here", seed, seen) for arm, seen in letters.items() for seed in range(2)]
-    results = Results({"budgets": [16]}, {OURS: 1e-3, "avg_pool": 1e-3}, {}, runs)
-    assert {arm for arm, _, _ in results.contenders("16")} == {OURS, "avg_pool"} == {OURS, *rivals(results, "16")}
-    found = rivals(results, "16", candidate)
-    assert list(found) == [control, OURS, "avg_pool"]  # the strongest first
-    np.testing.assert_allclose([difference.estimate.mean_G[0] for difference in found.values()], [0, 0.5, 1])
-    assert f"At 16 tokens `{candidate}` is" in candidate_tables(results)
-
-
 @pytest.mark.slow
 def test_what_is_finished_is_found_before_the_rest_is_done(studied, tmp_path):
     out, rates, results = studied
@@ -542,7 +528,7 @@ def test_elastic_weights_that_share_no_seed_with_fixed_ones_are_named():
     runs = [*elastic, scored("mqt", "here", 0, "10"), scored("avg_pool", "there", 0, "10")]
     text = elastic_table(Results({"budgets": [16]}, dict.fromkeys(("mqt", "avg_pool"), 1e-3), {}, runs))
     assert re.findall(r"^\| (\w+) \| 16 ", text, flags=re.MULTILINE) == ["mqt"]
-    assert text.endswith("Left out, because no seed is shared yet: avg_pool at 16 tokens.")
+    assert text.endswith("Left out, because too few seeds are shared yet: avg_pool at 16 tokens.")
 
 
 def test_a_table_leaves_out_what_shares_no_seed_with_the_default():
@@ -554,11 +540,27 @@ def test_a_table_leaves_out_what_shares_no_seed_with_the_default():
         return {"run": run, "made_with": made_with, "test": scores}
 
     runs = [result(OURS, "here", 0, "11"), result("two scopes", "here", 0, "10"), result("no prior", "there", 0, "11")]
-    runs += [result("mqt", "there", 0, "11"), result("saep", "here", 0, "11")]
-    results = Results({"budgets": [16]}, dict.fromkeys((OURS, "mqt", "saep"), 1e-3), {}, runs)
-    assert [arm for arm, _, _ in results.contenders("16")] == [OURS, "saep"]
-    assert list(rivals(results, "16")) == ["saep"]
+    runs += [result("mqt", "there", 0, "11"), result("saep", "here", 0, "11"), result(WITH_QUERIES, "here", 0, "10")]
+    results = Results({"budgets": [16]}, dict.fromkeys((OURS, WITH_QUERIES, "mqt", "saep"), 1e-3), {}, runs)
+    assert [arm for arm, _, _ in results.contenders("16")] == [OURS, WITH_QUERIES, "saep"]
+    assert list(rivals(results, "16")) == ["saep", WITH_QUERIES]  # the strongest first
     table = ablation_table(results)
     assert "| two scopes | 1 |" in table
     assert "| no prior |" not in table
-    assert table.endswith("Left out, because no seed is shared yet: no prior.")
+    assert table.endswith("Left out, because too few seeds are shared yet: no prior.")
+
+
+def test_what_has_few_seeds_does_not_take_those_of_a_table_of_five():
+    """Where there are fewer anyway, all share what they have in common."""
+    seeds = {OURS: range(6), "mqt": range(1, 6), "saep": range(3), "avg_pool": range(6)}
+    runs = [scored(arm, "here", seed, "11") for arm, some in seeds.items() for seed in some]
+    results = Results({"budgets": [16]}, dict.fromkeys(seeds, 1e-3), {}, runs)
+    assert {arm for arm, _, _ in results.contenders("16")} == {OURS, "mqt", "avg_pool"}
+    assert {arm: difference.seeds for arm, difference in rivals(results, "16").items()} == {
+        "mqt": 5,
+        "saep": 3,
+        "avg_pool": 6,
+    }
+    few = dataclasses.replace(results, runs=[run for run in runs if run["run"]["seed"] < 4])
+    assert {arm for arm, _, _ in few.contenders("16")} == set(seeds)
+    assert len(few.blocks(*few.contenders("16"))) == 2

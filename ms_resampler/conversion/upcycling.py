@@ -17,8 +17,8 @@ from ..resampler_ms_resampler import ScopePrior
 HEAD_START = 14.0  # in the fusion's logits: a new scope has exp(-14), 0.8 millionths, of the weight
 KEPT = (
     "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "query_grid", "visual_tokens",
-    "scope_prior", "learn_scopes", "tile_heads", "patch_conv", "cell_residual", "pooled_mlp", "queries",
-    "query_init", "prior_form", "layer_norm_eps",
+    "scope_prior", "learn_scopes", "tile_heads", "patch_conv", "cell_residual", "pooled_mlp", "query_init",
+    "prior_form", "layer_norm_eps",
 )  # fmt: skip
 
 
@@ -27,6 +27,11 @@ def upcycled_fields(old: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError if something is asked for that would change the function.
     """
+    if old.query_init == "none":
+        raise ValueError(
+            "One scope becomes several by queries of their own, which this projector has none of "
+            '(`query_init="none"`): train several from the start.'
+        )
     changed = [name for name in KEPT if name in asked and asked[name] != getattr(old, name)]
     if changed or asked.get("fusion", "static") != "static":
         raise ValueError(

@@ -16,7 +16,7 @@ from ..projectors_ms_resampler import PROJECTORS
 from .data import CHANNELS, GRID, PATCH_PIXELS, PATCHES, DataSettings, digest
 from .reader import WIDTH
 
-OURS, BASELINE = "ms_resampler", "resampler"
+OURS, BASELINE, WITH_QUERIES = "ms_resampler", "resampler", "ms_resampler, learned queries"
 HEADS = 8
 VERSION = 2  # of how runs are made: another one makes results anew
 WIDTHS = range(4 * HEADS, 256 + 1, HEADS)
@@ -26,8 +26,10 @@ WIDTHS = range(4 * HEADS, 256 + 1, HEADS)
 PEERS: dict[str, dict[str, Any]] = {
     OURS: {},
     BASELINE: {"projector_type": "resampler"},
-    "resampler, local": {"projector_type": "resampler", "scope_sigmas": [0.5]},
-    "resampler, regional": {"projector_type": "resampler", "scope_sigmas": [1.5]},
+    "resampler, local": {"projector_type": "resampler", "scope_sigmas": [0.5], "query_init": "none"},
+    "resampler, local, learned queries": {"projector_type": "resampler", "scope_sigmas": [0.5]},
+    "resampler, regional, learned queries": {"projector_type": "resampler", "scope_sigmas": [1.5]},
+    WITH_QUERIES: {"query_init": "learned"},
     # The plain reading of the claim: a resampler for each scope.
     "ms_resampler, branches": {"scope_layout": "branches", "fusion": "head", "cell_residual": False},
     # What is usually meant by a resampler. With one scope, layout and fusion change nothing.
@@ -43,7 +45,7 @@ PEERS["q_former"]["num_hidden_layers"] = 2  # every second layer looks at patche
 # The MLP keeps every patch: what could be had without a budget.
 REFERENCE: dict[str, dict[str, Any]] = {"mlp": {"projector_type": "mlp"}}
 
-# Changes to ms_resampler, one at a time. "resampler" and its kin above are the ablation to one scope.
+# Changes to ms_resampler with learned queries, one at a time. "resampler" and its kin are the ablation to one scope.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "two scopes": {"scope_sigmas": [0.5, None]},
     "four scopes": {"scope_sigmas": [0.35, 0.8, 2.0, None]},
@@ -62,13 +64,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "two layers": {"num_hidden_layers": 2},
     "three quarters as wide": {"hidden_size": 3 * WIDTH // 4, "intermediate_size": 3 * WIDTH // 4},
 }
-# What may become the default, and its control, at every budget. As wide as makes up for queries and keys.
-CANDIDATES: dict[str, dict[str, Any]] = {
-    "no queries": {"queries": False},
-    "no queries, one local scope": {"projector_type": "resampler", "scope_sigmas": [0.5], "queries": False},
-}
 # Trained with a random grid each step, and asked for every budget.
-ELASTIC = (OURS, "mqt", "avg_pool")
+ELASTIC = (OURS, WITH_QUERIES, "mqt", "avg_pool")
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ class Run:
 
 def fields_of(arm: str) -> dict[str, Any]:
     """The projector fields of an arm. Raises ValueError if there is no such arm."""
-    known = {**PEERS, **REFERENCE, **ABLATIONS, **CANDIDATES}
+    known = PEERS | REFERENCE | {name: PEERS[WITH_QUERIES] | changes for name, changes in ABLATIONS.items()}
     if arm not in known:
         raise ValueError(f"The study knows no projector {arm!r}; it knows {', '.join(known)}.")
     return known[arm]
@@ -147,20 +144,15 @@ def make_run(study: Study, arm: str, budgets: Sequence[int], seed: int, learning
 def complete_fields(projector: dict[str, Any]) -> dict[str, Any]:
     """The fields with their defaults, so that a result is known by what was trained, whatever becomes a default.
 
-    A peer has none of the fields of scopes, and all others that it has are given. A field that came later is named
-    where it changes something, or earlier results would be lost.
+    A peer has none of the fields of scopes, and all others that it has are given.
     """
     config = MSResamplerProjectorConfig(**projector)
-    if not config.num_scopes:
-        return projector
-    later = {"queries"} if config.queries else set()
-    return {name: getattr(config, name) for name in config.__annotations__ if name not in later}
+    return {name: getattr(config, name) for name in config.__annotations__} if config.num_scopes else projector
 
 
 def size_of(arm: str) -> dict[str, int]:
-    """Width, heads and FFN of an arm: those of ms_resampler, or what gives a peer or candidate as many parameters."""
-    fields = fields_of(arm)
-    return sizes(WIDTH if not fields.keys() & {"projector_type", "queries"} else matched_width(arm))
+    """Width, heads and FFN of an arm: as wide as makes its parameters comparable; an ablation as what it changes."""
+    return sizes(matched_width(WITH_QUERIES if arm in ABLATIONS else arm))
 
 
 def sizes(width: int) -> dict[str, int]:
@@ -170,12 +162,12 @@ def sizes(width: int) -> dict[str, int]:
 
 @cache
 def matched_width(arm: str) -> int:
-    """The width at which an arm comes nearest, to a percent, to the parameters of ms_resampler.
+    """The width at which an arm comes nearest, to a percent, to the parameters of a resampler of the reader's width.
 
-    Where several do, or there is no width, that nearest to ours.
+    Where several do, or there is no width, that nearest to the reader's.
     """
     grid = token_grid(16, GRID)
-    aim = count_parameters({"query_grid": grid, "visual_tokens": grid} | sizes(WIDTH))
+    aim = count_parameters(PEERS[BASELINE] | {"query_grid": grid, "visual_tokens": grid} | sizes(WIDTH))
     tokens = GRID if arm in REFERENCE else grid
     fields = {**fields_of(arm), "query_grid": tokens, "visual_tokens": tokens}
     counts = {width: count_parameters(fields | sizes(width)) for width in WIDTHS}
@@ -243,15 +235,15 @@ def main_runs(study: Study, rates: dict[str, float]) -> list[Run]:
 
 
 def further_runs(study: Study, rates: dict[str, float]) -> list[Run]:
-    """With the learning rate of ms_resampler its ablations, at the middle budget, and candidates; and elastic runs."""
-    if not study.ablations or OURS not in rates:
+    """Ablations at the middle budget, with the learning rate of what they change; and elastic runs."""
+    if not study.ablations:
         return []
+    ablations = ABLATIONS if WITH_QUERIES in rates else ()
     elastic = [arm for arm in ELASTIC if arm in rates]
     return [
-        *(make_run(study, arm, [study.middle], seed, rates[OURS]) for seed in range(study.seeds) for arm in ABLATIONS),
         *(
-            make_run(study, arm, [budget], seed, rates[OURS])
-            for seed, budget, arm in product(range(study.seeds), study.budgets, CANDIDATES)
+            make_run(study, arm, [study.middle], seed, rates[WITH_QUERIES])
+            for seed, arm in product(range(study.seeds), ablations)
         ),
-        *(make_run(study, arm, study.budgets, seed, rates[arm]) for seed in range(study.seeds) for arm in elastic),
+        *(make_run(study, arm, study.budgets, seed, rates[arm]) for seed, arm in product(range(study.seeds), elastic)),
     ]

@@ -10,12 +10,11 @@ from PIL import Image
 from ..evaluation.timing import markdown_table
 from ..folders import write_whole
 from .figures import FIGURES, draw_figures
-from .plan import BASELINE, CANDIDATES, ELASTIC, OURS, REFERENCE
-from .results import Results, fingerprint, load
+from .plan import BASELINE, ELASTIC, OURS, REFERENCE, WITH_QUERIES
+from .results import ENOUGH_SEEDS, Results, fingerprint, load
 from .statistics import GROUPS, Difference, Estimate, corrected
 
 ONE_POINT = 0.01
-ENOUGH_SEEDS = 5
 PRELIMINARY = (
     "\n\n**Preliminary: the tables of scores are over {seeds}.** Seeds differ by about as much as neighbours in these "
     "tables do, so conclusions wait for five."
@@ -64,8 +63,6 @@ def report_text(results: Results) -> str:
     sections += ["## Figures", *(f"![{caption}](study/{name}.png)\n\n{caption}" for name, caption in FIGURES.items())]
     if results.ablations():
         sections += [f"## Ablations, {results.middle} tokens", ablation_table(results)]
-    if any(results.candidates(tokens) for tokens in results.budgets):
-        sections += ["## A candidate for the default: no queries", candidate_tables(results)]
     if any(results.arms(tokens, "elastic") for tokens in results.budgets):
         sections += ["## One set of weights for every budget", elastic_table(results)]
     sections += ["## Cost", cost_table(results), how_it_was_made(results)]
@@ -144,11 +141,10 @@ def main_table(results: Results, tokens: str) -> str:
     )
 
 
-def rivals(results: Results, tokens: str, arm: str = OURS) -> dict[str, Difference]:
-    """The score of an arm, ours, minus that of every other projector at a budget, the strongest rival first."""
-    ours = (arm, "fixed", tokens)
-    known = results.arms(tokens) + (results.candidates(tokens) if arm in CANDIDATES else [])
-    others = {other: (other, "fixed", tokens) for other in known if other != arm}
+def rivals(results: Results, tokens: str) -> dict[str, Difference]:
+    """Our score minus that of every other projector at a budget, the strongest rival first."""
+    ours = (OURS, "fixed", tokens)
+    others = {arm: (arm, "fixed", tokens) for arm in results.arms(tokens) if arm != OURS}
     found = {other: results.difference(ours, key) for other, key in others.items() if results.comparable(ours, key)}
     return dict(sorted(found.items(), key=lambda item: item[1].estimate.mean_G[-1]))
 
@@ -170,9 +166,9 @@ def differences_table(title: str, found: dict[str, Difference]) -> str:
     return markdown_table([title, "seeds", "overall", "p", "d", *GROUPS], rows)
 
 
-def verdict(results: Results, tokens: str, arm: str = OURS) -> str:
-    """What an arm's differences at a budget say, in two sentences."""
-    found = rivals(results, tokens, arm)
+def verdict(results: Results, tokens: str) -> str:
+    """What the differences at a budget say, in two sentences."""
+    found = rivals(results, tokens)
     ahead = [other for other, difference in found.items() if difference.estimate.low_G[-1] > 0]
     behind = [other for other, difference in found.items() if difference.estimate.high_G[-1] < 0]
     open_ = [other for other in found if other not in (*ahead, *behind)]
@@ -183,7 +179,7 @@ def verdict(results: Results, tokens: str, arm: str = OURS) -> str:
         if difference.estimate.mean_G[column] < -ONE_POINT
     ]
     return (
-        f"At {tokens} tokens `{arm}` is ahead of {len(ahead)} of {len(found)} with an interval that excludes zero "
+        f"At {tokens} tokens `{OURS}` is ahead of {len(ahead)} of {len(found)} with an interval that excludes zero "
         f"({listed(ahead)}), behind {len(behind)} ({listed(behind)}), and not told apart from {len(open_)} "
         f"({listed(open_)}). More than a point behind in a group: {listed(worse)}."
     )
@@ -195,34 +191,19 @@ def listed(names: list[str]) -> str:
 
 
 def ablation_table(results: Results) -> str:
-    """Each change to the default, minus the default."""
-    default = (OURS, "fixed", results.middle)
-    kin = [arm for arm in results.arms(results.middle) if arm.startswith((BASELINE, f"{OURS},"))]
+    """Each change to the design with learned queries, minus that; its kin among the projectors, the default too."""
+    default = (WITH_QUERIES, "fixed", results.middle)
+    kin = [arm for arm in results.arms(results.middle) if arm.startswith((BASELINE, OURS)) and arm != WITH_QUERIES]
     changes = [*kin, *results.ablations()]
     keys = {arm: (arm, "fixed", results.middle) for arm in changes}
     found = {arm: results.difference(key, default) for arm, key in keys.items() if results.comparable(key, default)}
     table_of_changes = differences_table("change", found) + left_out([arm for arm in keys if arm not in found])
-    return "Each change minus the default, in points:\n\n" + table_of_changes
-
-
-def candidate_tables(results: Results) -> str:
-    """The first candidate minus everything else, budget by budget."""
-    arm = next(iter(CANDIDATES))
-    parts = [
-        "With `queries=False` heads score patches by themselves, without queries, keys and codes of places, and are "
-        "wider for as many parameters. Not the default yet, and not in the tables above. "
-        f"`{arm}` minus each of the others:"
-    ]
-    for tokens in results.budgets:
-        if arm in results.candidates(tokens):
-            parts += [differences_table(f"{tokens} tokens, minus", rivals(results, tokens, arm))]
-            parts += [verdict(results, tokens, arm)]
-    return "\n\n".join(parts)
+    return f"Each change to `{WITH_QUERIES}`, minus that, in points:\n\n{table_of_changes}"
 
 
 def left_out(arms: list[str]) -> str:
     """A note below a table, if any arms are missing in it."""
-    return f"\n\nLeft out, because no seed is shared yet: {listed(arms)}." if arms else ""
+    return f"\n\nLeft out, because too few seeds are shared yet: {listed(arms)}." if arms else ""
 
 
 def elastic_table(results: Results) -> str:

@@ -18,10 +18,11 @@ import numpy as np
 from ..evaluation.timing import machine
 from ..folders import copy_whole, write_whole
 from .data import TOWER, DataSettings, data_folder
-from .plan import ABLATIONS, CANDIDATES, OURS, PEERS, REFERENCE, Run, Study
+from .plan import ABLATIONS, OURS, PEERS, REFERENCE, WITH_QUERIES, Run, Study
 from .reader import READER
 from .statistics import Difference, Estimate, difference, estimate, score_matrix
 
+ENOUGH_SEEDS = 5
 Block = tuple[str, int]  # what a run was made with, and its seed
 Key = tuple[str, str, str]  # an arm, "fixed" or "elastic", and the tokens it is asked for
 
@@ -41,7 +42,7 @@ class Results:
         found: dict[Key, dict[Block, np.ndarray]] = {}
         for result in self.runs:
             run = result["run"]
-            if run["learning_rate"] == self.rates.get(run["arm"], self.rates.get(OURS)):
+            if run["learning_rate"] == self.rates.get(run["arm"], self.rates.get(WITH_QUERIES)):
                 for tokens, scores in result["test"].items():
                     key = run["arm"], "elastic" if len(run["grids"]) > 1 else "fixed", tokens
                     found.setdefault(key, {})[result["made_with"], run["seed"]] = score_matrix(scores)
@@ -65,21 +66,17 @@ class Results:
         """The ablations that have results."""
         return [arm for arm in ABLATIONS if (arm, "fixed", self.middle) in self.scores]
 
-    def candidates(self, tokens: str) -> list[str]:
-        """The candidates that have results at a budget."""
-        return [arm for arm in CANDIDATES if (arm, "fixed", tokens) in self.scores]
-
     def contenders(self, tokens: str) -> list[Key]:
         """What the main table of a budget compares: the projectors, and those that keep every patch.
 
-        Ours is the first; one that shares no block with those before it is left out.
+        Ours is the first; one that shares no block with those before it, or would leave them too few, is left out.
         """
         kept = [(arm, "fixed", "144") for arm in REFERENCE if (arm, "fixed", "144") in self.scores]
         entrants = [*((arm, "fixed", tokens) for arm in self.arms(tokens) if arm not in REFERENCE), *kept]
         shared, contenders = None, []
         for key in entrants:
             blocks = set(self.scores[key]) if shared is None else shared & set(self.scores[key])
-            if blocks:
+            if blocks and (len(blocks) >= ENOUGH_SEEDS or not shared or len(shared) < ENOUGH_SEEDS):
                 shared = blocks
                 contenders.append(key)
         return contenders
@@ -124,7 +121,7 @@ class Results:
 def collect(study: Study, rates: dict[str, float], costs: dict[str, Any], results: Sequence[dict[str, Any]]) -> Results:
     """The results of a study, each run once, without what no table or figure needs."""
     runs = {json.dumps(result["run"]): compact(result) for result in results}
-    order = [*PEERS, *REFERENCE, *ABLATIONS, *CANDIDATES]
+    order = [*PEERS, *REFERENCE, *ABLATIONS]
     ordered = sorted(
         runs.values(),
         key=lambda r: (order.index(r["run"]["arm"]), -len(r["run"]["grids"]), r["run"]["grids"], r["run"]["seed"]),
