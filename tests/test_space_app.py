@@ -483,7 +483,7 @@ def test_the_view_is_given_the_maps(answerer, maps):
     np.testing.assert_array_equal(unpacked(picture["weights"], "<f4").reshape(3, 4), maps.weights)
     peaks = unpacked(picture["peaks"], "<f4").reshape(3, 4, 1)
     shares = unpacked(picture["steps"], "<u2").reshape(3, 4, 36) / 65535 * peaks
-    assert (np.abs(shares - maps.attentions) <= peaks / 131000).all()
+    assert (np.abs(shares - maps.attentions) <= peaks / 130000).all()  # half a step, and the digits of float32
 
 
 def test_rows_without_attention_stay_empty():

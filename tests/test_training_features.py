@@ -97,7 +97,7 @@ def test_gradient_of_the_projector_is_the_slope_of_the_loss():
     slope = gradients(model, batch)
     labels = batch.pop("labels")
     with torch.no_grad():
-        for name in ("layers.0.prior.log_scale_Gh", "query_1DHW", "input_proj.weight"):
+        for name in ("layers.0.prior.log_scale_Gh", "layers.0.score.0.weight", "input_proj.weight"):
             parameter, gradient = model.model.projector.get_parameter(name), slope[f"model.projector.{name}"]
             step = 1e-2 * gradient / gradient.norm()
             losses = []
@@ -226,7 +226,7 @@ def test_autocast_trains():
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         model(**batch).loss.backward()
-    for name in ("model.projector.query_1DHW", "model.projector.output_proj.weight"):
+    for name in ("model.projector.layers.0.score.0.weight", "model.projector.output_proj.weight"):
         gradient = model.get_parameter(name).grad
         assert gradient.dtype == torch.float32
         assert F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.95
@@ -286,9 +286,14 @@ def test_weights_that_wait_on_disk(tmp_path, on_disk):
     assert_close(again.generate(**text), model.generate(**text))
 
 
-def test_names_in_the_file(tmp_path):
+@pytest.mark.parametrize("query_init", ["none", "learned"])
+def test_names_in_the_file(query_init, tmp_path):
     """The contract with every checkpoint there is; a change belongs in UPGRADING.md."""
-    tiny.tiny_model(text_changes={"tie_word_embeddings": True}).save_pretrained(tmp_path)
+    model = tiny.tiny_model(projector={"query_init": query_init}, text_changes={"tie_word_embeddings": True})
+    model.save_pretrained(tmp_path)
+    parts = ["v_proj", "o_proj", "ffn_norm", "ffn.0", "ffn.2"]
+    parts += ["score.0"] if query_init == "none" else ["query_norm", "q_proj", "k_proj"]
+    own = {"patch_norm.weight", "patch_norm.bias", "layers.0.score.2.weight"}
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         names = set(file.keys())
     assert {".".join(name.split(".")[:2]) for name in names} == {
@@ -299,17 +304,12 @@ def test_names_in_the_file(tmp_path):
     assert {name.removeprefix("model.projector.") for name in names if "projector" in name} == {
         *(f"{norm}.{leaf}" for norm in ("input_norm", "output_norm") for leaf in ("weight", "bias")),
         *(f"{part}.{leaf}" for part in ("input_proj", "patch_conv", "output_proj") for leaf in ("weight", "bias")),
-        "query_1DHW",
-        "layers.0.scope_embedding_GD",
+        *(own if query_init == "none" else ("query_1DHW", "layers.0.scope_embedding_GD")),
         "layers.0.prior.sigma_Gh",
         "layers.0.prior.log_scale_Gh",
         "layers.0.prior.offset_Gh2",
         *(f"layers.0.{name}" for name in ("gate_norm.weight", "gate_norm.bias", "gate.weight")),
-        *(
-            f"layers.0.{part}.{leaf}"
-            for part in ("query_norm", "q_proj", "k_proj", "v_proj", "o_proj", "ffn_norm", "ffn.0", "ffn.2")
-            for leaf in ("weight", "bias")
-        ),
+        *(f"layers.0.{part}.{leaf}" for part in parts for leaf in ("weight", "bias")),
     }
 
 
@@ -387,11 +387,12 @@ def assert_initialised(projector) -> None:
         "query_1DHW": 0.02,
         "layers.0.scope_embedding_GD": 0.02,
         "layers.0.prior.log_scale_Gh": 0,
+        "layers.0.gate.weight": 0,
         "layers.0.ffn.2.weight": 32**-0.5,
     }.items(),
 )
 def test_one_missing_weight_is_initialised_and_its_neighbours_are_kept(tmp_path, gone, spread):
-    model = tiny.tiny_model()
+    model = tiny.tiny_model(projector={"query_init": "learned"})
     gone = f"model.projector.{gone}"
     state = {name: value for name, value in model.state_dict().items() if name != gone}
     model.save_pretrained(tmp_path, state_dict=dict(state))

@@ -91,7 +91,7 @@ def test_a_tied_head_is_saved_once_and_comes_back_tied(start, tmp_path):
 
 
 def test_groups_have_their_rates_and_decay_matrices_alone():
-    model = tiny_model()
+    model = tiny_model(projector={"query_init": "learned"})
     rates = LearningRates(projector=1e-3, llm=2e-5, embeddings=1e-5)
     freeze(model, rates)
     groups = parameter_groups(model, rates, weight_decay=0.1)
