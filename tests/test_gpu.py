@@ -40,7 +40,9 @@ def relative_error(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "changes", [{}, {"prior_form": "bias"}, {"scope_layout": "branches", "fusion": "head"}], ids=str
+    "changes",
+    [{}, {"query_init": "learned"}, {"prior_form": "bias"}, {"scope_layout": "branches", "fusion": "head"}],
+    ids=str,
 )
 def test_outputs_maps_and_gradients_are_those_of_the_equations_in_float64(changes, dtype):
     exact, x = make(**changes).double(), features()

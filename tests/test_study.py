@@ -36,6 +36,7 @@ from ms_resampler.study.data import (
 from ms_resampler.study.plan import (
     ABLATIONS,
     BASELINE,
+    LOCAL,
     OURS,
     PEERS,
     REFERENCE,
@@ -192,7 +193,7 @@ def test_the_plan_is_complete():
         *(("mlp", "144", seed) for seed in range(5)),
     }
     assert len(main_plan) == 5 * (3 * len(fixed) + 1)
-    assert len(sweep_runs(study)) == 3 * len(study.arms)
+    assert len(sweep_runs(study)) == 3 * (len(study.arms) - 1)  # one has the rate of ours
     further = further_runs(study, RATES)
     assert {run.arm for run in further if len(run.grids) == 1} == set(ABLATIONS)
     assert {run.tokens for run in further} == {"16", "9 to 36"}
@@ -383,6 +384,7 @@ def test_the_learning_rate_is_the_best_on_validation_whatever_the_test_says():
     assert best_rates(Study(arms=(OURS,)), swept) == {OURS: 1e-3}
     equals = [result(OURS, rate, 0.8, "1") for rate in (4e-3, 1e-3, 2e-3)]
     assert best_rates(Study(arms=(OURS,)), equals) == {OURS: 1e-3}  # in whatever order they were done
+    assert best_rates(Study(arms=(OURS, LOCAL)), swept) == {OURS: 1e-3, LOCAL: 1e-3}
 
 
 def test_the_command_line_changes_the_study(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from ..training.train import keep_freed_memory
 from .costs import measure_costs
 from .data import data_folder, prepare_data
-from .plan import BASELINE, OURS, QUICK, Run, Study, further_runs, main_runs, rehearse, sweep_runs
+from .plan import BASELINE, LOCAL, OURS, QUICK, Run, Study, further_runs, main_runs, rehearse, sweep_runs
 from .reader import pretrained_reader
 from .report import check_report, report_text, write_report
 from .results import Results, adopt, collect, load, made_with, result_path, run_of, save
@@ -158,11 +158,11 @@ def best_rates(study: Study, swept: Sequence[dict[str, Any]]) -> dict[str, float
     if not swept:
         return dict.fromkeys(study.arms, study.learning_rates[0])
     rates = {}
-    for arm in study.arms:
+    for arm in (arm for arm in study.arms if arm != LOCAL):
         results = [result for result in swept if result["run"]["arm"] == arm]
         scores = {result["run"]["learning_rate"]: next(iter(result["validation"].values())) for result in results}
         rates[arm] = max(scores, key=lambda rate: (scores[rate], -rate))
-    return rates
+    return rates | ({LOCAL: rates[OURS]} if LOCAL in study.arms else {})
 
 
 def perform_all(title: str, runs: Sequence[Run], out: Path, pool: ProcessPoolExecutor) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .data import GRID, PATCH_PIXELS, STUDY_FAMILIES, study_scene
-from .plan import BASELINE, OURS, Study, make_projector, make_run
+from .plan import BASELINE, LOCAL, OURS, Study, make_projector, make_run
 from .results import Results
 from .run import head_sigmas
 from .statistics import GROUPS
@@ -22,7 +22,7 @@ FIGURES = {
 COLOURS = {
     OURS: "#D55E00",
     BASELINE: "#0072B2",
-    "resampler, local": "#56B4E9",
+    LOCAL: "#56B4E9",
     "avg_pool": "#009E73",
     "token_packer": "#CC79A7",
     "mqt": "#E69F00",
