@@ -175,6 +175,18 @@ def test_one_scope_becomes_several_and_computes_the_same_at_first(scope, tiled, 
     assert (moved > 0).any()  # the new scopes learn, too
 
 
+def test_one_scope_without_queries_stays_one(tmp_path, capsys):
+    changes = {"projector_type": "resampler", "scope_sigmas": [0.5], "query_init": "none"}
+    tiny_model(projector=changes).save_pretrained(tmp_path / "one")
+    tiny_processor().save_pretrained(tmp_path / "one")
+    assert convert(tmp_path / "one", tmp_path / "several", "--projector", "ms_resampler") == 2
+    assert (
+        'which this projector has none of (`query_init="none"`): train several from the start'
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "several").exists()
+
+
 def original_checkpoint(folder: Path, kind: str, *, whole: bool, tower_inside: bool = False) -> dict[str, torch.Tensor]:
     """A checkpoint as the original repositories leave it, in a PyTorch file; returns the projector's weights."""
     torch.manual_seed(0)
