@@ -173,7 +173,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         query_init: "none" (heads score patches by themselves, and only the prior says which token reads where),
             "learned", or "content" to add the mean of the patches in a token's cell. The default of "ms_resampler" is
             "none" where that is possible (layout "heads", a prior, a scope that is not global), else it is "learned".
-        prior_form: "channels" (appended to queries and keys) or "bias" (added to the scores); same function.
+        prior_form: "channels" (a Gaussian prior is appended to queries and keys or, without queries, taken by rows and
+            columns of patches) or "bias" (it is added to the scores); same function.
     """
 
     model_type = "ms_resampler_projector"

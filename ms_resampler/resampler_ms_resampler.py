@@ -8,8 +8,12 @@
     z   = W_o [S g^s o_h]_h + z + mean of u in the cell  adaptive fusion over the scopes; z starts at 0
     z   = z + FFN(LN(z));   y = W_out LN(z)
 
-A head scores a patch in the same way for every token: only the prior says which token reads it. With `query_init`
-"learned" or "content" tokens ask by themselves, and u, without its last norm, is read at its place:
+A head scores a patch in the same way for every token: only the prior says which token reads it. So o_h is a filter of
+the image, and as a Gaussian is a product over the two axes, it is done along the rows of patches, then across them:
+
+    o_h = softmax_rows(l + B^y) softmax_columns(s + B^x) W_v u;   l = logsumexp_columns(s + B^x), s = w_h . gelu(W_s u)
+
+With `query_init` "learned" or "content" tokens ask by themselves, and u, without its last norm, is read at its place:
 
     q   = z + e                                          queries; z starts as base grid + pos(a)
     o_h = softmax(W_q LN(q) . W_k(u + pos(p)) / sqrt(d) + B^s) W_v u, and q instead of z in the sum
@@ -87,6 +91,8 @@ class Geometry(NamedTuple):
     of 8 with the head's own, which kernels like.
     """
 
+    patch_grid: tuple[int, int]
+    token_grid: tuple[int, int]
     anchors_M2: Tensor
     patches_N2: Tensor
     anchor_codes_MD: Tensor
@@ -116,7 +122,10 @@ def make_geometry(
         high_N3, low_N3 = high_and_low(key_N3, dtype)
         channels_Ne = torch.cat([high_N3, low_N3, high_N3], dim=-1)
     padding = -(key_width + channels_Ne.shape[-1]) % 8
-    return Geometry(anchors_M2, patches_N2, anchor_codes_MD, patch_codes_ND.to(dtype), F.pad(channels_Ne, (0, padding)))
+    channels_Ne = F.pad(channels_Ne, (0, padding))
+    return Geometry(
+        patch_grid, token_grid, anchors_M2, patches_N2, anchor_codes_MD, patch_codes_ND.to(dtype), channels_Ne
+    )
 
 
 _kept_geometry = lru_cache(maxsize=16)(make_geometry)
@@ -187,9 +196,9 @@ def widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def key_width(config) -> int:
-    """Channels of a head's queries and keys: d, or a single one for the score."""
-    return 1 if config.query_init == "none" else config.hidden_size // config.num_attention_heads
+def along(points_P2: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The y of a grid's rows and the x of its columns, from all its points (y, x) in raster order."""
+    return points_P2[:: grid[1], 0], points_P2[: grid[1], 1]
 
 
 def high_and_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -240,9 +249,11 @@ class ScopePrior(nn.Module):
         return torch.cat(sigmas).unflatten(0, (len(scope_Gh), -1)), torch.cat(offsets).unflatten(0, (len(scope_Gh), -1))
 
     # Called as a module, not by these names: what moves offloaded weights around hooks into the call.
-    def forward(self, geometry: Geometry, as_bias: bool = False) -> Tensor:
-        """The prior as channels for queries, to go with those of the geometry for keys, or as an additive bias."""
-        if as_bias:
+    def forward(self, geometry: Geometry, form: str) -> Tensor | tuple[Tensor, Tensor]:
+        """The prior as an additive "bias", the same by its "axes", or the "channels" of queries to those of keys."""
+        if form == "axes":
+            return self.axes_Gh(geometry)
+        if form == "bias":
             return self.bias_GhMN(geometry.anchors_M2, geometry.patches_N2)
         return self.channels_GhMe(geometry.anchors_M2, geometry.channels_Ne)
 
@@ -268,6 +279,20 @@ class ScopePrior(nn.Module):
             return anchors_M2.expand(*self.sigma_Gh.shape, -1, -1)
         return anchors_M2 + self.offset_Gh2[:, :, None].to(anchors_M2.dtype)
 
+    def axes_Gh(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        """The parts of the Gaussian prior along both axes: of rows of tokens and patches, and of their columns."""
+        anchors = along(geometry.anchors_M2, geometry.token_grid)
+        patches = along(geometry.patches_N2, geometry.patch_grid)
+        offsets_Gh = (
+            self.offset_Gh2.to(anchors[0].dtype).unbind(-1) if self.tiled else (anchors[0].new_zeros(1, 1),) * 2
+        )
+        half_Gh11 = -0.5 * self.precision_Gh()[:, :, None, None]
+        y, x = (
+            half_Gh11 * (anchor[:, None] + offset_Gh[..., None, None] - patch).square()
+            for anchor, offset_Gh, patch in zip(anchors, offsets_Gh, patches, strict=True)
+        )
+        return y, x
+
     def channels_GhMe(self, anchors_M2: Tensor, channels_Ne: Tensor) -> Tensor:
         """The Gaussian prior as a dot product: what to append to queries, where keys have the geometry's channels.
 
@@ -277,7 +302,7 @@ class ScopePrior(nn.Module):
         """
         precision_Gh11, dtype = self.precision_Gh()[:, :, None, None], channels_Ne.dtype
         query_GhM3 = precision_Gh11 * F.pad(self.of_heads(anchors_M2), (0, 1), value=1.0)
-        query_GhM3 = query_GhM3 * math.sqrt(key_width(self.config))
+        query_GhM3 = query_GhM3 * math.sqrt(self.config.hidden_size // self.config.num_attention_heads)
         query_GhMe = query_GhM3.to(dtype)
         if dtype.itemsize < 4:
             high_GhM3, low_GhM3 = high_and_low(query_GhM3, dtype)
@@ -334,6 +359,7 @@ class ScopeLayer(GradientCheckpointingLayer):
                 nn.GELU(),
                 nn.Linear(width // 4, self.heads, bias=False),  # which softmax would ignore
             )
+        self.separable = not self.asks and config.scope_prior == "gaussian" and config.prior_form == "channels"
         self.v_proj = nn.Linear(width, width * self.key_sets)
         self.o_proj = nn.Linear(width, width)
         self.prior = ScopePrior(config)
@@ -365,7 +391,10 @@ class ScopeLayer(GradientCheckpointingLayer):
         query_BGhMd = query_BGhMd.expand(len(u_BND), *[-1] * 4)
         value_BKhNd = self._per_key_set(self.v_proj(u_BND))
 
-        o_BGhMd = self._attend(query_BGhMd, key_BKhNd, value_BKhNd, geometry)
+        if self.separable:
+            o_BGhMd = self._filter(key_BKhNd[:, 0, ..., 0], value_BKhNd[:, 0], geometry)[:, None]
+        else:
+            o_BGhMd = self._attend(query_BGhMd, key_BKhNd, value_BKhNd, geometry)
         z_BMD, weights_BSM = self._fuse(o_BGhMd, q_BGMD)
         z_BMD = z_BMD + cell_BMD
         z_BMD = z_BMD + self.ffn(self.ffn_norm(z_BMD))
@@ -380,7 +409,7 @@ class ScopeLayer(GradientCheckpointingLayer):
         Without queries, a head's key is its score of a patch, and every token asks for that: d is 1.
         """
         if not self.asks:
-            score_BKhNd = self.score(u_BND).mT[:, None, :, :, None]
+            score_BKhNd = self.score(u_BND).mT.contiguous()[:, None, :, :, None]
             return z_BMD[:, None], score_BKhNd.new_ones(1, 1, self.heads, z_BMD.shape[1], 1), score_BKhNd
         q_BGMD = z_BMD[:, None] + self.scope_embedding_GD[:, None]
         query_BGhMd = split_heads(self.q_proj(self.query_norm(q_BGMD)), self.heads)
@@ -390,13 +419,24 @@ class ScopeLayer(GradientCheckpointingLayer):
         """(B, N, K*h*d) -> (B, K, h, N, d), K key sets: one, or one a scope."""
         return split_heads(x.unflatten(-1, (self.key_sets, -1)).transpose(1, 2), self.heads)
 
+    def _filter(self, score_BhN: Tensor, value_BhNd: Tensor, geometry: Geometry) -> Tensor:
+        """o (B, h, M, d) by rows and columns, with no score of a token and a patch: H x W patches to R x C tokens."""
+        rows_hRH, columns_hCW = (part[0] for part in self.prior(geometry, "axes"))
+        score_BhHCW = score_BhN.unflatten(-1, geometry.patch_grid)[..., None, :] + columns_hCW[:, None]
+        log_BhHC = score_BhHCW.logsumexp(dim=-1)
+        weight_BhHCW = (score_BhHCW - log_BhHC[..., None]).exp().to(value_BhNd.dtype)
+        o_BhHCd = weight_BhHCW @ value_BhNd.unflatten(-2, geometry.patch_grid)
+        weight_BhCRH = (log_BhHC.mT[..., None, :] + rows_hRH[:, None]).softmax(dim=-1).to(value_BhNd.dtype)
+        o_BhCRd = weight_BhCRH @ o_BhHCd.transpose(2, 3)
+        return o_BhCRd.permute(0, 3, 2, 1, 4).flatten(1, 2).transpose(1, 2)  # laid out as heads are merged
+
     def _attend(self, query, key, value, geometry: Geometry) -> Tensor:
         """o (B, G, h, M, d): one attention call for all scopes that share keys and values."""
         bias, scale, width = None, query.shape[-1] ** -0.5, value.shape[-1]
         if self.prior.kind == "gaussian" and self.prior.form == "channels":
             query, key = self._with_prior_channels(query, key, geometry)
         elif self.prior.kind != "none":
-            bias = self.prior(geometry, as_bias=True)[None].to(query.dtype)
+            bias = self.prior(geometry, "bias")[None].to(query.dtype)
         widest = max(query.shape[-1], width)  # the fast kernels want one width
         query, key, value = (widen(x, widest) for x in (query, key, value))
         if self.key_sets > 1:
@@ -407,7 +447,7 @@ class ScopeLayer(GradientCheckpointingLayer):
 
     def _with_prior_channels(self, query, key, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """Appends the prior to queries and keys."""
-        extra_q, extra_k = self.prior(geometry), geometry.channels_Ne
+        extra_q, extra_k = self.prior(geometry, "channels"), geometry.channels_Ne
         query = torch.cat([query, extra_q.expand(*query.shape[:-1], -1)], dim=-1)
         return query, torch.cat([key, extra_k.expand(*key.shape[:-1], -1)], dim=-1)
 
@@ -451,7 +491,7 @@ class ScopeLayer(GradientCheckpointingLayer):
         dtype = wide(query.dtype)
         scores_BGhMN = query.to(dtype) @ key.to(dtype).mT * query.shape[-1] ** -0.5
         if self.prior.kind != "none":
-            scores_BGhMN = scores_BGhMN + self.prior(geometry, as_bias=True)
+            scores_BGhMN = scores_BGhMN + self.prior(geometry, "bias")
         maps_BGhMN = scores_BGhMN.softmax(dim=-1)
         if self.layout == "branches":
             return maps_BGhMN.mean(dim=2)
@@ -499,7 +539,9 @@ class MultiScopeResampler(nn.Module):
         """
         check_patches(x_BNC, patch_grid)
         u_BND = self._patches(x_BNC, patch_grid)
-        geometry = geometry_of(u_BND, patch_grid, token_grid, key_width(self.config))
+        geometry = geometry_of(
+            u_BND, patch_grid, token_grid, self.config.hidden_size // self.config.num_attention_heads
+        )
         mean_BMD = cell_means(u_BND, patch_grid, token_grid)
         cell_BMD = mean_BMD if self.config.cell_residual else 0.0
         z_BMD, maps = self._first_queries(geometry.anchor_codes_MD, token_grid).to(u_BND.dtype), None

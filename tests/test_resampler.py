@@ -32,7 +32,7 @@ from ms_resampler.resampler_ms_resampler import (
 VISION, TEXT = 6, 10
 SMALL = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 12, "query_grid": [2, 3]}
 SMALL |= {"scope_layout": "branches", "fusion": "head", "cell_residual": False, "query_init": "learned"}
-NO_QUERIES = {"query_init": "none", "scope_layout": "heads"}
+NO_QUERIES = {"query_init": "none", "scope_layout": "heads", "fusion": "token"}
 
 FUSIONS = ("head", "token", "static", "mean")
 ARRANGEMENTS = [
@@ -56,9 +56,10 @@ ARRANGEMENTS = [
     {"hidden_size": 4, "num_attention_heads": 1},
     {"scope_layout": "heads", "fusion": "token", "scope_sigmas": [0.4, 1, None], "num_hidden_layers": 2},
     *({**NO_QUERIES, "fusion": f, "cell_residual": True} for f in ("token", "mean")),
-    {**NO_QUERIES, "fusion": "token", "prior_form": "bias", "cell_residual": True},
+    {**NO_QUERIES, "prior_form": "bias", "cell_residual": True},
     {**NO_QUERIES, "fusion": "static", "scope_prior": "window", "num_hidden_layers": 2},
-    {**NO_QUERIES, "fusion": "token", "scope_sigmas": [0.5], "num_attention_heads": 1},
+    {**NO_QUERIES, "scope_sigmas": [0.5], "num_attention_heads": 1},
+    *({**NO_QUERIES, name: False} for name in ("tile_heads", "learn_scopes")),
 ]  # fmt: skip
 GRIDS = [((4, 4), (2, 2)), ((3, 5), (2, 3)), ((5, 2), (3, 1)), ((4, 6), (4, 5)), ((1, 7), (1, 3))]
 
@@ -124,7 +125,9 @@ def test_random_arrangements():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-12)], ids=str)
 @pytest.mark.parametrize(("patch_grid", "token_grid"), GRIDS)
-@pytest.mark.parametrize("changes", [{}, {"scope_layout": "heads", "fusion": "token"}, {"share_kv": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"scope_layout": "heads", "fusion": "token"}, {"share_kv": False}, NO_QUERIES], ids=str
+)
 def test_both_forms_of_the_prior_agree_gradients_included(patch_grid, token_grid, changes, dtype, tolerance):
     channels, bias = (make(prior_form=form, **changes).to(dtype) for form in ("channels", "bias"))
     bias.load_state_dict(channels.state_dict())
@@ -143,7 +146,9 @@ def test_both_forms_of_the_prior_agree_gradients_included(patch_grid, token_grid
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 2e-2)], ids=str
 )
-@pytest.mark.parametrize("changes", [{}, {"scope_layout": "heads", "fusion": "token"}, {"share_kv": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"scope_layout": "heads", "fusion": "token"}, {"share_kv": False}, NO_QUERIES], ids=str
+)
 def test_both_forms_of_the_prior_agree_in_every_dtype(changes, dtype, tolerance):
     """Within twice what the dtype itself costs; the scores differ in their last digits only."""
     channels, bias = (make(prior_form=form, **changes).to(dtype) for form in ("channels", "bias"))
@@ -180,7 +185,7 @@ SLOPES = [
     {"fusion": "token", "query_init": "content", "num_hidden_layers": 2},
     {"fusion": "static", "scope_layout": "heads"},
     {"fusion": "token", "scope_layout": "heads", "scope_prior": "window"},
-    {**NO_QUERIES, "fusion": "token"},
+    NO_QUERIES,
 ]
 
 
@@ -208,11 +213,24 @@ def test_only_a_scope_that_ends_has_a_size_to_learn():
     assert gradient_Gh[1].abs().max() == 0
 
 
+@pytest.mark.parametrize("loudness", [1, 100, 1e4])
+def test_filtering_by_rows_and_columns_holds_whatever_the_scores(loudness):
+    """Even where the loudest patch is so far above the others that no number holds its exponential beside theirs."""
+    by_axes, plain = (make(**NO_QUERIES, prior_form=form) for form in ("channels", "bias"))
+    with torch.no_grad():
+        by_axes.layers[0].score[2].weight *= loudness
+        plain.load_state_dict(by_axes.state_dict())
+        x = features((5, 7))
+        one, other = (resampler(x, (5, 7), (3, 2))[0] for resampler in (by_axes, plain))
+    assert one.isfinite().all()
+    assert relative_error(one, other) < 1e-5 * max(1, loudness / 100)  # a score's last digit grows with it
+
+
 @pytest.mark.parametrize("mode", ["module in bfloat16", "autocast"])
-@pytest.mark.parametrize("form", ["channels", "bias"])
-def test_bfloat16_stays_within_two_percent(mode, form):
+@pytest.mark.parametrize("changes", [{}, {"prior_form": "bias"}, NO_QUERIES], ids=str)
+def test_bfloat16_stays_within_two_percent(mode, changes):
     """Outputs, gates and maps: 0.3 to 1.5% over seeds, where a number of bfloat16 has a rounding error of 0.4%."""
-    resampler, x = make(prior_form=form, scope_sigmas=[0.5, 1.5, None]), features((8, 8))
+    resampler, x = make(scope_sigmas=[0.5, 1.5, None], **changes), features((8, 8))
     expected = by_reference(resampler, x, (8, 8), (4, 4))
     if mode == "module in bfloat16":
         resampler, x = resampler.to(torch.bfloat16), x.to(torch.bfloat16)
@@ -232,7 +250,7 @@ def test_attention_by_the_prior_alone_keeps_its_digits_in_bfloat16(width):
     with torch.no_grad():
         query, key = layer._with_prior_channels(query.bfloat16(), key.bfloat16(), geometry)
         attention = (query.float() @ key.float().mT * width**-0.5)[0, 0, 0].softmax(-1)
-        gaussian = layer.prior(geometry, as_bias=True)[0, 0].softmax(-1)
+        gaussian = layer.prior(geometry, "bias")[0, 0].softmax(-1)
     assert (attention - gaussian).abs().sum(-1).max() < 1e-3
 
 
@@ -321,7 +339,7 @@ def test_tiles_cover_the_disc_evenly():
 def test_a_window_is_the_same_disc_around_every_token(side):
     prior = make(scope_prior="window", scope_sigmas=[0.5]).layers[0].prior
     geometry = make_geometry((side, side), (side, side), 16, 4)
-    seen_M = (prior(geometry, as_bias=True)[0, 0] == 0).sum(-1).view(side, side)
+    seen_M = (prior(geometry, "bias")[0, 0] == 0).sum(-1).view(side, side)
     assert (seen_M[1:-1, 1:-1] == 5).all()  # the token's own patch and its four neighbours
 
 
@@ -356,7 +374,7 @@ def test_scopes_are_trusted_alike_before_training():
     assert (maps.attentions_BSMN[:, 0] - maps.attentions_BSMN[:, 2]).abs().max() > 0.05
 
 
-KINDS = [{}, {"query_init": "content"}, {**NO_QUERIES, "fusion": "token"}]
+KINDS = [{}, {"query_init": "content"}, NO_QUERIES]
 
 
 @given(*(st.tuples(st.integers(1, 9), st.integers(1, 9)) for _ in range(2)), st.sampled_from(KINDS))
@@ -461,7 +479,8 @@ def test_the_geometry_of_two_grids_is_made_once(dtype):
         again = geometry_of(torch.zeros(3, 20, width, dtype=dtype), *grids, head)
         assert all(part is same for part, same in zip(one, again, strict=True))
         made = make_geometry(*grids, width, head, dtype=dtype)
-        assert all(torch.equal(part, other) for part, other in zip(one, made, strict=True))
+        assert one[:2] == made[:2] == tuple(grids)
+        assert all(torch.equal(part, other) for part, other in zip(one[2:], made[2:], strict=True))
         assert made.patch_codes_ND.dtype == made.channels_Ne.dtype == dtype
         assert (head + made.channels_Ne.shape[-1]) % 8 == 0
 
