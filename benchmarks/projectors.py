@@ -52,6 +52,7 @@ HALF = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() == "
 # Sizes of the publications: projector fields, and the tower's layers where there are several.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "resampler": {},
+    "resampler, local": {"scope_sigmas": [0.5], "query_init": "none"},  # ms_resampler with one scope
     "ms_resampler": {},
     "ms_resampler, 1024 wide": {"hidden_size": 1024},
     "ms_resampler, learned queries": {"query_init": "learned"},
@@ -133,7 +134,8 @@ EVERY = list(PUBLISHED)
 AFFORDABLE = [name for name in EVERY if name != "idefics2_perceiver"]
 WHOLE_CELLS = ["pixel_shuffle", "saep", "token_packer"]  # 16 x 16 tokens of 24 x 24 patches they do not know
 RIVALS = ["mlp", "c_abstractor", "ldp_v2", "token_packer", "mqt", "perceiver"]
-OURS = ["resampler", "ms_resampler", "ms_resampler, 1024 wide"]
+BASES = ["resampler", "ms_resampler", "ms_resampler, 1024 wide"]  # what tables relate times to
+OURS = [*BASES, "resampler, local", "ms_resampler, learned queries"]
 SUITE: list[tuple[list[str], Setting]] = [
     *((EVERY, Setting(tokens=tokens)) for tokens in (144, 64, 36)),
     ([name for name in EVERY if name not in WHOLE_CELLS], Setting(tokens=256)),
@@ -216,13 +218,13 @@ def digits(ms: float) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in markdown."""
-    columns = ["projector", "parameters (M)", "GMAC", "median ms", "spread", *(f"x {base}" for base in OURS)]
+    columns = ["projector", "parameters (M)", "GMAC", "median ms", "spread", *(f"x {base}" for base in BASES)]
     lines = []
     for row in rows:
         median = statistics.median(row["ms"])
         cells = [row["projector"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}"]
         cells += [f"{median:.{digits(median)}f}", spread(row["ms"], digits(median))]
-        cells += [*(times_as_long(row, rows, base) for base in OURS)]
+        cells += [*(times_as_long(row, rows, base) for base in BASES)]
         cells += [f"{row['floor_ms'] / median:.0%}", f"{row['peak_bytes'] / 1e6:.1f}"]
         lines.append(cells)
     return markdown_table([*columns, "share of the floor", "peak (MB)"], lines)
@@ -230,7 +232,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def summary(results: list[dict[str, Any]]) -> str:
     """All settings in markdown: what ms_resampler takes, and how many times as long the others do in the same round."""
-    others = ["resampler", "ms_resampler, 1024 wide", *RIVALS]
+    others = [name for name in [*OURS, *RIVALS] if name != "ms_resampler"]
     lines = []
     for result in results:
         rows = {row["projector"]: row for row in result["rows"]}

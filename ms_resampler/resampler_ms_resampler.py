@@ -197,8 +197,8 @@ def widen(x: Tensor, width: int) -> Tensor:
 
 
 def along(points_P2: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The y of a grid's rows and the x of its columns, from all its points (y, x) in raster order."""
-    return points_P2[:: grid[1], 0], points_P2[: grid[1], 1]
+    """The y of a grid's rows and the x of its columns, from all its points (..., P, 2) in raster order."""
+    return points_P2[..., :: grid[1], 0], points_P2[..., : grid[1], 1]
 
 
 def high_and_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -281,17 +281,10 @@ class ScopePrior(nn.Module):
 
     def axes_Gh(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """The parts of the Gaussian prior along both axes: of rows of tokens and patches, and of their columns."""
-        anchors = along(geometry.anchors_M2, geometry.token_grid)
-        patches = along(geometry.patches_N2, geometry.patch_grid)
-        offsets_Gh = (
-            self.offset_Gh2.to(anchors[0].dtype).unbind(-1) if self.tiled else (anchors[0].new_zeros(1, 1),) * 2
-        )
+        y_GhR, x_GhC = along(self.of_heads(geometry.anchors_M2), geometry.token_grid)
+        y_H, x_W = along(geometry.patches_N2, geometry.patch_grid)
         half_Gh11 = -0.5 * self.precision_Gh()[:, :, None, None]
-        y, x = (
-            half_Gh11 * (anchor[:, None] + offset_Gh[..., None, None] - patch).square()
-            for anchor, offset_Gh, patch in zip(anchors, offsets_Gh, patches, strict=True)
-        )
-        return y, x
+        return half_Gh11 * (y_GhR[..., None] - y_H).square(), half_Gh11 * (x_GhC[..., None] - x_W).square()
 
     def channels_GhMe(self, anchors_M2: Tensor, channels_Ne: Tensor) -> Tensor:
         """The Gaussian prior as a dot product: what to append to queries, where keys have the geometry's channels.

@@ -28,6 +28,8 @@ from model import (
 )
 from model import prompt_table as model_table
 from preprocessing import measure as measure_preprocessing
+from prior_form import FORMS, error
+from prior_form import main as measure_prior_forms
 from projectors import PUBLISHED, SUITE, Setting, along, chosen, cost, draw, measure, summary, table
 from projectors import make_run as make_projector_run
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -245,6 +247,17 @@ def test_what_is_recorded_says_what_generate_does(tiny_parts):
         assert torch.equal(run(), expected)
         assert torch.equal(run(), expected)
         assert len(token_times(run)) == 4
+
+
+def test_all_forms_of_the_prior_are_measured_and_right(monkeypatch, capsys):
+    x, grids = torch.randn(1, 24, 1024), ((4, 6), (2, 3))
+    assert all(error(form, torch.float32, x, grids) < 2e-5 for form in FORMS)
+    monkeypatch.setattr(sys, "argv", ["prior_form", "--patches=2", "--tokens=1", "--batch=1", "--repeats=1"])
+    measure_prior_forms()
+    head, _, *rows = (line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line)
+    assert [form.strip() for form in head[4:-2]] == list(FORMS)
+    assert len(rows) == 4  # two dtypes, with gradients and without
+    assert {len(row) for row in rows} == {len(head)}
 
 
 class Waits(TorchDispatchMode):

@@ -274,16 +274,21 @@ def test_seeds_widen_the_interval():
 
 def test_a_difference_is_paired_over_seeds_and_pictures():
     ours, other = random_scores(level=0.7), random_scores(level=0.6)
-    found = difference(ours, other)
+    validation = np.array([0.02, 0.05, 0.03])
+    found = difference(ours, other, validation)
     by_seed = [[group_means(np.nanmean(part[seed], axis=1))[-1] for seed in range(3)] for part in (ours, other)]
     assert found.p == pytest.approx(stats.ttest_rel(*by_seed).pvalue)
     gaps = np.subtract(*by_seed)
     assert found.effect == pytest.approx(gaps.mean() / gaps.std(ddof=1))
     assert found.estimate.mean_G[-1] == pytest.approx(gaps.mean())
     # What all seeds and pictures share leaves no doubt, however much scores vary.
-    shifted = difference(ours + np.array([0.124, 0.125, 0.126])[:, None, None], ours).estimate
+    shifted = difference(ours + np.array([0.124, 0.125, 0.126])[:, None, None], ours, validation).estimate
     np.testing.assert_allclose([shifted.low_G, shifted.high_G], 0.125, atol=0.001)
-    assert np.isnan(difference(ours[:1], other[:1]).p)
+    theirs = stats.ttest_1samp(validation, 0).confidence_interval()
+    assert found.validation == pytest.approx((validation.mean(), *theirs))
+    single = difference(ours[:1], other[:1], validation[:1])
+    assert np.isnan([single.p, *single.validation[1:]]).all()
+    assert single.validation[0] == 0.02
 
 
 def test_p_values_are_adjusted_for_their_number():
@@ -437,7 +442,8 @@ def test_the_stored_report_is_that_of_the_stored_results():
 def scored(arm, made_with, seed, letters, tokens="16"):
     test = {**dict.fromkeys(STUDY_FAMILIES, letters), "dense": "3232"}
     run = {"arm": arm, "learning_rate": 1e-3, "seed": seed, "grids": [[4, 4]]}
-    return {"run": run, "made_with": made_with, "parameters": 1, "test": {tokens: test}}
+    validation = {tokens: 0.5 + seed * letters.count("1")}
+    return {"run": run, "made_with": made_with, "parameters": 1, "validation": validation, "test": {tokens: test}}
 
 
 def test_runs_are_compared_only_with_those_of_the_same_tower_and_machine():
@@ -456,7 +462,9 @@ def test_runs_are_compared_only_with_those_of_the_same_tower_and_machine():
     found = results.estimates(ours, other)
     np.testing.assert_array_equal(found[ours].mean_G, estimate(plain[0]).mean_G)
     np.testing.assert_array_equal(found[other].mean_G, estimate(plain[1]).mean_G)
-    assert results.difference(ours, other).p == difference(*plain).p
+    compared = results.difference(ours, other)
+    assert compared.p == difference(*plain, np.zeros(2)).p
+    assert compared.validation[0] == pytest.approx(np.mean([1 * 1 - 1 * 0, 2 * 0 - 2 * 1]))
     apart = dataclasses.replace(results, runs=[runs[0], runs[3]])
     with pytest.raises(ValueError, match="No seed is finished yet for all of ms_resampler, avg_pool"):
         apart.blocks(ours, other)
@@ -539,17 +547,24 @@ def test_a_table_leaves_out_what_shares_no_seed_with_the_default():
     def result(arm, made_with, seed, score):
         scores = {"16": {**test, "read": score}}
         run = {"arm": arm, "seed": seed, "learning_rate": 1e-3, "grids": [[4, 4]]}
-        return {"run": run, "made_with": made_with, "test": scores}
+        return {"run": run, "made_with": made_with, "validation": {"16": 0.5}, "test": scores}
 
-    runs = [result(OURS, "here", 0, "11"), result("two scopes", "here", 0, "10"), result("no prior", "there", 0, "11")]
+    runs = [
+        result(OURS, "here", 0, "11"),
+        result("two scopes", "here", 0, "10"),
+        result("mean fusion", "there", 0, "11"),
+    ]
+    runs += [result("two scopes, learned queries", "there", 0, "11")]
     runs += [result("mqt", "there", 0, "11"), result("saep", "here", 0, "11"), result(WITH_QUERIES, "here", 0, "10")]
     results = Results({"budgets": [16]}, dict.fromkeys((OURS, WITH_QUERIES, "mqt", "saep"), 1e-3), {}, runs)
     assert [arm for arm, _, _ in results.contenders("16")] == [OURS, WITH_QUERIES, "saep"]
     assert list(rivals(results, "16")) == ["saep", WITH_QUERIES]  # the strongest first
-    table = ablation_table(results)
-    assert "| two scopes | 1 |" in table
-    assert "| no prior |" not in table
-    assert table.endswith("Left out, because too few seeds are shared yet: no prior.")
+    table = ablation_table(results, OURS)
+    assert re.findall(r"^\| ([\w ,]+) \| 1 ", table, flags=re.MULTILINE) == [WITH_QUERIES, "two scopes"]
+    assert table.endswith("Left out, because too few seeds are shared yet: mean fusion.")
+    table = ablation_table(results, WITH_QUERIES)
+    assert re.findall(r"^\| ([\w ,]+) \| 1 ", table, flags=re.MULTILINE) == [OURS]
+    assert table.endswith("Left out, because too few seeds are shared yet: two scopes, learned queries.")
 
 
 def test_what_has_few_seeds_does_not_take_those_of_a_table_of_five():

@@ -46,8 +46,8 @@ PEERS["q_former"]["num_hidden_layers"] = 2  # every second layer looks at patche
 # The MLP keeps every patch: what could be had without a budget.
 REFERENCE: dict[str, dict[str, Any]] = {"mlp": {"projector_type": "mlp"}}
 
-# Changes to ms_resampler with learned queries, one at a time. "resampler" and its kin are the ablation to one scope.
-ABLATIONS: dict[str, dict[str, Any]] = {
+# Changes to ms_resampler and to it with learned queries, one at a time.
+CHANGES: dict[str, dict[str, Any]] = {
     "two scopes": {"scope_sigmas": [0.5, None]},
     "four scopes": {"scope_sigmas": [0.35, 0.8, 2.0, None]},
     "window prior": {"scope_prior": "window", "learn_scopes": False, "prior_form": "bias"},
@@ -64,6 +64,19 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "content queries": {"query_init": "content"},
     "two layers": {"num_hidden_layers": 2},
     "three quarters as wide": {"hidden_size": 3 * WIDTH // 4, "intermediate_size": 3 * WIDTH // 4},
+}
+# Without queries, heads have to be those of all scopes, and only the prior tells tokens apart.
+NEED_QUERIES = {"no prior", "branches", "branches, separate keys and values", "content queries"}
+NEED_QUERIES |= {"three quarters as wide"}  # of the width with queries
+# By name: what is changed, and the change. Projectors that are one as they are stand in the tables, too: RELATIVES.
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{change: (OURS, fields) for change, fields in CHANGES.items() if change not in NEED_QUERIES},
+    "one regional scope": (OURS, PEERS[LOCAL] | {"scope_sigmas": [1.5]}),
+    **{f"{change}, learned queries": (WITH_QUERIES, fields) for change, fields in CHANGES.items()},
+}
+RELATIVES = {
+    OURS: [LOCAL, WITH_QUERIES],
+    WITH_QUERIES: [arm for arm in PEERS if arm.startswith((BASELINE, OURS)) and arm != WITH_QUERIES],
 }
 # Trained with a random grid each step, and asked for every budget.
 ELASTIC = (OURS, WITH_QUERIES, "mqt", "avg_pool")
@@ -126,7 +139,7 @@ class Run:
 
 def fields_of(arm: str) -> dict[str, Any]:
     """The projector fields of an arm. Raises ValueError if there is no such arm."""
-    known = PEERS | REFERENCE | {name: PEERS[WITH_QUERIES] | changes for name, changes in ABLATIONS.items()}
+    known = PEERS | REFERENCE | {name: PEERS[base] | fields for name, (base, fields) in ABLATIONS.items()}
     if arm not in known:
         raise ValueError(f"The study knows no projector {arm!r}; it knows {', '.join(known)}.")
     return known[arm]
@@ -153,7 +166,12 @@ def complete_fields(projector: dict[str, Any]) -> dict[str, Any]:
 
 def size_of(arm: str) -> dict[str, int]:
     """Width, heads and FFN of an arm: as wide as makes its parameters comparable; an ablation as what it changes."""
-    return sizes(matched_width(WITH_QUERIES if arm in ABLATIONS else arm))
+    return sizes(matched_width(changed_by(arm)))
+
+
+def changed_by(arm: str) -> str:
+    """What an ablation changes; of a projector, itself. An ablation has its width and learning rate."""
+    return ABLATIONS[arm][0] if arm in ABLATIONS else arm
 
 
 def sizes(width: int) -> dict[str, int]:
@@ -240,11 +258,11 @@ def further_runs(study: Study, rates: dict[str, float]) -> list[Run]:
     """Ablations at the middle budget, with the learning rate of what they change; and elastic runs."""
     if not study.ablations:
         return []
-    ablations = ABLATIONS if WITH_QUERIES in rates else ()
+    ablations = [arm for arm in ABLATIONS if changed_by(arm) in rates]
     elastic = [arm for arm in ELASTIC if arm in rates]
     return [
         *(
-            make_run(study, arm, [study.middle], seed, rates[WITH_QUERIES])
+            make_run(study, arm, [study.middle], seed, rates[changed_by(arm)])
             for seed, arm in product(range(study.seeds), ablations)
         ),
         *(make_run(study, arm, study.budgets, seed, rates[arm]) for seed, arm in product(range(study.seeds), elastic)),

@@ -10,7 +10,7 @@ from PIL import Image
 from ..evaluation.timing import markdown_table
 from ..folders import write_whole
 from .figures import FIGURES, draw_figures
-from .plan import BASELINE, ELASTIC, LOCAL, OURS, REFERENCE, WITH_QUERIES
+from .plan import BASELINE, ELASTIC, LOCAL, OURS, REFERENCE, RELATIVES
 from .results import ENOUGH_SEEDS, Results, fingerprint, load
 from .statistics import GROUPS, Difference, Estimate, corrected
 
@@ -61,8 +61,9 @@ def report_text(results: Results) -> str:
             differences_table("minus", rivals(results, tokens)),
         ]
     sections += ["## Figures", *(f"![{caption}](study/{name}.png)\n\n{caption}" for name, caption in FIGURES.items())]
-    if results.ablations():
-        sections += [f"## Ablations, {results.middle} tokens", ablation_table(results)]
+    ablations = [ablation_table(results, base) for base in RELATIVES if results.ablations(base)]
+    if ablations:
+        sections += [f"## Ablations, {results.middle} tokens", *ablations]
     if any(results.arms(tokens, "elastic") for tokens in results.budgets):
         sections += ["## One set of weights for every budget", elastic_table(results)]
     sections += ["## Cost", cost_table(results), how_it_was_made(results)]
@@ -101,7 +102,9 @@ by seed and picture; p-values are t-tests over seeds, adjusted for their number 
 d is Cohen's, over three seeds or more. Where tower and reader were trained more than once, or runs made on several
 kinds of machine, runs are compared with those of the same only ([how it was made](#how-it-was-made)): a table of scores
 is over the seeds that all its rows share, a difference over all that its two sides share. Our own design was chosen by
-looking at scores of these pictures ([log](log.md)), those of the peers are as published: that speaks for us."""
+looking at scores of these pictures ([log](log.md)), those of the peers are as published: that speaks for us. So
+differences have a column of the {data["validation_scenes"]} *validation* pictures, too, of other digits again, which
+decided nothing but the learning rates, and those for all alike: overall, with its 95% t-interval over seeds."""
 
 
 def percent(estimate: Estimate, column: int) -> str:
@@ -113,8 +116,13 @@ def percent(estimate: Estimate, column: int) -> str:
 def signed(difference: Difference, column: int) -> str:
     """A difference in points and its interval: "+1.2 (+0.3 to +2.0)"."""
     parts = (difference.estimate.mean_G, difference.estimate.low_G, difference.estimate.high_G)
-    mean, low, high = (100 * part[column] for part in parts)
-    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    return signed_interval(*(part[column] for part in parts))
+
+
+def signed_interval(mean: float, low: float, high: float) -> str:
+    """The same of three numbers; of a single seed, which has no interval, the mean alone."""
+    interval = "" if np.isnan(low) else f" ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{100 * mean:+.1f}{interval}"
 
 
 def number(value: float, digits: int) -> str:
@@ -161,18 +169,20 @@ def differences_table(title: str, found: dict[str, Difference]) -> str:
             signed(difference, -1),
             "<0.001" if p < 0.0005 else number(p, 3),
             number(difference.effect, 1),
+            signed_interval(*difference.validation),
             *(signed(difference, column) for column in range(len(GROUPS))),
         ]
         for (arm, difference), p in zip(found.items(), adjusted, strict=True)
     ]
-    return markdown_table([title, "seeds", "overall", "p", "d", *GROUPS], rows)
+    return markdown_table([title, "seeds", "overall", "p", "d", "validation", *GROUPS], rows)
 
 
 def verdict(results: Results, tokens: str) -> str:
-    """What the differences at a budget say, in two sentences."""
+    """What the differences at a budget say, in a few sentences."""
     found = rivals(results, tokens)
     ahead = [other for other, difference in found.items() if difference.estimate.low_G[-1] > 0]
     behind = [other for other, difference in found.items() if difference.estimate.high_G[-1] < 0]
+    confirmed = [other for other in ahead if found[other].validation[1] > 0]
     open_ = [other for other in found if other not in (*ahead, *behind)]
     worse = [
         f"{other} ({GROUPS[column]}, {100 * difference.estimate.mean_G[column]:+.1f})"
@@ -183,7 +193,8 @@ def verdict(results: Results, tokens: str) -> str:
     return (
         f"At {tokens} tokens `{OURS}` is ahead of {len(ahead)} of {len(found)} with an interval that excludes zero "
         f"({listed(ahead)}), behind {len(behind)} ({listed(behind)}), and not told apart from {len(open_)} "
-        f"({listed(open_)}). More than a point behind in a group: {listed(worse)}."
+        f"({listed(open_)}). Of those it leads, {len(confirmed)} are behind on validation pictures, too, zero "
+        f"excluded. More than a point behind in a group: {listed(worse)}."
     )
 
 
@@ -192,15 +203,14 @@ def listed(names: list[str]) -> str:
     return "; ".join(names) or "none"
 
 
-def ablation_table(results: Results) -> str:
-    """Each change to the design with learned queries, minus that; its kin among the projectors, the default too."""
-    default = (WITH_QUERIES, "fixed", results.middle)
-    kin = [arm for arm in results.arms(results.middle) if arm.startswith((BASELINE, OURS)) and arm != WITH_QUERIES]
-    changes = [*kin, *results.ablations()]
-    keys = {arm: (arm, "fixed", results.middle) for arm in changes}
+def ablation_table(results: Results, base: str) -> str:
+    """Each change to a design, minus that; its relatives among the projectors, too."""
+    default = (base, "fixed", results.middle)
+    relatives = [arm for arm in results.arms(results.middle) if arm in RELATIVES[base]]
+    keys = {arm: (arm, "fixed", results.middle) for arm in (*relatives, *results.ablations(base))}
     found = {arm: results.difference(key, default) for arm, key in keys.items() if results.comparable(key, default)}
     table_of_changes = differences_table("change", found) + left_out([arm for arm in keys if arm not in found])
-    return f"Each change to `{WITH_QUERIES}`, minus that, in points:\n\n{table_of_changes}"
+    return f"Each change to `{base}`, minus that, in points:\n\n{table_of_changes}"
 
 
 def left_out(arms: list[str]) -> str:

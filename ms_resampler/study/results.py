@@ -7,7 +7,7 @@ within blocks only, so that results of several machines can stand in one study.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 from ..evaluation.timing import machine
 from ..folders import copy_whole, write_whole
 from .data import TOWER, DataSettings, data_folder
-from .plan import ABLATIONS, OURS, PEERS, REFERENCE, WITH_QUERIES, Run, Study
+from .plan import ABLATIONS, OURS, PEERS, REFERENCE, Run, Study, changed_by
 from .reader import READER
 from .statistics import Difference, Estimate, difference, estimate, score_matrix
 
@@ -39,13 +39,22 @@ class Results:
     @cached_property
     def scores(self) -> dict[Key, dict[Block, np.ndarray]]:
         """Test scores (F, B) by block, at the chosen learning rates."""
+        return self._by_block("test", score_matrix)
+
+    @cached_property
+    def validation(self) -> dict[Key, dict[Block, np.ndarray]]:
+        """Overall validation scores () by block, at the chosen learning rates."""
+        return self._by_block("validation", np.array)
+
+    def _by_block(self, split: str, read: Callable[[Any], np.ndarray]) -> dict[Key, dict[Block, np.ndarray]]:
+        """What the runs say about a split, by block."""
         found: dict[Key, dict[Block, np.ndarray]] = {}
         for result in self.runs:
             run = result["run"]
-            if run["learning_rate"] == self.rates.get(run["arm"], self.rates.get(WITH_QUERIES)):
-                for tokens, scores in result["test"].items():
+            if run["learning_rate"] == self.rates.get(changed_by(run["arm"])):
+                for tokens, scores in result[split].items():
                     key = run["arm"], "elastic" if len(run["grids"]) > 1 else "fixed", tokens
-                    found.setdefault(key, {})[result["made_with"], run["seed"]] = score_matrix(scores)
+                    found.setdefault(key, {})[result["made_with"], run["seed"]] = read(scores)
         return found
 
     @property
@@ -62,9 +71,9 @@ class Results:
         """The projectors, ablations aside, that have results at a budget."""
         return [arm for arm in (*PEERS, *REFERENCE) if (arm, mode, tokens) in self.scores]
 
-    def ablations(self) -> list[str]:
-        """The ablations that have results."""
-        return [arm for arm in ABLATIONS if (arm, "fixed", self.middle) in self.scores]
+    def ablations(self, base: str) -> list[str]:
+        """The ablations of a projector that have results."""
+        return [arm for arm in ABLATIONS if changed_by(arm) == base and (arm, "fixed", self.middle) in self.scores]
 
     def contenders(self, tokens: str) -> list[Key]:
         """What the main table of a budget compares: the projectors, and those that keep every patch.
@@ -101,7 +110,9 @@ class Results:
     def difference(self, one: Key, other: Key) -> Difference:
         """One minus another, over the blocks that both have."""
         blocks = self.blocks(one, other)
-        return difference(*(np.stack([self.scores[key][block] for block in blocks]) for key in (one, other)))
+        ours, other_ = (np.stack([self.scores[key][block] for block in blocks]) for key in (one, other))
+        validation = [self.validation[one][block] - self.validation[other][block] for block in blocks]
+        return difference(ours, other_, np.array(validation))
 
     def parameters(self, arm: str, tokens: str) -> int:
         """Parameters of an arm's projector at a budget."""

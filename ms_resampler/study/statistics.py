@@ -67,25 +67,36 @@ class Difference:
     """Our score minus another's, same seeds and pictures: estimates, and overall the t-test over seeds.
 
     `effect` is Cohen's d of paired samples, over seeds. Neither it nor `p` is a number where seeds do not differ, and
-    of fewer than three seeds `effect` is none either: it would say how near the two happen to be.
+    of fewer than three seeds `effect` is none either: it would say how near the two happen to be. `validation` is the
+    overall difference on validation pictures and its 95% t-interval over seeds.
     """
 
     estimate: Estimate
     p: float
     effect: float
     seeds: int
+    validation: tuple[float, float, float]
 
 
-def difference(ours_SFB: np.ndarray, other_SFB: np.ndarray) -> Difference:
-    """Paired comparison of two arms."""
+def difference(ours_SFB: np.ndarray, other_SFB: np.ndarray, validation_S: np.ndarray) -> Difference:
+    """Paired comparison of two arms, whose overall difference on validation pictures is known."""
     difference_SFB = ours_SFB - other_SFB
     by_seed_S = group_means(np.nanmean(difference_SFB, axis=2))[:, -1]
-    seeds, found = len(by_seed_S), estimate(difference_SFB)
+    seeds, found, validation = len(by_seed_S), estimate(difference_SFB), mean_over_seeds(validation_S)
     if np.ptp(by_seed_S) == 0:
-        return Difference(found, np.nan, np.nan, seeds)
+        return Difference(found, np.nan, np.nan, seeds, validation)
     p = float(stats.ttest_1samp(by_seed_S, 0).pvalue)
     effect = float(by_seed_S.mean() / by_seed_S.std(ddof=1)) if seeds > 2 else np.nan
-    return Difference(found, p, effect, seeds)
+    return Difference(found, p, effect, seeds, validation)
+
+
+def mean_over_seeds(value_S: np.ndarray) -> tuple[float, float, float]:
+    """The mean and its 95% t-interval, which a single seed does not have."""
+    mean, seeds = float(value_S.mean()), len(value_S)
+    if seeds == 1:
+        return mean, np.nan, np.nan
+    margin = float(stats.t.ppf(0.975, seeds - 1) * value_S.std(ddof=1) / np.sqrt(seeds))
+    return mean, mean - margin, mean + margin
 
 
 def corrected(p_values: Sequence[float]) -> np.ndarray:
