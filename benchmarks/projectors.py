@@ -287,11 +287,12 @@ def draw_bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
 def draw_lines(axis: Any, rows_by_value: dict[int, list[dict[str, Any]]], label: str) -> None:
     """A line for every projector that was measured at each value, of ours and of those that ours are compared with."""
     medians = [{row["projector"]: statistics.median(row["ms"]) for row in rows} for rows in rows_by_value.values()]
-    for colour, name in enumerate([*OURS, *RIVALS]):
+    colours = [*plt.get_cmap("tab10").colors, "black"]
+    for colour, name in zip(colours, [*OURS, *RIVALS], strict=True):
         if all(name in some for some in medians):
             style = {"linewidth": 2.5, "linestyle": "-"} if is_ours(name) else {"linewidth": 1, "linestyle": "--"}
             line = [some[name] for some in medians]
-            axis.plot(list(rows_by_value), line, marker="o", label=name, color=f"C{colour}", **style)
+            axis.plot(list(rows_by_value), line, marker="o", label=name, color=colour, **style)
     axis.set(xscale="log", yscale="log", xlabel=SWEPT[label], ylabel="milliseconds")
     axis.set_xticks(list(rows_by_value), list(map(str, rows_by_value)), minor=False)
     axis.minorticks_off()

@@ -359,7 +359,7 @@ def is_running(process: int) -> bool:
 @pytest.mark.slow
 def test_the_report_is_made_of_the_results_and_checked_against_them(studied, tmp_path, capsys):
     out, rates, results = studied
-    costs = {"macs": 1_000_000, "forward": 1.0, "backward": 2.0}
+    costs = {"macs": 1_000_000, "forward": 1.0, "backward": 2.0, "forward_x": 1.0, "backward_x": 1.0}
     about = {"machine": "a machine", "projectors": dict.fromkeys(SMALL.arms, costs)}
     save(collect(SMALL, rates, about, results), tmp_path / "study", out)
     write_report(tmp_path)

@@ -9,13 +9,15 @@ import torch
 
 from ..evaluation.timing import count_macs, interleaved, machine
 from .data import CHANNELS, GRID, PATCHES
-from .plan import REFERENCE, Study, make_projector, make_run
+from .plan import BASELINE, REFERENCE, Study, make_projector, make_run
 
-REPEATS = 15
+REPEATS = 41
 
 
 def measure_costs(study: Study) -> dict[str, Any]:
-    """For every projector at the middle budget: MACs of an image, median ms of a batch forward and with gradients."""
+    """For every projector at the middle budget: MACs of an image, median ms of a batch forward and with gradients, and
+    the medians of their ratios to BASELINE in the same round.
+    """
     forward, backward, macs = {}, {}, {}
     for arm in study.arms:
         run = make_run(study, arm, [study.middle], 0, 0)
@@ -23,19 +25,26 @@ def measure_costs(study: Study) -> dict[str, Any]:
         macs[arm] = count_macs(partial(projector, torch.randn(1, PATCHES, CHANNELS), GRID, run.grids[0]))
         forward[arm] = make_step(projector, run.grids[0], study.batch_size, gradients=False)
         backward[arm] = make_step(projector, run.grids[0], study.batch_size, gradients=True)
-    times = [interleaved(steps, REPEATS) for steps in (forward, backward)]
-    medians = [{arm: round(statistics.median(spent), 3) for arm, spent in part.items()} for part in times]
+    times = {"forward": interleaved(forward, REPEATS), "backward": interleaved(backward, REPEATS)}
     return {
         "machine": machine(),
         "projectors": {
             f"{arm} (144 tokens)" if arm in REFERENCE else arm: {
                 "macs": macs[arm],
-                "forward": medians[0][arm],
-                "backward": medians[1][arm],
+                **{part: round(statistics.median(spent[arm]), 3) for part, spent in times.items()},
+                **{
+                    f"{part}_x": round(in_the_same_round(spent[arm], spent[BASELINE]), 3)
+                    for part, spent in times.items()
+                },
             }
             for arm in study.arms
         },
     }
+
+
+def in_the_same_round(spent: list[float], base: list[float]) -> float:
+    """How many times as long as another a run took: the median over rounds."""
+    return statistics.median(one / other for one, other in zip(spent, base, strict=True))
 
 
 def make_step(

@@ -235,20 +235,18 @@ def elastic_table(results: Results) -> str:
 def cost_table(results: Results) -> str:
     """Multiply-accumulates and times, as ratios to the single-scope resampler in the same run."""
     costs = results.costs
-    base = costs["projectors"][BASELINE]
     rows = [
         [
             arm,
             f"{cost['macs'] / 1e6:.1f}",
-            *(f"{cost[key]:.2f}" for key in ("forward", "backward")),
-            *(f"{cost[key] / base[key]:.2f}" for key in ("forward", "backward")),
+            *(f"{cost[key]:.2f}" for key in ("forward", "backward", "forward_x", "backward_x")),
         ]
         for arm, cost in costs["projectors"].items()
     ]
     head = ["projector", "million MACs an image", "forward, ms", "and backward, ms", "forward, x", "and backward, x"]
     return (
         f"Of the projectors alone, {results.middle} tokens, batch {results.study['batch_size']}, medians of "
-        f"interleaved repeats in one run; x is relative to `{BASELINE}`. {costs['machine']}. At these small sizes "
+        f"repeats in turn; x is relative to `{BASELINE}` in the same round. {costs['machine']}. At these small sizes "
         "overheads weigh more than at published ones, which `python benchmarks/projectors.py` measures.\n\n"
         + markdown_table(head, rows)
     )
