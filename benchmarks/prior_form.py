@@ -3,8 +3,8 @@
     python benchmarks/prior_form.py            576 x 1024 -> 144 -> 4096, float32 and bfloat16, batch 1 and 8
 
 Prints one markdown table: median milliseconds over interleaved repeats (and their spread), relative to one global
-scope without a prior in the same run, and the error of the output against float64. `--patches` and `--tokens` are of
-the side of a square.
+scope without a prior in the same run, and the error of the output against float64. `--patches` and `--tokens` are
+sides of squares.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from ms_resampler.evaluation.timing import interleaved, machine
 from ms_resampler.resampler_ms_resampler import MultiScopeResampler, init_resampler_weights
 
 FORMS = {
-    "one global scope": {"scope_sigmas": [None], "scope_prior": "none"},
+    "one global scope with queries": {"scope_sigmas": [None], "scope_prior": "none"},
     "three, rows and columns": {},
     "three, bias": {"prior_form": "bias"},
     "three with queries, channels": {"query_init": "learned"},
@@ -28,7 +28,7 @@ Grids = tuple[tuple[int, int], tuple[int, int]]
 
 
 def build(form: str) -> MultiScopeResampler:
-    """A resampler of a form, with the same weights for every form of three scopes."""
+    """A resampler of a form, with the same weights for both forms with queries, and for both without."""
     torch.manual_seed(0)
     return MultiScopeResampler(MSResamplerProjectorConfig(**FORMS[form]), 1024, 4096).apply(init_resampler_weights)
 
@@ -80,7 +80,7 @@ def row(x: torch.Tensor, grids: Grids, backward: bool, repeats: int, errors: lis
     resamplers = {form: build(form).to(x.dtype) for form in FORMS}
     runs = {form: partial(run, resampler, x, grids, backward) for form, resampler in resamplers.items()}
     times = interleaved(runs, repeats)
-    base = statistics.median(times["one global scope"])
+    base = statistics.median(times["one global scope with queries"])
     cells = [
         f"{middle:.1f} ms ({min(spent):.1f} to {max(spent):.1f}), x{middle / base:.2f}"
         for spent in times.values()

@@ -84,7 +84,7 @@ def grid_positions(grid: tuple[int, int], width: int, device: torch.device | Non
 
 
 class Geometry(NamedTuple):
-    """What the two grids decide, whatever the image.
+    """The two grids and what they decide, whatever the image.
 
     Anchors and patches are (y, x) from the middle of the image in units of the anchor pitch, in float32 or wider. Codes
     are their `sincos_positions`. The channels are what the Gaussian prior appends to keys, and zeros up to a multiple
@@ -380,33 +380,37 @@ class ScopeLayer(GradientCheckpointingLayer):
         output_scopes: bool,
     ) -> tuple[Tensor, ScopeMaps | None]:
         """Steps 3 to 6 of the equations."""
-        q_BGMD, query_BGhMd, key_BKhNd = self._queries_and_keys(z_BMD, u_BND, geometry)
-        query_BGhMd = query_BGhMd.expand(len(u_BND), *[-1] * 4)
+        q_BGMD = z_BMD[:, None] + self.scope_embedding_GD[:, None] if self.asks else z_BMD[:, None]
         value_BKhNd = self._per_key_set(self.v_proj(u_BND))
 
-        if self.separable:
-            o_BGhMd = self._filter(key_BKhNd[:, 0, ..., 0], value_BKhNd[:, 0], geometry)[:, None]
+        asked = None if self.separable else self._queries_and_keys(q_BGMD, u_BND, geometry)
+        if asked is None:
+            o_BGhMd = self._filter(self._scores(u_BND), value_BKhNd[:, 0], geometry)[:, None]
         else:
-            o_BGhMd = self._attend(query_BGhMd, key_BKhNd, value_BKhNd, geometry)
+            o_BGhMd = self._attend(*asked, value_BKhNd, geometry)
         z_BMD, weights_BSM = self._fuse(o_BGhMd, q_BGMD)
         z_BMD = z_BMD + cell_BMD
         z_BMD = z_BMD + self.ffn(self.ffn_norm(z_BMD))
         if not output_scopes:
             return z_BMD, None
-        attentions_BSMN = self._attention_maps(query_BGhMd, key_BKhNd, geometry)
-        return z_BMD, ScopeMaps(weights_BSM, attentions_BSMN)
+        query, key = asked or self._queries_and_keys(q_BGMD, u_BND, geometry)
+        return z_BMD, ScopeMaps(weights_BSM, self._attention_maps(query, key, geometry))
 
-    def _queries_and_keys(self, z_BMD: Tensor, u_BND: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, G, M, D), and queries (B, G, h, M, d) and keys (B, K, h, N, d) of the heads.
+    def _scores(self, u_BND: Tensor) -> Tensor:
+        """s (B, h, N), in this order in memory, so that what is added to it is, too."""
+        return self.score(u_BND).mT.contiguous()
+
+    def _queries_and_keys(self, q_BGMD: Tensor, u_BND: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        """Queries (B, G, h, M, d) and keys (B, K, h, N, d) of the heads.
 
         Without queries, a head's key is its score of a patch, and every token asks for that: d is 1.
         """
         if not self.asks:
-            score_BKhNd = self.score(u_BND).mT.contiguous()[:, None, :, :, None]
-            return z_BMD[:, None], score_BKhNd.new_ones(1, 1, self.heads, z_BMD.shape[1], 1), score_BKhNd
-        q_BGMD = z_BMD[:, None] + self.scope_embedding_GD[:, None]
+            key_BKhNd = self._scores(u_BND)[:, None, :, :, None]
+            return key_BKhNd.new_ones(1).expand(len(u_BND), 1, self.heads, q_BGMD.shape[2], 1), key_BKhNd
         query_BGhMd = split_heads(self.q_proj(self.query_norm(q_BGMD)), self.heads)
-        return q_BGMD, query_BGhMd, self._per_key_set(self.k_proj(u_BND + geometry.patch_codes_ND))
+        key_BKhNd = self._per_key_set(self.k_proj(u_BND + geometry.patch_codes_ND))
+        return query_BGhMd.expand(len(u_BND), *[-1] * 4), key_BKhNd
 
     def _per_key_set(self, x: Tensor) -> Tensor:
         """(B, N, K*h*d) -> (B, K, h, N, d), K key sets: one, or one a scope."""

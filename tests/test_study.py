@@ -36,6 +36,7 @@ from ms_resampler.study.data import (
 from ms_resampler.study.plan import (
     ABLATIONS,
     BASELINE,
+    LEARNED,
     LOCAL,
     OURS,
     PEERS,
@@ -365,7 +366,11 @@ def test_the_report_is_made_of_the_results_and_checked_against_them(studied, tmp
     write_report(tmp_path)
     assert main(["study", "--check", str(tmp_path)]) == 0
     text = (tmp_path / "study.md").read_text()
-    assert all(arm in text for arm in (*SMALL.arms, *ABLATIONS))
+    assert all(arm in text for arm in SMALL.arms)
+    for base in (OURS, WITH_QUERIES):
+        table = text.split(f"Each change to `{base}`, minus")[1].split("\n\n")[1]
+        changes = [arm.removesuffix(LEARNED) for arm, (changed, _) in ABLATIONS.items() if changed == base]
+        assert re.findall(r"^\| ([\w ,]+) \|", table, flags=re.MULTILINE)[-len(changes) :] == changes
     assert re.search(r"\| avg_pool \| 9 \| [\d.]+ \([\d.]+ to [\d.]+\) \|", text), "elastic budgets"
 
     shutil.copytree(tmp_path, other := tmp_path / "other", ignore=shutil.ignore_patterns("other"))
@@ -378,6 +383,9 @@ def test_the_report_is_made_of_the_results_and_checked_against_them(studied, tmp
     capsys.readouterr()
     assert main(["study", "--check", str(other)]) == 2
     assert "was not drawn from the results beside it" in capsys.readouterr().err
+    stored.write_text(stored.read_text().replace("forward_x", "forward_times"))
+    with pytest.raises(ValueError, match="was stored by another version of the study"):
+        load(other / "study")
 
 
 def test_the_learning_rate_is_the_best_on_validation_whatever_the_test_says():
@@ -564,7 +572,7 @@ def test_a_table_leaves_out_what_shares_no_seed_with_the_default():
     assert table.endswith("Left out, because too few seeds are shared yet: mean fusion.")
     table = ablation_table(results, WITH_QUERIES)
     assert re.findall(r"^\| ([\w ,]+) \| 1 ", table, flags=re.MULTILINE) == [OURS]
-    assert table.endswith("Left out, because too few seeds are shared yet: two scopes, learned queries.")
+    assert table.endswith("Left out, because too few seeds are shared yet: two scopes.")
 
 
 def test_what_has_few_seeds_does_not_take_those_of_a_table_of_five():

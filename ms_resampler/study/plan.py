@@ -17,7 +17,8 @@ from .data import CHANNELS, GRID, PATCH_PIXELS, PATCHES, DataSettings, digest
 from .reader import WIDTH
 
 LOCAL = "resampler, local"  # ms_resampler but for its scopes, and so with its learning rate
-OURS, BASELINE, WITH_QUERIES = "ms_resampler", "resampler", "ms_resampler, learned queries"
+LEARNED = ", learned queries"
+OURS, BASELINE, WITH_QUERIES = "ms_resampler", "resampler", "ms_resampler" + LEARNED
 HEADS = 8
 VERSION = 2  # of how runs are made: another one makes results anew
 WIDTHS = range(4 * HEADS, 256 + 1, HEADS)
@@ -65,14 +66,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "two layers": {"num_hidden_layers": 2},
     "three quarters as wide": {"hidden_size": 3 * WIDTH // 4, "intermediate_size": 3 * WIDTH // 4},
 }
-# Without queries, heads have to be those of all scopes, and only the prior tells tokens apart.
-NEED_QUERIES = {"no prior", "branches", "branches, separate keys and values", "content queries"}
-NEED_QUERIES |= {"three quarters as wide"}  # of the width with queries
+# Without queries, heads are those of all scopes, only the prior tells tokens apart, and the width is another.
+WITH_QUERIES_ONLY = {"no prior", "branches", "branches, separate keys and values", "content queries"}
+WITH_QUERIES_ONLY |= {"three quarters as wide"}
 # By name: what is changed, and the change. Projectors that are one as they are stand in the tables, too: RELATIVES.
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{change: (OURS, fields) for change, fields in CHANGES.items() if change not in NEED_QUERIES},
+    **{change: (OURS, fields) for change, fields in CHANGES.items() if change not in WITH_QUERIES_ONLY},
     "one regional scope": (OURS, PEERS[LOCAL] | {"scope_sigmas": [1.5]}),
-    **{f"{change}, learned queries": (WITH_QUERIES, fields) for change, fields in CHANGES.items()},
+    **{change + LEARNED: (WITH_QUERIES, fields) for change, fields in CHANGES.items()},
 }
 RELATIVES = {
     OURS: [LOCAL, WITH_QUERIES],

@@ -163,7 +163,8 @@ def load(folder: Path) -> Results:
         raise ValueError(f"There are no results of a study in {folder}: run `ms-resampler study` first.")
     lines = (folder / "runs.jsonl").read_text().splitlines()
     about, runs = json.loads((folder / "study.json").read_text()), [json.loads(line) for line in lines]
-    if about.keys() != {"study", "rates", "costs"} or not all("made_with" in run for run in runs):
+    current = about.keys() == {"study", "rates", "costs"} and all("made_with" in run for run in runs)
+    if not (current and all("forward_x" in cost for cost in about["costs"]["projectors"].values())):
         raise ValueError(f"{folder} was stored by another version of the study: move it away, or use that version.")
     return Results(**about, runs=runs)
 
