@@ -57,6 +57,7 @@ from ms_resampler.evaluation.timing import (
     peak_memory,
     rates,
     spread,
+    times_as_long,
     wait_for_device,
 )
 from ms_resampler.folders import write_whole
@@ -294,11 +295,6 @@ def token_times(run: Callable[..., Tensor]) -> list[float]:
     return [1000 * (second - start) for second in clock.seconds]
 
 
-def ratios(values: list[float], base: list[float]) -> float:
-    """The median of the ratios within the rounds."""
-    return statistics.median(value / other for value, other in zip(values, base, strict=True))
-
-
 def prompt_table(records: dict[str, dict[str, Any]], mac_rate: float, new_tokens: int) -> str:
     """The times to the first token and after it, in markdown."""
     head = ["model, visual tokens", "first token, ms", "spread", "x LLaVA", "GMAC", "x LLaVA's", "share of the floor"]
@@ -309,7 +305,7 @@ def prompt_table(records: dict[str, dict[str, Any]], mac_rate: float, new_tokens
         first, macs = record["first_ms"], record["macs"]
         median = statistics.median(first)
         digits = 0 if median > 100 else 1
-        cells = [name, f"{median:.{digits}f}", spread(first, digits), f"{ratios(first, base['first_ms']):.2f}"]
+        cells = [name, f"{median:.{digits}f}", spread(first, digits), f"{times_as_long(first, base['first_ms']):.2f}"]
         cells += [f"{macs / 1e9:.0f}", f"{macs / base['macs']:.2f}", f"{1000 * macs / mac_rate / median:.0%}"]
         cells += [f"{1000 * new_tokens / statistics.median(record['further_ms']):.1f}" if new_tokens else ""]
         rows.append([*cells, f"{record['peak_bytes'] / 1e6:.0f}"])
@@ -324,7 +320,7 @@ def batch_table(times: dict[str, list[float]], requests: int) -> str:
             name,
             f"{1000 * requests / statistics.median(spent):.3g}",
             spread([ms / 1000 for ms in spent], 1 if min(spent) > 1000 else 3),
-            f"{ratios(base, spent):.2f}",
+            f"{times_as_long(base, spent):.2f}",
         ]
         for name, spent in times.items()
     ]

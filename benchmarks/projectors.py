@@ -39,6 +39,7 @@ from ms_resampler.evaluation.timing import (
     peak_memory,
     rates,
     spread,
+    times_as_long,
 )
 from ms_resampler.folders import write_whole
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
@@ -203,12 +204,10 @@ def measure(setting: Setting, names: list[str], repeats: int, seconds: float = m
     return rows
 
 
-def times_as_long(row: dict[str, Any], rows: list[dict[str, Any]], base: str) -> str:
+def ratio_cell(row: dict[str, Any], rows: list[dict[str, Any]], base: str) -> str:
     """How many times as long as another projector in the same round a row takes; empty if that is not there."""
     others = [other["ms"] for other in rows if other["projector"] == base]
-    return "".join(
-        f"{statistics.median(a / b for a, b in zip(row['ms'], other, strict=False)):.2f}" for other in others
-    )
+    return "".join(f"{times_as_long(row['ms'], other):.2f}" for other in others)
 
 
 def digits(ms: float) -> int:
@@ -224,7 +223,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         median = statistics.median(row["ms"])
         cells = [row["projector"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.2f}"]
         cells += [f"{median:.{digits(median)}f}", spread(row["ms"], digits(median))]
-        cells += [*(times_as_long(row, rows, base) for base in BASES)]
+        cells += [*(ratio_cell(row, rows, base) for base in BASES)]
         cells += [f"{row['floor_ms'] / median:.0%}", f"{row['peak_bytes'] / 1e6:.1f}"]
         lines.append(cells)
     return markdown_table([*columns, "share of the floor", "peak (MB)"], lines)
@@ -239,7 +238,7 @@ def summary(results: list[dict[str, Any]]) -> str:
         ours = rows["ms_resampler"]
         median = statistics.median(ours["ms"])
         cells = [str(Setting(**result["setting"])), f"{median:.{digits(median)}f}", f"{ours['floor_ms'] / median:.0%}"]
-        ratios = [times_as_long(rows[name], result["rows"], "ms_resampler") if name in rows else "" for name in others]
+        ratios = [ratio_cell(rows[name], result["rows"], "ms_resampler") if name in rows else "" for name in others]
         lines.append(cells + ratios)
     return markdown_table(["setting", "ms_resampler, ms", "share of the floor", *others], lines)
 

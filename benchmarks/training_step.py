@@ -19,12 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import DEVICE, DTYPE, QWEN, TOWER, WORDS, make_projector, ratios, shapes
+from model import DEVICE, DTYPE, QWEN, TOWER, WORDS, make_projector, shapes
 from torch import nn
 from transformers import PreTrainedModel, Qwen2Config
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
-from ms_resampler.evaluation.timing import in_turn, machine, markdown_table, milliseconds, peak_memory, spread
+from ms_resampler.evaluation.timing import (
+    in_turn,
+    machine,
+    markdown_table,
+    milliseconds,
+    peak_memory,
+    spread,
+    times_as_long,
+)
 from ms_resampler.folders import write_whole
 from ms_resampler.training.measure import backward, update
 from ms_resampler.training.memory import BatchShape
@@ -134,7 +142,7 @@ def table(measured: dict[bool, dict[str, dict[str, Any]]], records: int) -> str:
                 f"{median:.3g}",
                 spread([ms / 1000 for ms in row["ms"]], 2 if median > 1 else 4),
                 f"{records / median:.3g}",
-                *(f"{ratios(row['ms'], times[base]):.2f}" for base in ("resampler", "mlp")),
+                *(f"{times_as_long(row['ms'], times[base]):.2f}" for base in ("resampler", "mlp")),
                 f"{row['peak_bytes'] / 1e6:.0f}",
             ]
             lines.append(cells)

@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -109,6 +110,11 @@ def peak_memory(run: Callable[[], object]) -> int:
         rows = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
     first = min(rows, key=lambda row: row["ts"])["args"]
     return max(row["args"]["Total Allocated"] for row in rows) - (first["Total Allocated"] - first["Bytes"])
+
+
+def times_as_long(spent: Sequence[float], base: Sequence[float]) -> float:
+    """How many times as long as another a run took: the median over the rounds of which both were part."""
+    return statistics.median(one / other for one, other in zip(spent, base, strict=False))
 
 
 def spread(values: list[float], digits: int = 0) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..evaluation.timing import count_macs, interleaved, machine
+from ..evaluation.timing import count_macs, interleaved, machine, times_as_long
 from .data import CHANNELS, GRID, PATCHES
 from .plan import BASELINE, REFERENCE, Study, make_projector, make_run
 
@@ -32,19 +32,11 @@ def measure_costs(study: Study) -> dict[str, Any]:
             f"{arm} (144 tokens)" if arm in REFERENCE else arm: {
                 "macs": macs[arm],
                 **{part: round(statistics.median(spent[arm]), 3) for part, spent in times.items()},
-                **{
-                    f"{part}_x": round(in_the_same_round(spent[arm], spent[BASELINE]), 3)
-                    for part, spent in times.items()
-                },
+                **{f"{part}_x": round(times_as_long(spent[arm], spent[BASELINE]), 3) for part, spent in times.items()},
             }
             for arm in study.arms
         },
     }
-
-
-def in_the_same_round(spent: list[float], base: list[float]) -> float:
-    """How many times as long as another a run took: the median over rounds."""
-    return statistics.median(one / other for one, other in zip(spent, base, strict=True))
 
 
 def make_step(
