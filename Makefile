@@ -1,6 +1,6 @@
 # Everything runs in .venv, which is made on first use and brought up to date when the pins change.
 # Settings:  PYTHON=python3.12   which interpreter makes .venv (3.11, 3.12 or 3.13)
-#            JOBS=4              parallel processes of the fast tests
+#            JOBS=4              parallel processes of the tests
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -23,7 +23,8 @@ demo: $(VENV)/.demo  ## open the demo in the browser, with the embedded checkpoi
 
 test: $(VENV)/.dev chromium  ## run every test: fast ones first, then slow ones and the browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not browser"
-	$(BIN)/python -m pytest -m "slow or browser"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "slow and not browser"
+	$(BIN)/python -m pytest -m browser
 
 test-fast: $(VENV)/.dev  ## run the fast tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not browser"

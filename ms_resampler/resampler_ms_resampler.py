@@ -2,7 +2,7 @@
 
     u   = LN(x) W_in                                     patches, at the resampler's width
     u   = LN(u + DWConv_3x3(u))                          each patch with its neighbours
-    o_h = softmax(w_h . gelu(W_s u) + B^s) W_v u         head h, which belongs to scope s
+    o_h = softmax(w_h . gelu(W_u u) + B^s) W_v u         head h, which belongs to scope s
     B^s_ij = -|| (a_i - p_j) / c ||^2 / (2 sigma_s^2)    scope prior; c is the anchor pitch, B = 0 for global
                                                          (each head has a part of the scope: `tiles`)
     z   = W_o [S g^s o_h]_h + z + mean of u in the cell  adaptive fusion over the scopes; z starts at 0
@@ -11,7 +11,7 @@
 A head scores a patch in the same way for every token: only the prior says which token reads it. So o_h is a filter of
 the image, and as a Gaussian is a product over the two axes, it is done along the rows of patches, then across them:
 
-    o_h = softmax_rows(l + B^y) softmax_columns(s + B^x) W_v u;   l = logsumexp_columns(s + B^x), s = w_h . gelu(W_s u)
+    o_h = softmax_rows(l + B^y) softmax_columns(s + B^x) W_v u;   l = logsumexp_columns(s + B^x), s = w_h . gelu(W_u u)
 
 With `query_init` "learned" or "content" tokens ask by themselves, and u, without its last norm, is read at its place:
 
@@ -420,9 +420,9 @@ class ScopeLayer(GradientCheckpointingLayer):
         """o (B, h, M, d) by rows and columns, with no score of a token and a patch: H x W patches to R x C tokens."""
         rows_hRH, columns_hCW = (part[0] for part in self.prior(geometry, "axes"))
         score_BhHCW = score_BhN.unflatten(-1, geometry.patch_grid)[..., None, :] + columns_hCW[:, None]
-        log_BhHC = score_BhHCW.logsumexp(dim=-1)
-        weight_BhHCW = (score_BhHCW - log_BhHC[..., None]).exp().to(value_BhNd.dtype)
-        o_BhHCd = weight_BhHCW @ value_BhNd.unflatten(-2, geometry.patch_grid)
+        weight_BhHCW, (peak_BhHC1, at_BhHC1) = score_BhHCW.softmax(dim=-1), score_BhHCW.max(dim=-1, keepdim=True)
+        log_BhHC = (peak_BhHC1 - weight_BhHCW.gather(-1, at_BhHC1).log()).squeeze(-1)  # the logarithm of softmax's sum
+        o_BhHCd = weight_BhHCW.to(value_BhNd.dtype) @ value_BhNd.unflatten(-2, geometry.patch_grid)
         weight_BhCRH = (log_BhHC.mT[..., None, :] + rows_hRH[:, None]).softmax(dim=-1).to(value_BhNd.dtype)
         o_BhCRd = weight_BhCRH @ o_BhHCd.transpose(2, 3)
         return o_BhCRd.permute(0, 3, 2, 1, 4).flatten(1, 2).transpose(1, 2)  # laid out as heads are merged

@@ -86,3 +86,17 @@ def test_the_accuracy_is_that_of_the_embedded_checkpoint():
     card = (Path(TINY) / "README.md").read_text()
     table = re.search(r"^\| family \|.*?\*\*.*?$", card, flags=re.DOTALL | re.MULTILINE)[0]
     assert f"<!-- accuracy -->\n{table}\n<!-- /accuracy -->" in README
+
+
+def test_the_differences_are_those_of_the_study():
+    study = (ROOT / "docs" / "study.md").read_text()
+    section_T = re.split(r"^## (?:\d+ tokens|Figures)$", study, flags=re.MULTILINE)[1:4]
+    table = re.search(r"<!-- study -->\n(.*)<!-- /study -->", README, flags=re.DOTALL)[1]
+    rows = re.findall(r"^\| (`.*?)\n", table, flags=re.MULTILINE)
+    assert len(rows) > 10
+    for row in rows:
+        names, *cells = row.strip("| ").split(" | ")
+        arms = re.findall(r"`(.+?)`", names)
+        for cell, section in zip(cells, section_T, strict=True):
+            found = [re.search(rf"^\| {arm} \| \d \| ([+-][\d.]+) ", section, flags=re.MULTILINE)[1] for arm in arms]
+            assert cell == min(found, key=float) + " and more" * (len(arms) > 1), (arms, cell, found)

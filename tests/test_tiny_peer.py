@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from ms_resampler import TINY
-from ms_resampler.training.tiny_peer import embed_projector, with_new_projector
+from ms_resampler.training.tiny_peer import KINDS, embed_projector, with_new_projector
 from ms_resampler_cli import demo
 from ms_resampler_cli import main as cli
 
@@ -48,6 +48,16 @@ def test_the_projector_alone_is_kept_and_served_as_a_whole_model(trained, tmp_pa
         pass
 
 
-def test_a_projector_that_does_not_exist_is_named(capsys):
-    assert cli.main(["train", "tiny", "--projector", "magic"]) == 2
-    assert "magic" in capsys.readouterr().err
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_takes_the_place_of_the_embedded_one(kind):
+    model = with_new_projector(kind, 0)
+    features = model.get_image_features(torch.zeros(1, 3, 96, 96)).pooler_output
+    assert [tokens.shape for tokens in features] == [(36, model.config.text_config.hidden_size)]
+    learning = {name.split(".")[1] for name, weight in model.named_parameters() if weight.requires_grad}
+    assert (learning, model.config.projector_config.projector_type) == ({"projector"}, kind)
+
+
+@pytest.mark.parametrize("kind", ["magic", "mlp"])
+def test_a_projector_that_cannot_be_trained_so_is_named(kind, capsys):
+    assert cli.main(["train", "tiny", "--projector", kind]) == 2
+    assert f"The projector cannot be '{kind}' here: choose one of resampler, avg_pool" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """One scope becomes several: the same function at the start, from which the new scopes learn.
 
-The trained scope keeps its queries, prior and, through `fusion="static"`, all but a millionth of the weight. A new
-scope starts as a copy of it that looks elsewhere.
+The trained scope keeps its queries, prior and, through `fusion="static"`, all but a millionth or two of the weight. A
+new scope starts as a copy of it that looks elsewhere.
 """
 
 from collections.abc import Callable

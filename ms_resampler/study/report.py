@@ -90,9 +90,10 @@ their places are added to its features, as those of a ViT carry them. A reader o
 language model, has learned its questions on descriptions in words. Neither ever met a projector. For each run a fresh
 projector and a copy of that reader are trained together for {study["steps"]} steps of {study["batch_size"]} pictures
 with eight questions each. Every projector has the same choice of learning rates
-({rates}), by validation scores at {results.middle} tokens (`{LOCAL}`, which is `{OURS}` with one scope, has
-its), and a width that gives it about the parameters of `{BASELINE}`, where it has a width. The
-digits of the test were seen by neither tower, reader nor projector.
+({rates}), by validation scores at {results.middle} tokens (`{LOCAL}`, which is `{OURS}` with one scope, takes
+the rate of `{OURS}`), and a width that gives it about the parameters of `{BASELINE}`, where it has a width (the
+perceivers are as wide as what they read or write). The digits of the test were seen by neither tower, reader nor
+projector.
 
 **Scores.** On {data["test_scenes"]} held-out scenes: questions that need a local (read, colour, shape), regional
 (presence, where, relation, compare) or global look (count, count of a colour, majority), exact answers; and *dense*:

@@ -24,6 +24,8 @@ from .record import training_record
 from .tiny_run import evaluate_once, stage_of
 from .train import train
 
+# The MLP keeps every patch: it has no 36 tokens.
+KINDS = ("resampler", *(kind for kind in PROJECTORS if kind != "mlp"))
 SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "query_grid", "visual_tokens")
 
 
@@ -43,8 +45,8 @@ def tiny_peer(steps: int = 1000) -> Stage:
 
 def run_peer(arguments: argparse.Namespace) -> None:
     """Trains (going on where a killed run stopped), evaluates, and leaves `OUT/model`, ready to load."""
-    if arguments.projector not in PROJECTORS:
-        raise ValueError(f"There is no projector {arguments.projector!r}: choose one of {', '.join(PROJECTORS)}.")
+    if arguments.projector not in KINDS:
+        raise ValueError(f"The projector cannot be {arguments.projector!r} here: choose one of {', '.join(KINDS)}.")
     out = arguments.out or Path("runs") / f"tiny_{arguments.projector}"
     stage, target = stage_of(tiny_peer, arguments), out / "model"
     model, processor = with_new_projector(arguments.projector, stage.seed), AutoProcessor.from_pretrained(TINY)
