@@ -76,6 +76,12 @@ def tiny_config(processor: MSResamplerProcessor) -> MSResamplerConfig:
             "intermediate_size": 2 * WIDTH,
             "query_grid": TOKEN_GRID,
             "visual_tokens": TOKEN_GRID,
+            # As the embedded checkpoint has them, which is older than the defaults.
+            "scope_layout": "branches",
+            "fusion": "head",
+            "patch_conv": False,
+            "tile_heads": False,
+            "cell_residual": False,
         },
         image_token_id=processor.image_token_id,
         vision_feature_layer=-1,
