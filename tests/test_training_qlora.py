@@ -21,6 +21,8 @@ from ms_resampler_cli import main as cli
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 RATES = LearningRates(projector=1e-2, llm=1e-2)
+# Rows of whole blocks, as language models have them: with AVX512 bitsandbytes reads narrower ones wrongly.
+WHOLE_BLOCKS = {"hidden_size": 64, "intermediate_size": 128}
 
 
 def qlora(**changes):
@@ -31,7 +33,7 @@ def qlora(**changes):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    return make_start(tmp_path_factory.mktemp("qlora"))
+    return make_start(tmp_path_factory.mktemp("qlora"), **WHOLE_BLOCKS)
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def matrices_of_layers(names):
 def test_the_language_models_matrices_are_in_four_bits_and_nothing_else(start):
     model, dtype = load_model(qlora(bf16=True), str(start / "start"))
     packed = {name for name, parameter in model.named_parameters() if type(parameter).__name__ == "Params4bit"}
-    plain = tiny_model(text="qwen2").state_dict()
+    plain = tiny_model(text="qwen2", text_changes=WHOLE_BLOCKS).state_dict()
     unpacked = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in packed}
     assert unpacked == matrices_of_layers(plain)
     assert dtype == torch.float32
@@ -94,7 +96,7 @@ def test_what_is_learned_is_saved_and_counted(start, trained):
     assert {name.split(".")[3] for name in saved} == {"projector", "language_model"}
     assert all("lora_" in name or ".projector." in name for name in saved)
     counts = json.loads((trained / "record.json").read_text())["parameters"]
-    llm = tiny_model(text="qwen2").model.language_model
+    llm = tiny_model(text="qwen2", text_changes=WHOLE_BLOCKS).model.language_model
     embeddings = llm.embed_tokens.weight.numel()
     assert counts["llm"]["frozen"] == sum(parameter.numel() for parameter in llm.parameters()) - embeddings
     losses = losses_of(trained)
@@ -112,8 +114,11 @@ def test_a_merged_model_is_the_dequantized_one_with_its_adapters(start, trained,
         if name in in_layers:
             a, b = (saved[peft_name.replace("weight", f"lora_{part}.weight")] for part in "AB")
             base, scale = nf4(before[name])
-            difference = (after[name] - 8 / 4 * b @ a - base).abs().max()
-            assert difference < 0.02 * scale, name
+            quantized = after[name] - 8 / 4 * b @ a
+            other_level = (quantized - base).abs() > 0.02 * scale  # of an entry that is halfway between two
+            assert other_level.float().mean() < 1e-3, name
+            distances = ((level - before[name]).abs()[other_level] for level in (quantized, base))
+            torch.testing.assert_close(*distances, rtol=0.05, atol=0)
             assert (base - before[name]).abs().max() > 0.05 * scale, name  # it is not the weights of the start
         else:
             torch.testing.assert_close(after[name], saved.get(peft_name, before[name]), rtol=0, atol=0)
@@ -124,8 +129,8 @@ def test_a_merged_model_says_what_was_trained(quantized, trained, merged):
     adapted = PeftModel.from_pretrained(quantized, trained / "adapter")
     whole = AutoModelForImageTextToText.from_pretrained(merged)
     assert not hasattr(whole.config, "quantization_config")
-    with torch.no_grad():
-        said, ours = (model.eval()(**batch, pixel_values=pixels()).logits for model in (adapted, whole))
+    adapted.enable_input_require_grads()  # or bitsandbytes multiplies in bfloat16, on processors that can
+    said, ours = (model.eval()(**batch, pixel_values=pixels()).logits for model in (adapted, whole))
     torch.testing.assert_close(ours, said, rtol=1e-4, atol=1e-4)
     assert AutoProcessor.from_pretrained(merged).visual_tokens == 4
 

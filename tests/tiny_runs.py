@@ -14,10 +14,11 @@ from ms_resampler.training.run import run_recipe
 from ms_resampler.training.trainer import CheckedTrainer
 
 
-def make_start(folder: Path, records: int = 24) -> Path:
+def make_start(folder: Path, records: int = 24, **text_changes) -> Path:
     """folder/start (CLIP and Qwen2, with random weights), folder/data.json and folder/images."""
     torch.manual_seed(0)
-    tiny_model(text="qwen2", text_changes={"max_position_embeddings": 512}).save_pretrained(folder / "start")
+    start = tiny_model(text="qwen2", text_changes={"max_position_embeddings": 512, **text_changes})
+    start.save_pretrained(folder / "start")
     tiny_processor().save_pretrained(folder / "start")
     (folder / "images").mkdir()
     rows = [make_row(number, folder / "images") for number in range(records)]
