@@ -421,7 +421,8 @@ class ScopeLayer(GradientCheckpointingLayer):
         rows_hRH, columns_hCW = (part[0] for part in self.prior(geometry, "axes"))
         score_BhHCW = score_BhN.unflatten(-1, geometry.patch_grid)[..., None, :] + columns_hCW[:, None]
         weight_BhHCW, (peak_BhHC1, at_BhHC1) = score_BhHCW.softmax(dim=-1), score_BhHCW.max(dim=-1, keepdim=True)
-        log_BhHC = (peak_BhHC1 - weight_BhHCW.gather(-1, at_BhHC1).log()).squeeze(-1)  # the logarithm of softmax's sum
+        # The logarithm of each row's sum, from what softmax has computed: logsumexp would start eleven operations.
+        log_BhHC = (peak_BhHC1 - weight_BhHCW.gather(-1, at_BhHC1).log()).squeeze(-1)
         o_BhHCd = weight_BhHCW.to(value_BhNd.dtype) @ value_BhNd.unflatten(-2, geometry.patch_grid)
         weight_BhCRH = (log_BhHC.mT[..., None, :] + rows_hRH[:, None]).softmax(dim=-1).to(value_BhNd.dtype)
         o_BhCRd = weight_BhCRH @ o_BhHCd.transpose(2, 3)
