@@ -3,7 +3,8 @@
     python benchmarks/projectors.py                                        float32, batch 1, forward: all projectors
     python benchmarks/projectors.py --suite --json costs.json --plot costs.png      budgets, batches, dtypes, grids
     python benchmarks/projectors.py --tokens 64 --batch 8 --dtype bfloat16 --backward --projectors ms_resampler mqt
-    python benchmarks/projectors.py --compile --projectors ms_resampler mqt mlp             as CUDA graphs, on a GPU
+    python benchmarks/projectors.py --graphs --dtype bfloat16 --batch 1 8 32                as CUDA graphs, on a GPU
+    python benchmarks/projectors.py --compile --graphs --dtype bfloat16 --projectors ms_resampler mlp    and compiled
 
 Every combination is a setting of its own, and prints one markdown table: parameters, multiply-accumulates of the run,
 median milliseconds over interleaved repeats (and their spread), relative to our single-scope and multi-scope
@@ -93,6 +94,7 @@ class Setting:
     dtype: str = "float32"
     backward: bool = False
     compiled: bool = False
+    recorded: bool = False
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -100,7 +102,8 @@ class Setting:
         return side, side
 
     def __str__(self) -> str:
-        what = ("forward + backward" if self.backward else "forward") + (", compiled" if self.compiled else "")
+        what = "forward + backward" if self.backward else "forward"
+        what += (", compiled" if self.compiled else "") + (", CUDA graph" if self.recorded else "")
         return f"{self.grid} x {self.grid} patches -> {self.tokens} tokens, {self.dtype}, batch {self.batch}, {what}"
 
 
@@ -161,7 +164,7 @@ def make_run(name: str, setting: Setting, device: str = DEVICE) -> tuple[nn.Modu
         x_BNC = torch.randn(setting.batch, setting.grid**2, config.feature_width, dtype=dtype)
     projector.apply(init_resampler_weights).apply(init_projector_weights)
     patch_grid, token_grid = (setting.grid, setting.grid), tuple(config.projector_config.visual_tokens)
-    project = torch.compile(projector, mode="reduce-overhead", dynamic=False) if setting.compiled else projector
+    project = torch.compile(projector, dynamic=False) if setting.compiled else projector
 
     def run() -> None:
         projector.zero_grad()
@@ -173,10 +176,18 @@ def make_run(name: str, setting: Setting, device: str = DEVICE) -> tuple[nn.Modu
     return projector, run
 
 
+def record(run: Callable[[], object]) -> Callable[[], object]:
+    """A forward pass as a CUDA graph, which starts all its kernels at once."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def cost(name: str, setting: Setting = Setting()) -> tuple[int, int]:
     """Parameters, and multiply-accumulates of the run, counted on tensors without data where no code looks at those."""
-    eager = replace(setting, compiled=False)
-    projector, run = make_run(name, eager, DEVICE if name == "idefics2_perceiver" else "meta")
+    plain = replace(setting, compiled=False)
+    projector, run = make_run(name, plain, DEVICE if name == "idefics2_perceiver" else "meta")
     projector.requires_grad_(setting.backward)  # or the counter would wait for gradients
     return sum(weight.numel() for weight in projector.parameters()), count_macs(run)
 
@@ -193,8 +204,10 @@ def measure(setting: Setting, names: list[str], repeats: int, seconds: float = m
     speed = rates(getattr(torch, setting.dtype))
     runs = {name: make_run(name, setting)[1] for name in names}
     for run in runs.values():
-        run()  # what compiles does so in the first two calls
+        run()  # what compiles does so now
     peaks = {name: peak_memory(run) for name, run in runs.items()}
+    if setting.recorded:
+        runs = {name: record(run) for name, run in runs.items()}
     times = in_turn({name: partial(milliseconds, run) for name, run in runs.items()}, repeats, seconds)
     rows = []
     for name, spent in times.items():
@@ -305,7 +318,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--backward", action="store_true", help="with the gradients of all parameters")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, into a CUDA graph on a GPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, which fuses kernels")
+    parser.add_argument("--graphs", action="store_true", help="as CUDA graphs, forward alone, on a GPU")
     parser.add_argument(
         "--suite", action="store_true", help="all settings: budgets, batches, dtypes, grids; other options rest"
     )
@@ -313,7 +327,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5, help="of a projector in a setting, three repeats apart")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.graphs and (asked.backward or DEVICE == "cpu"):
+        parser.error("--graphs records the forward pass on a GPU: leave out --backward, and have a GPU.")
+    return asked
 
 
 def chosen(asked: argparse.Namespace) -> list[tuple[list[str], Setting]]:
@@ -321,7 +338,8 @@ def chosen(asked: argparse.Namespace) -> list[tuple[list[str], Setting]]:
     if asked.suite:
         return [(names, setting) for names, setting in SUITE if setting.dtype == "float32" or HALF]
     combinations = product(asked.grid, asked.tokens, asked.batch, asked.dtype)
-    return [(asked.projectors, Setting(*values, asked.backward, asked.compile)) for values in combinations]
+    how = asked.backward, asked.compile, asked.graphs
+    return [(asked.projectors, Setting(*values, *how)) for values in combinations]
 
 
 def main() -> None:

@@ -86,9 +86,9 @@ def grid_positions(grid: tuple[int, int], width: int, device: torch.device | Non
 class Geometry(NamedTuple):
     """The two grids and what they decide, whatever the image.
 
-    Anchors and patches are (y, x) from the middle of the image in units of the anchor pitch, in float32 or wider. Codes
-    are their `sincos_positions`. The channels are what the Gaussian prior appends to keys, and zeros up to a multiple
-    of 8 with the head's own, which kernels like.
+    Anchors and patches are (y, x) from the middle of the image in units of the anchor pitch, in float32 or wider. The
+    rest is for tokens that ask, and empty for others: `sincos_positions` as codes, and the channels that the Gaussian
+    prior appends to keys, with zeros up to a multiple of 8 with the head's own, which kernels like.
     """
 
     patch_grid: tuple[int, int]
@@ -104,15 +104,18 @@ def make_geometry(
     patch_grid: tuple[int, int],
     token_grid: tuple[int, int],
     width: int,
-    key_width: int,
+    key_width: int | None,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Geometry:
-    """The geometry of patches (..., width) of a dtype and heads with keys of a width."""
+    """The geometry of patches (..., width) of a dtype and heads with keys of a width, None where no token asks."""
     anchors_M2, patches_N2 = (
         torch.cartesian_prod(*((centres(cells, device, wide(dtype)) - 0.5) * pitches for cells, pitches in axes))
         for axes in (zip(token_grid, token_grid, strict=True), zip(patch_grid, token_grid, strict=True))
     )
+    if key_width is None:
+        nothing = anchors_M2[:0]
+        return Geometry(patch_grid, token_grid, anchors_M2, patches_N2, nothing, nothing, nothing)
     anchor_codes_MD, patch_codes_ND = (
         grid_positions(grid, width, device, wide(dtype)) for grid in (token_grid, patch_grid)
     )
@@ -131,7 +134,9 @@ def make_geometry(
 _kept_geometry = lru_cache(maxsize=16)(make_geometry)
 
 
-def geometry_of(u_BND: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int], key_width: int) -> Geometry:
+def geometry_of(
+    u_BND: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int], key_width: int | None
+) -> Geometry:
     """`make_geometry` for patches, kept from call to call: a GPU takes as long to start its kernels as all others.
 
     Nothing is kept where tensors only stand for others or a graph records where its memory is.
@@ -537,12 +542,11 @@ class MultiScopeResampler(nn.Module):
         """
         check_patches(x_BNC, patch_grid)
         u_BND = self._patches(x_BNC, patch_grid)
-        geometry = geometry_of(
-            u_BND, patch_grid, token_grid, self.config.hidden_size // self.config.num_attention_heads
-        )
+        key_width = self.config.hidden_size // self.config.num_attention_heads if self.asks else None
+        geometry = geometry_of(u_BND, patch_grid, token_grid, key_width)
         mean_BMD = cell_means(u_BND, patch_grid, token_grid)
         cell_BMD = mean_BMD if self.config.cell_residual else 0.0
-        z_BMD, maps = self._first_queries(geometry.anchor_codes_MD, token_grid).to(u_BND.dtype), None
+        z_BMD, maps = self._first_queries(u_BND, geometry), None
         if self.config.query_init == "content":
             z_BMD = z_BMD + mean_BMD
         for layer in self.layers:
@@ -559,13 +563,14 @@ class MultiScopeResampler(nn.Module):
             u_BND = u_BND + as_tokens(self.patch_conv(as_map(u_BND, patch_grid)))
         return u_BND if self.asks else self.patch_norm(u_BND)
 
-    def _first_queries(self, codes_MD: Tensor, token_grid: tuple[int, int]) -> Tensor:
+    def _first_queries(self, u_BND: Tensor, geometry: Geometry) -> Tensor:
         """z (1, M, D) before the first layer, the same for every image: the base grid at the anchors + pos(a), or 0."""
         if not self.asks:
-            return torch.zeros_like(codes_MD)[None]
+            return u_BND.new_zeros(1, len(geometry.anchors_M2), u_BND.shape[-1])
+        codes_MD = geometry.anchor_codes_MD
         query_1DHW = self.query_1DHW.to(codes_MD.dtype)
-        base_1DHW = F.interpolate(query_1DHW, size=token_grid, mode="bilinear", align_corners=False)
-        return base_1DHW.flatten(2).mT + codes_MD
+        base_1DHW = F.interpolate(query_1DHW, size=geometry.token_grid, mode="bilinear", align_corners=False)
+        return (base_1DHW.flatten(2).mT + codes_MD).to(u_BND.dtype)
 
 
 @torch.no_grad()

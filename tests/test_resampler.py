@@ -481,6 +481,10 @@ def test_the_geometry_of_two_grids_is_made_once(dtype):
         made = make_geometry(*grids, width, head, dtype=dtype)
         assert one[:2] == made[:2] == tuple(grids)
         assert all(torch.equal(part, other) for part, other in zip(one[2:], made[2:], strict=True))
+        points = make_geometry(*grids, width, None, dtype=dtype)  # all that tokens need which do not ask
+        assert torch.equal(points.anchors_M2, made.anchors_M2)
+        assert torch.equal(points.patches_N2, made.patches_N2)
+        assert sum(part.numel() for part in points[4:]) == 0
         assert made.patch_codes_ND.dtype == made.channels_Ne.dtype == dtype
         assert (head + made.channels_Ne.shape[-1]) % 8 == 0
 
