@@ -14,7 +14,8 @@ Prints markdown tables: milliseconds to the first token (image included), tokens
 second of a batch, medians of interleaved repeats and their spread, relative to transformers'
 LlavaForConditionalGeneration with its 576 tokens an image in the same rounds; the most that tensors took beside the
 weights; and the floor: the multiply-accumulates of prompt and images (attention counted whole, the head at the last
-place) over the rate of a product of large square matrices.
+place) over the rate of a product of large square matrices, or reading the weights once at the rate of a copy, whichever
+is longer.
 """
 
 import argparse
@@ -256,19 +257,33 @@ def prompt_macs(model: PreTrainedModel, visual_tokens: int, images: int) -> int:
     return head + language_model + count_macs(lambda: blank.get_image_features(pixels, **options, return_dict=True))
 
 
+def weight_bytes(model: PreTrainedModel) -> int:
+    """What has to be read for a prompt: all weights but a table of embeddings, of which a few rows are."""
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return sum(weight.nbytes for weight in model.parameters()) - (0 if table is head else table.nbytes)
+
+
 def measure_prompts(
-    names: dict, images: int, new_tokens: int, repeats: int, make: Callable = make_run
+    names: dict,
+    images: int,
+    new_tokens: int,
+    repeats: int,
+    speed: tuple[float, float],
+    make: Callable = make_run,
 ) -> dict[str, dict[str, Any]]:
     """For every contender the times to its first token, and from there to `new_tokens` more, with memory and floor."""
     runs = {name: make(*model, images, 1 + new_tokens) for name, model in names.items()}
     peaks = {name: peak_memory(run) for name, run in runs.items()}  # warms up, too
     times = in_turn({name: partial(token_times, run) for name, run in runs.items()}, repeats)
+    macs = {name: prompt_macs(*model, images) for name, model in names.items()}
+    mac_rate, byte_rate = speed
     return {
         name: {
             "first_ms": [first for first, *_ in answers],
             "further_ms": [last - first for first, *_, last in answers] if new_tokens else [],
             "peak_bytes": peaks[name],
-            "macs": prompt_macs(*names[name], images),
+            "macs": macs[name],
+            "floor_ms": 1000 * max(macs[name] / mac_rate, weight_bytes(names[name][0]) / byte_rate),
         }
         for name, answers in times.items()
     }
@@ -295,7 +310,7 @@ def token_times(run: Callable[..., Tensor]) -> list[float]:
     return [1000 * (second - start) for second in clock.seconds]
 
 
-def prompt_table(records: dict[str, dict[str, Any]], mac_rate: float, new_tokens: int) -> str:
+def prompt_table(records: dict[str, dict[str, Any]], new_tokens: int) -> str:
     """The times to the first token and after it, in markdown."""
     head = ["model, visual tokens", "first token, ms", "spread", "x LLaVA", "GMAC", "x LLaVA's", "share of the floor"]
     head += ["tokens/s after it", "peak (MB)"]
@@ -306,7 +321,7 @@ def prompt_table(records: dict[str, dict[str, Any]], mac_rate: float, new_tokens
         median = statistics.median(first)
         digits = 0 if median > 100 else 1
         cells = [name, f"{median:.{digits}f}", spread(first, digits), f"{times_as_long(first, base['first_ms']):.2f}"]
-        cells += [f"{macs / 1e9:.0f}", f"{macs / base['macs']:.2f}", f"{1000 * macs / mac_rate / median:.0%}"]
+        cells += [f"{macs / 1e9:.0f}", f"{macs / base['macs']:.2f}", f"{record['floor_ms'] / median:.0%}"]
         cells += [f"{1000 * new_tokens / statistics.median(record['further_ms']):.1f}" if new_tokens else ""]
         rows.append([*cells, f"{record['peak_bytes'] / 1e6:.0f}"])
     return markdown_table(head, rows)
@@ -347,15 +362,15 @@ def main() -> None:
     kind, sizes = LANGUAGE_MODELS[asked.llm]
     dtype, one_layer = getattr(torch, asked.dtype), asked.llm == "7b" and DEVICE == "cpu"
     models = make_models(shapes(TOWER, kind(**sizes)), dtype, one_layer)
-    names, (mac_rate, _) = contenders(*models, asked.budgets), rates(dtype)
+    names, speed = contenders(*models, asked.budgets), rates(dtype)
     how = f"{asked.dtype}, language model {asked.llm}" + (", one layer's weights in all layers" if one_layer else "")
     how += ", CUDA graphs" if asked.graphs else ""
     print(f"{machine()}; {how}, {WORDS} words of prompt", flush=True)
-    kept: dict[str, Any] = {"machine": machine(), "how": how, "mac_rate": mac_rate, "images": {}}
+    kept: dict[str, Any] = {"machine": machine(), "how": how, "rates": speed, "images": {}}
     make = make_recorded_run if asked.graphs else make_run
     for images in asked.images:
-        records = measure_prompts(names, images, asked.new_tokens, asked.repeats, make)
-        print(f"\nImages: {images}\n\n{prompt_table(records, mac_rate, asked.new_tokens)}", flush=True)
+        records = measure_prompts(names, images, asked.new_tokens, asked.repeats, speed, make)
+        print(f"\nImages: {images}\n\n{prompt_table(records, asked.new_tokens)}", flush=True)
         kept["images"][images] = records
     if asked.requests:
         runs = {name: make(*model, 1, 1 + asked.new_tokens, asked.requests) for name, model in names.items()}

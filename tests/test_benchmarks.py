@@ -25,6 +25,7 @@ from model import (
     shapes,
     token_times,
     uncounted_placeholders,
+    weight_bytes,
 )
 from model import prompt_table as model_table
 from preprocessing import measure as measure_preprocessing
@@ -288,12 +289,24 @@ def test_what_is_recorded_waits_for_no_number_and_sends_none(tiny_parts, monkeyp
         assert waits.found == []
 
 
+def test_a_table_of_embeddings_is_read_whole_only_as_the_head():
+    for tied in (True, False):
+        text = Qwen2Config(**QWEN | TINY_TEXT | {"tie_word_embeddings": tied})
+        llava, _ = make_models(shapes(TINY_TOWER, text))
+        looked_up = 0 if tied else text.vocab_size * text.hidden_size
+        assert weight_bytes(llava) == 4 * (sum(weight.numel() for weight in llava.parameters()) - looked_up)
+
+
 def test_a_model_is_measured_up_to_the_first_token_and_after_it(tiny_parts):
     llava, ours = make_models(tiny_parts)
-    records = measure_prompts(contenders(llava, ours, [4]), images=2, new_tokens=2, repeats=2)
+    speed = 1e9, 1e3  # so slow a copy that reading the weights is the floor
+    records = measure_prompts(contenders(llava, ours, [4]), images=2, new_tokens=2, repeats=2, speed=speed)
     assert all(len(record["first_ms"]) == len(record["further_ms"]) == 2 for record in records.values())
     assert all(record["peak_bytes"] > 0 for record in records.values())
-    assert len(model_table(records, 1e9, 2).splitlines()) == 2 + len(records)
+    assert len(model_table(records, 2).splitlines()) == 2 + len(records)
+    assert records["LLaVA, 16"]["floor_ms"] == 4 * sum(weight.numel() for weight in llava.parameters())
+    quick = measure_prompts(contenders(llava, ours, [4]), images=2, new_tokens=0, repeats=1, speed=(1e9, 1e99))
+    assert quick["LLaVA, 16"]["floor_ms"] == pytest.approx(quick["LLaVA, 16"]["macs"] / 1e6)
     prompt = make_prompt(llava, images=2, visual_tokens=16)
     with torch.no_grad():
         real = count_macs(lambda: llava(**prompt, logits_to_keep=1))
