@@ -3,12 +3,14 @@
     python benchmarks/model.py                                   one image, budgets of 576, 144, 64 and 36 visual tokens
     python benchmarks/model.py --images 2 4 8 --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
     python benchmarks/model.py --llm 7b --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
+    python benchmarks/model.py --packed --budgets 144 36                                                    on a CPU
     python benchmarks/model.py --graphs --budgets 144 36                                                    on a GPU
 
 Weights are random: times do not depend on them. On a GPU, if there is one, in bfloat16, elsewhere in float32. `--llm
 7b` has the shapes of Vicuna-7B; without a GPU with one layer's weights (0.8 GB in float32, far more than any
 processor's cache holds) in all 32 layers, each with its own keys and values: the same operations in 4 GB instead of 28.
-`--graphs` runs prompt and tokens as CUDA graphs over a static cache, and not through generate().
+`--graphs` runs prompt and tokens as CUDA graphs over a static cache, and not through generate(). `--packed` measures
+both models a second time with packed weights (`pack_weights`), on a CPU.
 
 Prints markdown tables: milliseconds to the first token (image included), tokens a second from there on, and requests a
 second of a batch, medians of interleaved repeats and their spread, relative to transformers'
@@ -63,6 +65,7 @@ from ms_resampler.evaluation.timing import (
 )
 from ms_resampler.folders import write_whole
 from ms_resampler.modeling_ms_resampler import make_unread_layers_skippable
+from ms_resampler.packing_ms_resampler import pack_linears
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
 
@@ -100,14 +103,16 @@ def shapes(tower: dict, language_model: PreTrainedConfig) -> dict[str, Any]:
 
 
 def make_models(
-    parts: dict, dtype: torch.dtype = torch.float32, one_layer: bool = False
+    parts: dict, dtype: torch.dtype = torch.float32, one_layer: bool = False, packed: bool = False
 ) -> tuple[LlavaForConditionalGeneration, MSResamplerForConditionalGeneration]:
-    """LLaVA and ours, around one tower and one language model; its layers may share one layer's weights."""
+    """LLaVA and ours, around one tower and one language model, whose layers may share one layer's weights."""
     torch.manual_seed(0)
     text = parts["text_config"]
     first = type(text)(**text.to_dict() | {"num_hidden_layers": 1}) if one_layer else text
     with torch.device(DEVICE):
         llava = LlavaForConditionalGeneration(LlavaConfig(**parts | {"text_config": first})).to(dtype).eval()
+    if packed:
+        pack_linears(llava)
     if one_layer:
         repeat_layer(llava.model.language_model, text)
     config = MSResamplerConfig(**parts)
@@ -116,7 +121,7 @@ def make_models(
     ours.model.projector = make_projector(config).to(dtype).eval()
     ours.model.vision_tower = make_unread_layers_skippable(llava.model.vision_tower, config)
     ours.model.language_model, ours.lm_head = llava.model.language_model, llava.lm_head
-    return llava, ours
+    return llava, ours.pack_weights() if packed else ours
 
 
 def make_projector(config: MSResamplerConfig) -> nn.Module:
@@ -126,12 +131,13 @@ def make_projector(config: MSResamplerConfig) -> nn.Module:
 
 
 def repeat_layer(language_model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Puts layers around the weights of the first one, as many as are configured."""
+    """Puts layers around the first one's parts with weights, as many as are configured."""
     with torch.device("meta"):
         layers = type(language_model)(config).layers
-    weights = language_model.layers[0].state_dict(keep_vars=True)
-    for layer in layers:
-        layer.load_state_dict(weights, assign=True)
+    for name, part in language_model.layers[0].named_modules():
+        if list(part.parameters(recurse=False)):
+            for layer in layers:
+                layer.set_submodule(name, part)
     language_model.layers = layers.eval()
     language_model.config.num_hidden_layers = config.num_hidden_layers
 
@@ -150,12 +156,13 @@ def make_prompt(model: PreTrainedModel, images: int, visual_tokens: int, request
 
 
 def contenders(
-    llava: PreTrainedModel, ours: PreTrainedModel, budgets: list[int]
+    llava: PreTrainedModel, ours: PreTrainedModel, budgets: list[int], how: str = ""
 ) -> dict[str, tuple[PreTrainedModel, int]]:
     """By name, a model and its visual tokens an image."""
     vision = ours.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
-    return {f"LLaVA, {patches}": (llava, patches)} | {f"ours, {budget}": (ours, budget) for budget in budgets}
+    names = {f"LLaVA, {patches}": (llava, patches)} | {f"ours, {budget}": (ours, budget) for budget in budgets}
+    return {name + how: model for name, model in names.items()}
 
 
 def make_run(
@@ -351,6 +358,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=4, help="in the batch, with one image each (0: no batch)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=DTYPE)
+    parser.add_argument("--packed", action="store_true", help="measure packed weights, too")
     parser.add_argument("--graphs", action="store_true", help="run as CUDA graphs, and not through generate()")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
     return parser.parse_args()
@@ -361,8 +369,10 @@ def main() -> None:
     asked = arguments()
     kind, sizes = LANGUAGE_MODELS[asked.llm]
     dtype, one_layer = getattr(torch, asked.dtype), asked.llm == "7b" and DEVICE == "cpu"
-    models = make_models(shapes(TOWER, kind(**sizes)), dtype, one_layer)
-    names, speed = contenders(*models, asked.budgets), rates(dtype)
+    parts, speed = shapes(TOWER, kind(**sizes)), rates(dtype)
+    names = contenders(*make_models(parts, dtype, one_layer), asked.budgets)
+    if asked.packed:
+        names |= contenders(*make_models(parts, dtype, one_layer, packed=True), asked.budgets, ", packed")
     how = f"{asked.dtype}, language model {asked.llm}" + (", one layer's weights in all layers" if one_layer else "")
     how += ", CUDA graphs" if asked.graphs else ""
     print(f"{machine()}; {how}, {WORDS} words of prompt", flush=True)

@@ -63,7 +63,7 @@ def picture_of(name: str) -> Any:
 
 
 def load(model_id: str, revision: str | None) -> tuple[Any, Any]:
-    """Model and processor by this package's own code, on the GPU if there is one."""
+    """Model and processor by this package's own code, on the GPU if there is one, else packed for the CPU."""
     import torch
     from transformers.utils import logging
 
@@ -72,7 +72,7 @@ def load(model_id: str, revision: str | None) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     processor = MSResamplerProcessor.from_pretrained(model_id, revision=revision)
     model = MSResamplerForConditionalGeneration.from_pretrained(model_id, revision=revision, dtype="auto")
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu").pack_weights(), processor
 
 
 def prepare(model: Any, processor: Any, pictures: list[Any], question: str, visual_tokens: Any) -> Any:

@@ -7,7 +7,7 @@ places of the image tokens in the text -> language model -> logits.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_ms_resampler import FEATURE_MAP_TOWERS, MSResamplerConfig, token_grid
+from .packing_ms_resampler import pack_linears
 from .projectors_ms_resampler import PROJECTORS, build_projector, init_projector_weights
 from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
 
@@ -95,6 +96,11 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
         language_model = self.base_model.language_model
         language_model._init_weights(language_model)
+
+    def pack_weights(self) -> Self:
+        """For answering faster on a CPU, in place: see `pack_linears`. Elsewhere nothing changes."""
+        pack_linears(self)
+        return self
 
 
 class MSResamplerModel(MSResamplerPreTrainedModel):

@@ -468,7 +468,7 @@ class ScopeLayer(GradientCheckpointingLayer):
         if self.fusion == "token":
             g_BSM = self.gate(self.gate_norm(z_BSMD)).squeeze(-1).softmax(dim=1)
         else:
-            g_BSM = self._fixed_weights_S()[:, None].expand(z_BSMD.shape[:3]).to(z_BSMD.dtype)
+            g_BSM = self._fixed_weights_S(z_BSMD)[:, None].expand(z_BSMD.shape[:3])
         return (g_BSM[..., None] * z_BSMD).sum(dim=1), g_BSM
 
     def _fuse_heads(self, o_BMD: Tensor, q_BMD: Tensor) -> tuple[Tensor, Tensor]:
@@ -476,18 +476,18 @@ class ScopeLayer(GradientCheckpointingLayer):
         if self.fusion == "token":
             g_BMS = self.gate(self.gate_norm(o_BMD + q_BMD)).softmax(dim=-1)
         else:
-            g_BMS = self._fixed_weights_S().expand(*o_BMD.shape[:2], -1).to(o_BMD.dtype)
+            g_BMS = self._fixed_weights_S(o_BMD).expand(*o_BMD.shape[:2], -1)
         # Spread over heads without an index, which would have to be sent to a GPU at every call.
         heads_S = [self.scope_Gh[0].count(scope) for scope in range(self.scopes)]
         g_BMh = torch.cat([g.expand(-1, -1, heads) for g, heads in zip(g_BMS.split(1, -1), heads_S, strict=True)], -1)
         o_BMD = (self.scopes * g_BMh[..., None] * o_BMD.unflatten(-1, (self.heads, -1))).flatten(-2)
         return self.o_proj(o_BMD) + q_BMD, g_BMS.transpose(1, 2)
 
-    def _fixed_weights_S(self) -> Tensor:
+    def _fixed_weights_S(self, outputs: Tensor) -> Tensor:
         """g of the fusions that do not look at the tokens: "static" and "mean"."""
         if self.fusion == "static":
-            return self.gate_S.softmax(dim=0)
-        return self.o_proj.weight.new_full((self.scopes,), 1 / self.scopes)
+            return self.gate_S.softmax(dim=0).to(outputs.dtype)
+        return outputs.new_full((self.scopes,), 1 / self.scopes)
 
     def _attention_maps(self, query, key, geometry: Geometry) -> Tensor:
         """A (B, S, M, N): the attention of every scope, mean over its heads, computed plainly."""

@@ -261,13 +261,13 @@ def sampling(settings: Settings) -> dict[str, Any]:
 
 
 def load(model_id: str, revision: str | None = None) -> Answerer:
-    """The model of a folder or a Hub repository, on the GPU if there is one."""
+    """The model of a folder or a Hub repository, on the GPU if there is one, else with weights packed for the CPU."""
     processor = AutoProcessor.from_pretrained(model_id, revision=revision, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(
         model_id, revision=revision, trust_remote_code=True, dtype="auto"
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Answerer(model.eval().to(device), processor, model_id.rstrip("/").rsplit("/", 1)[-1])
+    return Answerer(model.eval().to(device).pack_weights(), processor, model_id.rstrip("/").rsplit("/", 1)[-1])
 
 
 def seen_picture(image_processor: Any, pixels: torch.Tensor, picture: Image.Image) -> Image.Image:

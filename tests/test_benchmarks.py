@@ -238,6 +238,20 @@ def test_llava_and_ours_answer_with_the_same_parts(tiny_parts):
     assert len(ran) == 2 + 3
 
 
+@torch.no_grad()
+def test_packed_models_and_layers_of_the_same_weights_answer_alike(tiny_parts):
+    for one_layer in (False, True):
+        plain, packed = (make_models(tiny_parts, one_layer=one_layer, packed=packed) for packed in (False, True))
+        for one, other, visual_tokens in zip(plain, packed, (16, 4), strict=True):
+            assert not any(type(part) is torch.nn.Linear for part in other.modules())
+            assert len(list(other.model.language_model.layers)) == 2
+            assert other.num_parameters() == one.num_parameters()
+            prompt = make_prompt(one, 1, visual_tokens)
+            torch.testing.assert_close(other(**prompt).logits, one(**prompt).logits, rtol=1e-4, atol=1e-5)
+    first, second = plain[0].model.language_model.layers
+    assert {id(weight) for weight in first.parameters()} == {id(weight) for weight in second.parameters()}
+
+
 def test_what_is_recorded_says_what_generate_does(tiny_parts):
     """Token for token, a second time too."""
     for model, visual_tokens in contenders(*make_models(tiny_parts), [4]).values():

@@ -25,9 +25,15 @@ ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"} | set(sys
 # Who may import whom: modeling and processing do not know each other.
 SIBLINGS = {
     "configuration_ms_resampler": set(),
+    "packing_ms_resampler": set(),
     "resampler_ms_resampler": set(),
     "projectors_ms_resampler": {"configuration_ms_resampler", "resampler_ms_resampler"},
-    "modeling_ms_resampler": {"configuration_ms_resampler", "projectors_ms_resampler", "resampler_ms_resampler"},
+    "modeling_ms_resampler": {
+        "configuration_ms_resampler",
+        "packing_ms_resampler",
+        "projectors_ms_resampler",
+        "resampler_ms_resampler",
+    },
     "processing_ms_resampler": {"configuration_ms_resampler"},
 }
 QUESTION = "What is this?"

@@ -13,8 +13,11 @@ from typing import TypeVar
 
 import torch
 import transformers
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from ms_resampler.packing_ms_resampler import pack_linears
 
 Result = TypeVar("Result")
 
@@ -44,16 +47,19 @@ def count_macs(run: Callable[[], object]) -> int:
 
 
 def rates(dtype: torch.dtype) -> tuple[float, float]:
-    """This machine's multiply-accumulates a second, in a product of large matrices, and bytes a second, in a copy."""
+    """This machine's multiply-accumulates a second, in a product of large matrices, and bytes a second, in a copy.
+
+    On a CPU the faster of two products: as torch does it, and with one matrix packed.
+    """
     side, device = (8192, "cuda") if torch.cuda.is_available() else (2048, "cpu")
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    linear = nn.Sequential(nn.Linear(side, side, bias=False, dtype=dtype, device=device)).requires_grad_(False)
+    pack_linears(linear)
     source = torch.zeros(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    best = {
-        name: min(spent) / 1000
-        for name, spent in interleaved({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, 5).items()
-    }
-    return side**3 / best["product"], 2 * source.numel() / best["copy"]
+    runs = {"product": lambda: a @ b, "packed": lambda: linear(a), "copy": lambda: target.copy_(source)}
+    best = {name: min(spent) / 1000 for name, spent in interleaved(runs, 5).items()}
+    return side**3 / min(best["product"], best["packed"]), 2 * source.numel() / best["copy"]
 
 
 def milliseconds(run: Callable[[], object]) -> float:

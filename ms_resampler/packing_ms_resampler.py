@@ -1,0 +1,69 @@
+"""Linear layers for answering on a CPU: every weight is laid out as the processor reads it once, not at each product.
+
+A product of few rows, such as a resampler's visual tokens or the next token of an answer, is soon done, and what a
+library spends on laying out the weight shows. oneDNN, which torch brings along, also takes weights that are laid out
+already (packed). The sums are the same, in another order.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+_BACK = "load the model again (from_pretrained) to have plain ones"
+
+
+class PackedLinear(nn.Module):
+    """A linear layer without gradients, on a CPU: inputs (..., in), weight (out, in), packed or a plain parameter.
+
+    A state dict has plain weights. Raises ValueError if gradients are asked for, or another device or dtype.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+        self.bias = bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # the compiler takes no packed weights, and leaves to Python what raises
+            raise ValueError(f"Packed weights are not compiled: {_BACK}.")
+        if torch.is_grad_enabled() and inputs.requires_grad:
+            raise ValueError(f"Packed weights answer and do not train: {_BACK}, or use torch.no_grad().")
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """What .to() and .float() do to every tensor: nothing here, or it is refused."""
+        before = torch.empty(0, dtype=self.weight.dtype)
+        after = fn(before)
+        if (after.dtype, after.device) != (before.dtype, before.device):
+            raise ValueError(f"Packed weights stay on the CPU and {before.dtype}: {_BACK}.")
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight.is_mkldnn:
+            destination[f"{prefix}weight"] = self.weight.to_dense()
+
+
+@torch.no_grad()
+def pack_linears(model: nn.Module) -> None:
+    """Packs the weights of a model's linear layers, in place, and keeps no plain copy of them.
+
+    Layers stay as they are on another device, in a dtype that oneDNN does not multiply on this processor, and where
+    torch has no oneDNN. A weight that an embedding shares keeps its layout, for the embedding's sake.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for parent in model.modules():
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear and _can_be_packed(layer.weight):
+                shared = id(layer.weight) in embeddings
+                weight = layer.weight if shared else torch.ops.mkldnn._reorder_linear_weight(layer.weight)
+                setattr(parent, name, PackedLinear(weight, layer.bias))
+
+
+def _can_be_packed(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
