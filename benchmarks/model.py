@@ -65,7 +65,7 @@ from ms_resampler.evaluation.timing import (
 )
 from ms_resampler.folders import write_whole
 from ms_resampler.modeling_ms_resampler import make_unread_layers_skippable
-from ms_resampler.packing_ms_resampler import pack_linears
+from ms_resampler.packing_ms_resampler import PackedLinear, pack_linears
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
 
@@ -156,13 +156,13 @@ def make_prompt(model: PreTrainedModel, images: int, visual_tokens: int, request
 
 
 def contenders(
-    llava: PreTrainedModel, ours: PreTrainedModel, budgets: list[int], how: str = ""
+    llava: PreTrainedModel, ours: PreTrainedModel, budgets: list[int], suffix: str = ""
 ) -> dict[str, tuple[PreTrainedModel, int]]:
     """By name, a model and its visual tokens an image."""
     vision = ours.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     names = {f"LLaVA, {patches}": (llava, patches)} | {f"ours, {budget}": (ours, budget) for budget in budgets}
-    return {name + how: model for name, model in names.items()}
+    return {name + suffix: model for name, model in names.items()}
 
 
 def make_run(
@@ -372,7 +372,10 @@ def main() -> None:
     parts, speed = shapes(TOWER, kind(**sizes)), rates(dtype)
     names = contenders(*make_models(parts, dtype, one_layer), asked.budgets)
     if asked.packed:
-        names |= contenders(*make_models(parts, dtype, one_layer, packed=True), asked.budgets, ", packed")
+        packed = make_models(parts, dtype, one_layer, packed=True)
+        if not isinstance(packed[1].lm_head, PackedLinear):
+            raise SystemExit(f"--packed: there are no packed weights for {asked.dtype} on this {DEVICE}.")
+        names |= contenders(*packed, asked.budgets, ", packed")
     how = f"{asked.dtype}, language model {asked.llm}" + (", one layer's weights in all layers" if one_layer else "")
     how += ", CUDA graphs" if asked.graphs else ""
     print(f"{machine()}; {how}, {WORDS} words of prompt", flush=True)

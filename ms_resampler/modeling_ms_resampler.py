@@ -4,7 +4,7 @@ Pixels (B, 3, height, width) -> tower -> patches (B, N, C) -> projector -> visua
 places of the image tokens in the text -> language model -> logits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_ms_resampler import FEATURE_MAP_TOWERS, MSResamplerConfig, token_grid
-from .packing_ms_resampler import pack_linears
+from .packing_ms_resampler import PackedLinear, pack_linears
 from .projectors_ms_resampler import PROJECTORS, build_projector, init_projector_weights
 from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
 
@@ -97,8 +97,18 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
         language_model = self.base_model.language_model
         language_model._init_weights(language_model)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As ever; but what packed layers refuse is refused before anything has changed."""
+        for module in self.modules():
+            if isinstance(module, PackedLinear):
+                module._apply(fn)
+        return super()._apply(fn, recurse)
+
     def pack_weights(self) -> Self:
-        """For answering faster on a CPU, in place: see `pack_linears`. Elsewhere nothing changes."""
+        """For answering faster on a CPU, in place: see `pack_linears`. Elsewhere nothing changes.
+
+        From then on the model is not trained, moved, converted or compiled; it is saved as ever, with plain weights.
+        """
         pack_linears(self)
         return self
 

@@ -16,7 +16,7 @@ _BACK = "load the model again (from_pretrained) to have plain ones"
 class PackedLinear(nn.Module):
     """A linear layer without gradients, on a CPU: inputs (..., in), weight (out, in), packed or a plain parameter.
 
-    A state dict has plain weights. Raises ValueError if gradients are asked for, or another device or dtype.
+    A state dict has plain weights. Raises ValueError if gradients are asked for, or if it is moved or converted.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -28,12 +28,12 @@ class PackedLinear(nn.Module):
         if torch.compiler.is_compiling():  # the compiler takes no packed weights, and leaves to Python what raises
             raise ValueError(f"Packed weights are not compiled: {_BACK}.")
         if torch.is_grad_enabled() and inputs.requires_grad:
-            raise ValueError(f"Packed weights answer and do not train: {_BACK}, or use torch.no_grad().")
+            raise ValueError(f"Packed weights answer and do not train: call under torch.no_grad(), or {_BACK}.")
         return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """What .to() and .float() do to every tensor: nothing here, or it is refused."""
-        before = torch.empty(0, dtype=self.weight.dtype)
+        before = torch.empty(0, dtype=self.weight.dtype, device="cpu")
         after = fn(before)
         if (after.dtype, after.device) != (before.dtype, before.device):
             raise ValueError(f"Packed weights stay on the CPU and {before.dtype}: {_BACK}.")
@@ -50,18 +50,22 @@ def pack_linears(model: nn.Module) -> None:
     """Packs the weights of a model's linear layers, in place, and keeps no plain copy of them.
 
     Layers stay as they are on another device, in a dtype that oneDNN does not multiply on this processor, and where
-    torch has no oneDNN. A weight that an embedding shares keeps its layout, for the embedding's sake.
+    torch has no oneDNN; and where they carry more than a weight and a bias, such as hooks. A weight that an embedding
+    shares keeps its layout for the embedding's sake; with a single row, the head's, oneDNN is fastest so anyhow.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for parent in model.modules():
         for name, layer in list(parent.named_children()):
-            if type(layer) is nn.Linear and _can_be_packed(layer.weight):
+            if type(layer) is nn.Linear and _can_be_packed(layer):
                 shared = id(layer.weight) in embeddings
                 weight = layer.weight if shared else torch.ops.mkldnn._reorder_linear_weight(layer.weight)
                 setattr(parent, name, PackedLinear(weight, layer.bias))
 
 
-def _can_be_packed(weight: Tensor) -> bool:
+def _can_be_packed(layer: nn.Linear) -> bool:
+    weight = layer.weight
+    if type(weight) is not nn.Parameter or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return False
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if weight.dtype == torch.bfloat16:

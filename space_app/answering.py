@@ -267,7 +267,10 @@ def load(model_id: str, revision: str | None = None) -> Answerer:
         model_id, revision=revision, trust_remote_code=True, dtype="auto"
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Answerer(model.eval().to(device).pack_weights(), processor, model_id.rstrip("/").rsplit("/", 1)[-1])
+    model = model.eval().to(device)
+    if hasattr(model, "pack_weights"):  # code that was saved with earlier weights has no such method
+        model.pack_weights()
+    return Answerer(model, processor, model_id.rstrip("/").rsplit("/", 1)[-1])
 
 
 def seen_picture(image_processor: Any, pixels: torch.Tensor, picture: Image.Image) -> Image.Image:

@@ -238,6 +238,7 @@ def test_llava_and_ours_answer_with_the_same_parts(tiny_parts):
     assert len(ran) == 2 + 3
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 @torch.no_grad()
 def test_packed_models_and_layers_of_the_same_weights_answer_alike():
     parts = shapes(TINY_TOWER, LlamaConfig(**TINY_TEXT))

@@ -15,7 +15,10 @@ from ms_resampler.projectors_ms_resampler import PROJECTORS
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 BFLOAT16 = pytest.param(
     torch.bfloat16,
-    marks=pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="not on this processor"),
+    marks=pytest.mark.skipif(
+        not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        reason="not on this processor",
+    ),
 )
 
 
@@ -102,10 +105,11 @@ def test_what_packed_weights_cannot_do_is_refused():
     model = tiny_model().pack_weights()
     text = {"input_ids": torch.tensor(words(4))}
     assert model.to("cpu").float() is model
-    with pytest.raises(ValueError, match=r"Packed weights answer and do not train: load the model again"):
+    with pytest.raises(ValueError, match=r"Packed weights answer and do not train: call under torch\.no_grad"):
         model(**text)
     with pytest.raises(ValueError, match=r"Packed weights stay on the CPU and torch\.float32: load the model again"):
         model.to(torch.bfloat16)
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}  # nothing was converted
     with pytest.raises(ValueError, match=r"Packed weights stay on the CPU"):
         tiny_model().pack_weights().to("meta")
 
@@ -117,6 +121,15 @@ def test_compiling_passes_packed_layers_by():
     expected = model(x)
     pack_linears(model)
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
+
+
+def test_a_layer_with_hooks_stays_as_it_is():
+    model, seen = nn.Sequential(nn.Linear(8, 8)), []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    pack_linears(model)
+    model(torch.zeros(1, 8))
+    assert type(model[0]) is nn.Linear
+    assert seen == [1]
 
 
 def test_what_cannot_be_packed_stays_as_it_is(monkeypatch):
