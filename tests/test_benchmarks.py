@@ -246,7 +246,7 @@ def test_packed_models_and_layers_of_the_same_weights_answer_alike():
         plain, packed = (make_models(parts, one_layer=one_layer, packed=packed) for packed in (False, True))
         for one, other, visual_tokens in zip(plain, packed, (16, 4), strict=True):
             assert not any(type(part) is torch.nn.Linear for part in other.modules())
-            assert len(list(other.model.language_model.layers)) == 2
+            assert len(other.model.language_model.layers) == 2
             assert other.num_parameters() == one.num_parameters()
             prompt = make_prompt(one, 1, visual_tokens)
             torch.testing.assert_close(other(**prompt).logits, one(**prompt).logits, rtol=1e-4, atol=1e-5)

@@ -7,8 +7,10 @@ import sys
 import pytest
 import space_server
 import tiny_models
+import torch
 
 from ms_resampler import chat
+from ms_resampler.packing_ms_resampler import PackedLinear
 from ms_resampler_cli import demo, models
 from ms_resampler_cli import main as cli
 
@@ -51,6 +53,13 @@ def test_chat_prints_the_answer(folder, picture_file, capsys):
     captured = capsys.readouterr()
     assert captured.out.strip() == expected_answer(folder, [tiny_models.picture()], 20) != ""
     assert captured.out.endswith("\n")
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+def test_chat_packs_weights_on_a_cpu(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model, _ = chat.load(folder, None)
+    assert isinstance(model.lm_head, PackedLinear)
 
 
 def test_chat_json_tells_all_about_the_answer(folder, picture_file, tmp_path, capsys):

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from ms_resampler import TINY
 from ms_resampler_cli.demo import loadable
@@ -39,10 +40,14 @@ def test_the_program_asks_the_demo_as_printed(monkeypatch, capsys):
     assert "http://127.0.0.1:7860" in block
     monkeypatch.chdir(ROOT)
     scope: dict = {}
-    with loadable(TINY) as model, space_server.served(load(model)) as address:
-        exec(compile(block.replace("http://127.0.0.1:7860", address), "README.md", "exec"), scope)
-        scope["client"].close()
-        *_, answer, maps = capsys.readouterr().out.splitlines()
+    with loadable(TINY) as model:
+        answerer = load(model)
+        with space_server.served(answerer) as address:
+            exec(compile(block.replace("http://127.0.0.1:7860", address), "README.md", "exec"), scope)
+            scope["client"].close()
+            *_, answer, maps = capsys.readouterr().out.splitlines()
+    if answerer.model.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        assert type(answerer.model.lm_head).__name__ == "PackedLinear"
     assert re.search(r"(left|right|top|bottom|centre): \w+ \w+", answer)
     assert maps == "['local', 'regional', 'global'] [6, 6]"
 
