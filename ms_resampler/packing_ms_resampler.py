@@ -16,13 +16,26 @@ _BACK = "load the model again (from_pretrained) to have plain ones"
 class PackedLinear(nn.Module):
     """A linear layer without gradients, on a CPU: inputs (..., in), weight (out, in), packed or a plain parameter.
 
-    A state dict has plain weights. Raises ValueError if gradients are asked for, or if it is moved or converted.
+    State dicts, copies and pickles have plain weights. Raises ValueError if gradients are asked for, or if it is moved or
+    converted.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
         self.bias = bias
+
+    def __getstate__(self) -> dict:
+        if not self.weight.is_mkldnn:
+            return vars(self)
+        plain = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+        return vars(self) | {"_parameters": self._parameters | {"weight": plain}, "pack": True}
+
+    def __setstate__(self, state: dict) -> None:
+        pack = state.pop("pack", False)
+        super().__setstate__(state)
+        if pack:
+            self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(self.weight), requires_grad=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler takes no packed weights, and leaves to Python what raises

@@ -1,5 +1,7 @@
 """Packed weights: the same answers, nothing lost, and a sentence where they cannot be used."""
 
+import copy
+import pickle
 import weakref
 
 import pytest
@@ -59,14 +61,14 @@ def test_rows_need_not_lie_one_after_another():
         *({"projector": {"projector_type": projector}} for projector in PROJECTORS if projector != "mlp"),
         {"projector": {"projector_type": "mlp", "visual_tokens": [6, 6]}},
         *({"text": text} for text in LANGUAGE_MODELS),
-        *({"tower": tower} for tower in TOWERS if tower != "siglip2_vision_model"),
+        *({"tower": tower} for tower in TOWERS),
         {"projector": {"scope_layout": "branches", "query_init": "learned", "fusion": "head"}},
         {"projector": {"fusion": "mean"}},
     ],
     ids=str,
 )
 def test_a_packed_model_says_the_same(parts):
-    """Every projector and language model, towers that read square images; padded texts; what is generated, too."""
+    """Every projector, language model and tower; padded texts; what is generated, too."""
     model = tiny_model(**parts)
     images = model.get_image_features(pixels(2))
     placeholders = [IMAGE] * len(images.pooler_output[0])
@@ -79,6 +81,18 @@ def test_a_packed_model_says_the_same(parts):
     seen = batch["attention_mask"].bool()
     assert difference(model(**batch).logits[seen], logits[seen]) < 2e-5
     assert torch.equal(model.generate(**batch, max_new_tokens=6, do_sample=False), answer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [BFLOAT16])
+def test_a_packed_model_in_half_precision_is_as_near_to_the_whole_one(dtype):
+    """To the float32 model, as the plain one is: rounding errors of the same size."""
+    batch = {"input_ids": torch.tensor([[IMAGE] * 4 + words(9)[0]]), "pixel_values": pixels(1)}
+    expected = tiny_model()(**batch).logits
+    half = batch | {"pixel_values": batch["pixel_values"].to(dtype)}
+    plain = difference(tiny_model().to(dtype)(**half).logits.float(), expected)
+    packed = difference(tiny_model().to(dtype).pack_weights()(**half).logits.float(), expected)
+    assert packed < 1.5 * plain
 
 
 @torch.no_grad()
@@ -99,6 +113,23 @@ def test_a_packed_model_is_saved_as_it_was(tied, tmp_path):
     loaded = MSResamplerForConditionalGeneration.from_pretrained(tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
     assert not [part for part in loaded.modules() if isinstance(part, PackedLinear)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_packed_model_are_packed_and_apart(copied):
+    model = tiny_model(text_changes={"tie_word_embeddings": True}, tie_word_embeddings=True).pack_weights()
+    batch = {"input_ids": torch.tensor(words(9))}
+    logits = model(**batch).logits
+    other = copied(model)
+    assert [type(part) for part in other.modules()] == [type(part) for part in model.modules()]
+    assert [part.weight.is_mkldnn for part in other.modules() if isinstance(part, PackedLinear)] == [
+        part.weight.is_mkldnn for part in model.modules() if isinstance(part, PackedLinear)
+    ]
+    assert other.lm_head.weight is other.get_input_embeddings().weight
+    for tensor in model.parameters():
+        tensor.zero_()
+    assert torch.equal(other(**batch).logits, logits)
 
 
 def test_what_packed_weights_cannot_do_is_refused():
