@@ -17,15 +17,20 @@ import pytest
 import torch
 from scipy import stats
 
+from ms_resampler.resampler_ms_resampler import cell_centres, sincos_positions
 from ms_resampler.study import command
 from ms_resampler.study.command import add_arguments, best_rates, finished_runs, perform_study, study_of
 from ms_resampler.study.data import (
+    CHANNELS,
     GRID,
     LABELS,
+    LARGE_GRID,
     PATCH_PIXELS,
     PATCHES,
     STUDY_FAMILIES,
     DataSettings,
+    Split,
+    amid_paper,
     content_words,
     data_folder,
     described_scene,
@@ -35,9 +40,11 @@ from ms_resampler.study.data import (
 )
 from ms_resampler.study.plan import (
     ABLATIONS,
+    AMID_PAPER,
     BASELINE,
     LEARNED,
     LOCAL,
+    MARGINS,
     OURS,
     PEERS,
     REFERENCE,
@@ -54,6 +61,8 @@ from ms_resampler.study.report import (
     ablation_table,
     check_report,
     elastic_table,
+    margins_found,
+    margins_table,
     report_text,
     rivals,
     write_report,
@@ -77,7 +86,7 @@ from ms_resampler_cli.main import main
 DOCS = Path(__file__).parent.parent / "docs"
 RATES = dict.fromkeys((*PEERS, *REFERENCE), 2e-3)
 SMALL = Study(
-    arms=(OURS, BASELINE, WITH_QUERIES, "avg_pool", "mlp"),
+    arms=(OURS, BASELINE, WITH_QUERIES, "avg_pool", "token_packer", "mlp"),
     budgets=(16, 9),
     seeds=2,
     learning_rates=(1e-3, 2e-3),
@@ -113,6 +122,48 @@ def test_content_words_tell_questions_apart():
         assert all(len(different) == 1 for different in answers.values())
 
 
+@pytest.mark.parametrize("margin", MARGINS.values())
+def test_a_scene_amid_paper_is_the_scene_and_the_mean_of_its_paper(margin):
+    """Patch by patch; codes of places are those of the larger picture."""
+    torch.manual_seed(0)
+    seen_BNC = torch.randn(3, PATCHES, CHANNELS)
+    labels_BN2 = torch.randint(0, 2, (3, PATCHES, 2), dtype=torch.uint8)
+    codes_NC, large_codes_NC = (0.5 * sincos_positions(cell_centres(grid), CHANNELS) for grid in (GRID, LARGE_GRID))
+    nothing = torch.zeros(0)
+    split = Split((seen_BNC + codes_NC).numpy(), labels_BN2, nothing, nothing, nothing, nothing)
+    large = amid_paper(split, margin, 0.5)
+    for pictures in (np.array([2, 0]), slice(0, 3)):
+        numbers = np.arange(3)[pictures]
+        x_BHWC = torch.from_numpy(large.features_BNC[pictures]) - large_codes_NC
+        x_BHWC, labels_BHW2 = (part.unflatten(1, LARGE_GRID) for part in (x_BHWC, large.labels_BN2[pictures]))
+        for picture, x_HWC, labels_HW2 in zip(numbers, x_BHWC, labels_BHW2, strict=True):
+            paper = seen_BNC[picture][labels_BN2[picture, :, 0] == 0].mean(0)
+            for row, column in np.ndindex(LARGE_GRID):
+                inside = 0 <= row - margin < GRID[0] and 0 <= column - margin < GRID[1]
+                patch = (row - margin) * GRID[1] + column - margin
+                expected = seen_BNC[picture, patch] if inside else paper
+                torch.testing.assert_close(x_HWC[row, column], expected, rtol=0, atol=2e-6)
+                assert labels_HW2[row, column].tolist() == (labels_BN2[picture, patch].tolist() if inside else [0, 0])
+
+
+def test_cells_amid_paper_lie_on_the_places_or_across_them():
+    """How many things have patches in one cell of 4 x 4: one at most, or several."""
+    scenes = [study_scene("train", index) for index in range(20)]
+    things = {"on the places": [], "across them": []}
+    for name, margin in MARGINS.items():
+        for scene in scenes:
+            number_N = np.zeros(GRID, int)
+            for n, thing in enumerate(scene.things, start=1):
+                x, y = thing.centre
+                number_N[int(y / PATCH_PIXELS), int(x / PATCH_PIXELS)] = n
+            large_HW = np.zeros(LARGE_GRID, int)
+            large_HW[margin : margin + GRID[0], margin : margin + GRID[1]] = number_N
+            cells = large_HW.reshape(4, 4, 4, 4).transpose(0, 2, 1, 3).reshape(16, 16)
+            things[name] += [len(set(cell) - {0}) for cell in cells]
+    assert max(things["on the places"]) == 1
+    assert max(things["across them"]) > 1
+
+
 def test_an_examination_asks_each_family_at_most_once_and_misses_none():
     for index in range(30):
         scene = study_scene("test", index)
@@ -146,8 +197,9 @@ def test_a_question_is_answered_alike_alone_and_beside_others():
 
 def test_patches_are_probed_alike_alone_and_all_together():
     reader, y_BMD = Reader(50, 20).eval(), torch.randn(2, 9, WIDTH)
-    everything, some = reader.probe(y_BMD, torch.arange(PATCHES)), torch.tensor([3, 77])
-    torch.testing.assert_close(reader.probe(y_BMD, some), everything[:, some])
+    centres_N2, some = cell_centres(GRID), torch.tensor([3, 77])
+    everything = reader.probe(y_BMD, centres_N2)
+    torch.testing.assert_close(reader.probe(y_BMD, centres_N2[some]), everything[:, some])
     assert everything.shape == (2, PATCHES, sum(LABELS.values()))
 
 
@@ -196,8 +248,11 @@ def test_the_plan_is_complete():
     assert len(main_plan) == 5 * (3 * len(fixed) + 1)
     assert len(sweep_runs(study)) == 3 * (len(study.arms) - 1)  # one has the rate of ours
     further = further_runs(study, RATES)
-    assert {run.arm for run in further if len(run.grids) == 1} == set(ABLATIONS)
+    assert {run.arm for run in further if len(run.grids) == 1 and run.margin is None} == set(ABLATIONS)
     assert {run.tokens for run in further} == {"16", "9 to 36"}
+    assert {(run.arm, run.margin, run.grids) for run in further if run.margin is not None} == {
+        (arm, margin, ((4, 4),)) for arm in AMID_PAPER for margin in (0, 2)
+    }
 
 
 def test_every_projector_of_the_plan_can_be_made():
@@ -211,6 +266,7 @@ def test_a_result_is_known_by_all_that_decides_it():
     run = make_run(Study(), OURS, [16], 0, 2e-3)
     assert dataclasses.replace(run, arm="another name").name == run.name
     changes = {"seed": 1, "learning_rate": 1e-3, "steps": 7, "batch_size": 8, "grids": ((3, 3),)}
+    changes |= {"margin": 0}
     changes |= {"data": DataSettings(tower_steps=7), "projector": {**run.projector, "fusion": "mean"}}
     names = {dataclasses.replace(run, **{key: value}).name for key, value in changes.items()}
     assert len(names | {run.name}) == len(changes) + 1
@@ -547,6 +603,31 @@ def test_elastic_weights_that_share_no_seed_with_fixed_ones_are_named():
     text = elastic_table(Results({"budgets": [16]}, dict.fromkeys(("mqt", "avg_pool"), 1e-3), {}, runs))
     assert re.findall(r"^\| (\w+) \| 16 ", text, flags=re.MULTILINE) == ["mqt"]
     assert text.endswith("Left out, because too few seeds are shared yet: avg_pool at 16 tokens.")
+
+
+def test_scores_amid_paper_stand_apart():
+    """By margin, beside those of pictures without it; each difference is that of its margin."""
+    runs = []
+    for margin, ours, theirs in ((None, "11", "10"), (0, "10", "11"), (2, "11", "00")):
+        pair = [scored(OURS, "here", 0, ours), scored("token_packer", "here", 0, theirs)]
+        runs += [run | {"run": run["run"] | {"margin": margin}} for run in pair]
+    results = Results({"budgets": [16]}, dict.fromkeys(AMID_PAPER, 1e-3), {}, runs)
+    assert results.arms("16") == [OURS, "token_packer"]
+    assert len(results.blocks((OURS, "fixed", "16"))) == 1
+    found = margins_found(results)
+    means = {title: difference.estimate.mean_G[:3].tolist() for title, difference in found.items()}
+    assert means == {
+        "token_packer, cells on the places": [-0.5] * 3,
+        "token_packer, cells across them": [1.0] * 3,
+    }
+    rows = [line.split(" | ") for line in margins_table(results, found).splitlines()[2:6]]
+    assert [(name.strip("| "), arm, local.split()[0]) for name, arm, _, local, *_ in rows] == [
+        ("on the places", OURS, "50.0"),
+        ("on the places", "token_packer", "100.0"),
+        ("across them", OURS, "100.0"),
+        ("across them", "token_packer", "0.0"),
+    ]
+    assert margins_found(dataclasses.replace(results, runs=runs[:2])) == {}
 
 
 def test_a_table_leaves_out_what_shares_no_seed_with_the_default():

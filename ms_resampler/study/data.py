@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from .workers import worker_pool
 
 GRID, PATCH_PIXELS, CHANNELS = (12, 12), 8, 128
 PATCHES = GRID[0] * GRID[1]
+LARGE_GRID = (16, 16)  # patches of a picture on which a scene lies amid paper
 CROWD = 9  # things at most on a picture
 LABELS = {"name": 1 + len(ALL_NAMES), "colour": 1 + len(COLOURS)}  # classes of a patch; 0 is paper
 # "describe" has no single answer; the dense probe asks the same.
@@ -76,11 +77,11 @@ def digest(value: Any) -> str:
 class Split:
     """Scenes of a split. Q is the number of questions, W that of words.
 
-    features_BNC half precision, mapped from disk; labels_BN2 name and colour of each patch; image_Q, family_Q,
-    words_QW and answer_Q the questions, those of a scene side by side.
+    features_BNC half precision, mapped from disk, or made of what is; labels_BN2 name and colour of each patch;
+    image_Q, family_Q, words_QW and answer_Q the questions, those of a scene side by side.
     """
 
-    features_BNC: np.ndarray
+    features_BNC: "np.ndarray | AmidPaper"
     labels_BN2: Tensor
     image_Q: Tensor
     family_Q: Tensor
@@ -99,6 +100,42 @@ class Split:
         words_BFW[self.image_Q, self.family_Q] = self.words_QW
         answer_BF[self.image_Q, self.family_Q] = self.answer_Q
         return words_BFW, answer_BF
+
+
+@dataclass(frozen=True)
+class AmidPaper:
+    """Features (B, N, C) of scenes on 16 x 16 patches, made when asked for: a scene, `margin` patches from the top and
+    from the left, and the mean of its paper around it, with the codes of places of the larger picture.
+    """
+
+    features_BNC: np.ndarray
+    labels_BN2: Tensor
+    margin: int
+    position_scale: float
+
+    def __getitem__(self, pictures: np.ndarray | slice) -> np.ndarray:
+        x_BNC = self.features_BNC[pictures].astype(np.float32) - place_codes(GRID, self.position_scale)
+        paper_BN1 = (self.labels_BN2[pictures][..., :1] == 0).numpy()
+        mean_B1C = (x_BNC * paper_BN1).sum(1, keepdims=True) / paper_BN1.sum(1, keepdims=True)
+        return on_paper(x_BNC, self.margin, mean_B1C) + place_codes(LARGE_GRID, self.position_scale)
+
+
+def on_paper(x_BNC: np.ndarray, margin: int, paper_B1C: np.ndarray | int) -> np.ndarray:
+    """What there is of a scene's patches, amid that of paper."""
+    (rows, columns), pictures, channels = GRID, len(x_BNC), x_BNC.shape[-1]
+    large = np.empty((pictures, LARGE_GRID[0] * LARGE_GRID[1], channels), x_BNC.dtype)
+    large[:] = paper_B1C
+    large_BHWC = large.reshape(pictures, *LARGE_GRID, channels)
+    large_BHWC[:, margin : margin + rows, margin : margin + columns] = x_BNC.reshape(-1, rows, columns, channels)
+    return large
+
+
+def amid_paper(split: Split, margin: int, position_scale: float) -> Split:
+    """The scenes of a split amid paper, with the same questions."""
+    assert isinstance(split.features_BNC, np.ndarray)
+    labels_BN2 = torch.from_numpy(on_paper(split.labels_BN2.numpy(), margin, 0))
+    features = AmidPaper(split.features_BNC, split.labels_BN2, margin, position_scale)
+    return dataclasses.replace(split, features_BNC=features, labels_BN2=labels_BN2)
 
 
 @dataclass(frozen=True)
@@ -306,12 +343,18 @@ def write_features(
     tower: nn.Module, scenes: Sequence[DrawnScene], scale: float, position_scale: float, path: Path
 ) -> None:
     """Features of all scenes of a split, divided by their scale in training, with the codes of places."""
-    codes_NC = position_scale * sincos_positions(cell_centres(GRID), CHANNELS)
+    codes_NC = place_codes(GRID, position_scale)
     features = open_memmap(path, "w+", np.float16, (len(scenes), PATCHES, CHANNELS))
     for start in range(0, len(scenes), BATCH):
         rows = slice(start, start + BATCH)
-        features[rows] = (see(tower, pixels_of(scenes[rows])) / scale + codes_NC).numpy()
+        features[rows] = (see(tower, pixels_of(scenes[rows])) / scale).numpy() + codes_NC
     features.flush()
+
+
+@cache
+def place_codes(grid: tuple[int, int], position_scale: float) -> np.ndarray:
+    """What is added to the features (N, C) of a grid's patches, so that they know their place."""
+    return (position_scale * sincos_positions(cell_centres(grid), CHANNELS)).numpy()
 
 
 def number_questions(scenes: Sequence[DrawnScene], words: dict[str, int], answers: dict[str, int]) -> dict[str, Tensor]:

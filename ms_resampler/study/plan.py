@@ -13,7 +13,7 @@ import torch
 from ..configuration_ms_resampler import MSResamplerConfig, MSResamplerProjectorConfig, token_grid
 from ..modeling_ms_resampler import MSResamplerModel
 from ..projectors_ms_resampler import PROJECTORS
-from .data import CHANNELS, GRID, PATCH_PIXELS, PATCHES, DataSettings, digest
+from .data import CHANNELS, GRID, LARGE_GRID, PATCH_PIXELS, PATCHES, DataSettings, digest
 from .reader import WIDTH
 
 LOCAL = "resampler, local"  # ms_resampler but for its scopes, and so with its learning rate
@@ -81,6 +81,10 @@ RELATIVES = {
 }
 # Trained with a random grid each step, and asked for every budget.
 ELASTIC = (OURS, WITH_QUERIES, "mqt", "avg_pool")
+# Scenes amid paper (see AmidPaper), where 16 tokens have cells as large as 9 have without. Things stand at 3 x 3
+# places, one at most at each: by the margin above and left, a cell is such a place, or every place lies across four.
+MARGINS = {"on the places": 0, "across them": 2}
+AMID_PAPER, CELLS = (OURS, "token_packer"), 16
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ QUICK = Study(
 
 @dataclass(frozen=True)
 class Run:
-    """One training: all that decides its result. `grids` are those trained on, and tested, in tokens."""
+    """One training: all that decides its result. `grids` are those trained on, and tested, in tokens; with a `margin`,
+    scenes lie amid paper.
+    """
 
     arm: str
     projector: dict[str, Any]  # complete: see `complete_fields`
@@ -125,11 +131,20 @@ class Run:
     steps: int
     batch_size: int
     data: DataSettings
+    margin: int | None = None
 
     @property
     def name(self) -> str:
         """The name of the result: a hash of everything but the arm's name."""
-        return digest({"version": VERSION, **dataclasses.asdict(self), "arm": None})
+        fields = {"version": VERSION, **dataclasses.asdict(self), "arm": None}
+        if self.margin is None:  # as it was before there were any
+            del fields["margin"]
+        return digest(fields)
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """The patches of a picture."""
+        return GRID if self.margin is None else LARGE_GRID
 
     @property
     def tokens(self) -> str:
@@ -146,14 +161,18 @@ def fields_of(arm: str) -> dict[str, Any]:
     return known[arm]
 
 
-def make_run(study: Study, arm: str, budgets: Sequence[int], seed: int, learning_rate: float) -> Run:
+def make_run(
+    study: Study, arm: str, budgets: Sequence[int], seed: int, learning_rate: float, margin: int | None = None
+) -> Run:
     """The run of an arm, at a budget or (elastic) at several. The projector is as wide as makes its parameters
     comparable, and the same at every budget but for the tokens.
     """
-    grids = tuple(token_grid(PATCHES if arm in REFERENCE else budget, GRID) for budget in budgets)
+    patch_grid = GRID if margin is None else LARGE_GRID
+    grids = tuple(token_grid(PATCHES if arm in REFERENCE else budget, patch_grid) for budget in budgets)
     largest = max(grids)
     projector = {**size_of(arm), **fields_of(arm), "query_grid": largest, "visual_tokens": largest}
-    return Run(arm, complete_fields(projector), grids, seed, learning_rate, study.steps, study.batch_size, study.data)
+    of_study = study.steps, study.batch_size, study.data
+    return Run(arm, complete_fields(projector), grids, seed, learning_rate, *of_study, margin)
 
 
 def complete_fields(projector: dict[str, Any]) -> dict[str, Any]:
@@ -194,12 +213,12 @@ def matched_width(arm: str) -> int:
     return min(counts, key=lambda width: (round(abs(math.log(counts[width] / aim)), 2), abs(width - WIDTH)))
 
 
-def model_config(projector: dict[str, Any]) -> MSResamplerConfig:
+def model_config(projector: dict[str, Any], patch_grid: tuple[int, int]) -> MSResamplerConfig:
     """A model with the study's tower and a projector; of its language model only the width counts."""
     return MSResamplerConfig(
         vision_config={
             "model_type": "convnext",
-            "image_size": GRID[0] * PATCH_PIXELS,
+            "image_size": patch_grid[0] * PATCH_PIXELS,
             "patch_size": PATCH_PIXELS,
             "num_stages": 1,
             "depths": [1],
@@ -219,15 +238,15 @@ def model_config(projector: dict[str, Any]) -> MSResamplerConfig:
     )
 
 
-def make_projector(projector: dict[str, Any]) -> torch.nn.Module:
+def make_projector(projector: dict[str, Any], patch_grid: tuple[int, int] = GRID) -> torch.nn.Module:
     """The projector as a model here starts it."""
-    return MSResamplerModel(model_config(projector)).projector
+    return MSResamplerModel(model_config(projector, patch_grid)).projector
 
 
 def count_parameters(projector: dict[str, Any]) -> int:
     """Parameters of a projector."""
     with torch.device("meta"):
-        return sum(weight.numel() for weight in MSResamplerModel(model_config(projector)).projector.parameters())
+        return sum(weight.numel() for weight in make_projector(projector).parameters())
 
 
 def rehearse(study: Study) -> None:
@@ -256,15 +275,21 @@ def main_runs(study: Study, rates: dict[str, float]) -> list[Run]:
 
 
 def further_runs(study: Study, rates: dict[str, float]) -> list[Run]:
-    """Ablations at the middle budget, with the learning rate of what they change; and elastic runs."""
+    """Ablations at the middle budget, with the learning rate of what they change; elastic runs; scenes amid paper."""
     if not study.ablations:
         return []
     ablations = [arm for arm in ABLATIONS if changed_by(arm) in rates]
     elastic = [arm for arm in ELASTIC if arm in rates]
+    amid_paper = AMID_PAPER if rates.keys() >= set(AMID_PAPER) else ()
+    seeds = range(study.seeds)
     return [
         *(
             make_run(study, arm, [study.middle], seed, rates[changed_by(arm)])
-            for seed, arm in product(range(study.seeds), ablations)
+            for seed, arm in product(seeds, ablations)
         ),
-        *(make_run(study, arm, study.budgets, seed, rates[arm]) for seed, arm in product(range(study.seeds), elastic)),
+        *(make_run(study, arm, study.budgets, seed, rates[arm]) for seed, arm in product(seeds, elastic)),
+        *(
+            make_run(study, arm, [CELLS], seed, rates[arm], margin)
+            for seed, arm, margin in product(seeds, amid_paper, MARGINS.values())
+        ),
     ]

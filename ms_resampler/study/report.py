@@ -10,11 +10,16 @@ from PIL import Image
 from ..evaluation.timing import markdown_table
 from ..folders import write_whole
 from .figures import FIGURES, draw_figures
-from .plan import ABLATIONS, BASELINE, ELASTIC, LEARNED, LOCAL, OURS, REFERENCE, RELATIVES
+from .plan import ABLATIONS, AMID_PAPER, BASELINE, CELLS, ELASTIC, LEARNED, LOCAL, MARGINS, OURS, REFERENCE, RELATIVES
 from .results import ENOUGH_SEEDS, Results, fingerprint, load
 from .statistics import GROUPS, Difference, Estimate, corrected
 
 ONE_POINT = 0.01
+MARGINS_EXPLAINED = """Things stand at 3 x 3 places, one at most at each. So with 9 tokens, and with no other budget
+here, a window of TokenPacker, or a cell of ours, is such a place, and a token need not tell of more than one thing.
+What is that worth? The same scenes again, amid paper, on 16 x 16 patches with 16 tokens, so that cells are as large as
+those of 9 tokens above: with all paper to the right and below, cells lie on the places, and with two patches of it on
+every side each place lies across four cells. Learning rates are those of above."""
 PRELIMINARY = (
     "\n\n**Preliminary: the tables of scores are over {seeds}.** Seeds differ by about as much as neighbours in these "
     "tables do, so conclusions wait for five."
@@ -66,6 +71,12 @@ def report_text(results: Results) -> str:
         sections += [f"## Ablations, {results.middle} tokens", *ablations]
     if any(results.arms(tokens, "elastic") for tokens in results.budgets):
         sections += ["## One set of weights for every budget", elastic_table(results)]
+    if margins := margins_found(results):
+        sections += [
+            "## Cells on the places of things, and across them",
+            MARGINS_EXPLAINED,
+            margins_table(results, margins),
+        ]
     sections += ["## Cost", cost_table(results), how_it_was_made(results)]
     return "\n\n".join(sections) + "\n"
 
@@ -236,6 +247,28 @@ def elastic_table(results: Results) -> str:
             missing.append(f"{arm} at {tokens} tokens")
     head = ["projector", "tokens", "trained with random budgets", "trained for this budget", "difference"]
     return markdown_table(head, rows) + left_out(missing)
+
+
+def margins_found(results: Results) -> dict[str, Difference]:
+    """Our score minus that of the other projectors amid paper, by margin and projector."""
+    keys = {
+        f"{arm}, cells {name}": ((OURS, name, str(CELLS)), (arm, name, str(CELLS)))
+        for arm, name in product(AMID_PAPER, MARGINS)
+        if arm != OURS
+    }
+    return {title: results.difference(*pair) for title, pair in keys.items() if results.comparable(*pair)}
+
+
+def margins_table(results: Results, found: dict[str, Difference]) -> str:
+    """Scores amid paper by margin, and our differences."""
+    keys = [(arm, name, str(CELLS)) for name, arm in product(MARGINS, AMID_PAPER)]
+    scored = results.estimates(*(key for key in keys if key in results.scores))
+    rows = [
+        [name, arm, percent(estimate, -1), *(percent(estimate, column) for column in range(len(GROUPS)))]
+        for (arm, name, _), estimate in scored.items()
+    ]
+    scores = markdown_table(["cells", "projector", "overall", *GROUPS], rows)
+    return f"{scores}\n\n`{OURS}` minus the other, in points:\n\n{differences_table('minus', found)}"
 
 
 def cost_table(results: Results) -> str:

@@ -18,13 +18,13 @@ import numpy as np
 from ..evaluation.timing import machine
 from ..folders import copy_whole, write_whole
 from .data import TOWER, DataSettings, data_folder
-from .plan import ABLATIONS, OURS, PEERS, REFERENCE, Run, Study, changed_by
+from .plan import ABLATIONS, MARGINS, OURS, PEERS, REFERENCE, Run, Study, changed_by
 from .reader import READER
 from .statistics import Difference, Estimate, difference, estimate, score_matrix
 
 ENOUGH_SEEDS = 5
 Block = tuple[str, int]  # what a run was made with, and its seed
-Key = tuple[str, str, str]  # an arm, "fixed" or "elastic", and the tokens it is asked for
+Key = tuple[str, str, str]  # an arm, how it is trained (see `mode_of`), and the tokens it is asked for
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Results:
             run = result["run"]
             if run["learning_rate"] == self.rates.get(changed_by(run["arm"])):
                 for tokens, scores in result[split].items():
-                    key = run["arm"], "elastic" if len(run["grids"]) > 1 else "fixed", tokens
+                    key = run["arm"], mode_of(run), tokens
                     found.setdefault(key, {})[result["made_with"], run["seed"]] = read(scores)
         return found
 
@@ -124,9 +124,17 @@ class Results:
             result["scopes"]
             for result in sorted(self.runs, key=lambda result: result["run"]["seed"])
             if result["run"]["arm"] == OURS
+            and mode_of(result["run"]) == "fixed"
             and list(result["test"]) == [tokens]
             and result["run"]["learning_rate"] == self.rates[OURS]
         ]
+
+
+def mode_of(run: dict[str, Any]) -> str:
+    """How a run was trained: "fixed" for one budget, "elastic" for several; amid paper, the name of the margin."""
+    if run.get("margin") is not None:
+        return next(name for name, margin in MARGINS.items() if margin == run["margin"])
+    return "elastic" if len(run["grids"]) > 1 else "fixed"
 
 
 def collect(study: Study, rates: dict[str, float], costs: dict[str, Any], results: Sequence[dict[str, Any]]) -> Results:
@@ -135,7 +143,13 @@ def collect(study: Study, rates: dict[str, float], costs: dict[str, Any], result
     order = [*PEERS, *REFERENCE, *ABLATIONS]
     ordered = sorted(
         runs.values(),
-        key=lambda r: (order.index(r["run"]["arm"]), -len(r["run"]["grids"]), r["run"]["grids"], r["run"]["seed"]),
+        key=lambda r: (
+            order.index(r["run"]["arm"]),
+            r["run"]["margin"] is not None,
+            -len(r["run"]["grids"]),
+            r["run"]["grids"],
+            r["run"]["seed"],
+        ),
     )
     return Results(json.loads(json.dumps(dataclasses.asdict(study))), rates, costs, ordered)
 
@@ -143,7 +157,7 @@ def collect(study: Study, rates: dict[str, float], costs: dict[str, Any], result
 def compact(result: dict[str, Any]) -> dict[str, Any]:
     """A run, with maps of ms_resampler's first seed only."""
     run, small = result["run"], dict(result)
-    if "scopes" in result and (run["arm"] != OURS or run["seed"]):
+    if "scopes" in result and (run["arm"] != OURS or run["seed"] or mode_of(run) in MARGINS):
         small["scopes"] = {key: value for key, value in result["scopes"].items() if key != "maps"}
     return json.loads(json.dumps(small))
 
@@ -166,7 +180,7 @@ def load(folder: Path) -> Results:
     current = about.keys() == {"study", "rates", "costs"} and all("made_with" in run for run in runs)
     if not (current and all("forward_x" in cost for cost in about["costs"]["projectors"].values())):
         raise ValueError(f"{folder} was stored by another version of the study: move it away, or use that version.")
-    return Results(**about, runs=runs)
+    return Results(**about, runs=[run | {"run": dataclasses.asdict(run_of(run))} for run in runs])
 
 
 def adopt(folder: Path, out: Path) -> int:

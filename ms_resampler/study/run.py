@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..folders import write_whole
 from ..resampler_ms_resampler import ScopeLayer, ScopeMaps, cell_centres, split_heads
 from ..training.train import keep_freed_memory
-from .data import GRID, LABELS, PATCHES, STUDY_FAMILIES, Optimiser, Split, StudyData, prepare_data
+from .data import GRID, LABELS, STUDY_FAMILIES, Optimiser, Split, StudyData, amid_paper, prepare_data
 from .plan import Run, make_projector
 from .reader import HEADS, Batches, Reader, pretrained_reader, reading_loss
 from .results import made_with, result_path
@@ -32,13 +32,13 @@ class Student(nn.Module):
     projector: Any
     reader: Reader
 
-    def __init__(self, projector: nn.Module, reader: Reader):
+    def __init__(self, projector: nn.Module, reader: Reader, patch_grid: tuple[int, int] = GRID):
         super().__init__()
-        self.projector, self.reader = projector, reader
+        self.projector, self.reader, self.patch_grid = projector, reader, patch_grid
 
     def tokens(self, x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
         """Visual tokens of the tower's features, placed at the centres of their cells."""
-        y = self.projector(x_BNC, GRID, grid)
+        y = self.projector(x_BNC, self.patch_grid, grid)
         return self.reader.place(y[0] if isinstance(y, tuple) else y, cell_centres(grid, x_BNC.device))
 
 
@@ -54,11 +54,11 @@ def perform(run: Run, out: Path) -> dict[str, Any]:
             raise ValueError(f"{path} was made by another version of the study: remove it, or work in a new folder.")
         return {**result, "run": dataclasses.asdict(run)}  # under the name it has today
     keep_freed_memory()
-    data = prepare_data(out, run.data)
+    data = data_of(run, out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reader = pretrained_reader(data, run.data.reader_steps)
     torch.manual_seed(run.seed)
-    student = Student(make_projector(run.projector), reader).to(device)
+    student = Student(make_projector(run.projector, run.patch_grid), reader, run.patch_grid).to(device)
     start = time.perf_counter()
     loss = learn(student, run, data, device)
     seconds = time.perf_counter() - start
@@ -75,10 +75,19 @@ def perform(run: Run, out: Path) -> dict[str, Any]:
     return result
 
 
+def data_of(run: Run, out: Path) -> StudyData:
+    """The data of a run's settings, its scenes amid paper if it has a margin."""
+    data = prepare_data(out, run.data)
+    if run.margin is None:
+        return data
+    splits = {name: amid_paper(split, run.margin, run.data.position_scale) for name, split in data.splits.items()}
+    return dataclasses.replace(data, splits=splits)
+
+
 def learn(student: Student, run: Run, data: StudyData, device: torch.device) -> float:
     """Trains in place; returns the mean loss of the last fifty steps."""
     optimiser = Optimiser([student], run.learning_rate, run.steps)
-    batches, grids = Batches(data, run.batch_size, run.seed), random.Random(run.seed)
+    batches, grids = Batches(data, run.batch_size, run.seed, run.patch_grid), random.Random(run.seed)
     features, losses = data.splits["train"].features_BNC, []
     for _ in range(run.steps):
         pictures, *asked = batches.next()
@@ -110,7 +119,7 @@ def score_split(student: Student, grid: tuple[int, int], split: Split, device: t
     for rows in batched(len(answer_BF)):
         y_BMD = student.tokens(torch.from_numpy(split.features_BNC[rows].astype(np.float32)).to(device), grid)
         right.append(student.reader(y_BMD, words_BFW[rows].to(device)).argmax(-1).cpu() == answer_BF[rows])
-        logits_BNL = student.reader.probe(y_BMD, torch.arange(PATCHES, device=device)).cpu()
+        logits_BNL = student.reader.probe(y_BMD, cell_centres(student.patch_grid, device)).cpu()
         dense.append(patches_right(logits_BNL, split.labels_BN2[rows]))
     letters_FB = np.where(answer_BF < 0, "-", np.where(torch.cat(right), "1", "0")).T
     scores = {family: "".join(letters) for family, letters in zip(STUDY_FAMILIES, letters_FB, strict=True)}
@@ -136,7 +145,7 @@ def describe_scopes(student: Student, grid: tuple[int, int], split: Split, devic
     trust_BFS = []
     for rows in batched(len(answer_BF)):
         x_BNC = torch.from_numpy(split.features_BNC[rows].astype(np.float32)).to(device)
-        y_BMT, maps = student.projector(x_BNC, GRID, grid, True)
+        y_BMT, maps = student.projector(x_BNC, student.patch_grid, grid, True)
         with last_attention(student.reader) as attention:
             student.reader(student.reader.place(y_BMT, cell_centres(grid, device)), words_BFW[rows].to(device))
         trust_BFS.append(torch.einsum("bfm,bsm->bfs", attention(), maps.weights_BSM).cpu())
