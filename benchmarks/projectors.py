@@ -3,6 +3,7 @@
     python benchmarks/projectors.py                                        float32, batch 1, forward: all projectors
     python benchmarks/projectors.py --suite --json costs.json --plot costs.png      budgets, batches, dtypes, grids
     python benchmarks/projectors.py --tokens 64 --batch 8 --dtype bfloat16 --backward --projectors ms_resampler mqt
+    python benchmarks/projectors.py --packed --batch 1 8 32           weights laid out once (`pack_weights`), on a CPU
     python benchmarks/projectors.py --graphs --dtype bfloat16 --batch 1 8 32                as CUDA graphs, on a GPU
     python benchmarks/projectors.py --compile --graphs --dtype bfloat16 --projectors ms_resampler mlp    and compiled
 
@@ -43,6 +44,7 @@ from ms_resampler.evaluation.timing import (
     times_as_long,
 )
 from ms_resampler.folders import write_whole
+from ms_resampler.packing_ms_resampler import pack_linears
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
 
@@ -95,6 +97,7 @@ class Setting:
     backward: bool = False
     compiled: bool = False
     recorded: bool = False
+    packed: bool = False
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -104,6 +107,7 @@ class Setting:
     def __str__(self) -> str:
         what = "forward + backward" if self.backward else "forward"
         what += (", compiled" if self.compiled else "") + (", CUDA graph" if self.recorded else "")
+        what += ", packed" if self.packed else ""
         return f"{self.grid} x {self.grid} patches -> {self.tokens} tokens, {self.dtype}, batch {self.batch}, {what}"
 
 
@@ -163,6 +167,8 @@ def make_run(name: str, setting: Setting, device: str = DEVICE) -> tuple[nn.Modu
         projector = build_projector(config).to(dtype)
         x_BNC = torch.randn(setting.batch, setting.grid**2, config.feature_width, dtype=dtype)
     projector.apply(init_resampler_weights).apply(init_projector_weights)
+    if setting.packed:
+        pack_linears(projector)
     patch_grid, token_grid = (setting.grid, setting.grid), tuple(config.projector_config.visual_tokens)
     project = torch.compile(projector, dynamic=False) if setting.compiled else projector
 
@@ -186,7 +192,7 @@ def record(run: Callable[[], object]) -> Callable[[], object]:
 
 def cost(name: str, setting: Setting = Setting()) -> tuple[int, int]:
     """Parameters, and multiply-accumulates of the run, counted on tensors without data where no code looks at those."""
-    plain = replace(setting, compiled=False)
+    plain = replace(setting, compiled=False, packed=False)
     projector, run = make_run(name, plain, DEVICE if name == "idefics2_perceiver" else "meta")
     projector.requires_grad_(setting.backward)  # or the counter would wait for gradients
     return sum(weight.numel() for weight in projector.parameters()), count_macs(run)
@@ -320,6 +326,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backward", action="store_true", help="with the gradients of all parameters")
     parser.add_argument("--compile", action="store_true", help="torch.compile, which fuses kernels")
     parser.add_argument("--graphs", action="store_true", help="as CUDA graphs, forward alone, on a GPU")
+    parser.add_argument("--packed", action="store_true", help="with packed weights, forward alone, on a CPU")
     parser.add_argument(
         "--suite", action="store_true", help="all settings: budgets, batches, dtypes, grids; other options rest"
     )
@@ -330,6 +337,8 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     if asked.graphs and (asked.backward or DEVICE == "cpu"):
         parser.error("--graphs records the forward pass on a GPU: leave out --backward, and have a GPU.")
+    if asked.packed and (asked.backward or asked.compile or DEVICE != "cpu"):
+        parser.error("--packed measures the forward pass on a CPU: leave out --backward and --compile, hide the GPU.")
     return asked
 
 
@@ -338,7 +347,7 @@ def chosen(asked: argparse.Namespace) -> list[tuple[list[str], Setting]]:
     if asked.suite:
         return [(names, setting) for names, setting in SUITE if setting.dtype == "float32" or HALF]
     combinations = product(asked.grid, asked.tokens, asked.batch, asked.dtype)
-    how = asked.backward, asked.compile, asked.graphs
+    how = asked.backward, asked.compile, asked.graphs, asked.packed
     return [(asked.projectors, Setting(*values, *how)) for values in combinations]
 
 

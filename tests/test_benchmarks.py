@@ -31,7 +31,7 @@ from model import prompt_table as model_table
 from preprocessing import measure as measure_preprocessing
 from prior_form import FORMS, error
 from prior_form import main as measure_prior_forms
-from projectors import PUBLISHED, SUITE, Setting, along, chosen, cost, draw, measure, summary, table
+from projectors import PUBLISHED, SUITE, Setting, along, arguments, chosen, cost, draw, measure, summary, table
 from projectors import make_run as make_projector_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_step import PROJECTORS, make_steps
@@ -141,6 +141,22 @@ def test_every_projector_of_the_suite_can_do_what_is_asked_of_it():
     for name, grid, tokens in asked:
         if name != "idefics2_perceiver":  # which looks at its data, and is large
             make_projector_run(name, Setting(grid, tokens), "meta")[1]()
+
+
+def test_packed_projectors_are_measured_where_it_is_asked_for(monkeypatch):
+    asked = ["projectors.py", "--packed", "--tokens", "4", "--grid", "4", "--projectors", "ms_resampler"]
+    monkeypatch.setattr("sys.argv", asked)
+    ((_, setting),) = chosen(arguments())
+    assert setting == Setting(grid=4, tokens=4, packed=True)
+    assert str(setting).endswith("forward, packed")
+    packed, plain = (make_projector_run("ms_resampler", some) for some in (setting, replace(setting, packed=False)))
+    assert not [part for part in packed[0].modules() if type(part) is torch.nn.Linear]
+    assert [part for part in plain[0].modules() if type(part) is torch.nn.Linear]
+    packed[1]()
+    assert cost("ms_resampler", setting) == cost("ms_resampler", replace(setting, packed=False))
+    monkeypatch.setattr("sys.argv", [*asked, "--backward"])
+    with pytest.raises(SystemExit):
+        arguments()
 
 
 class Clock:

@@ -61,8 +61,7 @@ from ms_resampler.study.report import (
     ablation_table,
     check_report,
     elastic_table,
-    margins_found,
-    margins_table,
+    margin_tables,
     report_text,
     rivals,
     write_report,
@@ -614,20 +613,19 @@ def test_scores_amid_paper_stand_apart():
     results = Results({"budgets": [16]}, dict.fromkeys(AMID_PAPER, 1e-3), {}, runs)
     assert results.arms("16") == [OURS, "token_packer"]
     assert len(results.blocks((OURS, "fixed", "16"))) == 1
-    found = margins_found(results)
-    means = {title: difference.estimate.mean_G[:3].tolist() for title, difference in found.items()}
-    assert means == {
-        "token_packer, cells on the places": [-0.5] * 3,
-        "token_packer, cells across them": [1.0] * 3,
-    }
-    rows = [line.split(" | ") for line in margins_table(results, found).splitlines()[2:6]]
-    assert [(name.strip("| "), arm, local.split()[0]) for name, arm, _, local, *_ in rows] == [
+    rows = [line.strip("| ").split(" | ") for line in margin_tables(results).splitlines()]
+    assert [(name, arm, local.split()[0]) for name, arm, _, local, *_ in rows[2:6]] == [
         ("on the places", OURS, "50.0"),
         ("on the places", "token_packer", "100.0"),
         ("across them", OURS, "100.0"),
         ("across them", "token_packer", "0.0"),
     ]
-    assert margins_found(dataclasses.replace(results, runs=runs[:2])) == {}
+    assert [(title, local.split()[0]) for title, _, _, _, _, _, local, *_ in rows[-2:]] == [
+        ("token_packer, cells on the places", "-50.0"),
+        ("token_packer, cells across them", "+100.0"),
+    ]
+    assert margin_tables(dataclasses.replace(results, runs=runs[:2])) == ""
+    assert margin_tables(dataclasses.replace(results, runs=runs[:4])).count("across them") == 0
 
 
 def test_a_table_leaves_out_what_shares_no_seed_with_the_default():

@@ -71,12 +71,8 @@ def report_text(results: Results) -> str:
         sections += [f"## Ablations, {results.middle} tokens", *ablations]
     if any(results.arms(tokens, "elastic") for tokens in results.budgets):
         sections += ["## One set of weights for every budget", elastic_table(results)]
-    if margins := margins_found(results):
-        sections += [
-            "## Cells on the places of things, and across them",
-            MARGINS_EXPLAINED,
-            margins_table(results, margins),
-        ]
+    if tables := margin_tables(results):
+        sections += ["## Cells on the places of things, and across them", MARGINS_EXPLAINED, tables]
     sections += ["## Cost", cost_table(results), how_it_was_made(results)]
     return "\n\n".join(sections) + "\n"
 
@@ -249,24 +245,18 @@ def elastic_table(results: Results) -> str:
     return markdown_table(head, rows) + left_out(missing)
 
 
-def margins_found(results: Results) -> dict[str, Difference]:
-    """Our score minus that of the other projectors amid paper, by margin and projector."""
-    keys = {
-        f"{arm}, cells {name}": ((OURS, name, str(CELLS)), (arm, name, str(CELLS)))
-        for arm, name in product(AMID_PAPER, MARGINS)
-        if arm != OURS
-    }
-    return {title: results.difference(*pair) for title, pair in keys.items() if results.comparable(*pair)}
-
-
-def margins_table(results: Results, found: dict[str, Difference]) -> str:
-    """Scores amid paper by margin, and our differences."""
-    keys = [(arm, name, str(CELLS)) for name, arm in product(MARGINS, AMID_PAPER)]
-    scored = results.estimates(*(key for key in keys if key in results.scores))
+def margin_tables(results: Results) -> str:
+    """Scores amid paper by margin, and our differences; nothing if there are none."""
+    pairs = {name: [(arm, name, str(CELLS)) for arm in AMID_PAPER] for name in MARGINS}
+    pairs = {name: pair for name, pair in pairs.items() if results.comparable(*pair)}
+    if not pairs:
+        return ""
     rows = [
         [name, arm, percent(estimate, -1), *(percent(estimate, column) for column in range(len(GROUPS)))]
-        for (arm, name, _), estimate in scored.items()
+        for name, pair in pairs.items()
+        for (arm, *_), estimate in results.estimates(*pair).items()
     ]
+    found = {f"{AMID_PAPER[1]}, cells {name}": results.difference(*pair) for name, pair in pairs.items()}
     scores = markdown_table(["cells", "projector", "overall", *GROUPS], rows)
     return f"{scores}\n\n`{OURS}` minus the other, in points:\n\n{differences_table('minus', found)}"
 
