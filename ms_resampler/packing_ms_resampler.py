@@ -16,8 +16,8 @@ _BACK = "load the model again (from_pretrained) to have plain ones"
 class PackedLinear(nn.Module):
     """A linear layer without gradients, on a CPU: inputs (..., in), weight (out, in), packed or a plain parameter.
 
-    State dicts, copies and pickles have plain weights. Raises ValueError if gradients are asked for, or if it is moved
-    or converted.
+    State dicts and pickles have plain weights, and copies packed ones. Raises ValueError if gradients are asked for,
+    or if it is moved or converted.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):

@@ -146,10 +146,13 @@ def test_every_projector_of_the_suite_can_do_what_is_asked_of_it():
 def test_packed_projectors_are_measured_where_it_is_asked_for(monkeypatch):
     asked = ["projectors.py", "--packed", "--tokens", "4", "--grid", "4", "--projectors", "ms_resampler"]
     monkeypatch.setattr("sys.argv", asked)
+    monkeypatch.setattr("projectors.DEVICE", "cpu")
     ((_, setting),) = chosen(arguments())
     assert setting == Setting(grid=4, tokens=4, packed=True)
     assert str(setting).endswith("forward, packed")
-    packed, plain = (make_projector_run("ms_resampler", some) for some in (setting, replace(setting, packed=False)))
+    packed, plain = (
+        make_projector_run("ms_resampler", some, "cpu") for some in (setting, replace(setting, packed=False))
+    )
     assert not [part for part in packed[0].modules() if type(part) is torch.nn.Linear]
     assert [part for part in plain[0].modules() if type(part) is torch.nn.Linear]
     packed[1]()

@@ -14,7 +14,7 @@ import torch
 from ..training.train import keep_freed_memory
 from .costs import measure_costs
 from .data import data_folder, prepare_data
-from .plan import BASELINE, LOCAL, OURS, QUICK, Run, Study, further_runs, main_runs, rehearse, sweep_runs
+from .plan import BASELINE, LOCAL, OURS, QUICK, Run, Study, further_runs, main_runs, margin_runs, rehearse, sweep_runs
 from .reader import pretrained_reader
 from .report import check_report, report_text, write_report
 from .results import Results, adopt, collect, load, made_with, result_path, run_of, save
@@ -85,7 +85,7 @@ def refuse_loss(study: Study, stored: Results, folder: Path) -> None:
 
 def all_runs(study: Study, rates: dict[str, float]) -> list[Run]:
     """What a study runs, once its learning rates are chosen."""
-    return [*sweep_runs(study), *main_runs(study, rates), *further_runs(study, rates)]
+    return [*sweep_runs(study), *main_runs(study, rates), *further_runs(study, rates), *margin_runs(study, rates)]
 
 
 def perform_study(study: Study, out: Path, workers: int | None) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -98,9 +98,14 @@ def perform_study(study: Study, out: Path, workers: int | None) -> tuple[dict[st
         results = list(perform_all("Learning rates", sweep_runs(study), out, pool))
         rates = best_rates(study, results)
         here = pool.submit(made_with, data_folder(out, study.data)).result()
-        elsewhere = seeds_of_elsewhere(main_runs(study, rates), out, here)
-        for title, runs in (("Projectors", main_runs), ("Ablations and elastic budgets", further_runs)):
-            results += perform_all(title, comparable_here(runs(study, rates), out, elsewhere), out, pool)
+        projectors, further, amid_paper = (plan(study, rates) for plan in (main_runs, further_runs, margin_runs))
+        for title, runs, compared_with in (
+            ("Projectors", projectors, projectors),
+            ("Ablations and elastic budgets", further, projectors),
+            ("Scenes amid paper", amid_paper, amid_paper),
+        ):
+            elsewhere = seeds_of_elsewhere(compared_with, out, here)
+            results += perform_all(title, comparable_here(runs, out, elsewhere), out, pool)
     return rates, results
 
 
@@ -135,7 +140,8 @@ def finished_runs(study: Study, out: Path) -> tuple[dict[str, float], list[dict[
             f"{missing} runs of the choice of learning rates are missing in {out}: first go on without --finished."
         )
     rates = best_rates(study, swept)
-    return rates, swept + finished(main_runs(study, rates)) + finished(further_runs(study, rates))
+    plans = (plan(study, rates) for plan in (main_runs, further_runs, margin_runs))
+    return rates, swept + [result for runs in plans for result in finished(runs)]
 
 
 def study_of(arguments: argparse.Namespace) -> Study:

@@ -81,8 +81,8 @@ RELATIVES = {
 }
 # Trained with a random grid each step, and asked for every budget.
 ELASTIC = (OURS, WITH_QUERIES, "mqt", "avg_pool")
-# Scenes amid paper (see AmidPaper), where 16 tokens have cells as large as 9 have without. Things stand at 3 x 3
-# places, one at most at each: by the margin above and left, a cell is such a place, or every place lies across four.
+# Scenes amid paper (see AmidPaper), where 16 tokens have cells as large as 9 have without. The centres of things lie in
+# 3 x 3 places, one at most in each: by the margin above and left, a cell is a place, or a place lies across four cells.
 MARGINS = {"on the places": 0, "across them": 2}
 AMID_PAPER, CELLS = (OURS, "token_packer"), 16
 
@@ -275,12 +275,11 @@ def main_runs(study: Study, rates: dict[str, float]) -> list[Run]:
 
 
 def further_runs(study: Study, rates: dict[str, float]) -> list[Run]:
-    """Ablations at the middle budget, with the learning rate of what they change; elastic runs; scenes amid paper."""
+    """Ablations at the middle budget, with the learning rate of what they change; and elastic runs."""
     if not study.ablations:
         return []
     ablations = [arm for arm in ABLATIONS if changed_by(arm) in rates]
     elastic = [arm for arm in ELASTIC if arm in rates]
-    amid_paper = AMID_PAPER if rates.keys() >= set(AMID_PAPER) else ()
     seeds = range(study.seeds)
     return [
         *(
@@ -288,8 +287,12 @@ def further_runs(study: Study, rates: dict[str, float]) -> list[Run]:
             for seed, arm in product(seeds, ablations)
         ),
         *(make_run(study, arm, study.budgets, seed, rates[arm]) for seed, arm in product(seeds, elastic)),
-        *(
-            make_run(study, arm, [CELLS], seed, rates[arm], margin)
-            for seed, arm, margin in product(seeds, amid_paper, MARGINS.values())
-        ),
     ]
+
+
+def margin_runs(study: Study, rates: dict[str, float]) -> list[Run]:
+    """Scenes amid paper, if the study has all that are compared there."""
+    if not study.ablations or not rates.keys() >= set(AMID_PAPER):
+        return []
+    asked = product(range(study.seeds), AMID_PAPER, MARGINS.values())
+    return [make_run(study, arm, [CELLS], seed, rates[arm], margin) for seed, arm, margin in asked]

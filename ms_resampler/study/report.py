@@ -15,11 +15,12 @@ from .results import ENOUGH_SEEDS, Results, fingerprint, load
 from .statistics import GROUPS, Difference, Estimate, corrected
 
 ONE_POINT = 0.01
-MARGINS_EXPLAINED = """Things stand at 3 x 3 places, one at most at each. So with 9 tokens, and with no other budget
-here, a window of TokenPacker, or a cell of ours, is such a place, and a token need not tell of more than one thing.
-What is that worth? The same scenes again, amid paper, on 16 x 16 patches with 16 tokens, so that cells are as large as
-those of 9 tokens above: with all paper to the right and below, cells lie on the places, and with two patches of it on
-every side each place lies across four cells. Learning rates are those of above."""
+MARGINS_EXPLAINED = """The centres of things lie in 3 x 3 places, one at most in each. So with 9 tokens, and with no
+other budget here, a window of TokenPacker, or a cell of ours, is such a place, and a token tells of little but one
+thing. What is that worth? The same scenes again, amid paper, on 16 x 16 patches with 16 tokens, so that cells are as
+large as those of 9 tokens above: with all paper to the right and below, cells are the places, and with two patches of
+it on every side each place lies across four cells. (Then all 16 cells hold a part of the scene, otherwise nine do: that
+differs, too.) Learning rates are those of above."""
 PRELIMINARY = (
     "\n\n**Preliminary: the tables of scores are over {seeds}.** Seeds differ by about as much as neighbours in these "
     "tables do, so conclusions wait for five."
@@ -246,17 +247,17 @@ def elastic_table(results: Results) -> str:
 
 
 def margin_tables(results: Results) -> str:
-    """Scores amid paper by margin, and our differences; nothing if there are none."""
+    """Scores amid paper by margin, our differences, and what they change by; nothing before seeds have all of them."""
     pairs = {name: [(arm, name, str(CELLS)) for arm in AMID_PAPER] for name in MARGINS}
-    pairs = {name: pair for name, pair in pairs.items() if results.comparable(*pair)}
-    if not pairs:
+    keys = [key for pair in pairs.values() for key in pair]
+    if not results.comparable(*keys):
         return ""
     rows = [
         [name, arm, percent(estimate, -1), *(percent(estimate, column) for column in range(len(GROUPS)))]
-        for name, pair in pairs.items()
-        for (arm, *_), estimate in results.estimates(*pair).items()
+        for (arm, name, _), estimate in results.estimates(*keys).items()
     ]
     found = {f"{AMID_PAPER[1]}, cells {name}": results.difference(*pair) for name, pair in pairs.items()}
+    found["what that changes by"] = results.change(*pairs.values())
     scores = markdown_table(["cells", "projector", "overall", *GROUPS], rows)
     return f"{scores}\n\n`{OURS}` minus the other, in points:\n\n{differences_table('minus', found)}"
 
@@ -303,6 +304,6 @@ def made_counts(results: Results) -> dict[str, int]:
 
 def listed_seeds(results: Results, made: str) -> str:
     """The seeds of ms_resampler that were made with something."""
-    runs = (result["run"] for result in results.runs if result["made_with"] == made)
-    chosen = (run for run in runs if run["arm"] == OURS and run["learning_rate"] == results.rates[OURS])
-    return ", ".join(str(seed) for seed in sorted({run["seed"] for run in chosen})) or "none"
+    kept = (keys for (arm, mode, _), keys in results.scores.items() if arm == OURS and mode == "fixed")
+    seeds = {seed for blocks in kept for what, seed in blocks if what == made}
+    return ", ".join(map(str, sorted(seeds))) or "none"

@@ -98,9 +98,9 @@ class Results:
             raise ValueError(f"No seed is finished yet for all of {arms}: go on with the study.")
         return shared
 
-    def comparable(self, one: Key, other: Key) -> bool:
-        """Whether some block has a result of both."""
-        return not self.scores.get(one, {}).keys().isdisjoint(self.scores.get(other, {}))
+    def comparable(self, *keys: Key) -> bool:
+        """Whether some block has a result of all."""
+        return bool(set.intersection(*(set(self.scores.get(key, {})) for key in keys)))
 
     def estimates(self, *keys: Key) -> dict[Key, Estimate]:
         """Means and intervals, over the blocks that all of these share."""
@@ -113,6 +113,17 @@ class Results:
         ours, other_ = (np.stack([self.scores[key][block] for block in blocks]) for key in (one, other))
         validation = [self.validation[one][block] - self.validation[other][block] for block in blocks]
         return difference(ours, other_, np.array(validation))
+
+    def change(self, before: Sequence[Key], after: Sequence[Key]) -> Difference:
+        """How much greater a difference, of one minus another, is with one pair of keys than with the pair before."""
+        blocks = self.blocks(*before, *after)
+
+        def differences(scores: dict[Key, dict[Block, np.ndarray]], one: Key, other: Key) -> np.ndarray:
+            return np.stack([scores[one][block] - scores[other][block] for block in blocks])
+
+        later, earlier = (differences(self.scores, *pair) for pair in (after, before))
+        validation = differences(self.validation, *after) - differences(self.validation, *before)
+        return difference(later, earlier, validation)
 
     def parameters(self, arm: str, tokens: str) -> int:
         """Parameters of an arm's projector at a budget."""
@@ -132,9 +143,8 @@ class Results:
 
 def mode_of(run: dict[str, Any]) -> str:
     """How a run was trained: "fixed" for one budget, "elastic" for several; amid paper, the name of the margin."""
-    if run.get("margin") is not None:
-        return next(name for name, margin in MARGINS.items() if margin == run["margin"])
-    return "elastic" if len(run["grids"]) > 1 else "fixed"
+    names = [name for name, margin in MARGINS.items() if margin == run.get("margin")]
+    return names[0] if names else "elastic" if len(run["grids"]) > 1 else "fixed"
 
 
 def collect(study: Study, rates: dict[str, float], costs: dict[str, Any], results: Sequence[dict[str, Any]]) -> Results:
@@ -145,7 +155,7 @@ def collect(study: Study, rates: dict[str, float], costs: dict[str, Any], result
         runs.values(),
         key=lambda r: (
             order.index(r["run"]["arm"]),
-            r["run"]["margin"] is not None,
+            -1 if r["run"]["margin"] is None else r["run"]["margin"],
             -len(r["run"]["grids"]),
             r["run"]["grids"],
             r["run"]["seed"],
@@ -178,6 +188,7 @@ def load(folder: Path) -> Results:
     lines = (folder / "runs.jsonl").read_text().splitlines()
     about, runs = json.loads((folder / "study.json").read_text()), [json.loads(line) for line in lines]
     current = about.keys() == {"study", "rates", "costs"} and all("made_with" in run for run in runs)
+    current = current and all(run["run"].keys() <= {field.name for field in dataclasses.fields(Run)} for run in runs)
     if not (current and all("forward_x" in cost for cost in about["costs"]["projectors"].values())):
         raise ValueError(f"{folder} was stored by another version of the study: move it away, or use that version.")
     return Results(**about, runs=[run | {"run": dataclasses.asdict(run_of(run))} for run in runs])
