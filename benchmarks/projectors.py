@@ -44,7 +44,7 @@ from ms_resampler.evaluation.timing import (
     times_as_long,
 )
 from ms_resampler.folders import write_whole
-from ms_resampler.packing_ms_resampler import PackedLinear, pack_linears
+from ms_resampler.packing_ms_resampler import pack_linears
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
 
@@ -169,7 +169,7 @@ def make_run(name: str, setting: Setting, device: str = DEVICE) -> tuple[nn.Modu
     projector.apply(init_resampler_weights).apply(init_projector_weights)
     if setting.packed:
         pack_linears(projector)
-        if not any(isinstance(part, PackedLinear) for part in projector.modules()):
+        if any(type(part) is nn.Linear for part in projector.modules()):
             raise SystemExit(f"--packed: there are no packed weights for {setting.dtype} on this processor.")
     patch_grid, token_grid = (setting.grid, setting.grid), tuple(config.projector_config.visual_tokens)
     project = torch.compile(projector, dynamic=False) if setting.compiled else projector

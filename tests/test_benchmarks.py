@@ -157,6 +157,11 @@ def test_packed_projectors_are_measured_where_it_is_asked_for(monkeypatch):
     assert [part for part in plain[0].modules() if type(part) is torch.nn.Linear]
     packed[1]()
     assert cost("ms_resampler", setting) == cost("ms_resampler", replace(setting, packed=False))
+    make_projector_run("mqt", setting, "cpu")[1]()  # which has no linear layers to pack
+    with monkeypatch.context() as without:
+        without.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        with pytest.raises(SystemExit, match="there are no packed weights for float32 on this processor"):
+            make_projector_run("ms_resampler", setting, "cpu")
     monkeypatch.setattr("sys.argv", [*asked, "--backward"])
     with pytest.raises(SystemExit):
         arguments()
