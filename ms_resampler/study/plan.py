@@ -144,13 +144,18 @@ class Run:
     @property
     def patch_grid(self) -> tuple[int, int]:
         """The patches of a picture."""
-        return GRID if self.margin is None else LARGE_GRID
+        return grid_of(self.margin)
 
     @property
     def tokens(self) -> str:
         """The budget, for people: "16", or "9 to 36"."""
         counts = sorted(rows * columns for rows, columns in self.grids)
         return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def grid_of(margin: int | None) -> tuple[int, int]:
+    """The patches of a picture: more with a margin, of scenes amid paper."""
+    return GRID if margin is None else LARGE_GRID
 
 
 def fields_of(arm: str) -> dict[str, Any]:
@@ -167,8 +172,7 @@ def make_run(
     """The run of an arm, at a budget or (elastic) at several. The projector is as wide as makes its parameters
     comparable, and the same at every budget but for the tokens.
     """
-    patch_grid = GRID if margin is None else LARGE_GRID
-    grids = tuple(token_grid(PATCHES if arm in REFERENCE else budget, patch_grid) for budget in budgets)
+    grids = tuple(token_grid(PATCHES if arm in REFERENCE else budget, grid_of(margin)) for budget in budgets)
     largest = max(grids)
     projector = {**size_of(arm), **fields_of(arm), "query_grid": largest, "visual_tokens": largest}
     of_study = study.steps, study.batch_size, study.data
