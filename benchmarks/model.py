@@ -5,19 +5,21 @@
     python benchmarks/model.py --llm 7b --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
     python benchmarks/model.py --packed --budgets 144 36                                                    on a CPU
     python benchmarks/model.py --graphs --budgets 144 36                                                    on a GPU
+    python benchmarks/model.py --compile --budgets 144 36                                             compiled, too
 
 Weights are random: times do not depend on them. On a GPU, if there is one, in bfloat16, elsewhere in float32. `--llm
 7b` has the shapes of Vicuna-7B; without a GPU with one layer's weights (0.8 GB in float32, far more than any
 processor's cache holds) in all 32 layers, each with its own keys and values: the same operations in 4 GB instead of 28.
-`--graphs` runs prompt and tokens as CUDA graphs over a static cache, and not through generate(). `--packed` measures
-both models a second time with packed weights (`pack_weights`), on a CPU.
+`--graphs` runs prompt and tokens as CUDA graphs over a static cache, and not through generate(); `--compile` does the
+same with both compiled before (on a CPU: compiled alone). `--packed` measures both models a second time with packed
+weights (`pack_weights`), on a CPU.
 
 Prints markdown tables: milliseconds to the first token (image included), tokens a second from there on, and requests a
 second of a batch, medians of interleaved repeats and their spread, relative to transformers'
-LlavaForConditionalGeneration with its 576 tokens an image in the same rounds; the most that tensors took beside the
-weights; and the floor: the multiply-accumulates of prompt and images (attention counted whole, the head at the last
-place) over the rate of a product of large square matrices, or reading the weights once at the rate of a copy, whichever
-is longer.
+LlavaForConditionalGeneration with its 576 tokens an image (and to a packed one) in the same rounds; the most that
+tensors took beside the weights; and the floor: the multiply-accumulates of prompt and images (attention counted whole,
+the head at the last place) over the rate of a product of large square matrices, or reading the weights once at the rate
+of a copy, whichever is longer.
 """
 
 import argparse
@@ -179,9 +181,18 @@ def make_run(
 
 
 def make_recorded_run(
-    model: PreTrainedModel, visual_tokens: int, images: int, new_tokens: int, requests: int = 1
+    model: PreTrainedModel,
+    visual_tokens: int,
+    images: int,
+    new_tokens: int,
+    requests: int = 1,
+    *,
+    compiled: bool = False,
 ) -> Callable[..., Tensor]:
-    """The same as two CUDA graphs over a static cache, of the prompt and of a token after it; without generate()."""
+    """The same as two CUDA graphs over a static cache, of the prompt and of a token after it; without generate().
+
+    `compiled` hands both to torch.compile before, one graph each without breaks.
+    """
     prompt = make_prompt(model, images, visual_tokens, requests)
     del prompt["attention_mask"]  # of ones
     length = prompt["input_ids"].shape[1]
@@ -189,7 +200,7 @@ def make_recorded_run(
     token = {"input_ids": torch.zeros(requests, 1, dtype=torch.long, device=DEVICE)}
     places = [torch.arange(length, device=DEVICE)[None], torch.tensor([[length]], device=DEVICE)]
     read, go_on = (
-        record(partial(likeliest, model, **inputs, position_ids=place, **{CACHE: cache}), cache)
+        record(partial(likeliest, model, **inputs, position_ids=place, **{CACHE: cache}), cache, compiled)
         for inputs, place in zip((prompt, token), places, strict=True)
     )
 
@@ -215,11 +226,16 @@ def likeliest(model: PreTrainedModel, **inputs: Any) -> Tensor:
 
 
 @torch.no_grad()
-def record(step: Callable[[], Tensor], cache: StaticCache) -> Callable[[], Tensor]:
+def record(step: Callable[[], Tensor], cache: StaticCache, compiled: bool) -> Callable[[], Tensor]:
     """A step on tensors that stay where they are, as a CUDA graph; without a GPU the step itself."""
-    for _ in range(3):  # libraries start up, and the cache makes its tensors
-        step()
-        cache.reset()
+    step()  # makes the cache's tensors, and transformers' hooks, which are not compiled
+    cache.reset()
+    if compiled:
+        step = torch.compile(step, dynamic=False, fullgraph=True)
+    with uncounted_placeholders():
+        for _ in range(3):  # libraries start up
+            step()
+            cache.reset()
     if DEVICE == "cpu":
         return step
     graph = torch.cuda.CUDAGraph()
@@ -319,16 +335,18 @@ def token_times(run: Callable[..., Tensor]) -> list[float]:
 
 def prompt_table(records: dict[str, dict[str, Any]], new_tokens: int) -> str:
     """The times to the first token and after it, in markdown."""
-    head = ["model, visual tokens", "first token, ms", "spread", "x LLaVA", "GMAC", "x LLaVA's", "share of the floor"]
-    head += ["tokens/s after it", "peak (MB)"]
+    bases = bases_of(records)
+    head = ["model, visual tokens", "first token, ms", "spread", *(f"x {name}" for name in bases), "GMAC", "x LLaVA's"]
+    head += ["share of the floor", "tokens/s after it", "peak (MB)"]
     rows = []
-    base = next(iter(records.values()))
     for name, record in records.items():
         first, macs = record["first_ms"], record["macs"]
         median = statistics.median(first)
         digits = 0 if median > 100 else 1
-        cells = [name, f"{median:.{digits}f}", spread(first, digits), f"{times_as_long(first, base['first_ms']):.2f}"]
-        cells += [f"{macs / 1e9:.0f}", f"{macs / base['macs']:.2f}", f"{record['floor_ms'] / median:.0%}"]
+        cells = [name, f"{median:.{digits}f}", spread(first, digits)]
+        cells += [f"{times_as_long(first, base['first_ms']):.2f}" for base in bases.values()]
+        cells += [f"{macs / 1e9:.0f}", f"{macs / next(iter(bases.values()))['macs']:.2f}"]
+        cells += [f"{record['floor_ms'] / median:.0%}"]
         cells += [f"{1000 * new_tokens / statistics.median(record['further_ms']):.1f}" if new_tokens else ""]
         rows.append([*cells, f"{record['peak_bytes'] / 1e6:.0f}"])
     return markdown_table(head, rows)
@@ -336,17 +354,23 @@ def prompt_table(records: dict[str, dict[str, Any]], new_tokens: int) -> str:
 
 def batch_table(times: dict[str, list[float]], requests: int) -> str:
     """Requests a second of a batch, in markdown."""
-    base = next(iter(times.values()))
+    bases = bases_of(times)
     rows = [
         [
             name,
             f"{1000 * requests / statistics.median(spent):.3g}",
             spread([ms / 1000 for ms in spent], 1 if min(spent) > 1000 else 3),
-            f"{times_as_long(base, spent):.2f}",
+            *(f"{times_as_long(base, spent):.2f}" for base in bases.values()),
         ]
         for name, spent in times.items()
     ]
-    return markdown_table(["model, visual tokens", "requests/s", "seconds a batch", "x LLaVA's requests/s"], rows)
+    head = ["model, visual tokens", "requests/s", "seconds a batch", *(f"x {name}" for name in bases)]
+    return markdown_table(head, rows)
+
+
+def bases_of(measured: dict[str, Any]) -> dict[str, Any]:
+    """What a table is relative to: LLaVA, and the packed one if it was measured, too."""
+    return {name: what for name, what in measured.items() if name.startswith("LLaVA")}
 
 
 def arguments() -> argparse.Namespace:
@@ -360,13 +384,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=DTYPE)
     parser.add_argument("--packed", action="store_true", help="measure packed weights, too")
     parser.add_argument("--graphs", action="store_true", help="run as CUDA graphs, and not through generate()")
+    parser.add_argument("--compile", action="store_true", help="the same, compiled before")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.packed and asked.compile:
+        parser.error("--packed: packed weights are not compiled, so leave out --compile.")
+    return asked
 
 
 def main() -> None:
     """Measures, prints and keeps."""
     asked = arguments()
+    torch._dynamo.config.recompile_limit = 256  # a graph for every budget, number of images and of requests
     kind, sizes = LANGUAGE_MODELS[asked.llm]
     dtype, one_layer = getattr(torch, asked.dtype), asked.llm == "7b" and DEVICE == "cpu"
     parts, speed = shapes(TOWER, kind(**sizes)), rates(dtype)
@@ -377,10 +406,12 @@ def main() -> None:
             raise SystemExit(f"--packed: there are no packed weights for {asked.dtype} on this {DEVICE}.")
         names |= contenders(*packed, asked.budgets, ", packed")
     how = f"{asked.dtype}, language model {asked.llm}" + (", one layer's weights in all layers" if one_layer else "")
-    how += ", CUDA graphs" if asked.graphs else ""
+    recorded = asked.graphs or asked.compile
+    how += f", {'CUDA graphs' if DEVICE == 'cuda' else 'a static cache'}" if recorded else ""
+    how += ", compiled" if asked.compile else ""
     print(f"{machine()}; {how}, {WORDS} words of prompt", flush=True)
     kept: dict[str, Any] = {"machine": machine(), "how": how, "rates": speed, "images": {}}
-    make = make_recorded_run if asked.graphs else make_run
+    make = partial(make_recorded_run, compiled=asked.compile) if recorded else make_run
     for images in asked.images:
         records = measure_prompts(names, images, asked.new_tokens, asked.repeats, speed, make)
         print(f"\nImages: {images}\n\n{prompt_table(records, asked.new_tokens)}", flush=True)

@@ -33,6 +33,7 @@ from prior_form import FORMS, error
 from prior_form import main as measure_prior_forms
 from projectors import PUBLISHED, SUITE, Setting, along, arguments, chosen, cost, draw, measure, summary, table
 from projectors import make_run as make_projector_run
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_step import PROJECTORS, make_steps
 from training_step import make_models as make_training_models
@@ -278,16 +279,20 @@ def test_packed_models_and_layers_of_the_same_weights_answer_alike():
     assert {id(weight) for weight in first.parameters()} == {id(weight) for weight in second.parameters()}
 
 
-def test_what_is_recorded_says_what_generate_does(tiny_parts):
-    """Token for token, a second time too."""
-    for model, visual_tokens in contenders(*make_models(tiny_parts), [4]).values():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_recorded_says_what_generate_does(tiny_parts, compiled, monkeypatch):
+    """Token for token, a second time too; compiled as one graph of the prompt and one of a token."""
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    for number, (model, visual_tokens) in enumerate(contenders(*make_models(tiny_parts), [4]).values(), 1):
         torch.manual_seed(1)
-        run = make_recorded_run(model, visual_tokens, images=2, new_tokens=4)
+        run = make_recorded_run(model, visual_tokens, images=2, new_tokens=4, compiled=compiled)
         torch.manual_seed(1)
         expected = make_run(model, visual_tokens, images=2, new_tokens=4)()
         assert torch.equal(run(), expected)
         assert torch.equal(run(), expected)
         assert len(token_times(run)) == 4
+        assert graphs.frame_count == (2 * number if compiled else 0)
 
 
 def test_all_forms_of_the_prior_are_measured_and_right(monkeypatch, capsys):
@@ -344,6 +349,14 @@ def test_a_model_is_measured_up_to_the_first_token_and_after_it(tiny_parts):
     assert all(len(record["first_ms"]) == len(record["further_ms"]) == 2 for record in records.values())
     assert all(record["peak_bytes"] > 0 for record in records.values())
     assert len(model_table(records, 2).splitlines()) == 2 + len(records)
+    twice = {
+        f"{name}, packed": record | {"first_ms": [2 * ms for ms in record["first_ms"]]}
+        for name, record in records.items()
+    }
+    head, _, *rows = (line.split(" | ") for line in model_table(records | twice, 2).splitlines())
+    relative = [[float(row[head.index(f"x LLaVA, 16{suffix}")]) for suffix in ("", ", packed")] for row in rows]
+    assert relative[0] == [1.0, 0.5]
+    assert relative[2] == [2.0, 1.0]
     assert records["LLaVA, 16"]["floor_ms"] == 4 * sum(weight.numel() for weight in llava.parameters())
     quick = measure_prompts(contenders(llava, ours, [4]), images=2, new_tokens=0, repeats=1, speed=(1e9, 1e99))
     assert quick["LLaVA, 16"]["floor_ms"] == pytest.approx(quick["LLaVA, 16"]["macs"] / 1e6)
