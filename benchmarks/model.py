@@ -5,7 +5,7 @@
     python benchmarks/model.py --llm 7b --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
     python benchmarks/model.py --packed --budgets 144 36                                                    on a CPU
     python benchmarks/model.py --graphs --budgets 144 36                                                    on a GPU
-    python benchmarks/model.py --compile --budgets 144 36                                             compiled, too
+    python benchmarks/model.py --compile --budgets 144 36                                         and compiled there
 
 Weights are random: times do not depend on them. On a GPU, if there is one, in bfloat16, elsewhere in float32. `--llm
 7b` has the shapes of Vicuna-7B; without a GPU with one layer's weights (0.8 GB in float32, far more than any
@@ -336,6 +336,7 @@ def token_times(run: Callable[..., Tensor]) -> list[float]:
 def prompt_table(records: dict[str, dict[str, Any]], new_tokens: int) -> str:
     """The times to the first token and after it, in markdown."""
     bases = bases_of(records)
+    llava, *_ = bases.values()
     head = ["model, visual tokens", "first token, ms", "spread", *(f"x {name}" for name in bases), "GMAC", "x LLaVA's"]
     head += ["share of the floor", "tokens/s after it", "peak (MB)"]
     rows = []
@@ -345,8 +346,7 @@ def prompt_table(records: dict[str, dict[str, Any]], new_tokens: int) -> str:
         digits = 0 if median > 100 else 1
         cells = [name, f"{median:.{digits}f}", spread(first, digits)]
         cells += [f"{times_as_long(first, base['first_ms']):.2f}" for base in bases.values()]
-        cells += [f"{macs / 1e9:.0f}", f"{macs / next(iter(bases.values()))['macs']:.2f}"]
-        cells += [f"{record['floor_ms'] / median:.0%}"]
+        cells += [f"{macs / 1e9:.0f}", f"{macs / llava['macs']:.2f}", f"{record['floor_ms'] / median:.0%}"]
         cells += [f"{1000 * new_tokens / statistics.median(record['further_ms']):.1f}" if new_tokens else ""]
         rows.append([*cells, f"{record['peak_bytes'] / 1e6:.0f}"])
     return markdown_table(head, rows)
@@ -364,7 +364,7 @@ def batch_table(times: dict[str, list[float]], requests: int) -> str:
         ]
         for name, spent in times.items()
     ]
-    head = ["model, visual tokens", "requests/s", "seconds a batch", *(f"x {name}" for name in bases)]
+    head = ["model, visual tokens", "requests/s", "seconds a batch", *(f"requests/s x {name}" for name in bases)]
     return markdown_table(head, rows)
 
 
