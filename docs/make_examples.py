@@ -11,7 +11,7 @@ which the embedded checkpoint's card says that it does more than guess; whether 
 import json
 from pathlib import Path
 
-from ms_resampler.training.scenes import ask, make_scene
+from ms_resampler.tiny.scenes import ask, make_scene
 
 FOLDER = Path(__file__).resolve().parent.parent / "space_app" / "examples"
 # Scene number, question family, and which of the questions of that family.

@@ -12,7 +12,7 @@ from pathlib import Path
 from make_screenshot import BROWSER_OPTIONS, BROWSERS
 from playwright.sync_api import sync_playwright
 
-from ms_resampler.training.scenes import ask, make_scene
+from ms_resampler.tiny.scenes import ask, make_scene
 from ms_resampler_cli.main import main as ms_resampler
 
 HERE = Path(__file__).resolve().parent

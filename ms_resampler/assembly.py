@@ -21,10 +21,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from ms_resampler_cli.models import model_or_embedded
-
 from .chat_format import ChatFormat, image_aware, packaged_template
 from .configuration_ms_resampler import FEATURE_MAP_TOWERS, MSResamplerConfig, token_grid
+from .folders import model_or_embedded
 from .modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .processing_ms_resampler import MSResamplerProcessor
 from .projectors_ms_resampler import build_projector

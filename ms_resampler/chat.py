@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ms_resampler_cli.models import model_or_embedded
+from .folders import model_or_embedded
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def load(model_id: str, revision: str | None) -> tuple[Any, Any]:
     import torch
     from transformers.utils import logging
 
-    from ms_resampler import MSResamplerForConditionalGeneration, MSResamplerProcessor
+    from . import MSResamplerForConditionalGeneration, MSResamplerProcessor
 
     logging.disable_progress_bar()
     processor = MSResamplerProcessor.from_pretrained(model_id, revision=revision)

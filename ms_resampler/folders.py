@@ -1,10 +1,36 @@
-"""Files and folders that are there whole or not at all."""
+"""Where models are, and files and folders that are there whole or not at all."""
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+EMBEDDED = PACKAGE / "checkpoints" / "tiny"
+
+
+def model_or_embedded(model: str | None) -> str:
+    """A folder or repository as it is; None is the checkpoint in this package. Raises ValueError if it cannot be."""
+    folder = EMBEDDED if model is None else Path(model)
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if model is None:
+        raise ValueError("The embedded checkpoint is missing: make it with `make train-tiny`, or name a --model.")
+    if folder.is_dir():
+        raise ValueError(f"There is no model in the folder {model!r}: it has no config.json.")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
+        raise ValueError(f"{model!r} is neither a folder nor the name of a Hub repository.")
+    return model
+
+
+def find_app() -> Path:
+    """app.py of the Space: inside the folder of ms_resampler in a wheel, beside it in a checkout."""
+    for folder in (PACKAGE / "space_app", PACKAGE.with_name("space_app")):
+        if (folder / "app.py").is_file():
+            return folder / "app.py"
+    raise FileNotFoundError("The demo's space_app folder is neither inside nor beside the installed package.")
 
 
 @contextmanager

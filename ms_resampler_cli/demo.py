@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from .models import EMBEDDED, PACKAGE, model_or_embedded
+from ms_resampler.folders import EMBEDDED, PACKAGE, find_app, model_or_embedded
 
 PEER = EMBEDDED.with_name("tiny_resampler")  # a projector of one scope, trained in the embedded checkpoint
 WEIGHTS, PROJECTOR = "model.safetensors", "projector.safetensors"
@@ -58,14 +58,6 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             app.terminate()
             app.wait()
-
-
-def find_app() -> Path:
-    """app.py of the Space: inside the folder of ms_resampler in a wheel, beside it in a checkout."""
-    for folder in (PACKAGE / "space_app", PACKAGE.with_name("space_app")):
-        if (folder / "app.py").is_file():
-            return folder / "app.py"
-    raise FileNotFoundError("The demo's space_app folder is neither inside nor beside the installed package.")
 
 
 def check_port(host: str, port: int | None) -> None:

@@ -14,24 +14,29 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
 
-# Name: module and help, one line each.
+# Name and help, one line each; `push-space` is the module push_space beside this one.
 COMMANDS = {
-    "demo": ("ms_resampler_cli.demo", "open a page on which you ask about a picture and see where the model looked"),
-    "chat": ("ms_resampler.chat", "ask about one or several pictures, here in the terminal"),
-    "export": ("ms_resampler.hub_upload.export", "copy a checkpoint with its code into a folder that loads anywhere"),
-    "init": ("ms_resampler.init_command", "assemble a model from a vision tower and a language model"),
-    "data": ("ms_resampler.training.check", "check training data before training on them"),
-    "convert": ("ms_resampler.conversion.command", "bring a LLaVA-style checkpoint, or take yours to LLaVA's layout"),
-    "card": ("ms_resampler.hub_upload.card", "write a checkpoint's model card from its results, or check it"),
-    "push": ("ms_resampler.hub_upload.push", "publish a checkpoint, its code and its card on the Hub"),
-    "push-space": ("ms_resampler.hub_upload.push_space", "publish the demo of a published checkpoint as a Space"),
-    "pull": ("ms_resampler.hub_upload.pull", "download a checkpoint from the Hub, checked"),
-    "verify": ("ms_resampler.hub_upload.verify", "check a checkpoint on the Hub: files, hashes, whose code it runs"),
-    "train": ("ms_resampler.training.command", "run a training recipe, and measure what it made"),
-    "merge": ("ms_resampler.training.merge", "fold a run's adapters into a whole model"),
-    "plan": ("ms_resampler.training.plan", "tell what a recipe takes of memory and time, before it runs"),
-    "study": ("ms_resampler.study.command", "train every projector under the same conditions, and compare them"),
+    "demo": "open a page on which you ask about a picture and see where the model looked",
+    "chat": "ask about one or several pictures, here in the terminal",
+    "export": "copy a checkpoint with its code into a folder that loads anywhere",
+    "init": "assemble a model from a vision tower and a language model",
+    "data": "check training data before training on them",
+    "convert": "bring a LLaVA-style checkpoint, or take yours to LLaVA's layout",
+    "card": "write a checkpoint's model card from its results, or check it",
+    "push": "publish a checkpoint, its code and its card on the Hub",
+    "push-space": "publish the demo of a published checkpoint as a Space",
+    "pull": "download a checkpoint from the Hub, checked",
+    "verify": "check a checkpoint on the Hub: files, hashes, whose code it runs",
+    "train": "run a training recipe, and measure what it made",
+    "merge": "fold a run's adapters into a whole model",
+    "plan": "tell what a recipe takes of memory and time, before it runs",
+    "study": "train every projector under the same conditions, and compare them",
 }
+
+
+def module_of(command: str) -> str:
+    """The module of a command."""
+    return f"ms_resampler_cli.{command.replace('-', '_')}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = " ".join(["ms-resampler", *argv[:1]])
     try:
         arguments = build_parser(argv).parse_args(argv)
-        return import_module(COMMANDS[arguments.command][0]).run(arguments)
+        return import_module(module_of(arguments.command)).run(arguments)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -61,10 +66,10 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ms-resampler", description="The multi-scope visual resampler.")
     parser.add_argument("--version", action="version", version=metadata.version("ms-resampler"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, help_line) in COMMANDS.items():
+    for name, help_line in COMMANDS.items():
         command = commands.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
         if name in argv:
-            import_module(module).add_arguments(command)
+            import_module(module_of(name)).add_arguments(command)
     return parser
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny_models import IMAGE, collate, pixels, tiny_model, words
 from tiny_runs import options_in, small
 
-from ms_resampler.training.data import IGNORED
+from ms_resampler.training.collate import IGNORED
 from ms_resampler.training.liger import fuse_loss
 from ms_resampler.training.recipes import LearningRates, Recipe
 from ms_resampler.training.run import run_recipe

@@ -10,10 +10,10 @@ from test_modeling import ragged_batch
 
 from ms_resampler import MSResamplerProjectorConfig
 from ms_resampler.resampler_ms_resampler import MultiScopeResampler, _kept_geometry, init_resampler_weights
-from ms_resampler.study.data import DataSettings
-from ms_resampler.study.plan import Study, make_run
-from ms_resampler.study.run import perform
 from ms_resampler.training.liger import fuse_loss
+from research.study.data import DataSettings
+from research.study.plan import Study, make_run
+from research.study.run import perform
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU here"),

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, GenerationConfig, PretrainedConfig
 
-from ms_resampler_cli.models import model_or_embedded
-
 from ..assembly import ROWS
 from ..configuration_ms_resampler import MSResamplerConfig
+from ..folders import model_or_embedded
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..processing_ms_resampler import MSResamplerProcessor
 from .tables import Table

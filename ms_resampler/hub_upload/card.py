@@ -11,10 +11,10 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from jinja2 import StrictUndefined, Template
 
 from ..configuration_ms_resampler import MSResamplerConfig
-from ..evaluation.scenes import FamilyScore, markdown_table
 from ..folders import write_whole
 from ..projectors_ms_resampler import PROJECTORS
-from ..training.scenes import COLOURS, SHAPES, WORDS
+from ..tiny.evaluate import FamilyScore, markdown_table
+from ..tiny.scenes import COLOURS, SHAPES, WORDS
 from .staging import PROJECTOR, RECORD, tensor_elements, tensor_files
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")

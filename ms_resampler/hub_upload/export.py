@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ms_resampler_cli.models import model_or_embedded
-
+from ..folders import model_or_embedded
 from .staging import stage_checkpoint
 
 

@@ -4,7 +4,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from .verify import download_checked
+from .check import download_checked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from .card import check_card, check_metadata, is_made_here, render_card
 from .client import check_repository_name, hub_errors, patiently
-from .content import check_folder, check_sizes
+from .inspect import check_folder, check_sizes
 from .plan import Remote, as_visible_as, describe, look_at, make_plan, size
 from .publish import check_published, choose_tag, publish, set_tag
 from .secret_scan import check_secrets

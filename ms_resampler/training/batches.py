@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from .data import IGNORED, ConversationCollator, images_of
-from .schedule import Budget
+from .collate import IGNORED, ConversationCollator, images_of
+from .order import Budget
 
 Record = dict[str, Any]
 

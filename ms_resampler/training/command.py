@@ -6,8 +6,7 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-from ms_resampler_cli.models import model_or_embedded
-
+from ..folders import model_or_embedded
 from .recipes import RECIPES, LearningRates, Recipe
 
 PARTS = [field.name for field in dataclasses.fields(LearningRates)]
@@ -142,8 +141,8 @@ def train_recipe(arguments: argparse.Namespace) -> None:
 
 def train_tiny(arguments: argparse.Namespace) -> None:
     """Trains the embedded checkpoint again, or another projector in it."""
-    from .tiny_peer import run_peer
-    from .tiny_run import run_tiny
+    from ..tiny.peer import run_peer
+    from ..tiny.stages import run_tiny
 
     for name in ("model", "data", "images", "learning_rate", "batch_size", "epochs"):
         if getattr(arguments, name) is not None:

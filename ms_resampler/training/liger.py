@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..modeling_ms_resampler import MSResamplerCausalLMOutputWithPast
-from .data import IGNORED
+from .collate import IGNORED
 
 # weight (vocabulary, T), hidden states (n, T), targets (n), cap of the logits or None -> the sum of their losses
 FusedLoss = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]

@@ -8,9 +8,7 @@ from typing import Any
 
 from transformers import AutoProcessor
 
-from ms_resampler_cli.models import model_or_embedded
-
-from ..folders import whole_folder
+from ..folders import model_or_embedded, whole_folder
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import four_bit_config
 

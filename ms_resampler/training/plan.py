@@ -4,15 +4,14 @@ import argparse
 import math
 from typing import Any
 
-from ms_resampler_cli.models import model_or_embedded
-
 from ..assembly import Components, make_config, text_config_of, tower_config_of
 from ..configuration_ms_resampler import MSResamplerConfig
+from ..folders import model_or_embedded
 from .command import add_recipe_changes, changed_recipe
-from .measure import Measurement, measure
 from .memory import BatchShape, Sizes, device_bytes, step_sizes
 from .recipes import RECIPES, Recipe
 from .run import share_batch
+from .step_time import Measurement, measure
 
 GB = 1e9
 CONTEXT = 1e9  # what CUDA and its libraries take before the first tensor, about

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from .curriculum import PlacesCollator, SceneConversations, ScenePlaces
-from .data import ConversationCollator
+from ..tiny.curriculum import PlacesCollator, SceneConversations, ScenePlaces
+from .collate import ConversationCollator
 
 
 @dataclass(frozen=True)

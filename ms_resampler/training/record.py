@@ -1,78 +1,148 @@
-"""What a training run leaves behind: a record of how it was made, and its curves."""
+"""The record of a recipe's run: what was trained on what, by which versions, and how it went."""
 
 import dataclasses
+import hashlib
 import json
 import platform
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from transformers import Trainer
 
-from ..evaluation.scenes import FamilyScore
-from .recipes import Stage
-from .train import data_hash
+from ..folders import write_whole
+from .options import RunOptions
+from .order import Schedule
+from .recipes import Recipe
+from .records import StreamedRecords
+
+PACKAGES = ("ms-resampler", "torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "liger-kernel")
+SAMPLED = 1000  # records of a Hub data set that make up its hash
+STREAMED = 100  # of a stream, the first ones
+SHOWN = 20  # records skipped or cut that are named in the record; skipped.jsonl and cut.jsonl have all
 
 
-def training_record(
-    stages: Sequence[Stage],
-    model: Any,
-    folder: Path,
-    scores: list[FamilyScore],
-    blind_scores: list[FamilyScore],
-) -> dict[str, Any]:
-    """Stages, data, versions, time and results, as plain JSON values."""
-    return {
-        "stages": [describe_stage(stage, folder / stage.name) for stage in stages],
-        "parameters": {name: count(part) for name, part in model.model.named_children()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+class RunRecord:
+    """RUN/record.json; written by one process, at the start and at the end."""
+
+    def __init__(self, path: Path, writes: bool, values: dict[str, Any]):
+        self.path = path
+        self.writes = writes
+        self.values = values
+
+    def note(self, **values: Any) -> None:
+        """Adds values, and writes the record."""
+        self.values |= values
+        if self.writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.write(self.path)
+
+    def write(self, path: Path) -> None:
+        """Writes the record whole or not at all."""
+        write_whole(path, json.dumps(self.values, indent=2) + "\n")
+
+    def finish(self, trainer: Trainer) -> None:
+        """Notes the end of the run: time, hardware, the last loss, and what was skipped or cut."""
+        history = trainer.state.log_history
+        self.note(
+            steps=trainer.state.global_step,
+            devices=trainer.args.world_size,
+            device=torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+            device_batch=trainer.args.per_device_train_batch_size,
+            accumulation=trainer.args.gradient_accumulation_steps,
+            last_loss=next((row["loss"] for row in reversed(history) if "loss" in row), None),
+            last_session_seconds=next((row["train_runtime"] for row in reversed(history) if "train_runtime" in row), 0),
+            skipped=read_noted(self.path.with_name("skipped.jsonl")),
+            cut=read_noted(self.path.with_name("cut.jsonl")),
+            finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+
+    def losses(self) -> list[str]:
+        """Sentences on records that were left out, or of which something was."""
+        values, folder = self.values, self.path.parent
+        sentences = [
+            (values["skipped"]["records"], f"skipped, for they cannot be learned from ({folder}/skipped.jsonl)"),
+            (values["cut"]["records"], f"cut, for they are longer than the recipe takes ({folder}/cut.jsonl)"),
+        ]
+        return [f"Records {what}: {count:,}." for count, what in sentences if count]
+
+
+def open_record(recipe: Recipe, options: RunOptions, schedule: Schedule) -> RunRecord:
+    """The record of this run, new or as a stopped run left it.
+
+    Raises ValueError if that one had another recipe, model or data: its checkpoints are not this run's.
+    """
+    values = {
+        "recipe": dataclasses.asdict(recipe),
+        "model": options.model,
+        "data": {
+            "source": str(options.data),
+            "split": options.split,
+            **schedule.extent(),
+            "sha256": data_hash(options.data, schedule.records),
         },
-        "threads": torch.get_num_threads(),
-        "scores": [dataclasses.asdict(row) for row in scores],
-        "blind_scores": [dataclasses.asdict(row) for row in blind_scores],
+        "versions": {"python": platform.python_version(), **installed(PACKAGES)},
     }
+    record = RunRecord(options.out / "record.json", options.writes, json.loads(json.dumps(values)))
+    if record.path.exists():
+        before = json.loads(record.path.read_text())
+        if changed := sorted(differences(before, record.values)):
+            raise ValueError(
+                f"{options.out} holds a run that was started with another {', '.join(changed)}: give a new --out, or "
+                "start it as before."
+            )
+        record.values = before | {"versions": record.values["versions"]}
+    return record
 
 
-def describe_stage(stage: Stage, folder: Path) -> dict[str, Any]:
-    """The stage's numbers, a fingerprint of its data, and the seconds of its longest uninterrupted stretch."""
-    numbers = {name: value for name, value in vars(stage).items() if not callable(value)}
-    seconds = [row["train_runtime"] for row in read_log(folder) if "train_runtime" in row]
-    return {
-        **numbers,
-        "data_sha256": data_hash(stage.dataset(stage.steps * stage.batch_size)),
-        "seconds": max(seconds, default=None),
-    }
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of recipe, model and data is not the same; of a stream, how it is shared out, too."""
+    pairs = [(name, before["recipe"].get(name), value) for name, value in now["recipe"].items()]
+    pairs += [("model", before["model"], now["model"]), ("data", before["data"]["sha256"], now["data"]["sha256"])]
+    shares = {"split": "split", "parts": "number of devices or workers", "device_batch": "device batch size"}
+    pairs += [(words, before["data"].get(name), now["data"].get(name)) for name, words in shares.items()]
+    return [name for name, old, new in pairs if old != new]
 
 
-def count(module: torch.nn.Module) -> int:
-    """Parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def data_hash(source: str, records: Any) -> str:
+    """SHA-256 of a file, or of the names and contents of a folder's files; of a Hub data set, of some records."""
+    path, digest = Path(source), hashlib.sha256()
+    if not path.exists():
+        for record in sample(records):
+            digest.update(json.dumps(record["conversations"]).encode())
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files:
+        if file.is_file():
+            digest.update(file.relative_to(path.parent).as_posix().encode())
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's log.jsonl; a step whose loss was logged again after a resume counts once, the last time."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    losses = {row["step"]: row for row in rows if "loss" in row}
-    return [*losses.values(), *(row for row in rows if "loss" not in row)]
+def sample(records: Any) -> Iterable[dict[str, Any]]:
+    """Records from all over the data, or the first ones of a stream."""
+    if isinstance(records, StreamedRecords):
+        return islice(records, STREAMED)
+    return (records[index] for index in range(0, len(records), max(1, len(records) // SAMPLED)))
 
 
-def plot_curves(folder: Path, path: Path) -> None:
-    """The loss of every stage against its steps, as a picture."""
-    import matplotlib
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    for name, colour in (("look", "#E69F00"), ("read", "#0072B2"), ("blind", "#999999")):
-        rows = [row for row in read_log(folder / name) if "loss" in row]
-        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color=colour, label=name)
-    axes.set(xlabel="optimiser step", ylabel="loss (nats)", yscale="log")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def read_noted(path: Path) -> dict[str, Any]:
+    """How many records were skipped or cut, and the first of them with the reason; a record counts once."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    reasons = {row["id"]: row["why"] for row in rows}
+    return {"records": len(reasons), "first": dict(list(reasons.items())[:SHOWN])}

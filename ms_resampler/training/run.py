@@ -12,17 +12,17 @@ from transformers import AutoProcessor, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from ..tiny.train import keep_freed_memory
 from .adapters import four_bit_config
 from .batches import BatchMaker
-from .data import ConversationCollator, errors_of_workers, open_records
+from .collate import ConversationCollator, errors_of_workers, open_records
 from .options import RunOptions
+from .order import Schedule, StreamSchedule, check_budgets
 from .parameters import count_parameters, set_precision
 from .preparation import prepare
 from .recipes import Recipe
+from .record import RunRecord, open_record
 from .records import StreamedRecords
-from .run_record import RunRecord, open_record
-from .schedule import Schedule, StreamSchedule, check_budgets
-from .train import keep_freed_memory
 from .trainer import CheckedTrainer, JsonlLog, last_checkpoint, sync, writing
 
 

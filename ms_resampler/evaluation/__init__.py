@@ -1,1 +1,0 @@
-"""Evaluation: benchmarks and the statistics around them."""

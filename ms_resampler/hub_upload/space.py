@@ -1,0 +1,147 @@
+"""`ms-resampler push-space`: publishes the demo of a published checkpoint as a Space."""
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, metadata_load
+from huggingface_hub.repocard import metadata_save
+
+from ..folders import find_app
+from .client import check_repository_name, hub_errors, patiently
+from .inspect import check_content, check_sizes
+from .plan import as_visible_as, describe, look_at, make_plan
+from .publish import create, publish
+from .secret_scan import check_secrets
+
+APP_FILES = ("*.py", "*.css", "*.js", "*.html", "requirements.txt", "README.md", "examples/*")
+ERRORS = ("NO_APP_FILE", "CONFIG_ERROR", "BUILD_ERROR", "RUNTIME_ERROR", "DELETING", "STOPPED", "PAUSED")
+SECONDS_BETWEEN_LOOKS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `push-space`."""
+    parser.add_argument("name", metavar="ORG/SPACE", help="Space to publish to; made if there is none")
+    parser.add_argument("--model", required=True, metavar="ORG/NAME", help="published checkpoint that it shows")
+    parser.add_argument("--model-revision", default="main", metavar="TAG", help="its tag, branch or commit")
+    parser.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan, and send nothing")
+    parser.add_argument("--message", default="Publish the demo", help="what the commit says")
+    parser.add_argument("--timeout", type=int, default=1800, help="seconds to wait until it runs (default: 1800)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Stages the app for one commit of the model, publishes it, and waits until it runs."""
+    name, model = arguments.name, arguments.model
+    check_repository_name(name)
+    check_repository_name(model)
+    api = HfApi()
+    with hub_errors(model):
+        if not arguments.dry_run:
+            patiently(api.whoami)
+        about = patiently(api.model_info, model, revision=arguments.model_revision)
+    with hub_errors(name), tempfile.TemporaryDirectory(prefix="ms-resampler-space-") as place:
+        staged = Path(place)
+        stage_space(find_app().parent, staged, about)
+        remote = as_visible_as(look_at(api, name, "main", "space"), arguments.public)
+        plan = make_plan(staged, remote, lambda file: not file.startswith("."), [])
+        print(describe(plan, "main"), flush=True)
+        if arguments.dry_run:
+            print(f"\n{(staged / 'README.md').read_text(encoding='utf-8')}\nNothing was sent (--dry-run).")
+            return 0
+        if not remote.exists:
+            create(api, remote)
+            plan = replace(plan, remote=look_at(api, name, "main", "space"))
+        set_variables(api, name, {"MODEL_ID": model, "MODEL_REVISION": str(about.sha)})
+        commit, _ = publish(api, plan, staged, "main", arguments.message)
+        if about.private:
+            print(f"{model} is private: give the Space a secret HF_TOKEN that may read it, on its settings page.")
+        wait_until_running(api, name, commit, arguments.timeout)
+        print(f"Running: {api.endpoint}/spaces/{name}")
+    return 0
+
+
+def stage_space(app: Path, staged: Path, model: Any) -> None:
+    """Copies the app, pins what it needs, and writes for which commit of which model it is.
+
+    `model` is the Hub's account of a model's revision. Raises ValueError for what must not leave this machine.
+    """
+    files = sorted({file for pattern in APP_FILES for file in app.glob(pattern) if file.is_file()})
+    links = [file.name for file in files if file.is_symlink()]
+    if links:
+        raise ValueError(f"Nothing was sent. {', '.join(links)}: a link to another place: put the file itself there.")
+    for file in files:
+        check_content(file)
+        check_secrets(file)
+        target = staged / file.relative_to(app)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    check_sizes(files)
+    requirements = (app / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    (staged / "requirements.txt").write_text("".join(f"{line}\n" for line in pinned(requirements)))
+    metadata_save(staged / "README.md", front_matter(metadata_load(staged / "README.md") or {}, model))
+
+
+def pinned(requirements: Iterable[str]) -> list[str]:
+    """Requirements at the versions that are installed here; Gradio's is the front matter's `sdk_version`."""
+    names = [re.split(r"[\[<>=!~; ]", line, maxsplit=1)[0] for line in requirements if line.strip()]
+    return [f"{name}=={installed(name)}" for name in names if name.lower() != "gradio"]
+
+
+def installed(package: str) -> str:
+    """The public version of an installed package: without "+cpu". Raises ValueError if it is not installed."""
+    try:
+        return version(package).partition("+")[0]
+    except PackageNotFoundError as error:
+        raise ValueError(f"The Space needs {package}, to be pinned as it is here: pip install {package}") from error
+
+
+def front_matter(metadata: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The Space's settings: the app's own, the versions that are installed here, and the model at a commit.
+
+    A private model is not preloaded: the builder has no token for it.
+    """
+    settings = metadata | {
+        "sdk": "gradio",
+        "sdk_version": installed("gradio"),
+        "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "models": [model.id],
+    }
+    if not model.private:
+        names = [file.rfilename for file in model.siblings if not file.rfilename.startswith((".", "README"))]
+        settings["preload_from_hub"] = [f"{model.id} {','.join(sorted(names))} {model.sha}"]
+    return settings
+
+
+def set_variables(api: HfApi, name: str, variables: dict[str, str]) -> None:
+    """Sets those of a Space's variables that are not so already: each change restarts it."""
+    present = patiently(api.get_space_variables, name)
+    for key, value in variables.items():
+        if key not in present or present[key].value != value:
+            patiently(api.add_space_variable, name, key, value)
+
+
+def wait_until_running(api: HfApi, name: str, commit: str, timeout: int) -> None:
+    """Waits until a Space runs a commit, and prints its stages. Raises ValueError if it fails, or takes too long."""
+    end, before = time.monotonic() + timeout, None
+    while time.monotonic() < end:
+        runtime = patiently(api.get_space_runtime, name)
+        if runtime.stage != before:
+            print(f"  {runtime.stage}", flush=True)
+        before = runtime.stage
+        if runtime.raw.get("sha") in (None, commit):
+            if runtime.stage == "RUNNING":
+                return
+            if runtime.stage in ERRORS:
+                told = runtime.raw.get("errorMessage") or "its page has the log"
+                raise ValueError(f"{name} is published, and does not run ({runtime.stage}): {told}.")
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    raise ValueError(f"{name} is published, and does not run after {timeout} seconds ({before}): look at its page.")

@@ -1,0 +1,1 @@
+"""The embedded tiny checkpoint: its pictures, curriculum, model, training and evaluation."""

@@ -1,0 +1,88 @@
+"""The run of `ms-resampler train tiny --projector KIND`: another projector in the embedded checkpoint, to compare with.
+
+Tower and language model stay as they are, so that the projector alone is all there is to keep.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor
+
+from .. import TINY
+from ..configuration_ms_resampler import MSResamplerConfig
+from ..hub_upload.staging import PROJECTOR, RECORD, write_projector
+from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from ..projectors_ms_resampler import PROJECTORS
+from ..training.collate import ConversationCollator
+from ..training.recipes import Stage
+from .curriculum import SceneConversations
+from .evaluate import FamilyScore, markdown_table
+from .record import training_record
+from .stages import evaluate_once, stage_of
+from .train import train
+
+# The MLP keeps every patch: it has no 36 tokens.
+KINDS = ("resampler", *(kind for kind in PROJECTORS if kind != "mlp"))
+SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "query_grid", "visual_tokens")
+
+
+def tiny_peer(steps: int = 1000) -> Stage:
+    """A projector learns to be read by a language model that can read already."""
+    return Stage(
+        name="peer",
+        dataset=lambda records: SceneConversations(records, drills=records // 4, turns=10),
+        collator=lambda processor: ConversationCollator(processor, max_length=1024),
+        steps=steps,
+        batch_size=32,
+        learning_rate=2e-3,
+        warmup_steps=min(50, steps),
+        cooldown_steps=steps // 2,
+    )
+
+
+def run_peer(arguments: argparse.Namespace) -> None:
+    """Trains (going on where a killed run stopped), evaluates, and leaves `OUT/model`, ready to load."""
+    if arguments.projector not in KINDS:
+        raise ValueError(f"The projector cannot be {arguments.projector!r} here: choose one of {', '.join(KINDS)}.")
+    out = arguments.out or Path("runs") / f"tiny_{arguments.projector}"
+    stage, target = stage_of(tiny_peer, arguments), out / "model"
+    model, processor = with_new_projector(arguments.projector, stage.seed), AutoProcessor.from_pretrained(TINY)
+    train(stage, model, processor, out / stage.name)
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    scores = evaluate_once(model, processor, out / "scores.json", arguments.scenes, blind=False)
+    blind_scores = [FamilyScore(**row) for row in json.loads((Path(TINY) / RECORD).read_text())["blind_scores"]]
+    record = training_record((stage,), model, out, scores, blind_scores)
+    (target / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    print(markdown_table(scores, blind_scores))
+    if arguments.embed:
+        embed_projector(target, Path(TINY).with_name(f"tiny_{arguments.projector}"))
+
+
+def with_new_projector(kind: str, seed: int) -> MSResamplerForConditionalGeneration:
+    """The embedded checkpoint with a projector of random weights, which is all of it that learns."""
+    embedded = MSResamplerForConditionalGeneration.from_pretrained(TINY)
+    projector, config = embedded.config.projector_config, embedded.config.to_dict()
+    config["projector_config"] = {name: getattr(projector, name) for name in SIZES} | {"projector_type": kind}
+    torch.manual_seed(seed)
+    model = MSResamplerForConditionalGeneration(MSResamplerConfig.from_dict(config))
+    model.model.vision_tower, model.model.language_model = embedded.model.vision_tower, embedded.model.language_model
+    model.tie_weights()
+    model.requires_grad_(False)
+    model.model.projector.requires_grad_(True)
+    return model
+
+
+def embed_projector(folder: Path, target: Path) -> None:
+    """Puts the projector of a folder, its configuration and its record into this package."""
+    fresh = target.with_name(f"{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    write_projector(folder, fresh / PROJECTOR)
+    for name in ("config.json", RECORD):
+        shutil.copyfile(folder / name, fresh / name)
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)

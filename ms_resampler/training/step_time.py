@@ -1,0 +1,99 @@
+"""A few steps of training with random weights: how long they take, and the memory that they take at most."""
+
+import platform
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from ..timing import milliseconds, peak_memory
+from ..tiny.train import keep_freed_memory
+from .adapters import four_bit_config
+from .memory import BatchShape
+from .parameters import parameter_groups, set_precision
+from .preparation import prepare
+from .recipes import Recipe
+
+WARM_UP, TIMED = 2, 3  # steps, batches; the moments of Adam are there from the second step on
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of a step of the whole batch on one device, and the bytes that tensors took at most."""
+
+    device: str
+    step_seconds: float
+    peak_bytes: int
+
+
+def measure(config: Any, recipe: Recipe, shape: BatchShape, accumulation: int) -> Measurement:
+    """Runs forward, backward and optimiser on random batches, on the device that is here."""
+    keep_freed_memory()  # as a run does
+    model = random_model(config, recipe).to("cuda" if torch.cuda.is_available() else "cpu").train()
+    groups = parameter_groups(model, recipe.rates, recipe.weight_decay)
+    optimiser = torch.optim.AdamW(groups, fused=True)
+
+    def begin() -> None:
+        for _ in range(WARM_UP):
+            for _ in range(min(accumulation, 2)):  # a second batch finds the gradients of the first
+                backward(model, config, recipe, shape)
+            update(model, optimiser, recipe)
+
+    peak = weight_bytes(model) + peak_memory(begin)
+    batch_ms, optimiser_ms = [], []
+    for _ in range(TIMED):
+        batch_ms.append(milliseconds(partial(backward, model, config, recipe, shape)))
+        optimiser_ms.append(milliseconds(partial(update, model, optimiser, recipe)))
+    return Measurement(
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
+        step_seconds=(accumulation * statistics.median(batch_ms) + statistics.median(optimiser_ms)) / 1000,
+        peak_bytes=peak,
+    )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What a model's weights take, the scales of those in four bits included."""
+    storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.state_dict().values()}
+    return sum(storages.values())
+
+
+def random_model(config: Any, recipe: Recipe) -> Any:
+    """The model as the recipe's run would hold it, its weights drawn at random."""
+    model: Any = MSResamplerForConditionalGeneration(config)
+    if recipe.four_bits:
+        model = in_four_bits(model, recipe)
+    model = prepare(model, recipe)
+    set_precision(model, torch.bfloat16 if recipe.bf16 else torch.float32)
+    if recipe.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def in_four_bits(model: Any, recipe: Recipe) -> Any:
+    """The model as QLoRA loads it."""
+    return MSResamplerForConditionalGeneration.from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), quantization_config=four_bit_config(recipe.bf16)
+    )
+
+
+def backward(model: nn.Module, config: Any, recipe: Recipe, shape: BatchShape) -> None:
+    """Loss and gradients of a random batch, one image a record."""
+    device = next(model.parameters()).device
+    rows, columns = config.token_grid((shape.image_size, shape.image_size))
+    ids = torch.full((shape.records, shape.length), (config.image_token_id + 1) % config.text_config.vocab_size)
+    ids[:, : rows * columns] = config.image_token_id
+    pixels = torch.randn(shape.records, 3, shape.image_size, shape.image_size)
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+        loss = model(input_ids=ids.to(device), pixel_values=pixels.to(device), labels=ids.to(device)).loss
+    loss.backward()
+
+
+def update(model: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe) -> None:
+    """The optimiser's part of a step."""
+    nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+    optimiser.step()
+    optimiser.zero_grad()

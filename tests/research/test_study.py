@@ -1,0 +1,682 @@
+"""The study: what every run shares, fair conditions, statistics against scipy's and plain ones, and its report."""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from ms_resampler.resampler_ms_resampler import cell_centres, sincos_positions
+from ms_resampler.tiny.curriculum import ALL_NAMES
+from ms_resampler.tiny.scenes import COLOURS
+from ms_resampler_cli.main import main
+from research.study import command
+from research.study.command import add_arguments, all_runs, best_rates, finished_runs, perform_study, study_of
+from research.study.data import (
+    CHANNELS,
+    GRID,
+    LABELS,
+    LARGE_GRID,
+    PATCH_PIXELS,
+    PATCHES,
+    STUDY_FAMILIES,
+    DataSettings,
+    Split,
+    amid_paper,
+    content_words,
+    data_folder,
+    described_scene,
+    patch_labels,
+    questions_of,
+    study_scene,
+)
+from research.study.plan import (
+    ABLATIONS,
+    AMID_PAPER,
+    BASELINE,
+    LEARNED,
+    LOCAL,
+    MARGINS,
+    OURS,
+    PEERS,
+    REFERENCE,
+    WITH_QUERIES,
+    Study,
+    count_parameters,
+    further_runs,
+    main_runs,
+    make_run,
+    margin_runs,
+    sweep_runs,
+)
+from research.study.reader import WIDTH, Reader
+from research.study.report import (
+    ablation_table,
+    check_report,
+    elastic_table,
+    margin_tables,
+    report_text,
+    rivals,
+    write_report,
+)
+from research.study.results import Results, adopt, collect, compact, load, result_path, run_of, save
+from research.study.run import last_attention, patches_right, perform
+from research.study.statistics import (
+    GROUPS,
+    ROWS,
+    corrected,
+    difference,
+    estimate,
+    group_means,
+    resampled_means,
+    score_matrix,
+)
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+RATES = dict.fromkeys((*PEERS, *REFERENCE), 2e-3)
+SMALL = Study(
+    arms=(OURS, BASELINE, WITH_QUERIES, "avg_pool", "token_packer", "mlp"),
+    budgets=(16, 9),
+    seeds=2,
+    learning_rates=(1e-3, 2e-3),
+    steps=3,
+    batch_size=4,
+    data=DataSettings(train_scenes=20, validation_scenes=6, test_scenes=60, tower_steps=2, reader_steps=2),
+)
+
+
+# --- Data -------------------------------------------------------------------------------------------------------
+
+
+def test_a_patch_is_labelled_with_the_thing_over_its_centre():
+    for index in range(20):
+        scene = study_scene("train", index)
+        labels = patch_labels(scene)
+        for patch, (name, colour) in enumerate(labels.tolist()):
+            x, y = ((n + 0.5) * PATCH_PIXELS for n in (patch % GRID[1], patch // GRID[1]))
+            over = [t for t in scene.things if t.box[0] <= x < t.box[2] and t.box[1] <= y < t.box[3]]
+            found = [] if name == 0 else [(ALL_NAMES[name - 1], list(COLOURS)[colour - 1])]
+            assert found == [(thing.name, thing.colour) for thing in over]
+
+
+def test_content_words_tell_questions_apart():
+    assert content_words("Is the red 7 left of the word star?") == ["red", "7", "left", "star"]
+    for index in range(200):
+        scene = study_scene("train", index)
+        answers: dict[tuple, set] = {}
+        for asked in questions_of(scene, "train", index, 24):
+            words = tuple(content_words(asked.question))
+            assert 1 <= len(words) <= 5
+            answers.setdefault(words, set()).add(asked.answer)
+        assert all(len(different) == 1 for different in answers.values())
+
+
+@pytest.mark.parametrize("margin", MARGINS.values())
+def test_a_scene_amid_paper_is_the_scene_and_the_mean_of_its_paper(margin):
+    """Patch by patch; codes of places are those of the larger picture."""
+    torch.manual_seed(0)
+    seen_BNC = torch.randn(3, PATCHES, CHANNELS)
+    labels_BN2 = torch.randint(0, 2, (3, PATCHES, 2), dtype=torch.uint8)
+    codes_NC, large_codes_NC = (0.5 * sincos_positions(cell_centres(grid), CHANNELS) for grid in (GRID, LARGE_GRID))
+    nothing = torch.zeros(0)
+    split = Split((seen_BNC + codes_NC).numpy(), labels_BN2, nothing, nothing, nothing, nothing)
+    large = amid_paper(split, margin, 0.5)
+    for pictures in (np.array([2, 0]), slice(0, 3)):
+        numbers = np.arange(3)[pictures]
+        x_BHWC = torch.from_numpy(large.features_BNC[pictures]) - large_codes_NC
+        x_BHWC, labels_BHW2 = (part.unflatten(1, LARGE_GRID) for part in (x_BHWC, large.labels_BN2[pictures]))
+        for picture, x_HWC, labels_HW2 in zip(numbers, x_BHWC, labels_BHW2, strict=True):
+            paper = seen_BNC[picture][labels_BN2[picture, :, 0] == 0].mean(0)
+            for row, column in np.ndindex(LARGE_GRID):
+                inside = 0 <= row - margin < GRID[0] and 0 <= column - margin < GRID[1]
+                patch = (row - margin) * GRID[1] + column - margin
+                expected = seen_BNC[picture, patch] if inside else paper
+                torch.testing.assert_close(x_HWC[row, column], expected, rtol=0, atol=2e-6)
+                assert labels_HW2[row, column].tolist() == (labels_BN2[picture, patch].tolist() if inside else [0, 0])
+
+
+def test_cells_amid_paper_are_the_places_or_lie_across_them():
+    """One centre of a thing at most in each cell, or several; cells with patches of two things are fewer, or more."""
+    shares = {}
+    for name, margin in MARGINS.items():
+        centres, things = [], []
+        for index in range(50):
+            scene = study_scene("train", index)
+            number_HW, centre_HW = np.zeros((2, *LARGE_GRID), int)
+            for number, thing in enumerate(scene.things, start=1):
+                alone = dataclasses.replace(scene, things=[thing])
+                inside = number_HW[margin : margin + GRID[0], margin : margin + GRID[1]]
+                inside[patch_labels(alone)[:, 0].reshape(GRID) > 0] = number
+                x, y = (int(part // PATCH_PIXELS) + margin for part in thing.centre)
+                centre_HW[y, x] = number
+            for kept, found_HW in ((centres, centre_HW), (things, number_HW)):
+                cells = found_HW.reshape(4, 4, 4, 4).swapaxes(1, 2).reshape(16, 16)
+                kept += [len(set(cell.tolist()) - {0}) for cell in cells]
+        shares[name] = max(centres), np.mean(np.array([n for n in things if n]) > 1)
+    assert shares["on the places"][0] == 1
+    assert shares["across them"][0] > 1
+    assert shares["on the places"][1] < 0.3 < 1.3 * shares["on the places"][1] < shares["across them"][1]
+
+
+def test_an_examination_asks_each_family_at_most_once_and_misses_none():
+    for index in range(30):
+        scene = study_scene("test", index)
+        asked = [question.family for question in questions_of(scene, "test", index, 24)]
+        assert len(set(asked)) == len(asked)
+        assert {"colour", "where", "count"} <= set(asked) <= set(STUDY_FAMILIES)
+
+
+def test_a_description_says_what_stands_where():
+    scene = study_scene("train", 5)
+    things, centres = described_scene(scene)
+    assert (things[:, 0] > 0).sum() == len(scene.things)
+    for thing in scene.things:
+        row = np.abs(centres * 96 - np.array(thing.centre[::-1])).sum(1).argmin()
+        assert ALL_NAMES[things[row, 0] - 1] == thing.name
+        assert list(COLOURS)[things[row, 1] - 1] == thing.colour
+
+
+# --- Reader -----------------------------------------------------------------------------------------------------
+
+
+def test_a_question_is_answered_alike_alone_and_beside_others():
+    reader, y_BMD = Reader(50, 20).eval(), torch.randn(2, 9, WIDTH)
+    words = torch.randint(1, 50, (2, 3, 6))
+    words[0, 1, 2:] = 0
+    together = reader(y_BMD, words)
+    torch.testing.assert_close(reader(y_BMD[:1], words[:1, 1:2, :]), together[:1, 1:2])
+    torch.testing.assert_close(reader(y_BMD[:1], words[:1, 1:2, :4]), together[:1, 1:2], msg="blanks count")
+    assert not torch.allclose(together[:, 0], together[:, 1])
+
+
+def test_patches_are_probed_alike_alone_and_all_together():
+    reader, y_BMD = Reader(50, 20).eval(), torch.randn(2, 9, WIDTH)
+    centres_N2, some = cell_centres(GRID), torch.tensor([3, 77])
+    everything = reader.probe(y_BMD, centres_N2)
+    torch.testing.assert_close(reader.probe(y_BMD, centres_N2[some]), everything[:, some])
+    assert everything.shape == (2, PATCHES, sum(LABELS.values()))
+
+
+def test_the_attention_that_is_kept_is_what_the_answer_reads():
+    reader = Reader(50, 20).eval()
+    y_BMD = torch.randn(2, 4, WIDTH)
+    block = reader.blocks[-1]
+    torch.nn.init.zeros_(block.k_proj.weight)  # every token alike: attention is even
+    with last_attention(reader) as attention:
+        reader(y_BMD, torch.randint(1, 50, (2, 3, 6)))
+    torch.testing.assert_close(attention(), torch.full((2, 3, 4), 0.25))
+    assert not block.q_proj._forward_hooks
+
+
+def test_patches_right_are_a_share_of_those_there_or_said_to_be():
+    names, colours = LABELS.values()
+    labels = torch.tensor([[[5, 2], [0, 0], [7, 1], [0, 0]]])
+    said = [(5, 2), (3, 1), (7, 4), (0, 0)]  # right, a false alarm, a wrong colour, rightly nothing
+    logits = torch.zeros(1, 4, names + colours)
+    for patch, (name, colour) in enumerate(said):
+        logits[0, patch, [name, names + colour]] = 1.0
+    assert patches_right(logits, labels).tolist() == pytest.approx([1 / 3])
+
+
+# --- Plan -------------------------------------------------------------------------------------------------------
+
+
+def test_widths_make_parameters_comparable_where_there_is_a_width():
+    counts = {arm: count_parameters(make_run(Study(), arm, [16], 0, 0).projector) for arm in PEERS}
+    without_a_width = {"avg_pool", "pixel_shuffle", "ldp_v2", "mqt", "saep"}
+    smallest_is_larger = {"perceiver", "idefics2_perceiver"}
+    for arm, count in counts.items():
+        if arm not in without_a_width | smallest_is_larger:
+            assert count == pytest.approx(counts[OURS], rel=0.08), arm
+    assert all(counts[arm] < 2.1 * counts[OURS] for arm in smallest_is_larger)
+
+
+def test_the_plan_is_complete():
+    study = Study()
+    main_plan = main_runs(study, RATES)
+    fixed = [arm for arm in study.arms if arm != "mlp"]
+    assert {(run.arm, run.tokens, run.seed) for run in main_plan} == {
+        *((arm, str(budget), seed) for arm in fixed for budget in study.budgets for seed in range(5)),
+        *(("mlp", "144", seed) for seed in range(5)),
+    }
+    assert len(main_plan) == 5 * (3 * len(fixed) + 1)
+    assert len(sweep_runs(study)) == 3 * (len(study.arms) - 1)  # one has the rate of ours
+    further = further_runs(study, RATES)
+    assert {run.arm for run in further if len(run.grids) == 1} == set(ABLATIONS)
+    assert {run.tokens for run in further} == {"16", "9 to 36"}
+    assert {(run.arm, run.margin, run.grids) for run in margin_runs(study, RATES)} == {
+        (arm, margin, ((4, 4),)) for arm in AMID_PAPER for margin in (0, 2)
+    }
+    assert margin_runs(study, {OURS: 1e-3}) == []  # nothing to compare with
+
+
+def test_every_projector_of_the_plan_can_be_made():
+    for run in {
+        run.arm + run.tokens: run for run in [*main_runs(Study(), RATES), *further_runs(Study(), RATES)]
+    }.values():
+        assert count_parameters(run.projector) > 0
+
+
+def test_a_result_is_known_by_all_that_decides_it():
+    run = make_run(Study(), OURS, [16], 0, 2e-3)
+    assert dataclasses.replace(run, arm="another name").name == run.name
+    changes = {"seed": 1, "learning_rate": 1e-3, "steps": 7, "batch_size": 8, "grids": ((3, 3),)}
+    changes |= {"margin": 0}
+    changes |= {"data": DataSettings(tower_steps=7), "projector": {**run.projector, "fusion": "mean"}}
+    names = {dataclasses.replace(run, **{key: value}).name for key, value in changes.items()}
+    assert len(names | {run.name}) == len(changes) + 1
+    assert run.name == "da870040e1323b3c"  # or all that people have trained would be trained anew
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("--projectors mpl", "The study knows no projector 'mpl'; it knows ms_resampler, resampler, "),
+        ("--projectors token_packer --budgets 25", "a grid of 12 x 12 patches cannot become 5 x 5 tokens"),
+        ("--budgets 200", "A budget of 200 visual tokens is impossible for 12 x 12 = 144 patches"),
+    ],
+)
+def test_what_cannot_be_studied_is_said_before_anything_is_trained(line, sentence, tmp_path, capsys):
+    assert main(["study", *shlex.split(line), "--out", str(tmp_path / "out")]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --- Statistics -------------------------------------------------------------------------------------------------
+
+
+def random_scores(seeds=3, pictures=40, level=0.6):
+    rng = np.random.default_rng(1)
+    scores = (rng.random((seeds, len(ROWS), pictures)) < level).astype(float)
+    scores[:, :-1] = np.where(rng.random((len(ROWS) - 1, pictures)) < 0.3, np.nan, scores[:, :-1])
+    return scores
+
+
+def test_scores_are_read_back():
+    letters = dict.fromkeys(STUDY_FAMILIES, "10-1")
+    scores = score_matrix({**letters, "dense": bytes([0, 50, 100, 7]).hex()})
+    np.testing.assert_array_equal(scores[0], [1, 0, np.nan, 1])
+    np.testing.assert_array_equal(scores[-1], [0, 0.5, 1, 0.07])
+
+
+def test_groups_are_means_of_families_and_overall_of_groups():
+    scores = random_scores()
+    means = estimate(scores).mean_G
+    plain = {}
+    for group in GROUPS:
+        rows = [row for row, name in enumerate(ROWS.values()) if name == group]
+        plain[group] = np.mean([np.nanmean(scores[:, row]) for row in rows])
+    np.testing.assert_allclose(means, [*plain.values(), np.mean(list(plain.values()))])
+
+
+def test_the_interval_of_one_seed_is_scipys_bootstrap():
+    scores = np.random.default_rng(2).random((1, len(ROWS), 150))
+    ours = estimate(scores)
+    per_picture = group_means(scores[0].T)[:, -1]
+    theirs = stats.bootstrap((per_picture,), np.mean, method="percentile", rng=np.random.default_rng(0))
+    np.testing.assert_allclose([ours.low_G[-1], ours.high_G[-1]], theirs.confidence_interval, atol=0.002)
+
+
+def test_seeds_widen_the_interval():
+    rng = np.random.default_rng(3)
+    level = np.array([0.2, 0.4, 0.6, 0.8])[:, None, None]
+    scores = (rng.random((4, len(ROWS), 400)) < level).astype(float)
+    spread = resampled_means(scores)[:, -1].std()
+    assert spread == pytest.approx(np.std([0.2, 0.4, 0.6, 0.8]) / 2, rel=0.15)
+
+
+def test_a_difference_is_paired_over_seeds_and_pictures():
+    ours, other = random_scores(level=0.7), random_scores(level=0.6)
+    validation = np.array([0.02, 0.05, 0.03])
+    found = difference(ours, other, validation)
+    by_seed = [[group_means(np.nanmean(part[seed], axis=1))[-1] for seed in range(3)] for part in (ours, other)]
+    assert found.p == pytest.approx(stats.ttest_rel(*by_seed).pvalue)
+    gaps = np.subtract(*by_seed)
+    assert found.effect == pytest.approx(gaps.mean() / gaps.std(ddof=1))
+    assert found.estimate.mean_G[-1] == pytest.approx(gaps.mean())
+    # What all seeds and pictures share leaves no doubt, however much scores vary.
+    shifted = difference(ours + np.array([0.124, 0.125, 0.126])[:, None, None], ours, validation).estimate
+    np.testing.assert_allclose([shifted.low_G, shifted.high_G], 0.125, atol=0.001)
+    theirs = stats.ttest_1samp(validation, 0).confidence_interval()
+    assert found.validation == pytest.approx((validation.mean(), *theirs))
+    single = difference(ours[:1], other[:1], validation[:1])
+    assert np.isnan([single.p, *single.validation[1:]]).all()
+    assert single.validation[0] == 0.02
+
+
+def test_p_values_are_adjusted_for_their_number():
+    np.testing.assert_allclose(corrected([0.01, np.nan, 0.04]), [0.02, np.nan, 0.04])
+
+
+# --- The whole ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """A study of a few steps: folder, learning rates, results."""
+    out = tmp_path_factory.mktemp("study")
+    rates, results = perform_study(SMALL, out, workers=2)
+    return out, rates, results
+
+
+@pytest.mark.slow
+def test_a_study_resumes_and_gives_the_same_again(studied, capsys):
+    out, rates, results = studied
+    files = sorted((out / "runs").iterdir())
+    times = [file.stat().st_mtime_ns for file in files]
+    assert len(files) == len({json.dumps(result["run"]) for result in results})
+    lost = json.loads(files[0].read_text())
+    files[0].unlink()
+    capsys.readouterr()
+    again_rates, again = perform_study(SMALL, out, workers=1)
+    assert again_rates == rates
+    assert capsys.readouterr().out.count("min left)") == 1
+    assert [file.stat().st_mtime_ns for file in files[1:]] == times[1:]
+    anew = json.loads(files[0].read_text())
+    assert {**anew, "seconds": 0} == {**lost, "seconds": 0}
+    assert len(again) == len(results)
+
+
+KILLED = """
+import os, time
+from research.study.workers import worker_pool
+if __name__ == "__main__":
+    with worker_pool(1) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_study_that_is_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    with subprocess.Popen([sys.executable, tmp_path / "killed.py"], stdout=subprocess.PIPE, text=True) as study:
+        assert study.stdout is not None
+        worker = int(study.stdout.readline())
+        os.kill(worker, 0)
+        study.kill()
+    deadline = time.monotonic() + 30
+    while is_running(worker):
+        assert time.monotonic() < deadline, "the worker outlives the study"
+        time.sleep(0.1)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_the_report_is_made_of_the_results_and_checked_against_them(studied, tmp_path, capsys):
+    out, rates, results = studied
+    costs = {"macs": 1_000_000, "forward": 1.0, "backward": 2.0, "forward_x": 1.0, "backward_x": 1.0}
+    about = {"machine": "a machine", "projectors": dict.fromkeys(SMALL.arms, costs)}
+    save(collect(SMALL, rates, about, results), tmp_path / "study", out)
+    write_report(tmp_path)
+    assert main(["study", "--check", str(tmp_path)]) == 0
+    text = (tmp_path / "study.md").read_text()
+    assert all(arm in text for arm in SMALL.arms)
+    for base in (OURS, WITH_QUERIES):
+        table = text.split(f"Each change to `{base}`, minus")[1].split("\n\n")[1]
+        changes = [arm.removesuffix(LEARNED) for arm, (changed, _) in ABLATIONS.items() if changed == base]
+        assert re.findall(r"^\| ([\w ,]+) \|", table, flags=re.MULTILINE)[-len(changes) :] == changes
+    assert re.search(r"\| avg_pool \| 9 \| [\d.]+ \([\d.]+ to [\d.]+\) \|", text), "elastic budgets"
+
+    shutil.copytree(tmp_path, other := tmp_path / "other", ignore=shutil.ignore_patterns("other"))
+    (other / "study.md").write_text(text.replace("overall", "0verall", 1))
+    with pytest.raises(ValueError, match="is not the report of the results beside it"):
+        check_report(other)
+    stored = other / "study" / "study.json"
+    stored.write_text(stored.read_text() + "\n")
+    (other / "study.md").write_text(text)
+    capsys.readouterr()
+    assert main(["study", "--check", str(other)]) == 2
+    assert "was not drawn from the results beside it" in capsys.readouterr().err
+    stored.write_text(stored.read_text().replace("forward_x", "forward_times"))
+    with pytest.raises(ValueError, match="was stored by another version of the study"):
+        load(other / "study")
+
+
+def test_the_learning_rate_is_the_best_on_validation_whatever_the_test_says():
+    def result(arm, rate, score, letter):
+        test = {**dict.fromkeys(STUDY_FAMILIES, letter), "dense": "00"}
+        return {"run": {"arm": arm, "learning_rate": rate}, "validation": {"16": score}, "test": {"16": test}}
+
+    swept = [result(OURS, 1e-3, 0.8, "0"), result(OURS, 2e-3, 0.7, "1")]
+    assert best_rates(Study(arms=(OURS,)), swept) == {OURS: 1e-3}
+    equals = [result(OURS, rate, 0.8, "1") for rate in (4e-3, 1e-3, 2e-3)]
+    assert best_rates(Study(arms=(OURS,)), equals) == {OURS: 1e-3}  # in whatever order they were done
+    assert best_rates(Study(arms=(OURS, LOCAL)), swept) == {OURS: 1e-3, LOCAL: 1e-3}
+
+
+def test_the_command_line_changes_the_study(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    line = "--quick --projectors mqt mlp --budgets 36 --seeds 3 --learning-rates .1 .2 --steps 9 --scenes 50"
+    study = study_of(parser.parse_args(shlex.split(line)))
+    assert (study.arms, study.budgets, study.seeds) == ((OURS, BASELINE, "mqt", "mlp"), (36,), 3)
+    assert (study.learning_rates, study.steps, study.data.train_scenes) == ((0.1, 0.2), 9, 50)
+    assert study_of(parser.parse_args([])) == Study()
+
+
+def test_a_result_of_an_early_version_is_refused(tmp_path):
+    run = main_runs(SMALL, RATES)[0]
+    (tmp_path / "runs").mkdir()
+    result_path(tmp_path, run).write_text('{"test": {}}')
+    with pytest.raises(ValueError, match=rf"{run.name}.json was made by another version of the study: remove it"):
+        perform(run, tmp_path)
+
+
+def test_a_study_goes_on_from_the_stored_results(tmp_path):
+    """Every run of theirs is found under the name that the plan has for it today, with their tower and reader."""
+    stored = load(DOCS / "study")
+    assert adopt(DOCS / "study", tmp_path) == len(stored.runs)
+    study = Study(seeds=stored.study["seeds"])
+    planned = all_runs(study, stored.rates)
+    kept = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert kept == {result_path(tmp_path, run).name for run in planned} & kept
+    assert len(kept) == len(stored.runs)
+    for name in ("tower.safetensors", "reader.safetensors"):
+        assert (data_folder(tmp_path, study.data) / name).read_bytes() == (DOCS / "study" / name).read_bytes()
+
+
+def test_stored_results_do_not_go_on_with_another_tower(tmp_path):
+    tower = data_folder(tmp_path, DataSettings()) / "tower.safetensors"
+    tower.parent.mkdir()
+    tower.write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"is not the one stored in .*: work in a new folder \(--out\)"):
+        adopt(DOCS / "study", tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_stored_report_is_that_of_the_stored_results():
+    check_report(DOCS)
+    results = load(DOCS / "study")
+    assert isinstance(results, Results)
+    assert len(report_text(results)) > 5_000
+
+
+def scored(arm, made_with, seed, letters, tokens="16"):
+    test = {**dict.fromkeys(STUDY_FAMILIES, letters), "dense": "3232"}
+    run = {"arm": arm, "learning_rate": 1e-3, "seed": seed, "grids": [[4, 4]]}
+    validation = {tokens: 0.5 + seed * letters.count("1")}
+    return {"run": run, "made_with": made_with, "parameters": 1, "validation": validation, "test": {tokens: test}}
+
+
+def test_runs_are_compared_only_with_those_of_the_same_tower_and_machine():
+    ours, other = (OURS, "fixed", "16"), ("avg_pool", "fixed", "16")
+    runs = [
+        scored(OURS, "here", 0, "11"),
+        scored(OURS, "here", 1, "10"),
+        scored(OURS, "there", 2, "00"),
+        scored("avg_pool", "there", 0, "11"),  # the same seed, another tower
+        scored("avg_pool", "here", 1, "00"),
+        scored("avg_pool", "there", 2, "01"),
+    ]
+    results = Results({"budgets": [16]}, {OURS: 1e-3, "avg_pool": 1e-3}, {}, runs)
+    assert results.blocks(ours, other) == [("here", 1), ("there", 2)]
+    plain = [np.stack([score_matrix(run["test"]["16"]) for run in pair]) for pair in (runs[1:3], runs[4:])]
+    found = results.estimates(ours, other)
+    np.testing.assert_array_equal(found[ours].mean_G, estimate(plain[0]).mean_G)
+    np.testing.assert_array_equal(found[other].mean_G, estimate(plain[1]).mean_G)
+    compared = results.difference(ours, other)
+    assert compared.p == difference(*plain, np.zeros(2)).p
+    assert compared.validation[0] == pytest.approx(np.mean([1 * 1 - 1 * 0, 2 * 0 - 2 * 1]))
+    apart = dataclasses.replace(results, runs=[runs[0], runs[3]])
+    with pytest.raises(ValueError, match="No seed is finished yet for all of ms_resampler, avg_pool"):
+        apart.blocks(ours, other)
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_found_before_the_rest_is_done(studied, tmp_path):
+    out, rates, results = studied
+    shutil.copytree(out, cut := tmp_path / "out")
+    found_rates, found = finished_runs(SMALL, cut)
+    assert found_rates == rates
+    # A run that another test did again took another time.
+    timeless = [{json.dumps({**result, "seconds": 0}, sort_keys=True) for result in some} for some in (found, results)]
+    assert timeless[0] == timeless[1]
+    lost = {run.name for run in main_runs(SMALL, rates) if run.seed == 1}
+    for name in lost:
+        (cut / "runs" / f"{name}.json").unlink()
+    assert {run_of(result).name for result in finished_runs(SMALL, cut)[1]} == {
+        run_of(json.loads(json.dumps(result))).name for result in results
+    } - lost
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_reported_and_nothing_stored_is_lost(studied, tmp_path, monkeypatch, capsys):
+    out, _, results = studied
+    shutil.copytree(out, cut := tmp_path / "out")
+    monkeypatch.setattr(command, "study_of", lambda arguments: SMALL)
+    line = ["study", "--finished", "--out", str(cut), "--report", str(tmp_path / "docs")]
+    assert main(line) == 0  # of a study that was killed before its first report, too
+    stored = (tmp_path / "docs" / "study" / "runs.jsonl").read_bytes()
+    assert stored.count(b"\n") == len({json.dumps(result["run"]) for result in results})
+    assert main(["study", "--check", str(tmp_path / "docs")]) == 0
+
+    monkeypatch.setattr(command, "study_of", lambda arguments: dataclasses.replace(SMALL, seeds=1))
+    assert main(line) == 2
+    assert re.search(
+        r"holds \d+ results that this study does not ask for, .* seed 1: .*--seeds 2", capsys.readouterr().err
+    )
+    assert (tmp_path / "docs" / "study" / "runs.jsonl").read_bytes() == stored
+
+    assert main(line[:4]) == 0  # in OUT itself, which keeps every run, another study may take the report's place
+
+    monkeypatch.setattr(command, "study_of", lambda arguments: SMALL)
+    result_path(cut, sweep_runs(SMALL)[0]).unlink()
+    assert main([*line[:-1], str(tmp_path / "other")]) == 2
+    assert "1 runs of the choice of learning rates are missing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*line, "--check", str(tmp_path / "docs")])
+
+
+def test_what_nothing_here_compares_with_is_not_run(tmp_path, capsys):
+    """Seed 0 is done elsewhere, seed 1 in part, seed 2 here."""
+    study = dataclasses.replace(SMALL, seeds=3)
+    runs = main_runs(study, dict.fromkeys(study.arms, 1e-3))
+    ours = [run for run in runs if run.arm == OURS]
+    done = {run.name: "here" if run.seed == 2 else "there" for run in ours if (run.seed, run.tokens) != (1, "9")}
+    (tmp_path / "runs").mkdir()
+    for run in ours:
+        if run.name in done:
+            result_path(tmp_path, run).write_text(json.dumps({"made_with": done[run.name]}))
+    assert command.seeds_of_elsewhere(runs, tmp_path, "here") == {0}
+    kept = command.comparable_here(runs, tmp_path, {0})
+    assert kept == [run for run in runs if run.seed or run.arm == OURS]
+    assert f"Left out: {len(runs) - len(kept)} runs of seeds 0, whose" in capsys.readouterr().out
+
+
+def test_elastic_weights_that_share_no_seed_with_fixed_ones_are_named():
+    elastic = [scored(arm, "here", 0, "11") for arm in ("mqt", "avg_pool")]
+    for run in elastic:
+        run["run"]["grids"].append([3, 3])
+    runs = [*elastic, scored("mqt", "here", 0, "10"), scored("avg_pool", "there", 0, "10")]
+    text = elastic_table(Results({"budgets": [16]}, dict.fromkeys(("mqt", "avg_pool"), 1e-3), {}, runs))
+    assert re.findall(r"^\| (\w+) \| 16 ", text, flags=re.MULTILINE) == ["mqt"]
+    assert text.endswith("Left out, because too few seeds are shared yet: avg_pool at 16 tokens.")
+
+
+def test_scores_amid_paper_stand_apart():
+    """By margin, and beside those of pictures without it, which stay what they are; differences, and their change."""
+    runs = []
+    for margin, ours, theirs in ((None, "11", "10"), (0, "10", "11"), (2, "11", "00")):
+        for arm, letters in ((OURS, ours), ("token_packer", theirs)):
+            plain = scored(arm, "here", 0, letters)
+            runs.append(plain | {"run": plain["run"] | {"margin": margin}, "scopes": {"sigmas": margin, "maps": 1}})
+    results = Results({"budgets": [16]}, dict.fromkeys(AMID_PAPER, 1e-3), {}, runs)
+    assert results.arms("16") == [OURS, "token_packer"]
+    ours = (OURS, "fixed", "16")
+    assert results.estimates(ours)[ours].mean_G[0] == 1
+    assert [scopes["sigmas"] for scopes in results.scopes("16")] == [None]
+    assert ["maps" in compact(run)["scopes"] for run in runs] == [True, False, False, False, False, False]
+    rows = [line.strip("| ").split(" | ") for line in margin_tables(results).splitlines()]
+    assert [(name, arm, local.split()[0]) for name, arm, _, local, *_ in rows[2:6]] == [
+        ("on the places", OURS, "50.0"),
+        ("on the places", "token_packer", "100.0"),
+        ("across them", OURS, "100.0"),
+        ("across them", "token_packer", "0.0"),
+    ]
+    assert [(title, local.split()[0]) for title, _, _, _, _, _, local, *_ in rows[-3:]] == [
+        ("token_packer, cells on the places", "-50.0"),
+        ("token_packer, cells across them", "+100.0"),
+        ("what that changes by", "+150.0"),
+    ]
+    assert margin_tables(dataclasses.replace(results, runs=runs[:5])) == ""
+
+
+def test_a_table_leaves_out_what_shares_no_seed_with_the_default():
+    test = {**dict.fromkeys(STUDY_FAMILIES, "01"), "dense": "0011"}
+
+    def result(arm, made_with, seed, score):
+        scores = {"16": {**test, "read": score}}
+        run = {"arm": arm, "seed": seed, "learning_rate": 1e-3, "grids": [[4, 4]]}
+        return {"run": run, "made_with": made_with, "validation": {"16": 0.5}, "test": scores}
+
+    runs = [
+        result(OURS, "here", 0, "11"),
+        result("two scopes", "here", 0, "10"),
+        result("mean fusion", "there", 0, "11"),
+    ]
+    runs += [result("two scopes, learned queries", "there", 0, "11")]
+    runs += [result("mqt", "there", 0, "11"), result("saep", "here", 0, "11"), result(WITH_QUERIES, "here", 0, "10")]
+    results = Results({"budgets": [16]}, dict.fromkeys((OURS, WITH_QUERIES, "mqt", "saep"), 1e-3), {}, runs)
+    assert [arm for arm, _, _ in results.contenders("16")] == [OURS, WITH_QUERIES, "saep"]
+    assert list(rivals(results, "16")) == ["saep", WITH_QUERIES]  # the strongest first
+    table = ablation_table(results, OURS)
+    assert re.findall(r"^\| ([\w ,]+) \| 1 ", table, flags=re.MULTILINE) == [WITH_QUERIES, "two scopes"]
+    assert table.endswith("Left out, because too few seeds are shared yet: mean fusion.")
+    table = ablation_table(results, WITH_QUERIES)
+    assert re.findall(r"^\| ([\w ,]+) \| 1 ", table, flags=re.MULTILINE) == [OURS]
+    assert table.endswith("Left out, because too few seeds are shared yet: two scopes.")
+
+
+def test_what_has_few_seeds_does_not_take_those_of_a_table_of_five():
+    """Where there are fewer anyway, all share what they have in common."""
+    seeds = {OURS: range(6), "mqt": range(1, 6), "saep": range(3), "avg_pool": range(6)}
+    runs = [scored(arm, "here", seed, "11") for arm, some in seeds.items() for seed in some]
+    results = Results({"budgets": [16]}, dict.fromkeys(seeds, 1e-3), {}, runs)
+    assert {arm for arm, _, _ in results.contenders("16")} == {OURS, "mqt", "avg_pool"}
+    assert {arm: difference.seeds for arm, difference in rivals(results, "16").items()} == {
+        "mqt": 5,
+        "saep": 3,
+        "avg_pool": 6,
+    }
+    few = dataclasses.replace(results, runs=[run for run in runs if run["run"]["seed"] < 4])
+    assert {arm for arm, _, _ in few.contenders("16")} == set(seeds)
+    assert len(few.blocks(*few.contenders("16"))) == 2

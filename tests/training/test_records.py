@@ -1,0 +1,274 @@
+"""Opening training data: JSON, JSON lines, tables; paths that stay inside; and the order of an epoch."""
+
+import io
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import np_pixels, picture, tiny_processor
+from torch.utils.data import DataLoader
+
+from ms_resampler.training import records as module
+from ms_resampler.training.collate import ConversationCollator, epoch_order, open_records
+
+
+def rows_of(count: int = 7) -> list[dict]:
+    """Records with no, one and two images in turn, and words of all kinds."""
+    rows = []
+    for number in range(count):
+        images = [f"sub/{number}_{n}.png" for n in range(number % 3)]
+        said = [
+            {"from": "human", "value": "<image>\n" * len(images) + f'Wie groß ist [{number}], \\ "{{🐈" ?'},
+            {"from": "gpt", "value": "ein Wort, " * (1 + number * 5) + "}]"},
+        ]
+        image = images[0] if len(images) == 1 else images
+        rows.append({"id": f"r{number}", "conversations": said} | ({"image": image} if images else {}))
+    return rows
+
+
+def save(path, rows, form):
+    text = {
+        "list": lambda: json.dumps(rows, ensure_ascii=False),
+        "pretty": lambda: json.dumps(rows, indent=2),
+        "lines": lambda: "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        "lines, blank": lambda: "\n\n".join(json.dumps(row) for row in rows) + "\n\n",
+        "lines, with a mark": lambda: "\ufeff" + "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        "with a mark": lambda: "\ufeff" + json.dumps(rows, ensure_ascii=False),
+    }[form]()
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def expected(row, folder):
+    images = row.get("image") or []
+    return row | {"image": [folder / name for name in ([images] if isinstance(images, str) else images)] or None}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 1 << 20])
+@pytest.mark.parametrize("form", ["list", "pretty", "lines", "lines, blank", "with a mark", "lines, with a mark"])
+def test_json_comes_back_record_by_record(tmp_path, monkeypatch, form, chunk):
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    rows = rows_of()
+    path = save(tmp_path / ("data.jsonl" if "lines" in form else "data.json"), rows, form)
+    records = open_records(path)
+    assert len(records) == len(rows)
+    assert [records[index] for index in range(len(rows))] == [expected(row, tmp_path) for row in rows]
+    assert records[-1] == records[len(rows) - 1]
+    assert records.modality.tolist() == ["image" in row for row in rows]
+    assert (np.diff(records.lengths()[[1, 4]]) > 0).all()
+    with pytest.raises(IndexError):
+        records[len(rows)]
+
+
+def test_the_file_is_not_held_in_memory(tmp_path):
+    row = rows_of(1)[0]
+    row["conversations"][1]["value"] = "word " * 2000
+    path = save(tmp_path / "data.json", [row] * 3000, "list")
+    assert path.stat().st_size > 30e6
+    tracemalloc.start()
+    records = open_records(path)
+    assert records[2999]["conversations"] == row["conversations"]
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 1e6
+    assert peak < 20e6
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('[{"id": 1}, {"id": ]', "no JSON in record 2"),
+        ('[{"id": 1}, {"id": 2', "no JSON in record 2"),
+        ('[{"id": 1}', "ends in the middle, after record 1"),
+        ('{"id": 1}\n{"id" 2}\n' + '{"id": 3}\n' * 50, "no JSON in record 2"),
+        ('{"id": "1\n"}', "no JSON in record 1"),
+        ('{"id": 1}\n[2]', "no list of JSON objects, nor lines of them: see record 2"),
+        ('[{"id": 1}] {"id": 2}', "no list of JSON objects, nor lines of them: see record 2"),
+        (b'[{"id": "\xff"}]', "is not UTF-8 text, near byte 13"),
+        ('[{"id": "ü'.encode()[:-1], "is not UTF-8 text, near byte 10"),
+        ('[{"id": 5, "image": "../secret.png"}]', "Record 5 names the image '../secret.png'"),
+        ('[{"id": 5, "image": ["a.png", "/etc/passwd"]}]', "Record 5 names the image '/etc/passwd'"),
+        ('[{"id": 5, "image": "a/../../b.png"}]', "a path must stay within the folder"),
+        ('[{"id": 5, "image": "https://example.com/a.png"}]', "a path must stay within the folder"),
+        ('[{"image": "../data.json/../../a.png"}]', "Record number 1 names the image"),
+    ],
+)
+def test_damaged_files_and_paths_that_escape_are_named(tmp_path, text, sentence):
+    path = tmp_path / "data.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=sentence.replace("[", r"\[")):
+        open_records(path)
+
+
+def test_an_error_early_in_a_large_file_does_not_read_it_to_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 100)
+    path = tmp_path / "data.json"
+    path.write_bytes(b'[{"id" 1}, ' + b'{"id": 2}, ' * 1000 + b"\xff]")  # the end would raise another error
+    with pytest.raises(ValueError, match="no JSON in record 1"):
+        open_records(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "images", "sentence"),
+    [
+        ("missing.json", None, "No such file"),
+        ("notes.txt", None, "is of no kind that is read here"),
+        ("no such place", None, "neither a file or folder nor the name of a Hub repository"),
+        ("data.json", "nowhere", "There is no folder of images"),
+    ],
+)
+def test_sources_that_are_none(tmp_path, source, images, sentence):
+    (tmp_path / "notes.txt").touch()
+    save(tmp_path / "data.json", rows_of(), "list")
+    source = tmp_path / source if "." in source else source
+    with pytest.raises((ValueError, OSError), match=sentence):
+        open_records(source, images)
+
+
+# --- Tables
+
+
+def stored(seed):
+    file = io.BytesIO()
+    picture(seed).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """A folder of parquet, in LLaVA's columns, with a record whose image is no image."""
+    import datasets
+
+    turn = {"from": datasets.Value("string"), "value": datasets.Value("string")}
+    features = {
+        "id": datasets.Value("string"),
+        "images": datasets.List(datasets.Image()),
+        "conversations": datasets.List(turn),
+    }
+    rows = [
+        {"id": row["id"], "conversations": row["conversations"], "images": [stored(n) for n in range(number % 3)]}
+        for number, row in enumerate(rows_of())
+    ]
+    rows[4]["images"] = [{"bytes": b"nothing", "path": None}]
+    folder = tmp_path_factory.mktemp("table")
+    made = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    made.to_parquet(folder / "train-00000-of-00001.parquet")
+    made.save_to_disk(folder.parent / "on disk")
+    return folder, rows
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "on disk"])
+def test_tables_give_the_same_records(table, kind):
+    folder, rows = table
+    source = {
+        "folder": folder,
+        "file": folder / "train-00000-of-00001.parquet",
+        "on disk": folder.parent / "on disk",
+    }[kind]
+    records = open_records(source)
+    assert len(records) == len(rows)
+    assert records.modality.tolist() == [bool(row["images"]) for row in rows]
+    for record, row in zip((records[index] for index in range(len(rows))), rows, strict=True):
+        assert record["id"] == row["id"]
+        assert record["conversations"] == row["conversations"]
+        assert record["image"] == ([image["bytes"] for image in row["images"]] or None)
+    batch = ConversationCollator(tiny_processor(), max_length=2000)([records[2]])
+    pixels = tiny_processor().image_processor([picture(0), picture(1)])["pixel_values"]
+    assert torch.equal(batch["pixel_values"], torch.tensor(np.array(pixels)))
+    with pytest.raises(ValueError, match="Record r4 cannot be read"):
+        ConversationCollator(tiny_processor(), max_length=2000)([records[4]])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_give_every_record_once(table, workers):
+    folder, rows = table
+    stream = open_records(folder, streaming=True)
+    loaded = list(DataLoader(stream, batch_size=None, num_workers=workers))
+    assert sorted(record["id"] for record in loaded) == [row["id"] for row in rows]
+    by_id = {record["id"]: record for record in loaded}
+    assert by_id["r2"]["image"] == [image["bytes"] for image in rows[2]["images"]]
+    assert by_id["r2"]["conversations"] == rows[2]["conversations"]
+
+
+def test_chat_messages_become_turns(tmp_path):
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}, {"type": "image"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]
+    messages += ["broken", {"role": "user", "content": ["broken"]}]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"id": None, "messages": messages, "images": ["a.png", "b.png"]}))
+    assert open_records(tmp_path / "data.jsonl")[0] == {
+        "id": "number 1",
+        "image": [tmp_path / "a.png", tmp_path / "b.png"],
+        "conversations": [
+            {"from": "user", "value": "<image>What?<image>"},
+            {"from": "assistant", "value": "A cat."},
+            "broken",
+            {"from": "user", "value": ["broken"]},
+        ],
+    }
+
+
+def test_paths_may_wander_inside_the_folder(tmp_path):
+    names = ["a/../b.png", str(tmp_path / "a" / "b.png"), "..png"]
+    save(tmp_path / "data.json", [{"image": names}], "list")
+    assert open_records(tmp_path / "data.json")[0]["image"] == [tmp_path / name for name in names]
+
+
+def test_pictures_of_paths_are_those_of_the_files(tmp_path):
+    row = rows_of(2)[1]
+    (tmp_path / "pictures" / "sub").mkdir(parents=True)
+    picture(5).save(tmp_path / "pictures" / "sub" / "1_0.png")
+    save(tmp_path / "data.json", [row], "list")
+    records = open_records(str(tmp_path / "data.json"), str(tmp_path / "pictures"))
+    batch = ConversationCollator(tiny_processor(), max_length=2000)([records[0]])
+    pixels = tiny_processor().image_processor([picture(5)])["pixel_values"]
+    assert torch.equal(batch["pixel_values"], torch.tensor(np.array(pixels)))
+    assert np_pixels(picture(5)).std() > 0
+
+
+# --- Order
+
+
+class Described:
+    """What epoch_order wants to know of records."""
+
+    def __init__(self, count, seed=0):
+        generator = np.random.default_rng(seed)
+        self.modality = generator.random(count) < 0.7
+        self._lengths = generator.integers(10, 2000, count)
+
+    def __len__(self):
+        return len(self.modality)
+
+    def lengths(self):
+        return self._lengths
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 5, 64, 1001])
+def test_an_epoch_is_every_record_once_and_the_same_again(grouped, count):
+    records = Described(count)
+    for epoch in range(3):
+        order = epoch_order(records, 8, seed=1, epoch=epoch, grouped=grouped, begun=epoch * count % 8)
+        assert sorted(order) == list(range(count))
+        assert order == epoch_order(records, 8, seed=1, epoch=epoch, grouped=grouped, begun=epoch * count % 8)
+    if count > 5:
+        orders = [epoch_order(records, 8, seed, epoch, grouped) for seed in (1, 2) for epoch in (0, 1)]
+        assert len(set(map(tuple, orders))) == 4
+
+
+def test_batches_of_a_whole_run_are_alike_in_modality_and_length():
+    records, size, epochs = Described(5003), 16, 3
+    run = []
+    for epoch in range(epochs):
+        run += epoch_order(records, size, seed=0, epoch=epoch, grouped=True, begun=epoch * len(records) % size)
+    batches = [run[start : start + size] for start in range(0, len(run), size)]
+    mixed = [batch for batch in batches if len(set(records.modality[batch])) > 1]
+    assert len(mixed) <= 3 * epochs
+    spread = np.mean([np.ptp(records.lengths()[batch]) for batch in batches])
+    shuffled = epoch_order(records, size, seed=0, epoch=0)
+    shuffled = [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
+    assert spread < np.mean([np.ptp(records.lengths()[batch]) for batch in shuffled]) / 10
+    means = [records.lengths()[batch].mean() for batch in batches]
+    assert abs(np.corrcoef(means[1:-1], means[2:])[0, 1]) < 0.2  # the batches themselves come in no order
