@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ms_resampler import MSResamplerForConditionalGeneration, MSResamplerModel
-from ms_resampler.modeling_ms_resampler import flatten_patches
 from ms_resampler.resampler_ms_resampler import MultiScopeResampler, init_resampler_weights
+from ms_resampler.towers_ms_resampler import flatten_patches
 
 # What each tower puts in front of its patches, written down from the papers: CLS and registers.
 PREFIX = {
@@ -134,10 +134,10 @@ def test_siglip2_takes_images_and_patches_of_images_alike():
     image = tiny.picture(size=(24, 24))
     patched = processor.image_processor(image, return_tensors="pt")
     pixels = torch.tensor(tiny.np_pixels(image)) / 127.5 - 1
-    flat, mask, shapes = flatten_patches(pixels[None], 4)
-    assert_close(flat, patched["pixel_values"], **CLOSE)
-    assert_close(mask, patched["pixel_attention_mask"].to(mask.dtype))
-    assert shapes.tolist() == patched["spatial_shapes"].tolist() == [[6, 6]]
+    flat = flatten_patches(pixels[None], 4)
+    assert_close(flat["pixel_values"], patched["pixel_values"], **CLOSE)
+    assert_close(flat["pixel_attention_mask"], patched["pixel_attention_mask"].to(torch.int32))
+    assert flat["spatial_shapes"].tolist() == patched["spatial_shapes"].tolist() == [[6, 6]]
     from_patches = model.get_image_features(**patched).pooler_output[0]
     assert_close(model.get_image_features(pixels[None]).pooler_output[0], from_patches, **CLOSE)
 

@@ -7,6 +7,7 @@ from typing import Any
 from ..assembly import Components, make_config, text_config_of, tower_config_of
 from ..configuration_ms_resampler import MSResamplerConfig
 from ..folders import model_or_embedded
+from ..towers_ms_resampler import pair
 from .command import add_recipe_changes, changed_recipe
 from .memory import BatchShape, Sizes, device_bytes, step_sizes
 from .recipes import RECIPES, Recipe
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     recipe, config = changed_recipe(arguments), model_config(arguments)
     launcher = arguments.launcher or ("ddp" if arguments.gpus == 1 else "fsdp2")
     device_batch, accumulation = share_batch(recipe, arguments.gpus, arguments.device_batch_size)
-    shape = BatchShape(device_batch, arguments.length or recipe.max_length, image_size(config))
+    shape = BatchShape(device_batch, arguments.length or recipe.max_length, config.tower.image_size)
     if shape.length > recipe.max_length:
         raise ValueError(f"The recipe takes records of {recipe.max_length} tokens at most: change --max-length, too.")
     sizes = step_sizes(config, recipe, shape, launcher)
@@ -63,11 +64,6 @@ def model_config(arguments: argparse.Namespace) -> Any:
         raise ValueError("Name a --model, or a --vision tower and an --llm.")
     components = Components(arguments.vision, arguments.llm, {"visual_tokens": arguments.visual_tokens})
     return make_config(components, tower_config_of(arguments.vision), text_config_of(arguments.llm), image_token_id=0)
-
-
-def image_size(config: Any) -> int:
-    """Pixels of an image's side, as the tower takes it by itself."""
-    return config.native_patch_grid[0] * config.patch_size
 
 
 def parameter_table(sizes: Sizes, recipe: Recipe) -> str:
@@ -101,7 +97,7 @@ def memory_table(kinds: dict[str, float], shape: BatchShape, memory: float) -> s
 def tokens(config: Any, recipe: Recipe, shape: BatchShape) -> str:
     """Tokens of a step, and what the projector saves."""
     patches = config.native_patch_grid[0] * config.native_patch_grid[1]
-    rows, columns = config.token_grid((shape.image_size, shape.image_size))
+    rows, columns = config.token_grid(pair(shape.image_size))
     return (
         f"A step has {recipe.batch_size} records, up to {recipe.batch_size * shape.length:,} tokens. An image is "
         f"{rows * columns} visual tokens of {patches} patches: {1 - rows * columns / patches:.0%} fewer."
