@@ -76,6 +76,22 @@ def _cache_of(values: Mapping[str, Any]) -> dict[str, Cache]:
     return {name: values[name] for name in _CACHE_NAMES if name in values.keys() and values[name] is not None}  # noqa: SIM118
 
 
+def anywhere(names: list[str]) -> list[str]:
+    """Names as a quantiser matches them, from the start of a path, and as patterns that match inside of one."""
+    return [*names, *(rf".*\.{name}" for name in names)]
+
+
+def quantize_language_model_only(quantization_config: Any) -> tuple[Any, list[str]]:
+    """A quantiser's configuration that leaves the rest of the model whole, and the modules that it skipped before."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    changed = copy.copy(quantization_config)
+    field = next(name for name in _SKIP_FIELDS if hasattr(changed, name))
+    skip = list(getattr(changed, field) or [])
+    setattr(changed, field, anywhere([*skip, *_KEPT_WHOLE]))
+    return changed, skip
+
+
 class MSResamplerPreTrainedModel(PreTrainedModel):
     """What all MS-Resampler models share: configuration, initialisation and abilities."""
 
@@ -107,23 +123,23 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
         """Loads a model. `quantization_config` applies to the language model: tower, projector and head stay whole.
 
-        Modules named in its list of modules to skip stay whole, too; names may be of any part of a module's path.
+        These are in bfloat16 then, if no `dtype` is given. Modules in the quantiser's list of those to skip stay
+        whole, too; a name may stand anywhere in a module's path.
         """
-        if quantization_config is None:
-            return super().from_pretrained(*args, **kwargs)
-        if isinstance(quantization_config, dict):
-            quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
-        quantization_config = copy.copy(quantization_config)
-        field = next(name for name in _SKIP_FIELDS if hasattr(quantization_config, name))
-        given = list(getattr(quantization_config, field) or [])
-        names = [*given, *_KEPT_WHOLE]
-        # A quantiser matches from the start of a path: the patterns match inside one, the names serve other readers.
-        setattr(quantization_config, field, names + [rf".*\.{name}" for name in names])
+        skip: list[str] = []
+        if quantization_config is not None:
+            quantization_config, skip = quantize_language_model_only(quantization_config)
+            if "torch_dtype" not in kwargs:
+                kwargs.setdefault("dtype", torch.bfloat16)
         loaded = super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name in given:
-            if all(should_convert_module(path, [name, rf".*\.{name}"]) for path, _ in model.named_modules()):
-                warnings.warn(f"`{field}` names `{name}`, and the model has no such module.", stacklevel=2)
+        for name in skip:
+            if all(should_convert_module(path, anywhere([name])) for path, _ in model.named_modules()):
+                warnings.warn(f"`quantization_config` skips `{name}`, and the model has no such module.", stacklevel=2)
+        for module in model.modules():
+            # bitsandbytes' layout for such processors reads narrow matrices wrongly, and is saved wrongly.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         return loaded
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

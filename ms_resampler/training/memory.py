@@ -23,7 +23,7 @@ NF4_BYTES = 4.127 / 8  # a weight in four bits, with its share of the twice quan
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A batch on a device: records, tokens of each (visual ones included), and its one image's side or sides in pixels."""
+    """A batch on a device: records, tokens of each (visual ones included), and the pixels of its one image's sides."""
 
     records: int
     length: int
