@@ -216,7 +216,7 @@ def flatten_patches(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor]:
     return {
         "pixel_values": patches,
         "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.int32, device=patches.device),
-        "spatial_shapes": torch.tensor([[rows, columns]]).expand(patches.shape[0], 2),  # its sides are read as numbers
+        "spatial_shapes": torch.tensor([[rows, columns]], device="cpu").expand(patches.shape[0], 2),  # read as numbers
     }
 
 
