@@ -45,15 +45,11 @@ def sincos_positions(points_P2: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1) * math.sqrt(2)
 
 
-def cell_centres(grid: Grid, like: Tensor) -> Tensor:
+def cell_centres(
+    grid: Grid, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Centres (y, x) of the cells of a grid over the unit square, in raster order: (rows * columns, 2)."""
-    return torch.cartesian_prod(*(centres(cells, like) for cells in grid))
-
-
-def grid_positions(grid: Grid, width: int, like: Tensor) -> Tensor:
-    """`sincos_positions` of a grid's `cell_centres`, with the sines of each row and column taken once."""
-    rows, columns = (sincos_positions(centres(cells, like)[:, None], width) for cells in grid)
-    return torch.cat([rows[:, None].expand(-1, grid[1], -1), columns.expand(grid[0], -1, -1)], dim=-1).flatten(0, 1)
+    return torch.cartesian_prod(*((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in grid))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -240,9 +236,10 @@ class BranchesResampler(nn.Module):
         u_BND = self.input_proj(self.input_norm(x_BNC))
         if self.config.branch("patch_conv"):
             u_BND = u_BND + as_tokens(self.patch_conv(as_map(u_BND, patch_grid)))
-        placed_BND = u_BND + grid_positions(patch_grid, u_BND.shape[-1], u_BND).to(u_BND.dtype)
+        patches_N2, anchors_M2 = (cell_centres(g, u_BND.device, wide(u_BND.dtype)) for g in (patch_grid, token_grid))
+        placed_BND = u_BND + sincos_positions(patches_N2, u_BND.shape[-1]).to(u_BND.dtype)
         mean_BMD = cell_means(u_BND, patch_grid, token_grid)
-        z_BMD, maps = self.first_tokens(token_grid, mean_BMD), None
+        z_BMD, maps = self.first_tokens(anchors_M2, token_grid, mean_BMD), None
         cell_BMD = mean_BMD if self.config.branch("cell_residual") else 0.0
         for layer in self.layers:
             z_BMD, maps = layer(z_BMD, u_BND, placed_BND, cell_BMD, patch_grid, token_grid, output_scopes)
@@ -251,9 +248,9 @@ class BranchesResampler(nn.Module):
             y_BMT = y_BMT + self.mlp(cell_means(x_BNC, patch_grid, token_grid))
         return y_BMT, maps
 
-    def first_tokens(self, token_grid: Grid, mean_BMD: Tensor) -> Tensor:
+    def first_tokens(self, anchors_M2: Tensor, token_grid: Grid, mean_BMD: Tensor) -> Tensor:
         """z before the first layer (1, M, D), the same for every image: the base grid at the anchors + pos(a)."""
-        codes_MD = grid_positions(token_grid, mean_BMD.shape[-1], mean_BMD)
+        codes_MD = sincos_positions(anchors_M2, mean_BMD.shape[-1])
         query = F.interpolate(self.query.to(codes_MD.dtype), size=token_grid, mode="bilinear", align_corners=False)
         return (query.flatten(2).mT + codes_MD).to(mean_BMD.dtype)
 

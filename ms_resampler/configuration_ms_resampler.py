@@ -401,8 +401,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         heads, scopes = self.num_attention_heads, self.num_scopes
         if all(sigma is None for sigma in self.scope_sigmas):
             raise ValueError(
-                f"`ms_resampler` needs a scope that is not global, or all tokens would read the same; got `scope_sigmas` "
-                f'{list(self.scope_sigmas)}: use `projector_type="resampler"`, whose queries are learned.'
+                f"`ms_resampler` needs a scope that is not global, or all tokens would read the same; got "
+                f'`scope_sigmas` {list(self.scope_sigmas)}: use `projector_type="resampler"`.'
             )
         given = "" if self.scope_heads is None else f"; `scope_heads` {list(self.scope_heads)} does not"
         if self.scope_heads is None:
@@ -575,8 +575,8 @@ class MSResamplerConfig(PretrainedConfig):
 def _tell_transformers_serve() -> None:
     """Names our class in the table by which `transformers serve` chooses how to load a model, and how to ask it.
 
-    It looks the name up before and after it loads the model, for remote code too, so that `auto_map` and `architectures`
-    are not enough. Only a process that serves needs this, and only there the table is changed.
+    It looks the name up before and after it loads the model, for remote code too, so that `auto_map` and
+    `architectures` are not enough. Only a process that serves needs this, and only there the table is changed.
     """
     if "transformers.cli.serving.model_manager" in sys.modules:
         names = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES

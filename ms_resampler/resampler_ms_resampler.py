@@ -105,8 +105,7 @@ class ScopePrior(nn.Module):
 
     def initial(self) -> tuple[Tensor, Tensor]:
         """The configured sigma and offset of every head."""
-        scopes = [spread(*scope) for scope in zip(self.config.scope_sigmas, self.config.scope_heads, strict=True)]
-        sigmas, offsets = zip(*scopes, strict=True)
+        sigmas, offsets = zip(*map(spread, self.config.scope_sigmas, self.config.scope_heads), strict=True)
         return torch.cat(sigmas)[None], torch.cat(offsets)[None]
 
     def precision(self, dtype: torch.dtype) -> Tensor:
@@ -132,12 +131,9 @@ class ScopeLayer(GradientCheckpointingLayer):
         super().__init__()
         width, ffn_width = config.hidden_size, config.intermediate_size
         self.heads, self.scope_heads = config.num_attention_heads, config.scope_heads
-        # No last bias, which softmax would ignore.
-        self.score = nn.Sequential(
-            nn.Linear(width, width // 4), nn.GELU(), nn.Linear(width // 4, self.heads, bias=False)
-        )
-        self.v_proj = nn.Linear(width, width)
-        self.o_proj = nn.Linear(width, width)
+        last = nn.Linear(width // 4, self.heads, bias=False)  # softmax would ignore a bias
+        self.score = nn.Sequential(nn.Linear(width, width // 4), nn.GELU(), last)
+        self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.prior = ScopePrior(config)
         self.gate_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.gate = LinearFromZero(width, len(self.scope_heads), bias=False)
@@ -182,7 +178,7 @@ class ScopeLayer(GradientCheckpointingLayer):
 
 
 class MultiScopeResampler(nn.Module):
-    """Patch features of any grid to visual tokens of any grid; see the equations at the top of this file.
+    """Patch features of any grid to visual tokens of any grid, by the equations at the top of this file.
 
     With `pooled_mlp`, LLaVA's MLP of each cell's mean feature is added to y, and W_out starts at zero.
     """
