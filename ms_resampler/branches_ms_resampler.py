@@ -45,9 +45,7 @@ def sincos_positions(points_P2: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1) * math.sqrt(2)
 
 
-def cell_centres(
-    grid: Grid, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def cell_centres(grid: Grid, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Centres (y, x) of the cells of a grid over the unit square, in raster order: (rows * columns, 2)."""
     return torch.cartesian_prod(*((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in grid))
 

@@ -196,9 +196,7 @@ def test_a_width_alone_is_enough(width, heads, shares):
 
 
 @pytest.mark.parametrize(("width", "heads"), [(64, 1), (96, 1), (160, 2), (800, 10), (1024, 16)])
-@pytest.mark.parametrize(
-    "kind", ["ms_resampler_branches", "resampler", "perceiver"]
-)
+@pytest.mark.parametrize("kind", ["ms_resampler_branches", "resampler", "perceiver"])
 def test_heads_that_no_scopes_share_are_at_least_64_wide(width, heads, kind):
     assert MSResamplerProjectorConfig(hidden_size=width, projector_type=kind).num_attention_heads == heads
 
