@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -79,11 +80,18 @@ def configuration(projector: dict[str, Any]) -> MSResamplerProjectorConfig:
         return MSResamplerProjectorConfig.from_dict(fields)
     changes = {name: fields[name] for name in DEFAULTS if fields[name] != DEFAULTS[name] and name != "scope_heads"}
     name = "study: " + ", ".join(f"{name} {value}" for name, value in changes.items())
-    separate = fields["scope_layout"] == "branches"
     if name not in PROJECTOR_TYPES:
-        register_projector(name, variant(fields), "ms_resampler_branches" if separate else "ms_resampler")
+        like = "ms_resampler_branches" if fields["query_init"] != "none" and is_separate(fields) else "ms_resampler"
+        register_projector(name, variant(fields), like)
     today = {name: value for name, value in fields.items() if name not in DEFAULTS} | {"projector_type": name}
-    return MSResamplerProjectorConfig(**today, scope_heads=fields["scope_heads"], pooled_mlp=fields["pooled_mlp"])
+    if PROJECTOR_TYPES[name] == "ms_resampler":
+        today["scope_heads"] = fields["scope_heads"]
+    return MSResamplerProjectorConfig(**today, pooled_mlp=fields["pooled_mlp"])
+
+
+def is_separate(fields: dict[str, Any]) -> bool:
+    """Whether every scope has all heads, as a single one always has."""
+    return fields["scope_layout"] == "branches" or len(fields["scope_sigmas"]) == 1
 
 
 def is_shipped(fields: dict[str, Any]) -> bool:
@@ -93,22 +101,23 @@ def is_shipped(fields: dict[str, Any]) -> bool:
         return False
     if fields["query_init"] == "none":
         return {"fusion", "tile_heads", "patch_conv", "cell_residual"} <= set(kept)
-    separate = fields["scope_layout"] == "branches" or len(fields["scope_sigmas"]) == 1
-    return separate and fields["query_init"] == "learned" and fields["fusion"] != "mean"
+    return is_separate(fields) and fields["query_init"] == "learned" and fields["fusion"] != "mean"
 
 
 def variant(fields: dict[str, Any]) -> type[nn.Module]:
     """The class of the projector with these stored fields."""
-    queries, heads = fields["query_init"] != "none", fields["scope_layout"] == "heads"
-    priors: list[type] = [(HeadsPrior if heads else BranchPrior) if queries else ScopePrior]
-    layers: list[type] = [(QueryHeadsLayer if heads else SeparateKeysLayer) if queries else PriorLayer]
+    queries, separate = fields["query_init"] != "none", is_separate(fields)
+    priors: list[type] = [(BranchPrior if separate else HeadsPrior) if queries else ScopePrior]
+    layers: list[type] = [(BranchLayer if separate else QueryHeadsLayer) if queries else PriorLayer]
     tops: list[type] = [BranchesResampler if queries else MultiScopeResampler]
     if not fields["tile_heads"] or fields["scope_prior"] != "gaussian":
         priors.insert(0, AlikePrior)
     if not fields["learn_scopes"]:
         priors.insert(0, FixedPrior)
-    if fields["scope_prior"] != "gaussian" or fields["prior_form"] == "bias":
+    if fields["scope_prior"] != "gaussian" or fields["prior_form"] == "bias" or not fields["share_kv"]:
         layers.insert(0, AttendPlainly if queries else ReadPlainly)
+    if not fields["share_kv"]:
+        layers.insert(0, SeparateKeys)
     if fields["fusion"] != "token":
         layers.insert(0, {"static": StaticGate, "mean": EvenGate}[fields["fusion"]])
     if not fields["cell_residual"]:
@@ -144,9 +153,13 @@ class AlikePrior:
         fix(self, "offset")
 
     def initial(self) -> tuple[Tensor, Tensor]:
-        shares = zip(self.config.scope_sigmas, self.config.scope_heads, strict=True)
-        sigma_h = torch.cat([spread(sigma, 1)[0].expand(heads) for sigma, heads in shares])
-        return sigma_h[None], torch.zeros(1, len(sigma_h), 2)
+        sigma, offset = super().initial()
+        scope_heads = self.config.scope_heads or [sigma.shape[1]] * len(sigma)
+        whole = [
+            spread(scope, 1)[0].expand(heads)
+            for scope, heads in zip(self.config.scope_sigmas, scope_heads, strict=True)
+        ]
+        return torch.cat(whole).view_as(sigma), torch.zeros_like(offset)
 
 
 def fix(module: nn.Module, *names: str) -> None:
@@ -257,13 +270,20 @@ class AttendPlainly:
             split_heads(x.unflatten(-1, (self.key_sets, -1)).transpose(1, 2), self.heads)
             for x in (self.k_proj(placed_BND), self.v_proj(u_BND))
         )
-        scores = query_BGhMd @ key_BKhNd.mT * query_BGhMd.shape[-1] ** -0.5
-        attention = (scores + self.bias(self.prior, patch_grid, token_grid, u_BND)).softmax(dim=-1)
-        o_BGhMd = attention.to(value_BKhNd.dtype) @ value_BKhNd
-        return o_BGhMd, self.mean_over_heads(attention) if output_scopes else None
+        query, key, value = (
+            x.expand(len(u_BND), query_BGhMd.shape[1], *[-1] * 3) for x in (query_BGhMd, key_BKhNd, value_BKhNd)
+        )
+        bias_GhMN = self.bias(self.prior, patch_grid, token_grid, u_BND)
+        o_BGhMd = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=None if self.bias is no_bias else bias_GhMN[None].to(query.dtype)
+        )
+        if not output_scopes:
+            return o_BGhMd, None
+        scores = query @ key.mT * query.shape[-1] ** -0.5 + bias_GhMN
+        return o_BGhMd, self.mean_over_heads(scores.softmax(dim=-1))
 
 
-class SeparateKeysLayer(AttendPlainly, BranchLayer):
+class SeparateKeys:
     """Every scope has keys and values of its own."""
 
     def __init__(self, config):

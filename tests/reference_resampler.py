@@ -172,7 +172,7 @@ def fuse(weights, at, config, outputs, queries) -> tuple[np.ndarray, np.ndarray]
         if config.fusion == "token":
             g = softmax(gate(together + queries[0]))
         else:
-            g = softmax(weights[at + "scope_logits"]) if config.fusion == "static" else np.full(scopes, 1 / scopes)
+            g = softmax(weights[at + "gate.logits"]) if config.fusion == "static" else np.full(scopes, 1 / scopes)
         scaled = np.concatenate([scopes * g[scope_of_head(config, head)] * outputs[0][head] for head in range(heads)])
         return linear(weights, at + "o_proj", scaled) + queries[0], g
     joined = [np.concatenate(output) for output in outputs]

@@ -25,7 +25,7 @@ KINDS = {
     "ms_resampler": {"query_init": "none"},
     "ms_resampler_branches": {"projector_type": "ms_resampler", "scope_layout": "branches", "query_init": "learned"},
     "resampler": {"query_init": "learned", "scope_heads": [4]},
-    **dict.fromkeys(("c_abstractor", "mqt", "qwen_resampler", "perceiver", "q_former"), {"query_init": "learned"}),
+    **{kind: {"query_init": "learned"} for kind in ("c_abstractor", "mqt", "qwen_resampler", "perceiver", "q_former")},
 }
 NAMES = {
     "c_abstractor": {"position": "position_NC"},

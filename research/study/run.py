@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ms_resampler.branches_ms_resampler import cell_centres, split_heads
 from ms_resampler.folders import write_whole
 from ms_resampler.resampler_ms_resampler import ScopeMaps
-from ms_resampler.branches_ms_resampler import cell_centres, split_heads
 from ms_resampler.tiny.train import keep_freed_memory
 
+from ..variants import has_gaussians
 from .data import GRID, LABELS, STUDY_FAMILIES, Optimiser, Split, StudyData, amid_paper, prepare_data
 from .plan import Run, make_projector
 from .reader import HEADS, Batches, Reader, pretrained_reader, reading_loss
 from .results import made_with, result_path
-from ..variants import has_gaussians
 from .statistics import overall
 
 PICTURES_AT_ONCE = 50
