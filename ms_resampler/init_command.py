@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=assignment,
         metavar="FIELD=VALUE",
-        help='another field of the projector, its value as JSON: hidden_size=512, scope_prior="window"; repeatable',
+        help="another field of the projector, its value as JSON: hidden_size=512, scope_sigmas=[0.5,2]; repeatable",
     )
     parser.add_argument(
         "--vision-feature-layer",

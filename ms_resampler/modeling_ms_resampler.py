@@ -27,7 +27,13 @@ from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_ms_resampler import MSResamplerConfig, token_grid
 from .packing_ms_resampler import PackedLinear, pack_linears
-from .projectors_ms_resampler import PROJECTORS, build_projector, init_projector_weights
+from .projectors_ms_resampler import (
+    EARLIER_NAMES,
+    PROJECTORS,
+    SCOPED_PROJECTORS,
+    build_projector,
+    init_projector_weights,
+)
 from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
 from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features
 
@@ -99,13 +105,25 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MultiScopeResampler", *(projector.__name__ for projector in PROJECTORS.values())]
+    _no_split_modules = [projector.__name__ for projector in (*SCOPED_PROJECTORS.values(), *PROJECTORS.values())]
     _skip_keys_device_placement = list(_CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
+        """Loads a model; weights of projectors may have the names of earlier versions, and are saved with today's."""
+        earlier = {rf"\b{old}$": new for old, new in EARLIER_NAMES.items()}
+        loaded = super().from_pretrained(*args, key_mapping=earlier | (key_mapping or {}), **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # transformers keeps the renamings that were of use, to undo them when it saves.
+        model._weight_conversions = [
+            conversion for conversion in model._weight_conversions or [] if conversion.source_patterns[0] not in earlier
+        ]
+        return loaded
 
     def post_init(self) -> None:
         """Completes the model as transformers does; its units of sharding are those it has, as FSDP insists."""

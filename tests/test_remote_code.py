@@ -27,7 +27,8 @@ SIBLINGS = {
     "configuration_ms_resampler": set(),
     "packing_ms_resampler": set(),
     "resampler_ms_resampler": set(),
-    "projectors_ms_resampler": {"configuration_ms_resampler", "resampler_ms_resampler"},
+    "branches_ms_resampler": {"resampler_ms_resampler"},
+    "projectors_ms_resampler": {"branches_ms_resampler", "configuration_ms_resampler", "resampler_ms_resampler"},
     "modeling_ms_resampler": {
         "configuration_ms_resampler",
         "packing_ms_resampler",

@@ -47,6 +47,7 @@ from ms_resampler.timing import (
     spread,
     times_as_long,
 )
+from research.variants import configuration
 
 GRID, TOKENS, TEXT_WIDTH = 24, 144, 4096
 SWEPT = {"tokens": "visual tokens", "batch": "images", "grid": "patches a side"}  # what the plot has lines over
@@ -126,12 +127,9 @@ def published_config(name: str, setting: Setting) -> MSResamplerConfig:
             "num_attention_heads": 16,
         },
         text_config={"model_type": "llama", "hidden_size": TEXT_WIDTH, "num_attention_heads": 32},
-        projector_config={
-            "projector_type": name.split(",")[0],
-            "visual_tokens": tokens,
-            "query_grid": tokens,
-            **fields,
-        },
+        projector_config=configuration(
+            {"projector_type": name.split(",")[0], "visual_tokens": tokens, "query_grid": tokens, **fields}
+        ),
         vision_feature_layer=layers,
     )
 
