@@ -4,8 +4,6 @@ Pixels (B, 3, height, width) -> tower -> patches (B, N, C) -> projector -> visua
 places of the image tokens in the text -> language model -> logits.
 """
 
-import copy
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,8 +17,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.processing_utils import Unpack
-from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
@@ -34,17 +30,12 @@ from .projectors_ms_resampler import (
     build_projector,
     init_projector_weights,
 )
+from .quantisation_ms_resampler import finish_quantised, quantise_language_model_only
 from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
 from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features
 
 # What the text models call the keys and values of earlier text: until transformers 5.23, and since.
 _CACHE_NAMES = ("past_key_values", "cache")
-
-# What is not quantised: parts of many small or odd layers, whose mistakes the language model would read as content.
-_KEPT_WHOLE = ("vision_tower", "projector", "lm_head")
-
-# What the configurations of quantisers call their list of modules to leave alone.
-_SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 
 
 @dataclass
@@ -82,22 +73,6 @@ def _cache_of(values: Mapping[str, Any]) -> dict[str, Cache]:
     return {name: values[name] for name in _CACHE_NAMES if name in values.keys() and values[name] is not None}  # noqa: SIM118
 
 
-def anywhere(names: list[str]) -> list[str]:
-    """Names as a quantiser matches them, from the start of a path, and as patterns that match inside of one."""
-    return [*names, *(rf".*\.{name}" for name in names)]
-
-
-def quantize_language_model_only(quantization_config: Any) -> tuple[Any, list[str]]:
-    """A quantiser's configuration that leaves the rest of the model whole, and the modules that it skipped before."""
-    if isinstance(quantization_config, dict):
-        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
-    changed = copy.copy(quantization_config)
-    field = next(name for name in _SKIP_FIELDS if hasattr(changed, name))
-    skip = list(getattr(changed, field) or [])
-    setattr(changed, field, anywhere([*skip, *_KEPT_WHOLE]))
-    return changed, skip
-
-
 class MSResamplerPreTrainedModel(PreTrainedModel):
     """What all MS-Resampler models share: configuration, initialisation and abilities."""
 
@@ -114,15 +89,30 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     @classmethod
-    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **kwargs: Any) -> Any:
-        """Loads a model; weights of projectors may have the names of earlier versions, and are saved with today's."""
+    def from_pretrained(
+        cls, *args: Any, quantization_config: Any = None, key_mapping: dict[str, str] | None = None, **kwargs: Any
+    ) -> Any:
+        """Loads a model; weights of projectors may have the names of earlier versions, and are saved with today's.
+
+        `quantization_config` applies to the language model alone; the rest is in bfloat16 then, if no `dtype` is given.
+        Further modules to skip may be named by any part of their path.
+        """
+        skipped: list[str] = []
+        if quantization_config is not None:
+            quantization_config, skipped = quantise_language_model_only(quantization_config)
+            if "torch_dtype" not in kwargs:
+                kwargs.setdefault("dtype", torch.bfloat16)
         earlier = {rf"\b{old}$": new for old, new in EARLIER_NAMES.items()}
-        loaded = super().from_pretrained(*args, key_mapping=earlier | (key_mapping or {}), **kwargs)
+        key_mapping = earlier | (key_mapping or {})
+        loaded = super().from_pretrained(
+            *args, quantization_config=quantization_config, key_mapping=key_mapping, **kwargs
+        )
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # transformers keeps the renamings that were of use, to undo them when it saves.
         model._weight_conversions = [
             conversion for conversion in model._weight_conversions or [] if conversion.source_patterns[0] not in earlier
         ]
+        finish_quantised(model, skipped)
         return loaded
 
     def post_init(self) -> None:
@@ -136,29 +126,6 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
         super().initialize_weights()
         language_model = self.base_model.language_model
         language_model._init_weights(language_model)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
-        """Loads a model. `quantization_config` applies to the language model: tower, projector and head stay whole.
-
-        These are in bfloat16 then, if no `dtype` is given. Modules in the quantiser's list of those to skip stay
-        whole, too; a name may stand anywhere in a module's path.
-        """
-        skip: list[str] = []
-        if quantization_config is not None:
-            quantization_config, skip = quantize_language_model_only(quantization_config)
-            if "torch_dtype" not in kwargs:
-                kwargs.setdefault("dtype", torch.bfloat16)
-        loaded = super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name in skip:
-            if all(should_convert_module(path, anywhere([name])) for path, _ in model.named_modules()):
-                warnings.warn(f"`quantization_config` skips `{name}`, and the model has no such module.", stacklevel=2)
-        for module in model.modules():
-            # bitsandbytes' layout for such processors reads narrow matrices wrongly, and is saved wrongly.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-        return loaded
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves or converts all tensors; what packed layers refuse is refused before anything has changed."""

@@ -24,7 +24,9 @@ CODE = remote_code_files()
 ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"} | set(sys.stdlib_module_names)
 # Who may import whom: modeling and processing do not know each other.
 SIBLINGS = {
-    "configuration_ms_resampler": set(),
+    "towers_ms_resampler": set(),
+    "configuration_ms_resampler": {"towers_ms_resampler"},
+    "quantisation_ms_resampler": set(),
     "packing_ms_resampler": set(),
     "resampler_ms_resampler": set(),
     "branches_ms_resampler": {"resampler_ms_resampler"},
@@ -33,7 +35,9 @@ SIBLINGS = {
         "configuration_ms_resampler",
         "packing_ms_resampler",
         "projectors_ms_resampler",
+        "quantisation_ms_resampler",
         "resampler_ms_resampler",
+        "towers_ms_resampler",
     },
     "processing_ms_resampler": {"configuration_ms_resampler"},
 }
@@ -188,7 +192,8 @@ def test_model_and_processor_each_bring_their_code(tmp_path):
     tiny_processor().save_pretrained(tmp_path / "processor")
     everything = {file.stem for file in CODE}
     assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - {"processing_ms_resampler"}}
-    assert set(code_in(tmp_path / "processor")) == {"configuration_ms_resampler.py", "processing_ms_resampler.py"}
+    alone = {"configuration_ms_resampler", "processing_ms_resampler", "towers_ms_resampler"}
+    assert set(code_in(tmp_path / "processor")) == {f"{stem}.py" for stem in alone}
 
 
 @pytest.mark.slow
