@@ -375,7 +375,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             )
         if heads < 1 or self.num_attention_heads % heads:
             raise ValueError(
-                f"`num_key_value_heads` must divide the {self.num_attention_heads} of `num_attention_heads`, got {heads}."
+                f"`num_key_value_heads` must divide `num_attention_heads` {self.num_attention_heads}, got {heads}."
             )
 
     def _check_grids(self) -> None:
