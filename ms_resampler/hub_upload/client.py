@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from tqdm.auto import tqdm
 
-from .redaction import redact, redacted
+from .secrets import redact, redacted
 
 Result = TypeVar("Result")
 WAITS = (1, 2, 4)  # seconds before each new try

@@ -1,4 +1,4 @@
-"""What a file holds: links, pickles, damaged and oversized files are found before they leave this machine."""
+"""What files hold: links, pickles, damaged or oversized files and secrets are found before they leave this machine."""
 
 import json
 import re
@@ -7,6 +7,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from .secrets import find_secret, holds_token
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
 # A pickle of protocol 2 to 5, and the archive in which torch.save puts one.
@@ -17,25 +19,37 @@ MEGABYTE, GIGABYTE = 10**6, 10**9
 LIMITS = {"*.safetensors": 50 * GIGABYTE, "tokenizer.*": 100 * MEGABYTE, "*": 10 * MEGABYTE}
 
 
-def check_folder(folder: Path, allowed: Iterable[Path]) -> None:
-    """Raises ValueError, naming the files, if anything in the folder's top level speaks against publishing `allowed`.
+def inspect_source(folder: Path) -> None:
+    """Raises ValueError, naming the files, if a folder holds links or pickles.
 
-    Pickles and links are refused even if they would not be published: they are not what the publisher thinks is there.
+    They are refused even if they would not be published: they are not what the publisher thinks is there.
     """
-    here, allowed = sorted(folder.iterdir()), list(allowed)
-    files = [file for file in here if file.is_file()]
-    refuse([file for file in here if file.is_symlink()], "a link to another place: put the file itself there")
-    pickled = [file for file in files if file.suffix in PICKLE_SUFFIXES or (file in allowed and is_pickle(file))]
+    here = sorted(folder.iterdir())
+    refuse_links(here)
+    pickled = [file for file in here if file.suffix in PICKLE_SUFFIXES]
     refuse(pickled, "a pickle, which can run code where it is opened: save weights as safetensors, or remove it")
-    refuse([file for file in allowed if file.stat().st_size == 0], "empty: save the checkpoint again")
-    for file in allowed:
-        check_content(file)
 
 
-def check_sizes(files: Iterable[Path]) -> None:
-    """Raises ValueError, naming them, if there are files that are too large to publish."""
+def refuse_links(files: Iterable[Path]) -> None:
+    """Raises ValueError, naming them, if there are links among files."""
+    refuse([file for file in files if file.is_symlink()], "a link to another place: put the file itself there")
+
+
+def inspect_files(files: Iterable[Path]) -> None:
+    """Raises ValueError, naming the file, unless each is small enough, what its name says, and free of secrets."""
+    files = list(files)
+    refuse([file for file in files if is_pickle(file)], "a pickle, which can run code where it is opened: remove it")
+    refuse([file for file in files if file.stat().st_size == 0], "empty: save the checkpoint again")
     large = [file for file in files if file.stat().st_size > limit_of(file)]
     refuse(large, "too large; weights can be split with --max-shard-size 5GB")
+    for file in files:
+        try:
+            check_content(file)
+        except ValueError as error:
+            raise ValueError(
+                f"Nothing was sent. {file.name} is damaged ({error}): save the checkpoint again."
+            ) from error
+        check_secrets(file)
 
 
 def refuse(files: list[Path], reason: str) -> None:
@@ -58,20 +72,18 @@ def limit_of(file: Path) -> int:
 
 
 def check_content(file: Path) -> None:
-    """Raises ValueError if a file is not what its name says."""
-    check = CONTENT_CHECKS.get(file.suffix)
-    if check is None:
-        return
-    try:
+    """Raises ValueError, with the reason alone, if a file is not what its name says."""
+    if check := CONTENT_CHECKS.get(file.suffix):
         check(file)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"Nothing was sent. {file.name} is damaged ({error}): save the checkpoint again.") from error
 
 
 def check_weights(file: Path) -> None:
-    """Raises SafetensorError unless the header describes exactly the bytes that follow it."""
-    with safe_open(file, "pt"):
-        pass
+    """Raises ValueError unless the header describes exactly the bytes that follow it."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 def check_picture(file: Path) -> None:
@@ -88,3 +100,14 @@ CONTENT_CHECKS: dict[str, Callable[[Path], object]] = {
     ".md": lambda file: file.read_text(encoding="utf-8"),
     ".jinja": lambda file: file.read_text(encoding="utf-8"),
 }
+
+
+def check_secrets(file: Path) -> None:
+    """Raises ValueError, without repeating it, if a file holds something that looks like a secret."""
+    found = holds_token(file) if file.suffix == ".safetensors" else find_secret(file.read_bytes())
+    if found:
+        kind, line = found
+        if kind == "Hugging Face token":
+            raise ValueError(f"Nothing was sent. {file.name} holds a {kind}: remove it, and revoke it.")
+        where = f"{file.name}, line {line}," if line else file.name
+        raise ValueError(f"Nothing was sent. {where} looks like a secret ({kind}): remove it, and revoke it.")

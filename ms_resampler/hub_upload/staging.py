@@ -1,17 +1,21 @@
-"""Stages a checkpoint: weights, configuration, processor and the code that runs them, in one fresh folder."""
+"""Stages a checkpoint: weights, configuration, processor and the code that runs them, in one new folder."""
 
 import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-PACKAGE = Path(__file__).parent.parent
+from ..folders import PACKAGE, model_or_embedded
+
 WEIGHTS, INDEX, PROJECTOR = "model.safetensors", "model.safetensors.index.json", "projector.safetensors"
 RECORD = "training_record.json"
 
@@ -22,6 +26,37 @@ ALLOWED = (
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
     "README.md", "LICENSE", RECORD, "*.png",
 )  # fmt: skip
+
+
+def export(folder: Path, model: str | None = None) -> Path:
+    """Copies a checkpoint folder (default: the embedded one) and its code into a new folder, which loads anywhere."""
+    return stage_checkpoint(Path(model_or_embedded(model)), folder)
+
+
+def stage_checkpoint(
+    source: Path, target: Path, *, max_shard_size: str | None = None, projector_only: bool = False
+) -> Path:
+    """Copies what may be published of `source`, and the remote code, into `target`, and returns that.
+
+    The weights are copied as they are, or rewritten: in shards of at most `max_shard_size` ("5GB"), or those of the
+    projector alone, as `projector.safetensors`. Raises ValueError if `source` is not a checkpoint or `target` is not
+    empty.
+    """
+    check_checkpoint(source)
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty; give a new folder.")
+    target.mkdir(parents=True, exist_ok=True)
+    rewrite = max_shard_size is not None or projector_only
+    for file in [*allowed_files(source), *remote_code_files()]:
+        if not (rewrite and (file.suffix == ".safetensors" or file.name == INDEX)):
+            shutil.copyfile(file, target / file.name)
+    if (target / RECORD).is_file():
+        hide_folders(target / RECORD)
+    if projector_only:
+        write_projector(source, target / PROJECTOR)
+    elif max_shard_size is not None:
+        write_shards(source, target, max_shard_size)
+    return target
 
 
 def remote_code_files() -> list[Path]:
@@ -39,40 +74,26 @@ def allowed_files(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.iterdir()) if is_allowed(file.name) and file.is_file()]
 
 
+def left_out(folder: Path) -> list[str]:
+    """What is in the folder and is not staged, for the publisher to see."""
+    code = {file.name: file for file in remote_code_files()}
+    left = []
+    for file in sorted(set(folder.iterdir()) - set(allowed_files(folder))):
+        if file.name not in code:
+            left.append(f"{file.name}/" if file.is_dir() else file.name)
+        elif file.read_bytes() != code[file.name].read_bytes():
+            left.append(f"{file.name} (the package's own goes in its place)")
+    return left
+
+
 def is_ours(name: str) -> bool:
     """Whether a file of this name, in a repository, is one that staging puts there."""
     return is_allowed(name) or name in {file.name for file in remote_code_files()}
 
 
 def is_loaded(name: str) -> bool:
-    """Whether a file of this name is read when a repository is loaded, and misleads if it is an old one."""
+    """Whether a file of this name is read when a repository is loaded, so that an outdated one has to go."""
     return is_ours(name) and not fnmatch(name, "*.png") and name not in ("LICENSE", "README.md")
-
-
-def stage_checkpoint(
-    source: Path, target: Path, *, max_shard_size: str | None = None, projector_only: bool = False
-) -> list[str]:
-    """Copies what may be published of `source`, and the remote code, into `target`; returns the file names.
-
-    The weights are copied as they are, or written anew: in shards of at most `max_shard_size` ("5GB"), or those of
-    the projector alone, as `projector.safetensors`. Raises ValueError if `source` is no checkpoint or `target` holds
-    files already.
-    """
-    check_checkpoint(source)
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty; give a new folder.")
-    target.mkdir(parents=True, exist_ok=True)
-    rewrite = max_shard_size is not None or projector_only
-    for file in [*allowed_files(source), *remote_code_files()]:
-        if not (rewrite and (file.suffix == ".safetensors" or file.name == INDEX)):
-            shutil.copyfile(file, target / file.name)
-    if (target / RECORD).is_file():
-        hide_folders(target / RECORD)
-    if projector_only:
-        write_projector(source, target / PROJECTOR)
-    elif max_shard_size is not None:
-        write_shards(source, target, max_shard_size)
-    return sorted(file.name for file in target.iterdir())
 
 
 def hide_folders(record: Path) -> None:
@@ -104,8 +125,19 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     file = next((folder / name for name in (WEIGHTS, PROJECTOR) if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}.")
-    with safe_open(file, "pt") as weights:
+    with open_weights(file) as weights:
         return dict.fromkeys(weights.keys(), file)
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """A file of weights, read lazily. Raises ValueError unless its header describes exactly the bytes that follow."""
+    try:
+        opened = safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): save the checkpoint again.") from error
+    with opened as weights:
+        yield weights
 
 
 def write_shards(source: Path, target: Path, max_shard_size: str) -> None:
@@ -126,7 +158,7 @@ def write_shards(source: Path, target: Path, max_shard_size: str) -> None:
 
 def tensor_size(file: Path, name: str) -> int:
     """Bytes of a tensor in a file, without reading it: its type is "F32", "BF16", "F8_E4M3", "BOOL" or the like."""
-    with safe_open(file, "pt") as weights:
+    with open_weights(file) as weights:
         tensor = weights.get_slice(name)
         bits = re.search(r"\d+", tensor.get_dtype())
         return math.prod(tensor.get_shape()) * (int(bits[0]) // 8 if bits else 1)
@@ -134,7 +166,7 @@ def tensor_size(file: Path, name: str) -> int:
 
 def tensor_elements(file: Path, name: str) -> int:
     """Numbers in a tensor in a file, without reading them."""
-    with safe_open(file, "pt") as weights:
+    with open_weights(file) as weights:
         return math.prod(weights.get_slice(name).get_shape())
 
 
@@ -150,6 +182,6 @@ def write_tensors(files: dict[str, Path], path: Path) -> None:
     """Copies tensors, given with the file that each is in, into one file."""
     tensors = {}
     for name, file in files.items():
-        with safe_open(file, "pt") as weights:
+        with open_weights(file) as weights:
             tensors[name] = weights.get_tensor(name)
     save_file(tensors, path, metadata={"format": "pt"})

@@ -13,13 +13,14 @@ from transformers import AutoProcessor
 
 from .. import TINY
 from ..configuration_ms_resampler import MSResamplerConfig
+from ..hub_upload.card import results_table
 from ..hub_upload.staging import PROJECTOR, RECORD, write_projector
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..projectors_ms_resampler import PROJECTORS
 from ..training.collate import ConversationCollator
 from ..training.recipes import Stage
 from .curriculum import SceneConversations
-from .evaluate import FamilyScore, markdown_table
+from .evaluate import FamilyScore
 from .record import training_record
 from .stages import evaluate_once, stage_of
 from .train import train
@@ -57,7 +58,7 @@ def run_peer(arguments: argparse.Namespace) -> None:
     blind_scores = [FamilyScore(**row) for row in json.loads((Path(TINY) / RECORD).read_text())["blind_scores"]]
     record = training_record((stage,), model, out, scores, blind_scores)
     (target / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    print(markdown_table(scores, blind_scores))
+    print(results_table(record))
     if arguments.embed:
         embed_projector(target, Path(TINY).with_name(f"tiny_{arguments.projector}"))
 

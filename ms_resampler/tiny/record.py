@@ -12,6 +12,7 @@ import transformers
 
 from ..training.recipes import Stage
 from .evaluate import FamilyScore
+from .scenes import COLOURS, SHAPES, WORDS
 from .train import data_hash
 
 
@@ -22,7 +23,7 @@ def training_record(
     scores: list[FamilyScore],
     blind_scores: list[FamilyScore],
 ) -> dict[str, Any]:
-    """Stages, data, versions, time and results, as plain JSON values."""
+    """Stages, data, versions, time, results and the words of the scenes, as plain JSON values."""
     return {
         "stages": [describe_stage(stage, folder / stage.name) for stage in stages],
         "parameters": {name: count(part) for name, part in model.model.named_children()},
@@ -34,6 +35,7 @@ def training_record(
         "threads": torch.get_num_threads(),
         "scores": [dataclasses.asdict(row) for row in scores],
         "blind_scores": [dataclasses.asdict(row) for row in blind_scores],
+        "vocabulary": {"shapes": list(SHAPES), "words": list(WORDS), "colours": list(COLOURS)},
     }
 
 

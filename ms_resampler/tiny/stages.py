@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import TINY
-from ..hub_upload.card import write_card
+from ..hub_upload.card import results_table, write_card
 from ..hub_upload.staging import allowed_files
 from ..training.recipes import Stage, tiny_blind, tiny_look, tiny_read
 from .curriculum import Looking
-from .evaluate import FamilyScore, evaluate_scenes, markdown_table
+from .evaluate import FamilyScore, evaluate_scenes
 from .model import assemble_tiny
 from .record import plot_curves, training_record
 from .train import train
@@ -39,7 +39,7 @@ def run_tiny(arguments: argparse.Namespace) -> None:
     (target / "training_record.json").write_text(json.dumps(record, indent=2) + "\n")
     plot_curves(out, target / "curves.png")
     write_card(target, "MS-Resampler tiny")
-    print(markdown_table(scores, blind_scores))
+    print(results_table(record))
     if arguments.embed:
         embed(target)
 
