@@ -1,14 +1,17 @@
 """One commit and its tag: a repository is never left half-published."""
 
 import re
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from .client import WAITS, is_transient, large_file_transfer, patiently
+from .client import WAITS, hub_errors, is_transient, large_file_transfer, patiently
 from .plan import Plan, Remote, hashes_at, same_content
 
 
@@ -93,6 +96,19 @@ def choose_tag(plan: Plan, wanted: str | None) -> str:
     here = [name for name, commit in tags.items() if unchanged and commit == plan.remote.head]
     numbers = [int(name[1:]) for name in tags if re.fullmatch(r"v\d+", name)]
     return here[0] if here else f"v{max(numbers, default=0) + 1}"
+
+
+@contextmanager
+def standing(name: str, stands: str, remedy: str) -> Iterator[None]:
+    """Whatever fails after a commit leaves it where it is: the error says what stands, and how to go on."""
+    try:
+        with hub_errors(name):
+            yield
+    except KeyboardInterrupt:
+        print(f"{stands}. The commit stands: {remedy}.", file=sys.stderr)
+        raise
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{stands}: {str(error).rstrip('.')}. The commit stands: {remedy}.") from error
 
 
 def set_tag(api: HfApi, name: str, tag: str, commit: str) -> None:

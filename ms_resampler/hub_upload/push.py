@@ -4,18 +4,20 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 
+from ..folders import temporary_folder
 from .card import add_card
-from .check import answer_of_a_stranger, check_published
+from .check import answer_of_a_stranger, check_published, misfit
 from .client import check_repository_name, hub_errors, patiently
+from .code import code_problem
 from .inspect import inspect_files, inspect_source
+from .personal import personal_notes
 from .plan import Remote, as_visible_as, describe, look_at, make_plan, size
-from .publish import choose_tag, publish, set_tag
+from .publish import choose_tag, publish, set_tag, standing
 from .staging import allowed_files, check_checkpoint, is_loaded, left_out, stage_checkpoint
 
 REFERENCE = re.compile(r"\w(?:[\w-]|[./](?=\w))*")
@@ -45,29 +47,43 @@ def push_to_hub(
     """
     folder = Path(folder)
     check_names(repo_id, projector_of, branch, tag, create_pr)
-    with hub_errors(repo_id), TemporaryDirectory(prefix="ms-resampler-push-") as place:
-        api, home = HfApi(), Path(place, "home")
+    with hub_errors(repo_id), temporary_folder("ms-resampler-push") as place:
+        api, home = HfApi(), place / "home"
         remote = as_visible_as(look_first(api, repo_id, branch, dry_run), private)
         if not (remote.exists or private or dry_run or confirm(f"Everybody will see {repo_id}. Publish it?")):
             raise ValueError("Nothing was sent.")
-        staged = stage(folder, Path(place, "staged"), max_shard_size, projector_of)
+        staged = stage(folder, place / "staged", max_shard_size, projector_of)
         inspect_files(staged.iterdir())
+        if problem := code_problem(staged) or misfit(staged):
+            raise ValueError(f"Nothing was sent. {' '.join(problem)}.")
         add_card(staged, folder, repo_id, projector_of)
         answer = answer_of_a_stranger(str(staged))
         plan = make_plan(staged, remote, branch, is_loaded, left_out(folder))
         print(describe(plan), flush=True)
+        for note in personal_notes(file for file in staged.iterdir() if file.suffix != ".py"):
+            print(f"Whoever may read it sees {note}.")
         if dry_run:
             print(f"\n{(staged / 'README.md').read_text(encoding='utf-8')}\nNothing was sent (--dry-run).")
             return None
         tag = None if create_pr else choose_tag(plan, tag)
         made = publish(api, plan, message or f"Publish {folder.resolve().name}", create_pr=create_pr)
         print(f"Commit {made.commit[:8]}; loading it from there ...", flush=True)
-        check_published(api, plan, made.commit, home, answer)
-        if tag:
-            set_tag(api, repo_id, tag, made.commit)
+        with standing(repo_id, *what_stands(repo_id, made.commit, tag)):
+            check_published(api, plan, made.commit, home, answer)
+            if tag:
+                set_tag(api, repo_id, tag, made.commit)
         address = made.pull_request or f"{api.endpoint}/{repo_id}/tree/{tag or made.commit}"
         print(f"Published: {address}" if plan.changes else f"Nothing has changed since it was published: {address}")
         return address
+
+
+def what_stands(repo_id: str, commit: str, tag: str | None) -> tuple[str, str]:
+    """What a failure after the commit leaves behind, and what to do about it."""
+    if tag is None:
+        return f"{repo_id} has the commit {commit[:8]} as a pull request", "look at it before you merge it"
+    again = "run the push again, which sends only what is missing, checks it and tags it"
+    by_hand = f"`hf repos tag create {repo_id} {tag} --revision {commit}`"
+    return f"{repo_id} has the commit {commit[:8]}, without a tag", f"{again}, or tag it unchecked with {by_hand}"
 
 
 def check_names(repo_id: str, projector_of: str | None, branch: str, tag: str | None, create_pr: bool) -> None:
@@ -97,8 +113,8 @@ def look_first(api: HfApi, name: str, branch: str, dry_run: bool) -> Remote:
 
 def stage(folder: Path, target: Path, max_shard_size: str | None, projector_of: str | None) -> Path:
     """Stages a folder without links or pickles, if the disk has room for it and for the download that checks it."""
-    check_checkpoint(folder)
     inspect_source(folder)
+    check_checkpoint(folder)
     needed = 2 * sum(file.stat().st_size for file in allowed_files(folder))
     free = shutil.disk_usage(target.parent).free
     if free < needed:

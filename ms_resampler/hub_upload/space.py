@@ -8,17 +8,16 @@ from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.repocard import metadata_save
 
-from ..folders import find_app
+from ..folders import find_app, temporary_folder
 from .client import check_repository_name, hub_errors, patiently
 from .inspect import inspect_files, refuse_links
 from .plan import as_visible_as, describe, look_at, make_plan
-from .publish import create, publish
+from .publish import create, publish, standing
 
 APP_FILES = ("*.py", "*.css", "*.js", "*.html", "requirements.txt", "README.md", "examples/*")
 ERRORS = ("NO_APP_FILE", "CONFIG_ERROR", "BUILD_ERROR", "RUNTIME_ERROR", "DELETING", "STOPPED", "PAUSED")
@@ -47,8 +46,8 @@ def push_space(
         if not dry_run:
             patiently(api.whoami)
         about = patiently(api.model_info, model, revision=model_revision)
-    with hub_errors(name), TemporaryDirectory(prefix="ms-resampler-space-") as place:
-        staged = stage_space(find_app().parent, Path(place), about)
+    with hub_errors(name), temporary_folder("ms-resampler-space") as place:
+        staged = stage_space(find_app().parent, place / "staged", about)
         remote = as_visible_as(look_at(api, name, "main", "space"), private)
         plan = make_plan(staged, remote, "main", lambda file: not file.startswith("."))
         print(describe(plan), flush=True)
@@ -62,8 +61,8 @@ def push_space(
         commit = publish(api, plan, message).commit
         if about.private:
             print(f"{model} is private: give the Space a secret HF_TOKEN that may read it, on its settings page.")
-        wait_until_running(api, name, commit, timeout)
         address = f"{api.endpoint}/spaces/{name}"
+        wait_until_running(api, name, commit, timeout)
         print(f"Running: {address}")
         return address
 
@@ -78,7 +77,7 @@ def stage_space(app: Path, staged: Path, model: Any) -> Path:
     inspect_files(files)
     for file in files:
         target = staged / file.relative_to(app)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
     requirements = (app / "requirements.txt").read_text(encoding="utf-8").splitlines()
     (staged / "requirements.txt").write_text("".join(f"{line}\n" for line in pinned(requirements)))
@@ -129,7 +128,8 @@ def wait_until_running(api: HfApi, name: str, commit: str, timeout: int) -> None
     """Waits until a Space runs a commit, and prints its stages. Raises ValueError if it fails, or takes too long."""
     end, before = time.monotonic() + timeout, None
     while time.monotonic() < end:
-        runtime = patiently(api.get_space_runtime, name)
+        with standing(name, f"{name} is published", "look at its page to see whether it runs"):
+            runtime = patiently(api.get_space_runtime, name)
         if runtime.stage != before:
             print(f"  {runtime.stage}", flush=True)
         before = runtime.stage

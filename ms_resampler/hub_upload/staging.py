@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..folders import PACKAGE, model_or_embedded
+from .personal import clean_json
 
 WEIGHTS, INDEX, PROJECTOR = "model.safetensors", "model.safetensors.index.json", "projector.safetensors"
 RECORD = "training_record.json"
@@ -50,8 +51,9 @@ def stage_checkpoint(
     for file in [*allowed_files(source), *remote_code_files()]:
         if not (rewrite and (file.suffix == ".safetensors" or file.name == INDEX)):
             shutil.copyfile(file, target / file.name)
-    if (target / RECORD).is_file():
-        hide_folders(target / RECORD)
+    for file in target.glob("*.json"):
+        if file.name not in (INDEX, "tokenizer.json", "vocab.json"):
+            clean_json(file, record=file.name == RECORD)
     if projector_only:
         write_projector(source, target / PROJECTOR)
     elif max_shard_size is not None:
@@ -66,7 +68,7 @@ def remote_code_files() -> list[Path]:
 
 def is_allowed(name: str) -> bool:
     """Whether a file of this name may leave a folder."""
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in ALLOWED)
+    return not {"/", "\\"} & set(name) and any(fnmatch(name, pattern) for pattern in ALLOWED)
 
 
 def allowed_files(folder: Path) -> list[Path]:
@@ -96,31 +98,42 @@ def is_loaded(name: str) -> bool:
     return is_ours(name) and not fnmatch(name, "*.png") and name not in ("LICENSE", "README.md")
 
 
-def hide_folders(record: Path) -> None:
-    """Takes the folders of this machine out of a record: "/home/ada/data/a.json" becomes "a.json"."""
-    text = record.read_text(encoding="utf-8")
-    shown = re.sub(r'(?<=")(?:/|~/|[A-Za-z]:\\\\)[^"\n]*?([^/\\"\n]+)[/\\]*(?=")', r"\1", text)
-    if shown != text:
-        record.write_text(shown, encoding="utf-8")
-
-
-def check_checkpoint(folder: Path) -> None:
-    """Raises ValueError unless a folder holds one whole checkpoint of ours, by its own account."""
+def check_checkpoint(folder: Path, name: str | None = None) -> None:
+    """Raises ValueError unless a folder, shown as `name`, holds one whole checkpoint of ours, by its own account."""
+    shown = name or folder
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a checkpoint folder: it has no config.json.")
-    if not (folder / INDEX).is_file():
-        return
-    if (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} holds both {WEIGHTS} and shards with an index: remove the ones that are not meant.")
-    missing = sorted({file.name for file in tensor_files(folder).values() if not file.is_file()})
-    if missing:
-        raise ValueError(f"{folder} is not complete: {INDEX} names {', '.join(missing)}, which is not there.")
+        raise ValueError(f"{shown} is not a checkpoint folder: it has no config.json.")
+    sets = [file for file in (WEIGHTS, INDEX, PROJECTOR) if (folder / file).is_file()]
+    if not sets:
+        raise ValueError(f"{shown} has no weights: neither {WEIGHTS} nor {INDEX}.")
+    if len(sets) > 1:
+        what = " and ".join(sets).replace(INDEX, "shards with an index")
+        raise ValueError(f"{shown} holds both {what}: remove the ones that are not meant.")
+    try:
+        files = tensor_files(folder)
+    except ValueError as error:
+        raise ValueError(f"{shown} is not complete: {error}") from error
+    for file in sorted(set(files.values())):
+        if not file.is_file():
+            raise ValueError(f"{shown} is not complete: {INDEX} names {file.name}, which is not there.")
+        with open_weights(file) as weights:
+            lacking = {tensor for tensor, where in files.items() if where == file} - set(weights.keys())
+        if lacking:
+            raise ValueError(
+                f"{shown} is not complete: {INDEX} says that {min(lacking)} is in {file.name}, and it is not."
+            )
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Name of every tensor of a checkpoint -> the file it is in."""
+    """Name of every tensor of a checkpoint -> the file it is in, which is one of the folder's own."""
     if (folder / INDEX).is_file():
-        names = json.loads((folder / INDEX).read_text())["weight_map"]
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{INDEX} has no weight_map, which names the file of every tensor.")
+        outside = [name for name in names.values() if not (is_allowed(name) and name.endswith(".safetensors"))]
+        if outside:
+            raise ValueError(f"{INDEX} names {outside[0]!r}, which is no safetensors file of the same folder.")
         return {tensor: folder / name for tensor, name in names.items()}
     file = next((folder / name for name in (WEIGHTS, PROJECTOR) if (folder / name).is_file()), None)
     if file is None:
@@ -135,7 +148,7 @@ def open_weights(file: Path) -> Iterator[Any]:
     try:
         opened = safe_open(file, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}): save the checkpoint again.") from error
+        raise ValueError(f"{file.name} is damaged ({error}): save the checkpoint again.") from error
     with opened as weights:
         yield weights
 
