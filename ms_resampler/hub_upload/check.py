@@ -119,6 +119,8 @@ def misfit(folder: Path) -> tuple[str, str] | None:
                     model = model(MSResamplerConfig.from_pretrained(folder)).model
                 model.projector.load_state_dict(projector_state(folder / PROJECTOR), assign=True)
                 return None
+            if getattr(MSResamplerConfig.from_pretrained(folder), "quantization_config", None):
+                return None  # the names of its tensors are known to its quantizer alone
             options: dict[str, Any] = {"device_map": {"": "meta"}, "output_loading_info": True}
             _, found = model.from_pretrained(folder, ignore_mismatched_sizes=True, **options)
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .inspect import read_json
+from .personal import read_json
 
 # "repository--module.Class", as transformers writes that a class is elsewhere.
 ELSEWHERE = re.compile(r"[\w.-]+/[\w.-]+--[\w.-]+|[\w.-]+--\w+\.[A-Z]\w*")

@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
@@ -129,12 +128,12 @@ def read_text(file: Path) -> str:
     return text
 
 
-def read_json(file: Path) -> Any:
-    """The value of a JSON file. Raises ValueError if it is none."""
+def check_json(file: Path) -> None:
+    """Raises ValueError unless a file is JSON of levels that can be read."""
     try:
-        return json.loads(read_text(file))
+        json.loads(read_text(file))
     except RecursionError as error:
-        raise ValueError("JSON of more levels than can be read") from error
+        raise ValueError("more levels than can be read") from error
 
 
 def check_weights(file: Path) -> None:
@@ -186,7 +185,7 @@ CONTENT_CHECKS: dict[str, Callable[[Path], object]] = {
     ".webp": check_start(b"RIFF"),
     ".gif": check_start(b"GIF8"),
     ".model": lambda file: check_start(b"\n")(file) if b"\0" in file.read_bytes() else read_text(file),
-    ".json": read_json,
+    ".json": check_json,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from .secrets import texts_of
 
 HOST = socket.gethostname()
-PLACES = r"(?:/home/|/Users/|/root/|~/|\b[A-Za-z]:\\{1,2}Users\\{1,2})"
+PLACES = r"(?:/home/|/Users/|/root/|\b[A-Za-z]:\\{1,2}Users\\{1,2})"
 PERSONAL = {
     "a home folder": rf"{PLACES}[\w.-]",
     "an e-mail address": r"(?<=[\w.+-])@(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,24}\b",
@@ -18,7 +18,7 @@ PERSONAL = {
     + (rf"|\b{re.escape(HOST)}\b" if len(HOST) > 3 and re.search(r"[\d.-]", HOST) else ""),
 }
 ABSOLUTE = re.compile(r"(?:~|[A-Za-z]:)?[/\\](?:[^/\\\n]+[/\\]+)*?([^/\\\n]+)[/\\]*")
-INSIDE = re.compile(rf"{PLACES}[^\s\"',;]*?([^/\\\s\"',;]+)(?=[\s\"',;]|$)")
+INSIDE = re.compile(rf"(?:{PLACES}|~/)[^\s\"',;]*?([^/\\\s\"',;]+)(?=[\s\"',;]|$)")
 OWNER = re.compile(r"(?:host|hostname|node|user|username|e-?mail)", re.IGNORECASE)
 # Texts that a model reads stay as they are, or it would read others.
 MODEL_TEXT = re.compile(r"chat_template|added_tokens.*|.*_tokens?|.*_tokens_map")
@@ -30,13 +30,18 @@ def clean_json(file: Path, *, record: bool = False) -> None:
     Of a training `record` every path is shortened and the names of user and host are hidden; elsewhere texts that the
     model reads are kept.
     """
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.name} is damaged ({error}): save the checkpoint again.") from error
+    before = read_json(file)
     after = cleaned(before, record)
     if after != before:
         file.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(file: Path) -> Any:
+    """The value of a JSON file. Raises ValueError if it is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} is damaged ({error}): save the checkpoint again.") from error
 
 
 def cleaned(value: Any, record: bool) -> Any:

@@ -18,6 +18,7 @@ from .inspect import inspect_files, inspect_source
 from .personal import personal_notes
 from .plan import Remote, as_visible_as, describe, look_at, make_plan, size
 from .publish import choose_tag, publish, set_tag, standing
+from .secrets import find_secret
 from .staging import allowed_files, check_checkpoint, is_loaded, left_out, stage_checkpoint
 
 REFERENCE = re.compile(r"\w(?:[\w-]|[./](?=\w))*")
@@ -46,7 +47,10 @@ def push_to_hub(
     if anything is not as it should be; what fails before the commit publishes nothing.
     """
     folder = Path(folder)
+    message = message or f"Publish {folder.resolve().name}"
     check_names(repo_id, projector_of, branch, tag, create_pr)
+    if find_secret(message.encode()):
+        raise ValueError("Nothing was sent. The message looks like a secret: give another --message.")
     with hub_errors(repo_id), temporary_folder("ms-resampler-push") as place:
         api, home = HfApi(), place / "home"
         remote = as_visible_as(look_first(api, repo_id, branch, dry_run), private)
@@ -66,7 +70,7 @@ def push_to_hub(
             print(f"\n{(staged / 'README.md').read_text(encoding='utf-8')}\nNothing was sent (--dry-run).")
             return None
         tag = None if create_pr else choose_tag(plan, tag)
-        made = publish(api, plan, message or f"Publish {folder.resolve().name}", create_pr=create_pr)
+        made = publish(api, plan, message, create_pr=create_pr)
         print(f"Commit {made.commit[:8]}; loading it from there ...", flush=True)
         with standing(repo_id, *what_stands(repo_id, made.commit, tag)):
             check_published(api, plan, made.commit, home, answer)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..folders import PACKAGE, model_or_embedded
-from .personal import clean_json
+from .personal import clean_json, read_json
 
 WEIGHTS, INDEX, PROJECTOR = "model.safetensors", "model.safetensors.index.json", "projector.safetensors"
 RECORD = "training_record.json"
@@ -103,6 +103,10 @@ def check_checkpoint(folder: Path, name: str | None = None) -> None:
     shown = name or folder
     if not (folder / "config.json").is_file():
         raise ValueError(f"{shown} is not a checkpoint folder: it has no config.json.")
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "ms_resampler":
+        raise ValueError(f"{shown} is a {kind} model, not one of ours: put one together with `ms-resampler init`.")
     sets = [file for file in (WEIGHTS, INDEX, PROJECTOR) if (folder / file).is_file()]
     if not sets:
         raise ValueError(f"{shown} has no weights: neither {WEIGHTS} nor {INDEX}.")
@@ -127,7 +131,7 @@ def check_checkpoint(folder: Path, name: str | None = None) -> None:
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Name of every tensor of a checkpoint -> the file it is in, which is one of the folder's own."""
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_json(folder / INDEX)
         names = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise ValueError(f"{INDEX} has no weight_map, which names the file of every tensor.")

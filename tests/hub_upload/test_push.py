@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_processor
 
-from ms_resampler.hub_upload import check, plan, publish, push, secrets
+from ms_resampler.hub_upload import check, plan, publish, push
 from ms_resampler.hub_upload import inspect as content
 from ms_resampler.hub_upload.secrets import redact, redacted
 from ms_resampler.hub_upload.staging import remote_code_files
@@ -292,13 +292,6 @@ def test_the_token_in_use_is_found_whatever_its_form(hub, folder, unverified, ca
     (folder / "LICENSE").write_text("Ask me: an-unusual-token.")
     assert main(["push", str(folder), NAME]) == 2
     assert "LICENSE holds a Hugging Face token" in error(capsys)
-
-
-def test_a_token_across_two_blocks_is_found(tmp_path):
-    (tmp_path / "file").write_bytes(b"x" * 90 + HUB_TOKEN.encode() + b"x")
-    assert secrets.holds_token(tmp_path / "file", block=100)
-    (tmp_path / "file").write_bytes(b"x" * 90 + HUB_TOKEN.encode()[:20] + b"\nx")
-    assert not secrets.holds_token(tmp_path / "file", block=100)
 
 
 def test_oversized_files_are_refused(hub, token, folder, unverified, capsys, monkeypatch):
