@@ -26,6 +26,11 @@ from .inspect import check_content, is_pickle
 from .plan import Plan, hashes_at, same_content, size
 from .staging import PROJECTOR, check_checkpoint, is_ours, remote_code_files
 
+# One of each is there, or there is no processor.
+PROCESSOR_FILES = (
+    ("processor_config.json", "preprocessor_config.json"),
+    ("tokenizer.json", "tokenizer.model", "vocab.json"),
+)
 STRANGER = Path(__file__).parent / "stranger.py"
 
 
@@ -110,6 +115,9 @@ def misfit(folder: Path) -> tuple[str, str] | None:
 
     The weights are not read: the model is made on PyTorch's meta device.
     """
+    for names in PROCESSOR_FILES:
+        if not any((folder / name).is_file() for name in names):
+            return names[0], "is missing"
     try:
         with quiet():
             MSResamplerProcessor.from_pretrained(folder)
