@@ -92,7 +92,8 @@ def download_checked(repository: str, folder: Path, allow_code: str | None) -> N
 def download(api: HfApi, name: str, commit: str, files: Iterable[str], **place: Path) -> Path:
     """Downloads files of a commit; after a transient failure what is missing is asked for again."""
     patterns = [glob.escape(file) for file in files]
-    return Path(patiently(api.snapshot_download, name, revision=commit, allow_patterns=patterns, **place))
+    with hub_errors(name, "read"):
+        return Path(patiently(api.snapshot_download, name, revision=commit, allow_patterns=patterns, **place))
 
 
 def check_files(name: str, folder: Path, hashes: dict[str, str]) -> None:

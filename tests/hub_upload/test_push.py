@@ -498,10 +498,10 @@ def test_what_comes_back_different_gets_no_tag(hub, token, folder, unverified, c
     [
         ({"method": "POST", "path": "/tag/", "status": 500}, r"an error of its own \(500\)"),
         ({"method": "POST", "path": "/tag/", "received": 0}, r"cannot be reached \(\w+\): check the network"),
-        ({"method": "GET", "path": "/object/", "status": 403}, r"may not write to acme/tiny"),
+        ({"method": "GET", "path": "/object/", "status": 403}, r"may not read acme/tiny"),
     ],
 )
-def test_what_fails_after_the_commit_says_that_it_stands(
+def test_a_failure_after_the_commit_says_that_it_stands(
     fault, reason, hub, token, folder, unverified, impatient, capsys
 ):
     hub.fault(times=99, **fault)
