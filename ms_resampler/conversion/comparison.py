@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 from ..configuration_ms_resampler import MSResamplerConfig
-from ..hub_upload.staging import PROJECTOR
+from ..folders import PROJECTOR
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 
 
