@@ -4,6 +4,7 @@ Weights are moved, not copied: each is loaded once, in the type of the language 
 """
 
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -148,7 +149,7 @@ def naming(component: str) -> Iterator[None]:
     """Makes one sentence, with the component's name, of transformers' error in loading it."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, struct.error) as error:  # the last, of a GGUF file that ends too early
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{component} cannot be loaded: {' '.join(str(error).split())}") from error
 
