@@ -39,7 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ms_resampler.conversion.comparison import largest_difference
     from ms_resampler.conversion.convert import plan_conversion, write
-    from ms_resampler.conversion.source import local_folder
 
     if arguments.verify and arguments.to == "projector":
         raise ValueError("A projector alone does not run: there is nothing to --verify.")
@@ -58,6 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
         write(plan, arguments.out, bar.update)
     print(plan.summary("written"))
     if arguments.verify:
-        difference, scale = largest_difference(local_folder(arguments.source), arguments.out)
+        difference, scale = largest_difference(arguments.source, arguments.out)
         print(f"Logits of source and result differ by at most {difference:.1e} (of {scale:.1e}).")
     return 0
