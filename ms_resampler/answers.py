@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import TextStreamer
 
 from .folders import our_model
@@ -93,7 +94,8 @@ def ask(
     if processor is None:
         raise ValueError("A loaded model needs its processor, too: ask(question, pictures, model, processor).")
     started = time.perf_counter()
-    scopes = scopes and bool(pictures) and model.config.projector_config.num_scopes > 0
+    projector: Any = model.config.projector_config
+    scopes = scopes and bool(pictures) and projector.num_scopes > 0
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
         add_generation_prompt=True,
@@ -110,7 +112,7 @@ def ask(
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     text = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     read = [len(tokens) for tokens in images.pooler_output] if pictures else []
-    weights = scope_means(model, images) if scopes else None
+    weights = scope_means(projector.scope_names, images.scope_weights) if scopes else None
     return Answer(text, read, weights, 1000 * (time.perf_counter() - started))
 
 
@@ -123,9 +125,6 @@ def checked(picture: Picture) -> Picture:
     return Path(picture)
 
 
-def scope_means(model: MSResamplerForConditionalGeneration, images: Any) -> list[dict[str, float]]:
-    """Mean fusion weights by scope, for every image."""
-    names = model.config.projector_config.scope_names
-    return [
-        dict(zip(names, weights_SM.float().mean(dim=-1).tolist(), strict=True)) for weights_SM in images.scope_weights
-    ]
+def scope_means(names: list[str], weights: list[Tensor]) -> list[dict[str, float]]:
+    """Mean fusion weights by scope, from the weights (S, M) of every image."""
+    return [dict(zip(names, weights_SM.float().mean(dim=-1).tolist(), strict=True)) for weights_SM in weights]

@@ -11,8 +11,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..folders import INDEX, PROJECTOR, WEIGHTS, remote_code_files
-
+PACKAGE = Path(__file__).parent.parent
+WEIGHTS, INDEX, PROJECTOR = "model.safetensors", "model.safetensors.index.json", "projector.safetensors"
 RECORD = "training_record.json"
 
 # The only files that leave a folder. Code is never taken from the folder: the package's is the only copy.
@@ -22,6 +22,11 @@ ALLOWED = (
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
     "README.md", "LICENSE", RECORD, "*.png",
 )  # fmt: skip
+
+
+def remote_code_files() -> list[Path]:
+    """The files that `trust_remote_code` loads: flat siblings that import nothing else of the package."""
+    return sorted(PACKAGE.glob("*_ms_resampler.py"))
 
 
 def is_allowed(name: str) -> bool:
