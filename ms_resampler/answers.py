@@ -17,7 +17,6 @@ from .modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .processing_ms_resampler import MSResamplerProcessor
 
 Picture = str | Path | Image.Image
-PIXELS = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes")
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def ask(
         processor_kwargs={} if visual_tokens is None else {"visual_tokens": visual_tokens},
     ).to(model.device, model.dtype)
     if pictures:
-        pixels = {key: inputs.pop(key) for key in PIXELS if key in inputs}
+        pixels = {key: inputs.pop(key) for key in list(inputs) if key not in processor.tokenizer.model_input_names}
         images: Any = model.get_image_features(**pixels, output_scopes=scopes, return_dict=True)
         inputs["mm_encoder_outputs"] = {"image": images}
     streamer = on_text and PieceStreamer(processor.tokenizer, on_text)

@@ -29,6 +29,8 @@ def model_or_embedded(model: str | None) -> str:
         return str(folder)
     if model is None:
         raise ValueError("The embedded checkpoint is missing: make it with `make train-tiny`, or name a --model.")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{model!r} holds adapters, not a whole model: merge them first, `ms-resampler merge`.")
     if folder.is_dir():
         raise ValueError(f"There is no model in the folder {model!r}: it has no config.json.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
