@@ -1,11 +1,11 @@
 """The whole model against LLaVA, the same tower and language model in both: CLIP-L/14-336 and Qwen2.5-0.5B's shapes.
 
-    python research/benchmarks/model.py      one image, budgets of 576, 144, 64 and 36 visual tokens
-    python research/benchmarks/model.py --images 2 4 8 --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
-    python research/benchmarks/model.py --llm 7b --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
-    python research/benchmarks/model.py --packed --budgets 144 36      on a CPU
-    python research/benchmarks/model.py --graphs --budgets 144 36      on a GPU
-    python research/benchmarks/model.py --compile --budgets 144 36      and compiled there
+    python -m research.benchmarks.model      one image, budgets of 576, 144, 64 and 36 visual tokens
+    python -m research.benchmarks.model --images 2 4 8 --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
+    python -m research.benchmarks.model --llm 7b --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
+    python -m research.benchmarks.model --packed --budgets 144 36      on a CPU
+    python -m research.benchmarks.model --graphs --budgets 144 36      on a GPU
+    python -m research.benchmarks.model --compile --budgets 144 36      and compiled there
 
 Weights are random: times do not depend on them. On a GPU, if there is one, in bfloat16, elsewhere in float32. `--llm
 7b` has the shapes of Vicuna-7B; without a GPU with one layer's weights (0.8 GB in float32, far more than any
@@ -58,18 +58,9 @@ from ms_resampler.modeling_ms_resampler import make_unread_layers_skippable
 from ms_resampler.packing_ms_resampler import PackedLinear, pack_linears
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
-from ms_resampler.timing import (
-    count_macs,
-    in_turn,
-    interleaved,
-    machine,
-    markdown_table,
-    peak_memory,
-    rates,
-    spread,
-    times_as_long,
-    wait_for_device,
-)
+from ms_resampler.timing import peak_memory, wait_for_device
+
+from ..timing import count_macs, in_turn, interleaved, machine, markdown_table, rates, spread, times_as_long
 
 DEVICE, DTYPE = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
 CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("past_key_values", "cache"))

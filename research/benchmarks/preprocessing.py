@@ -1,6 +1,6 @@
 """The processor's images a second against LlavaProcessor's, with one image processor and one tokenizer for both.
 
-    python research/benchmarks/preprocessing.py
+    python -m research.benchmarks.preprocessing
 
 Pictures of three sizes, as PIL images, as JPEG files and as arrays, one or eight a call, with a chat-length prompt for
 each; medians of interleaved repeats. Both give tensors for CLIP-L/14-336: 576 image tokens a picture in LLaVA, 144 in
@@ -21,7 +21,8 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 
 from ms_resampler import MSResamplerProcessor
 from ms_resampler.folders import write_whole
-from ms_resampler.timing import interleaved, machine, spread
+
+from ..timing import interleaved, machine, spread
 
 SIZES = ((336, 336), (640, 480), (1920, 1080))
 KINDS = ("PIL", "JPEG", "array")

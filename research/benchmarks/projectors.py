@@ -1,11 +1,11 @@
 """Every projector side by side, at its published sizes: 24 x 24 patches of 1024 channels -> 144 tokens -> width 4096.
 
-    python research/benchmarks/projectors.py   float32, batch 1, forward: all projectors
-    python research/benchmarks/projectors.py --suite --json costs.json --plot costs.png   budgets, batches, dtypes
-    python research/benchmarks/projectors.py --tokens 64 --batch 8 --dtype bfloat16 --backward --projectors mqt
-    python research/benchmarks/projectors.py --packed --batch 1 8 32   packed weights, on a CPU
-    python research/benchmarks/projectors.py --graphs --dtype bfloat16 --batch 1 8 32   as CUDA graphs, on a GPU
-    python research/benchmarks/projectors.py --compile --graphs --dtype bfloat16 --projectors mlp   and compiled
+    python -m research.benchmarks.projectors   float32, batch 1, forward: all projectors
+    python -m research.benchmarks.projectors --suite --json costs.json --plot costs.png   budgets, batches, dtypes
+    python -m research.benchmarks.projectors --tokens 64 --batch 8 --dtype bfloat16 --backward --projectors mqt
+    python -m research.benchmarks.projectors --packed --batch 1 8 32   packed weights, on a CPU
+    python -m research.benchmarks.projectors --graphs --dtype bfloat16 --batch 1 8 32   as CUDA graphs, on a GPU
+    python -m research.benchmarks.projectors --compile --graphs --dtype bfloat16 --projectors mlp   and compiled
 
 Every combination is a setting of its own, and prints one markdown table: parameters, multiply-accumulates of the run,
 median milliseconds over interleaved repeats (and their spread), relative to our single-scope and multi-scope
@@ -36,17 +36,9 @@ from ms_resampler.folders import write_whole
 from ms_resampler.packing_ms_resampler import pack_linears
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
-from ms_resampler.timing import (
-    count_macs,
-    in_turn,
-    machine,
-    markdown_table,
-    milliseconds,
-    peak_memory,
-    rates,
-    spread,
-    times_as_long,
-)
+from ms_resampler.timing import milliseconds, peak_memory
+
+from ..timing import count_macs, in_turn, machine, markdown_table, rates, spread, times_as_long
 
 GRID, TOKENS, TEXT_WIDTH = 24, 144, 4096
 SWEPT = {"tokens": "visual tokens", "batch": "images", "grid": "patches a side"}  # what the plot has lines over
