@@ -55,14 +55,15 @@ def make_checkpoint(folder: Path, layers: int) -> int:
     )
     with torch.device("meta"):
         state = LlavaForConditionalGeneration(config).state_dict()
-    noise, files, size = torch.randn(2**20).bfloat16() / 50, [{}], 0
+    noise, size = torch.randn(2**20).bfloat16() / 50, 0
+    files: list[dict[str, torch.Size]] = [{}]
     for name, value in state.items():
         if size + 2 * value.numel() > FILE_BYTES:
             files.append({})
             size = 0
         files[-1][name] = value.shape
         size += 2 * value.numel()
-    where = {}
+    where: dict[str, str] = {}
     for number, shapes in enumerate(files):
         name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         tensors = {

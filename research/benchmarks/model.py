@@ -135,13 +135,13 @@ def repeat_layer(language_model: PreTrainedModel, config: PreTrainedConfig) -> N
     language_model.config.num_hidden_layers = config.num_hidden_layers
 
 
-def make_prompt(model: PreTrainedModel, images: int, visual_tokens: int, requests: int = 1) -> dict[str, Tensor]:
+def make_prompt(model: PreTrainedModel, images: int, visual_tokens: int, requests: int = 1) -> dict[str, Any]:
     """Requests of images, each with its placeholders, and words after them."""
     side = model.config.vision_config.image_size
     placeholders = torch.full((requests, images * visual_tokens), model.config.image_token_id)
     ids = torch.cat([placeholders, torch.randint(10, 1000, (requests, WORDS))], dim=1).to(DEVICE)
     pixels = torch.randn(requests * images, 3, side, side, dtype=model.dtype, device=DEVICE)
-    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    prompt: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     if isinstance(model, MSResamplerForConditionalGeneration):
         grid = round(visual_tokens**0.5)
         prompt["token_grids"] = [(grid, grid)] * (requests * images)  # a list, which torch.compile wants
@@ -289,7 +289,7 @@ def measure_prompts(
     runs = {name: make(*model, images, 1 + new_tokens) for name, model in names.items()}
     peaks = {name: peak_memory(run) for name, run in runs.items()}  # warms up, too
     times = in_turn({name: partial(token_times, run) for name, run in runs.items()}, repeats)
-    macs = {name: prompt_macs(*model, images) for name, model in names.items()}
+    macs = {name: prompt_macs(model, tokens, images) for name, (model, tokens) in names.items()}
     mac_rate, byte_rate = speed
     return {
         name: {

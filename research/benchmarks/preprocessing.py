@@ -13,6 +13,7 @@ import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -39,7 +40,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", extra_special_tokens=["<image>"])
 
 
-def make_processors() -> dict[str, LlavaProcessor | MSResamplerProcessor]:
+def make_processors() -> dict[str, Any]:
     images = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     return {
@@ -54,11 +55,9 @@ def make_pictures(kind: str, size: tuple[int, int], count: int, folder: Path) ->
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         picture = coarse.resize(size, Image.Resampling.BICUBIC)
-        if kind == "JPEG":
-            path = folder / f"{size[0]}x{size[1]}_{number}.jpg"
-            picture.save(path, quality=90)
-            picture = str(path)
-        pictures.append(np.asarray(picture) if kind == "array" else picture)
+        path = folder / f"{size[0]}x{size[1]}_{number}.jpg"
+        picture.save(path, quality=90)
+        pictures.append({"PIL": picture, "JPEG": str(path), "array": np.asarray(picture)}[kind])
     return pictures
 
 

@@ -10,6 +10,7 @@ sides of squares.
 import argparse
 import statistics
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from ms_resampler.resampler_ms_resampler import MultiScopeResampler, init_resamp
 
 from ..timing import interleaved, machine
 
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "one global scope with queries": {"scope_sigmas": [None], "scope_prior": "none"},
     "three, rows and columns": {},
     "three, bias": {"prior_form": "bias"},

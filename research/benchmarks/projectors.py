@@ -163,13 +163,15 @@ def make_run(name: str, setting: Setting, device: str = DEVICE) -> tuple[nn.Modu
         pack_linears(projector)
         if any(type(part) is nn.Linear for part in projector.modules()):
             raise SystemExit(f"--packed: there are no packed weights for {setting.dtype} on this processor.")
-    patch_grid, token_grid = (setting.grid, setting.grid), tuple(config.projector_config.visual_tokens)
+    patch_grid = (setting.grid, setting.grid)
+    token_grid = patch_grid if name == "mlp" else setting.token_grid
     project = torch.compile(projector, dynamic=False) if setting.compiled else projector
+    projector.train(setting.backward)
 
     def run() -> None:
         projector.zero_grad()
         with torch.set_grad_enabled(setting.backward):
-            y = project.train(setting.backward)(x_BNC, patch_grid, token_grid)
+            y = project(x_BNC, patch_grid, token_grid)
         if setting.backward:
             (y[0] if isinstance(y, tuple) else y).sum().backward()
 
@@ -299,7 +301,7 @@ def draw_bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
 def draw_lines(axis: Any, rows_by_value: dict[int, list[dict[str, Any]]], label: str) -> None:
     """A line for every projector that was measured at each value, of ours and of those that ours are compared with."""
     medians = [{row["projector"]: statistics.median(row["ms"]) for row in rows} for rows in rows_by_value.values()]
-    colours = [*plt.get_cmap("tab10").colors, "black"]
+    colours = [*(plt.get_cmap("tab10")(number) for number in range(10)), "black"]
     for colour, name in zip(colours, [*OURS, *RIVALS], strict=True):
         if all(name in some for some in medians):
             style = {"linewidth": 2.5, "linestyle": "-"} if is_ours(name) else {"linewidth": 1, "linestyle": "--"}

@@ -139,7 +139,7 @@ def crowd(
         return ask(client, *question) == expected[question]
 
     def use(user: int) -> list[tuple[float, bool]]:
-        found = []
+        found: list[tuple[float, bool]] = []
         with closing(connect(address)) as client:
             together.wait()
             deadline = time.monotonic() + seconds

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, Qwen2Config
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
@@ -59,7 +58,7 @@ def make_models(parts: dict, visual_tokens: int) -> dict[str, PreTrainedModel]:
 class SharedOptimiser:
     """AdamW for what a model trains of its own, and one, the same for all models, for what they share."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, shared: torch.optim.Optimizer | None):
+    def __init__(self, model: Any, recipe: Recipe, shared: torch.optim.Optimizer | None):
         groups = parameter_groups(model, recipe.rates, recipe.weight_decay)
         ids = {id(parameter) for parameter in model.model.projector.parameters()}
         own = [group for group in groups if id(group["params"][0]) in ids]

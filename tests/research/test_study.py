@@ -20,7 +20,6 @@ from scipy import stats
 from ms_resampler.resampler_ms_resampler import cell_centres, sincos_positions
 from ms_resampler.tiny.curriculum import ALL_NAMES
 from ms_resampler.tiny.scenes import COLOURS
-from ms_resampler_cli.main import main as ms_resampler
 from research.study.__main__ import main
 from research.study.conduct import (
     all_runs,
@@ -484,14 +483,6 @@ def test_the_command_line_changes_the_study(tmp_path, monkeypatch):
     assert default == Study()
     assert elsewhere == [Path("runs/study"), tmp_path, None, {"train": False}]
     assert short == dataclasses.replace(Study(), ablations=False)
-
-
-def test_an_installed_package_says_where_the_study_is(monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.partition(".")[0] == "research"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "research", None)
-    assert ms_resampler(["study", "--quick"]) == 2
-    assert "run `python -m research.study` in a checkout" in capsys.readouterr().err
 
 
 def test_a_result_of_an_early_version_is_refused(tmp_path):
