@@ -222,7 +222,8 @@ def test_the_attention_that_is_kept_is_what_the_answer_reads():
     with last_attention(reader) as attention:
         reader(y_BMD, torch.randint(1, 50, (2, 3, 6)))
     torch.testing.assert_close(attention(), torch.full((2, 3, 4), 0.25))
-    assert not block.q_proj._forward_hooks
+    reader(y_BMD[:1], torch.randint(1, 50, (1, 5, 6)))
+    assert attention().shape == (2, 3, 4), "what is read later is kept, too"
 
 
 def test_patches_right_are_a_share_of_those_there_or_said_to_be():
