@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from research.mutation import TESTS, mutants
+from research.mutation import FILES, mutants
 
 SOURCE = '''
 def half(numbers: "list[int] | None" = None, *, strict: bool = True) -> int:
@@ -32,7 +32,7 @@ def test_each_mutant_changes_one_thing_that_runs():
     assert sorted(found) == sorted(SOURCE.replace(before, after) for before, after in CHANGES)
 
 
-@pytest.mark.parametrize("file", TESTS)
+@pytest.mark.parametrize("file", FILES)
 def test_mutants_of_the_remote_code_are_programs(file, request):
     source = (request.config.rootpath / f"ms_resampler/{file}_ms_resampler.py").read_text()
     for mutant in mutants(file, source)[::10]:
