@@ -311,7 +311,7 @@ def _refuse_unknown(options: Collection[str], known: Collection[str]) -> None:
 
 
 def _loading_options(image_processor: Any, tokenizer: Any) -> set[str]:
-    """What `from_pretrained` takes for the parts of a processor and for the Hub."""
+    """What `from_pretrained` takes for the parts of a processor and for the Hub; servers give options of calls, too."""
     hub = {"trust_remote_code", "code_revision", "use_fast", "backend", "return_unused_kwargs", "config", "dtype"}
     side = {
         "truncation_side",
@@ -322,7 +322,8 @@ def _loading_options(image_processor: Any, tokenizer: Any) -> set[str]:
     }
     tokens = {*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, "extra_special_tokens", "add_bos_token", "add_eos_token"}
     images = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})
-    return {*hub, *side, *tokens, *images, "auto_map", "processor_class"}
+    calls = MSResamplerProcessingKwargs.__annotations__["text_kwargs"].__annotations__
+    return {*hub, *side, *tokens, *images, *calls, "auto_map", "processor_class"}
 
 
 def _drop_typed_marks(tokenizer: Any) -> None:

@@ -90,7 +90,7 @@ def test_requests_are_answered_as_the_model_answers_at_home(folder, ask):
 @pytest.mark.slow
 def test_requests_that_are_not_understood_are_refused(ask):
     typed, plain = (ask({"type": "text", "text": f"What does {word} mean?"})[1] for word in ("<image>", "<photo>"))
-    assert typed == plain
+    assert abs(typed - plain) < 5  # letters, not the 36 tokens of a picture
     for parts, options in (
         ([{"type": "video_url", "video_url": {"url": "a.mp4"}}], {}),
         ([QUESTION], {"chat_template_kwargs": {"tiles": 9}}),
