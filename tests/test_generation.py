@@ -3,7 +3,7 @@
 import pytest
 import tiny_models as tiny
 import torch
-from test_modeling import ragged_batch, ragged_rows
+from tiny_models import ragged_batch, ragged_rows
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache

@@ -4,31 +4,23 @@ A record is `{"id": ..., "image": PIL image, path or bytes (or a list), "convers
 "value": "<image>\nWhat is this?"}, ...]}`; `<image>` marks where an image goes.
 """
 
+import copy
+import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..chat_format import ChatFormat, Span
-from .records import epoch_order, open_records
-
-__all__ = [
-    "IGNORED",
-    "BadRecord",
-    "ConversationCollator",
-    "epoch_order",
-    "errors_of_workers",
-    "images_of",
-    "messages_of",
-    "open_records",
-]
+from .order import Budget
 
 IGNORED = -100
 WORKER_ERROR = re.compile(r"in DataLoader worker process .*^[\w.]*(BadRecord|ValueError|OSError): (.+)", re.M | re.S)
@@ -128,7 +120,10 @@ class ConversationCollator:
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         self.cut = {}
-        rows = [self.encode(record) for record in records]
+        return self.join([self.encode(record) for record in records])
+
+    def join(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Encoded records as one batch, padded on the right."""
         fills = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
         batch = {name: pad_sequence([row.pop(name) for row in rows], True, fill) for name, fill in fills.items()}
         images = dict.fromkeys(name for row in rows for name in row)
@@ -224,3 +219,60 @@ def learned_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray
     before = characters.cumsum()  # learned characters in front of each place
     width = np.where((ends == starts) & (starts > 0), 1, 0)
     return before[ends + width] > before[starts]
+
+
+class BatchMaker:
+    """Collates (record, budget) pairs of one step into model inputs, labels, and `record_ids`.
+
+    `collator(processor)` makes inputs and labels of records, and raises ValueError, with its id, for a bad one.
+    `bad_records` "skip" leaves these out. Which were left out, and which were cut, is written into skipped.jsonl and
+    cut.jsonl in `folder`, one JSON object a line.
+
+    A batch without any image gets one more row, a blank picture without labels, whose gradient is zero: tower and
+    projector then run in every process at every step, as sharded training requires.
+    """
+
+    def __init__(self, collator: Callable[[Any], ConversationCollator], processor: Any, bad_records: str, folder: Path):
+        self.collator = collator
+        self.processor = processor
+        self.bad_records = bad_records
+        self.folder = folder
+
+    def __call__(self, samples: Sequence[tuple[dict[str, Any], Budget | None]]) -> dict[str, Any]:
+        budget = samples[0][1]
+        assert all(other == budget for _, other in samples), "a batch crosses from one step into the next"
+        collate = self.collator(self._processor(budget))
+        rows, ids, has_images = [], [], False
+        for record, _ in samples:
+            try:
+                rows.append(collate.encode(record))
+            except BadRecord as error:
+                if self.bad_records == "fatal":
+                    raise
+                self._note("skipped", str(record["id"]), str(error))
+                continue
+            ids.append(str(record["id"]))
+            has_images |= bool(images_of(record))
+        if not has_images:
+            rows.append(collate.encode(blank_record()))
+            rows[-1]["labels"][:] = IGNORED
+        for record_id, why in collate.cut.items():
+            self._note("cut", record_id, why)
+        return collate.join(rows) | {"record_ids": ids}
+
+    def _processor(self, budget: Budget | None) -> Any:
+        if budget is None:
+            return self.processor
+        processor = copy.copy(self.processor)
+        processor.images_kwargs = {"visual_tokens": budget}
+        return processor
+
+    def _note(self, what: str, record_id: str, why: str) -> None:
+        with (self.folder / f"{what}.jsonl").open("a") as file:
+            file.write(json.dumps({"id": record_id, "why": why}) + "\n")
+
+
+def blank_record() -> dict[str, Any]:
+    """A white picture, and an answer that is not to be learned."""
+    said = [{"from": "human", "value": "<image>\n"}, {"from": "gpt", "value": "."}]
+    return {"id": "blank", "image": Image.new("RGB", (64, 64), "white"), "conversations": said}

@@ -4,8 +4,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import set_seed
 
-from .recipes import LearningRates
+from .adapters import add_adapters
+from .liger import fuse_loss
+from .recipes import LearningRates, Recipe
 
 _PREFIXES = {
     "tower": ("model.vision_tower.",),
@@ -29,6 +32,17 @@ def freeze(model: nn.Module, rates: LearningRates) -> None:
     """Switches gradients on in the parts with a learning rate, off in the others."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(getattr(rates, part_of(name)) is not None)
+
+
+def prepare(model: Any, recipe: Recipe) -> Any:
+    """The model with frozen parts, fused loss and adapters as the recipe has them, in the precision that it came in."""
+    freeze(model, recipe.rates)
+    if recipe.liger:
+        fuse_loss(model)
+    if recipe.adapters is None:
+        return model
+    set_seed(recipe.seed)  # adapters start at random
+    return add_adapters(model, recipe.adapters, recipe.rates)
 
 
 def set_precision(model: nn.Module, frozen: torch.dtype) -> None:

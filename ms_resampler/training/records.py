@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from tqdm import tqdm
 CHUNK_BYTES = 1 << 20
 CHARACTERS_A_TOKEN, TOKENS_AN_IMAGE = 4, 144  # for lengths, which need only be right in proportion
 READ_TOGETHER = 32  # rows of a stream
-POOL = 50  # batches whose records are sorted by length together: more is more alike, and less shuffled
 BETWEEN = re.compile("[\\s,\ufeff]*")  # the mark of UTF-8, too, which some editors put in front
 
 
@@ -257,28 +256,3 @@ def describe(record: dict[str, Any]) -> tuple[int, bool]:
     texts = [value for value in values if isinstance(value, str)]
     images = sum(text.count("<image>") for text in texts)
     return sum(map(len, texts)) // CHARACTERS_A_TOKEN + images * TOKENS_AN_IMAGE, images > 0
-
-
-def epoch_order(
-    records: Any, batch_size: int, seed: int, epoch: int, grouped: bool = False, begun: int = 0
-) -> Sequence[int]:
-    """The order of the records in an epoch: shuffled, a function of seed and epoch alone.
-
-    `grouped` makes every run of `batch_size` records alike in modality (with images, or text only) and length, but for
-    the rests at both ends. `begun` is how many records of the first batch the epoch before has filled already.
-    """
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(records))
-    if not grouped:
-        return order.tolist()
-    first, order = np.split(order, [-begun % batch_size])
-    lengths, groups, rest = records.lengths(), [], []
-    for has_image in (True, False):
-        alike = order[records.modality[order] == has_image]
-        whole = len(alike) // batch_size * batch_size
-        rest.append(alike[whole:])
-        for pool in np.split(alike[:whole], range(POOL * batch_size, whole, POOL * batch_size)):
-            by_length = pool[np.argsort(lengths[pool], kind="stable")]
-            groups += list(by_length.reshape(-1, batch_size))
-    generator.shuffle(groups)
-    return np.concatenate([first, *groups, *rest]).tolist()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from components import TOKENIZERS
-from test_labels import HARD, RECORD, VICUNA, processor_of
+from conversations import HARD, RECORD, VICUNA, processor_of
 from tiny_models import picture, tiny_model, tiny_processor
 
 from ms_resampler.training import collate as data

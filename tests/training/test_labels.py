@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from components import CHATML, LLAMA_2, LLAMA_3, TOKENIZERS
+from conversations import HARD, RECORD, UNMARKED_VICUNA, VICUNA, processor_of
 from jinja2 import Environment
 from tiny_models import picture, tiny_processor
 
@@ -14,8 +15,6 @@ from ms_resampler.chat_format import ChatFormat, image_aware, packaged_template
 from ms_resampler.tiny.curriculum import SceneConversations
 from ms_resampler.training.collate import IGNORED, BadRecord, ConversationCollator, learned_tokens, messages_of
 
-VICUNA = packaged_template("vicuna")
-UNMARKED_VICUNA = re.sub(r"\{%-? (end)?generation -?%\}", "", VICUNA)
 GREETING = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
@@ -26,19 +25,6 @@ def turns(*said):
     return [{"from": who, "value": value} for who, value in said]
 
 
-HARD = "Zwei Katzen 🐈🐈, 猫  auf\n\nder Matte\tnaïve </answer>"
-RECORD = {
-    "id": "dialogue",
-    "image": [picture(0), picture(1), picture(2)],
-    "conversations": [
-        {"from": "human", "value": "<image>\n<image>\nWhich is older? 🐈"},
-        {"from": "gpt", "value": "The first."},
-        {"from": "human", "value": "And <image>\nthis?"},
-        {"from": "gpt", "value": HARD},
-        {"from": "human", "value": "The first."},
-        {"from": "gpt", "value": "The first."},
-    ],
-}
 ASKED = ["<image>\n<image>\nWhich is older? 🐈", "And <image>\nthis?", "The first."]
 SAID = ["The first.", HARD, "The first."]
 
@@ -66,15 +52,6 @@ FORMATS = {
     ),
     "Llama 2": ("llama_2", LLAMA_2, layout("<s>[INST] {asked} [/INST] ¦{said} </s>¦")),
 }
-
-
-def processor_of(name: str, template: str) -> MSResamplerProcessor:
-    tokenizer = TOKENIZERS[name]()
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    template = image_aware(template, "<image>", tokenizer)
-    small = tiny_processor()
-    return MSResamplerProcessor(small.image_processor, tokenizer, 4, 4, chat_template=template)
 
 
 @pytest.fixture(params=FORMATS)
@@ -166,6 +143,7 @@ def test_rows_of_a_batch_are_those_of_single_records(case):
     processor, _ = case
     short = {"id": "text", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Its dust."}]}
     collator = ConversationCollator(processor, max_length=2000)
+    assert "pixel_values" not in collator([short])
     batch = collator([short, RECORD])
     for row, record in enumerate((short, RECORD)):
         alone = collator([record])

@@ -11,7 +11,9 @@ from tiny_models import np_pixels, picture, tiny_processor
 from torch.utils.data import DataLoader
 
 from ms_resampler.training import records as module
-from ms_resampler.training.collate import ConversationCollator, epoch_order, open_records
+from ms_resampler.training.collate import ConversationCollator
+from ms_resampler.training.order import epoch_order
+from ms_resampler.training.records import open_records
 
 
 def rows_of(count: int = 7) -> list[dict]:
