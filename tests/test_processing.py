@@ -26,8 +26,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from ms_resampler import MSResamplerProcessor, processing_ms_resampler
-from ms_resampler.processing_ms_resampler import to_rgb
+from ms_resampler import MSResamplerProcessor, pictures_ms_resampler
+from ms_resampler.pictures_ms_resampler import open_picture, to_rgb
 
 SIDE = {"height": 24, "width": 24}
 IMAGE_PROCESSORS = {
@@ -58,6 +58,10 @@ def image_tokens(inputs) -> list[int]:
 
 def pixel_values(processor, source) -> torch.Tensor:
     return processor(images=[source], text="<image>", return_tensors="pt")["pixel_values"]
+
+
+def upright(source):
+    return open_picture(source, max_pixels=100_000_000)
 
 
 def as_file(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -401,7 +405,7 @@ def test_a_grey_array_and_one_with_alpha_are_pictures(processor):
 def test_what_is_no_picture_gets_one_sentence(processor, tmp_path, monkeypatch, server, source, sentence):
     monkeypatch.chdir(tmp_path)
     if "slow" in str(source):
-        monkeypatch.setattr(processing_ms_resampler, "URL_TIMEOUT_SECONDS", 0.3)
+        monkeypatch.setattr(pictures_ms_resampler, "URL_TIMEOUT_SECONDS", 0.3)
     Path("text.png").write_text("not a picture")
     Path("empty.png").touch()
     Path("half.png").write_bytes(as_file(picture())[:500])
@@ -519,14 +523,14 @@ def test_every_mode_becomes_rgb(mode):
     ids=str,
 )
 def test_every_mode_survives_its_file(processor, name, options, expected):
-    opened = processor._open(as_file(MODES[name][0], **options))
+    opened = upright(as_file(MODES[name][0], **options))
     assert np.abs(np.asarray(opened).astype(int) - expected).max() <= 2
 
 
 @pytest.mark.parametrize("transparency", [1, bytes([255, 0])])
 def test_a_clear_palette_entry_is_white(processor, transparency):
     data = as_file(BLUE_IS_CLEAR, transparency=transparency)
-    assert np.asarray(processor._open(data)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    assert np.asarray(upright(data)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
 
 
 # How a scene is stored under an EXIF orientation: where its row 0 and column 0 lie (the EXIF standard's table).
@@ -545,18 +549,18 @@ STORED = {
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("options", [{"form": "PNG"}, {"form": "WEBP", "lossless": True}, {"form": "TIFF"}], ids=str)
 def test_pictures_are_turned_upright(processor, orientation, options):
-    upright = np.asarray(picture(2, (20, 30)))
+    expected = np.asarray(picture(2, (20, 30)))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](expected)))
     data = as_file(stored, exif=exif, **options)
-    assert np.array_equal(processor._open(data), upright)
-    assert np.array_equal(processor._open(Image.open(io.BytesIO(data))), upright)
+    assert np.array_equal(upright(data), expected)
+    assert np.array_equal(upright(Image.open(io.BytesIO(data))), expected)
 
 
 @pytest.mark.parametrize("exif", [b"garbage", b"Exif\0\0garbage!", b"Exif\0\0MM\0*", b"Exif\0\0"])
 def test_damaged_exif_data_do_not_spoil_a_picture(processor, exif):
-    assert np.array_equal(processor._open(as_file(picture(), exif=exif)), picture())
+    assert np.array_equal(upright(as_file(picture(), exif=exif)), picture())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 200)])
@@ -570,7 +574,7 @@ def test_extreme_proportions(any_processor, size):
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (24, 24), (31, 77)])
 def test_the_files_of_extreme_pictures_open(processor, size):
     for form in ("PNG", "BMP", "TIFF"):
-        assert np.array_equal(processor._open(as_file(picture(0, size), form)), picture(0, size))
+        assert np.array_equal(upright(as_file(picture(0, size), form)), picture(0, size))
 
 
 def test_a_long_picture_is_not_scaled_whole(processor):
@@ -602,11 +606,11 @@ def test_an_array_is_the_picture_that_it_holds(processor, size):
 def test_arrays_go_on_as_torch_takes_them(processor):
     """torchvision's image processors begin with `torch.from_numpy`."""
     array = np.array(picture(0, (30, 40)))
-    assert processor._open(array) is array
+    assert upright(array) is array
     locked = array.copy()
     locked.flags.writeable = False
     for odd in (locked, array[..., ::-1], array[::-1], np.moveaxis(array, 2, 0)[::-1] / np.float32(255)):
-        opened = processor._open(odd)
+        opened = upright(odd)
         assert torch.from_numpy(opened).is_contiguous()
         assert opened.flags.writeable
         np.testing.assert_array_equal(opened, odd)

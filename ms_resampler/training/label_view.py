@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from ..processing_ms_resampler import to_rgb
+from ..pictures_ms_resampler import to_rgb
 from .collate import IGNORED, ConversationCollator, images_of
 
 GREEN, GREY, PLAIN = "\x1b[30;42m", "\x1b[90m", "\x1b[0m"
