@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from ..folders import our_model
 from ..processing_ms_resampler import MSResamplerProcessor
-from .collate import IGNORED, BadRecord, ConversationCollator, errors_of_workers, images_of
+from .collate import IGNORED, ConversationCollator, errors_of_workers, mend_template
+from .conversations import BadRecord, images_of, name_of
 from .label_view import Example, example_of
 from .records import open_records
 
@@ -28,7 +29,7 @@ class Verdict:
     """What came of a record: how long it is, or (`problem`) why it cannot be learned from."""
 
     record_id: str
-    images: int
+    images: int = 0
     tokens: int = 0
     learned: int = 0
     problem: str | None = None
@@ -56,11 +57,11 @@ class Examiner:
         if problem.kind == "too long" and self.collator.truncate:
             with suppress(BadRecord):
                 return replace(self._good(record, self.collator), cut=True)
-        return Verdict(str(record["id"]), len(images_of(record)), problem=problem.kind, why=str(problem))
+        return Verdict(name_of(record), problem=problem.kind, why=str(problem))
 
     def _good(self, record: dict[str, Any], collator: ConversationCollator) -> Verdict:
         labels = collator.encode(record)["labels"]
-        return Verdict(str(record["id"]), len(images_of(record)), len(labels), int((labels != IGNORED).sum()))
+        return Verdict(name_of(record), len(images_of(record)), len(labels), int((labels != IGNORED).sum()))
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class DataReport:
     verdicts: list[Verdict]
     examples: list[Example]
     bad_records: str
+    note: str | None = None  # on the chat template
 
     @property
     def trainable(self) -> bool:
@@ -78,7 +80,7 @@ class DataReport:
         return bool(good) and (len(good) == len(self.verdicts) or self.bad_records == "skip")
 
     def __str__(self) -> str:
-        return describe(self.verdicts, self.bad_records)
+        return "\n".join([describe(self.verdicts, self.bad_records), *filter(None, [self.note])])
 
 
 def check_data(
@@ -106,11 +108,12 @@ def check_data(
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
     processor = MSResamplerProcessor.from_pretrained(our_model(model))
+    note = None if plain else mend_template(processor)
     collator = ConversationCollator(processor, max_length, plain, truncate)
     records = open_records(data, images, split, streaming)
     workers = (os.cpu_count() or 1) if workers is None else workers
     verdicts = list(examine_all(records, Examiner(collator), workers))
-    return DataReport(verdicts, list(first_examples(records, collator, examples)), bad_records)
+    return DataReport(verdicts, list(first_examples(records, collator, examples)), bad_records, note)
 
 
 def examine_all(records: Any, examiner: Examiner, workers: int) -> Iterator[Verdict]:

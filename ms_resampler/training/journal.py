@@ -109,7 +109,8 @@ def data_hash(source: str, records: Any) -> str:
     path, digest = Path(source), hashlib.sha256()
     if not path.exists():
         for record in sample(records):
-            digest.update(json.dumps(record["conversations"]).encode())
+            said = record.get("conversations") or record.get("messages")
+            digest.update(json.dumps(said, default=str).encode())
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in files:
         if file.is_file():

@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ..folders import our_model
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import four_bit_config
-from .collate import BatchMaker, ConversationCollator, errors_of_workers
+from .collate import BatchMaker, ConversationCollator, errors_of_workers, mend_template
 from .journal import Journal, open_journal
 from .order import Schedule, StreamSchedule, check_budgets
 from .parameters import count_parameters, prepare, set_precision
@@ -50,6 +50,7 @@ def train(
     model, data, out = our_model(model), str(data), Path(out or Path("runs") / recipe.name)
     result = out / ("adapter" if recipe.adapters else "model")
     processor = AutoProcessor.from_pretrained(model)
+    note = mend_template(processor) if recipe.text == "chat" else None
     if streaming:
         recipe = replace(recipe, group_by_modality=False)
     device_batch, accumulation = share_batch(recipe, process_count(), device_batch)
@@ -84,7 +85,7 @@ def train(
         callbacks=[JsonlLog(out / "log.jsonl", schedule.epochs)],
     )
     if writes:
-        print(summary(recipe, schedule, last_checkpoint(out)))
+        print(summary(recipe, schedule, last_checkpoint(out)), *filter(None, [note]), sep="\n")
     learner.config.use_cache = use_cache  # the Trainer switches it off, and would save it so
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
         raise ValueError("accelerate shards (FSDP) on accelerators only, and finds none: launch with ddp.")

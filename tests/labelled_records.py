@@ -33,3 +33,8 @@ def processor_of(name: str, template: str) -> MSResamplerProcessor:
     template = image_aware(template, "<image>", tokenizer)
     small = tiny_processor()
     return MSResamplerProcessor(small.image_processor, tokenizer, 4, 4, chat_template=template)
+
+
+def turns(*said):
+    """LLaVA's turns of (who, what) pairs."""
+    return [{"from": who, "value": value} for who, value in said]
