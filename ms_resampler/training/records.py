@@ -7,7 +7,6 @@ A record comes out as it is stored, with an id and the folder of its images: it 
 import atexit
 import codecs
 import gzip
-import io
 import itertools
 import json
 import os
@@ -286,24 +285,24 @@ def names_json(path: Path, endings: tuple[str, ...] = (".json", *LINES)) -> bool
 def in_utf8(path: Path) -> Path:
     """The file itself, or a copy of what gzip has packed or is UTF-16, that goes when the process ends."""
     with path.open("rb") as file:
-        start = file.read(4)
-    packed = start.startswith(b"\x1f\x8b")
-    with gzip.open(path) if packed else path.open("rb") as file:
-        try:
+        opened: Any = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    try:
+        with opened(path, "rb") as file:
             encoding = encoding_of(file.read(4))
-            if not packed and encoding == "utf-8":
-                return path
-            file.seek(0)
-            folder = Path(tempfile.mkdtemp(prefix="ms-resampler-data-"))
-            atexit.register(remove_own, folder, os.getpid())
-            copy = folder / path.name
-            with copy.open("w", encoding="utf-8", errors="surrogateescape", newline="") as target:
-                errors = "surrogateescape" if encoding == "utf-8" else "strict"
-                shutil.copyfileobj(io.TextIOWrapper(file, encoding, errors, newline=""), target)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path} cannot be unpacked: {error}.") from error
-        except UnicodeError as error:
-            raise ValueError(f"{path} is no whole text in {encoding.upper()}: {error}.") from error
+        if opened is open and encoding == "utf-8":
+            return path
+        folder = Path(tempfile.mkdtemp(prefix="ms-resampler-data-"))
+        atexit.register(remove_own, folder, os.getpid())
+        copy, errors = folder / path.name, "surrogateescape" if encoding == "utf-8" else "strict"
+        with (
+            opened(path, "rt", encoding=encoding, errors=errors, newline="") as source,
+            copy.open("w", encoding="utf-8", errors="surrogateescape", newline="") as target,
+        ):
+            shutil.copyfileobj(source, target, CHUNK_BYTES)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} cannot be unpacked: {error}.") from error
+    except UnicodeError as error:
+        raise ValueError(f"{path} is no whole text in {encoding.upper()}: {error}.") from error
     return copy
 
 

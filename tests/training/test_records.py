@@ -1,18 +1,23 @@
 """Opening training data: JSON, JSON lines, tables; paths that stay inside; and the order of an epoch."""
 
+import gzip
 import io
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from labelled_records import turns
 from tiny_models import np_pixels, picture, tiny_processor
 from torch.utils.data import DataLoader
 
 from ms_resampler.training import records as module
 from ms_resampler.training.collate import ConversationCollator
-from ms_resampler.training.conversations import BadRecord, images_of
+from ms_resampler.training.conversations import BadRecord, conversation_of, images_of
 from ms_resampler.training.order import epoch_order
 from ms_resampler.training.records import open_records
 
@@ -99,6 +104,87 @@ def test_damaged_files_are_named(tmp_path, text, sentence):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=sentence.replace("[", r"\[")):
         open_records(path)
+
+
+def packed(text):
+    return gzip.compress(text.encode())
+
+
+ROWS = rows_of(3)
+LIST, LINES = json.dumps(ROWS, ensure_ascii=False), "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+FILES = {
+    "UTF-16": ("data.json", ("\ufeff" + LIST).encode("utf-16-le")),
+    "UTF-16, big-endian": ("data.jsonl", ("\ufeff" + LINES).encode("utf-16-be")),
+    "UTF-16 without a mark": ("data.json", LIST.encode("utf-16-le")),
+    "UTF-32": ("data.json", LIST.encode("utf-32")),
+    "ndjson": ("data.ndjson", LINES),
+    "jsonl.gz": ("data.jsonl.gz", packed(LINES)),
+    "json.gz in UTF-16": ("data.json.gz", gzip.compress(LIST.encode("utf-16"))),
+    "packed without a name": ("data.json", packed(LIST)),
+    "upper case": ("DATA.JSON", LIST),
+    "lines in a .json": ("data.json", LINES),
+    "a list in a .jsonl": ("data.jsonl", LIST),
+    "carriage returns": ("data.jsonl", LINES.replace("\n", "\r")),
+    "Windows": ("data.jsonl", LINES.replace("\n", "\r\n") + "\r\n"),
+    "in an object": ("data.json", f'{{"data": {LIST}}}'),
+    "in an object, with more": (
+        "data.json",
+        f'{{"v": "1.0", "n": 3,\n"data": {LIST}, "info": {{"by": ["me"]}} }}\n',
+    ),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.parametrize("form", FILES)
+def test_files_are_read_as_people_have_them(form, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    name, stored = FILES[form]
+    (tmp_path / name).write_bytes(stored if isinstance(stored, bytes) else stored.encode())
+    records = open_records(tmp_path / name)
+    assert [records[index] for index in range(len(records))] == [expected(row, tmp_path) for row in ROWS]
+    assert records.modality.tolist() == [False, True, True]
+
+
+def problems_of(path):
+    """The sentence about each record, None for a good one."""
+    records, found = open_records(path), []
+    for index in range(len(records)):
+        try:
+            found.append(conversation_of(records[index]) and None)
+        except BadRecord as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_line_that_is_no_record_is_a_bad_record(tmp_path):
+    good = [json.dumps(rows_of(1)[0]), json.dumps(rows_of(1)[0])]
+    bad = ['{"id": 1', '{"id" 2}', "[" * 99_999, '{"id": ' + "9" * 5000 + "}", "5", "null", '["a"]', '"a"', "}{"]
+    for number, line in enumerate(bad):
+        (tmp_path / f"{number}.jsonl").write_text("\n".join([good[0], line, good[1]]))
+        before, problem, after = problems_of(tmp_path / f"{number}.jsonl")
+        assert before is after is None
+        assert problem.startswith("Record number 2 is no JSON")
+
+
+def test_latin_1_says_how_to_convert_it(tmp_path):
+    rows = [row | {"id": f"r{n}"} for n, row in enumerate([rows_of(1)[0], {"conversations": turns(("gpt", "ok"))}])]
+    text = json.dumps(rows, ensure_ascii=False).replace("🐈", "").encode("latin-1")
+    (tmp_path / "data.json").write_bytes(text)
+    problem, fine = problems_of(tmp_path / "data.json")
+    assert problem.startswith("Record r0 has a character that is none")
+    assert "iconv -f LATIN1 -t UTF-8" in problem
+    assert fine is None
+
+
+def test_a_copy_of_a_packed_file_goes_with_the_process(tmp_path):
+    (tmp_path / "data.jsonl.gz").write_bytes(packed(LINES))
+    code = (
+        f"from ms_resampler.training.records import open_records; open_records({str(tmp_path / 'data.jsonl.gz')!r})[0]"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    (tmp_path / "tmp").mkdir()
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "data.jsonl.gz")], env=environment, check=True)
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_an_error_early_in_a_large_file_does_not_read_it_to_the_end(tmp_path, monkeypatch):
