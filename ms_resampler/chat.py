@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, processor = load(model_id, arguments.revision)
     started = time.perf_counter()
     inputs = prepare(model, processor, pictures, arguments.question, arguments.visual_tokens)
-    features = encode(model, inputs)
+    features = encode(model, processor, inputs)
     answer = generate(model, processor, inputs, features, arguments.max_new_tokens, quiet=arguments.json)
     if arguments.json:
         milliseconds = round(1000 * (time.perf_counter() - started))
@@ -88,12 +88,11 @@ def prepare(model: Any, processor: Any, pictures: list[Any], question: str, visu
     ).to(model.device, model.dtype)
 
 
-def encode(model: Any, inputs: Any) -> Any:
+def encode(model: Any, processor: Any, inputs: Any) -> Any:
     """The pictures' visual tokens and fusion weights; takes the pixels out of the inputs."""
     import torch
 
-    keys = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes")
-    pixels = {key: inputs.pop(key) for key in keys if key in inputs}
+    pixels = {key: inputs.pop(key) for key in list(inputs) if key not in processor.tokenizer.model_input_names}
     with torch.inference_mode():
         return model.get_image_features(**pixels, output_scopes=True, return_dict=True)
 

@@ -108,7 +108,7 @@ def _file_of(source: str | os.PathLike | bytes | bytearray) -> Any:
 
 
 def _download(url: str) -> io.BytesIO:
-    """The bytes behind a URL. Raises OSError or HTTPException, or ValueError if they are too many or come too slowly."""
+    """The bytes behind a URL. Raises OSError or HTTPException, and ValueError for too many bytes or too long a wait."""
     request = urllib.request.Request(url, headers={"User-Agent": "ms-resampler"})  # many sites refuse urllib's own
     end, data = time.monotonic() + DOWNLOAD_SECONDS, bytearray()
     try:

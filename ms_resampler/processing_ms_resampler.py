@@ -22,6 +22,8 @@ from .configuration_ms_resampler import AUTO_MAP, token_grid
 from .messages_ms_resampler import TYPED, as_typed, understood_messages
 from .pictures_ms_resampler import is_rgb_array, open_picture
 
+BACKENDS = "transformers.image_processing_backends"  # where image processors have their resizing and cropping from
+
 
 class MSResamplerImagesKwargs(ImagesKwargs, total=False):
     """Image options at call time: `visual_tokens` is a count, a (rows, columns) tuple, or a list with one of
@@ -95,12 +97,18 @@ class MSResamplerProcessor(ProcessorMixin):
         Raises ValueError for options that are not known, and for what `validate_inputs` refuses.
         """
         self._refuse_unknown_options(kwargs)
-        bos = self.tokenizer.bos_token
         prompts = [text] if isinstance(text, str) else text or []
-        if bos and any(isinstance(prompt, str) and prompt.startswith(bos) for prompt in prompts):
+        if any(isinstance(prompt, str) and prompt.startswith(self._text_starts()) for prompt in prompts):
             kwargs = {"add_special_tokens": False, **kwargs.get("text_kwargs", {}), **kwargs}
             kwargs.pop("text_kwargs", None)
         return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _text_starts(self) -> tuple[str, ...]:
+        """What a text begins with, that a template or the tokenizer writes: "<s>", "[gMASK]<sop>"."""
+        encoded = self.tokenizer("a", return_special_tokens_mask=True)
+        before = encoded["input_ids"][: encoded["special_tokens_mask"].index(0)]
+        written = "".join(self.tokenizer.convert_ids_to_tokens(before))
+        return tuple(start for start in (self.tokenizer.bos_token, written) if start)
 
     def apply_chat_template(
         self, conversation, chat_template=None, tools=None, documents=None, processor_kwargs=None, **kwargs: Any
@@ -265,7 +273,7 @@ class MSResamplerProcessor(ProcessorMixin):
             return height // side, width // side
         if option("do_resize") and type(tool).__name__.startswith("ConvNext"):  # crops what it has resized, or warps
             height = width = size_of("size")["shortest_edge"]
-        elif option("do_resize") and type(tool).resize.__module__ != "transformers.image_processing_backends":
+        elif {type(tool).resize.__module__, type(tool).center_crop.__module__} != {BACKENDS}:
             blank = Image.new("RGB", (width, height))  # a way of resizing of its own has to be seen
             return self._patch_grids(self._look([blank], **{k: v for k, v in options.items() if k != "visual_tokens"}))[
                 0
@@ -303,7 +311,7 @@ def _refuse_unknown(options: Collection[str], known: Collection[str]) -> None:
 
 
 def _loading_options(image_processor: Any, tokenizer: Any) -> set[str]:
-    """What `from_pretrained` takes for the parts of a processor and for the Hub."""
+    """What `from_pretrained` takes for the parts of a processor and for the Hub; servers give options of calls, too."""
     hub = {"trust_remote_code", "code_revision", "use_fast", "backend", "return_unused_kwargs", "config", "dtype"}
     side = {
         "truncation_side",
@@ -314,7 +322,8 @@ def _loading_options(image_processor: Any, tokenizer: Any) -> set[str]:
     }
     tokens = {*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, "extra_special_tokens", "add_bos_token", "add_eos_token"}
     images = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})
-    return {*hub, *side, *tokens, *images, "auto_map", "processor_class"}
+    calls = MSResamplerProcessingKwargs.__annotations__["text_kwargs"].__annotations__
+    return {*hub, *side, *tokens, *images, *calls, "auto_map", "processor_class"}
 
 
 def _drop_typed_marks(tokenizer: Any) -> None:

@@ -157,14 +157,14 @@ def batch_maker(start, tmp_path, recipe, bad_records="fatal"):
     return BatchMaker(partial(ConversationCollator, max_length=recipe.max_length), processor, bad_records, tmp_path)
 
 
-@pytest.mark.parametrize(("budget", "grid"), [(None, None), (9, [3, 3]), ((1, 6), [1, 6])])
+@pytest.mark.parametrize(("budget", "grid"), [(None, [2, 2]), (9, [3, 3]), ((1, 6), [1, 6])])
 def test_a_batch_has_the_budget_of_its_step(budget, grid, start, tmp_path):
     records = open_records(str(start / "data.json"), start / "images")
     batch = batch_maker(start, tmp_path, small("elastic"))([(records[0], budget), (records[1], budget)])
     image = tiny_processor().image_token_id
-    assert (batch["input_ids"] == image).sum(-1).tolist() == [4 if grid is None else grid[0] * grid[1]] * 2
+    assert (batch["input_ids"] == image).sum(-1).tolist() == [grid[0] * grid[1]] * 2
     assert batch["record_ids"] == ["r0", "r1"]
-    assert batch["token_grids"].tolist() == [grid or [2, 2]] * 2
+    assert batch["token_grids"].tolist() == [grid, grid]
 
 
 def test_text_alone_goes_through_the_projector_and_teaches_it_nothing(start, tmp_path):
