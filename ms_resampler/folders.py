@@ -18,11 +18,27 @@ def model_or_embedded(model: str | None) -> str:
         return str(folder)
     if model is None:
         raise ValueError("The embedded checkpoint is missing: make it with `make train-tiny`, or name a --model.")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{model!r} holds adapters, not a whole model: merge them first, `ms-resampler merge`.")
     if folder.is_dir():
         raise ValueError(f"There is no model in the folder {model!r}: it has no config.json.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise ValueError(f"{model!r} is neither a folder nor the name of a Hub repository.")
     return model
+
+
+def our_model(model: str | Path | None) -> str:
+    """The same for a model of this package alone. Raises ValueError for another kind, such as a language model."""
+    from transformers import PreTrainedConfig  # takes seconds, and most of this file is used without it
+
+    place = model_or_embedded(None if model is None else str(model))
+    kind = PreTrainedConfig.get_config_dict(place)[0].get("model_type")
+    if kind != "ms_resampler":
+        raise ValueError(
+            f"{place} is a {kind} model, not one of this package: make one with `ms-resampler init`, or convert "
+            "a LLaVA-style checkpoint with `ms-resampler convert`."
+        )
+    return place
 
 
 def find_app() -> Path:

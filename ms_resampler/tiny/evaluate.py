@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..training.collate import images_of, messages_of
+from ..training.conversations import images_of, messages_of
 from .scenes import FAMILIES, Question, Scene, ask, make_record, make_scene, scene_rng, score
 
 MAX_ANSWER_TOKENS = 96

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ms_resampler.tiny.train import keep_freed_memory
+from ms_resampler.training.trainer import keep_freed_memory
 
 from .costs import measure_costs
 from .data import data_folder, prepare_data
