@@ -1,0 +1,1 @@
+"""Evaluation: the public benchmarks by their published protocols, and suites of one's own."""
