@@ -10,6 +10,17 @@ class DataError(ValueError):
     """A task's data are not what the release has: a missing file, split or column, named in the message."""
 
 
+class Columns(dict):
+    """A record. A column that it does not have raises DataError, with the names of those that it has."""
+
+    def __missing__(self, name: str) -> Any:
+        raise DataError(f"There is no column {name!r}; there are {', '.join(map(str, sorted(self)))}.")
+
+    def any_of(self, *names: str) -> Any:
+        """The value of the first of some columns that is there."""
+        return self[next((name for name in names if name in self), names[0])]
+
+
 @dataclass(frozen=True)
 class Picture:
     """A picture, opened only when it is asked about: `load` returns what the processor opens (path, bytes, base64).
@@ -76,17 +87,6 @@ class Scored:
 def picture_file(path: Path) -> Picture:
     """A picture in a file, which may turn out to be missing or damaged when it is opened."""
     return Picture(str(path), lambda: path)
-
-
-def take(record: Mapping[str, Any], *names: str, where: str) -> Any:
-    """The value of a record's field, which may have one of several names.
-
-    Raises DataError, with the names that there are, if it has none of them.
-    """
-    for name in names:
-        if name in record:
-            return record[name]
-    raise DataError(f"{where} has no column {' or '.join(map(repr, names))}; it has {', '.join(sorted(record))}.")
 
 
 def lettered(options: Iterable[str], form: str = "{letter}. {option}") -> str:
