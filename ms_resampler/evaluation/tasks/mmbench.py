@@ -1,4 +1,4 @@
-"""MMBench and MMBench-CN (arXiv 2307.06281), dev: multiple choice, right only if right in all rotations of the options."""
+"""MMBench and MMBench-CN (arXiv 2307.06281), dev: multiple choice, to be right in every rotation of the options."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
