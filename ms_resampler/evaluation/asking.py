@@ -49,20 +49,17 @@ def plan(samples: Sequence[Sample], prompts: Sequence[str], batch_size: int) -> 
 
 
 def kept_answers(folder: Path, name: str) -> dict[tuple[str, str], Reply]:
-    """The answers to a task's prompts that earlier runs, of any number of processes, have kept.
-
-    A last line that was cut off does not count, and neither does a problem: it is tried again.
-    """
-    kept = {}
+    """What came of a task's prompts in earlier runs, of any number of processes; a line that was cut off does not count."""
+    kept: dict[tuple[str, str], Reply] = {}
     for path in sorted(folder.glob(f"{name}.rank*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if row["reply"] is not None:
-                reply = Reply(row["reply"], None, row["seconds"], row["visual_tokens"])
-                kept[row["id"], row["prompt_hash"]] = reply
+            key, problem = (row["id"], row["prompt_hash"]), row["problem"] and Problem(**row["problem"])
+            if row["reply"] is not None or key not in kept:
+                kept[key] = Reply(row["reply"], problem, row["seconds"], row["visual_tokens"])
     return kept
 
 
@@ -83,37 +80,41 @@ def ask(
     answerer: Answerer,
     samples: Sequence[Sample],
     prompts: Sequence[str],
+    shown: Sequence[Sequence[Picture]],
     windows: Sequence[Sequence[Sequence[int]]],
     known: Mapping[tuple[str, str], Reply],
     max_new_tokens: int,
 ) -> Iterator[list[tuple[int, Reply]]]:
-    """The replies to the samples of some windows that are not known yet, a batch at a time."""
+    """The replies to the samples of some windows that have none yet, a batch at a time; `shown` are their pictures."""
     for window in windows:
         batches = [
-            [place for place in batch if (samples[place].id, prompt_hash(prompts[place])) not in known]
-            for batch in window
+            [place for place in batch if not is_known(known, samples[place], prompts[place])] for batch in window
         ]
-        pictures = {picture.key: picture for batch in batches for place in batch for picture in samples[place].pictures}
+        pictures = {picture.key: picture for batch in batches for place in batch for picture in shown[place]}
         started = time.perf_counter()
         encoded, broken = encode(answerer, list(pictures.values()), max(map(len, batches)))
         encoding = (time.perf_counter() - started) / max(1, sum(map(len, batches)))
         for batch in batches:
             unreadable = {
-                place: next((p.key for p in samples[place].pictures if p.key in broken), None) for place in batch
+                place: Reply(None, Problem(samples[place].id, "unreadable picture", broken[picture.key]))
+                for place in batch
+                for picture in shown[place]
+                if picture.key in broken
             }
-            problems = [
-                (place, Reply(None, Problem(samples[place].id, "unreadable picture", broken[key])))
-                for place, key in unreadable.items()
-                if key
-            ]
-            good = [place for place in batch if unreadable[place] is None]
-            yield problems + answers(answerer, samples, prompts, good, encoded, encoding, max_new_tokens)
+            good = [place for place in batch if place not in unreadable]
+            yield [*unreadable.items(), *answers(answerer, prompts, shown, good, encoded, encoding, max_new_tokens)]
+
+
+def is_known(known: Mapping[tuple[str, str], Reply], sample: Sample, prompt: str) -> bool:
+    """Whether a sample has its reply. A problem is tried again."""
+    reply = known.get((sample.id, prompt_hash(prompt)))
+    return reply is not None and reply.text is not None
 
 
 def answers(
     answerer: Answerer,
-    samples: Sequence[Sample],
     prompts: Sequence[str],
+    shown: Sequence[Sequence[Picture]],
     batch: Sequence[int],
     encoded: Mapping[str, Any],
     encoding: float,
@@ -123,7 +124,7 @@ def answers(
     if not batch:
         return []
     started = time.perf_counter()
-    pictures = [[encoded[picture.key] for picture in samples[place].pictures] for place in batch]
+    pictures = [[encoded[picture.key] for picture in shown[place]] for place in batch]
     texts = answerer.answer([prompts[place] for place in batch], pictures, max_new_tokens)
     seconds = encoding + (time.perf_counter() - started) / len(batch)
     counts = [[answerer.visual_tokens(picture) for picture in group] for group in pictures]

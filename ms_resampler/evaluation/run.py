@@ -14,7 +14,7 @@ from typing import Any
 
 from ..folders import write_whole
 from .answering import Answerer, Budget, LocalModel, ServedModel
-from .asking import Reply, ask, keep, kept_answers, plan, prompt_hash
+from .asking import Reply, ask, is_known, keep, kept_answers, plan, prompt_hash
 from .exports import write_export
 from .samples import DataError, Outcome, Picture, Problem, Sample, Scored
 from .sources import Loaded
@@ -58,7 +58,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a model and returns the summary, which `out` holds as well, with a JSONL file a task.
 
-    model: a folder, a Hub repository, or a model and its processor. tasks: names, sets of them ("ten"), and the paths of
+    model: a folder, a Hub repository, or a model and its processor. tasks: names, sets of them ("ten"), and paths of
     suites. What `out` holds already is not asked again. Under `accelerate launch`, the processes share the work.
 
     A task whose data are not as they should be has no value and its reason in the summary; the others go on.
@@ -86,15 +86,12 @@ def evaluate(
             continue
         asked = limited(loaded.samples, options.limit)
         texts = [filled(template, sample) for sample in asked]
-        if options.blind:
-            asked = [Sample(s.id, s.fields, (), s.truth, s.group, s.meta) for s in asked]
-        ask_task(task, asked, texts, answerer, out / "answers", options.batch_size, state)
+        shown = [() if options.blind else sample.pictures for sample in asked]
+        ask_task(task, asked, texts, shown, answerer, out / "answers", options.batch_size, state)
         state.wait_for_everyone()
         if state.is_main_process:
             replies = kept_answers(out / "answers", task.name)
-            broken = kept_problems(out / "answers", task.name)
-            result = Result(task, loaded, asked, texts, replies, broken, template)
-            summaries[task.name] = result.write(out, options)
+            summaries[task.name] = Result(task, loaded, asked, texts, replies, template).write(out, options)
         state.wait_for_everyone()
     summary = {"settings": settings, "tasks": merged_tasks(out / SUMMARY, summaries)}
     if state.is_main_process:
@@ -211,7 +208,14 @@ def commit_of_model(model: str, revision: str | None) -> str | None:
 
 
 def ask_task(
-    task: Task, samples: list[Sample], texts: list[str], answerer: Answerer, folder: Path, batch_size: int, state: Any
+    task: Task,
+    samples: Sequence[Sample],
+    texts: Sequence[str],
+    shown: Sequence[Sequence[Picture]],
+    answerer: Answerer,
+    folder: Path,
+    batch_size: int,
+    state: Any,
 ) -> None:
     """Asks this process's share of what is not known yet, and keeps every batch of answers as it comes."""
     from tqdm import tqdm
@@ -219,12 +223,12 @@ def ask_task(
     known = kept_answers(folder, task.name)
     windows = plan(samples, texts, batch_size)[state.process_index :: state.num_processes]
     places = [place for window in windows for batch in window for place in batch]
-    done = sum((samples[place].id, prompt_hash(texts[place])) in known for place in places)
+    done = sum(is_known(known, samples[place], texts[place]) for place in places)
     path = folder / f"{task.name}.rank{state.process_index}.jsonl"
     with tqdm(
         total=len(places), initial=done, desc=task.title, unit="question", disable=not state.is_main_process
     ) as bar:
-        for batch in ask(answerer, samples, texts, windows, known, task.max_new_tokens):
+        for batch in ask(answerer, samples, texts, shown, windows, known, task.max_new_tokens):
             keep(path, [answer_row(samples[place], texts[place], reply) for place, reply in batch])
             bar.update(len(batch))
 
@@ -241,20 +245,6 @@ def answer_row(sample: Sample, text: str, reply: Reply) -> dict[str, Any]:
     }
 
 
-def kept_problems(folder: Path, name: str) -> dict[str, Problem]:
-    """The last problem of every sample that had one when it was asked."""
-    problems = {}
-    for path in sorted(folder.glob(f"{name}.rank*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if row["problem"]:
-                problems[row["id"]] = Problem(**row["problem"])
-    return problems
-
-
 # Results -----------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +257,6 @@ class Result:
     asked: list[Sample]
     texts: list[str]
     replies: dict[tuple[str, str], Reply]
-    broken: dict[str, Problem]
     template: str
 
     def write(self, out: Path, options: Options) -> dict[str, Any]:
@@ -277,7 +266,8 @@ class Result:
         for sample, text in zip(self.asked, self.texts, strict=True):
             reply = self.replies.get((sample.id, prompt_hash(text)))
             if reply is None or reply.text is None:
-                problems.append(self.broken.get(sample.id) or Problem(sample.id, "not asked", "The run was cut short."))
+                not_asked = Problem(sample.id, "not asked", "The run was cut short.")
+                problems.append(reply.problem if reply and reply.problem else not_asked)
                 continue
             outcome, problem = self.judged(sample, reply.text, options.judge)
             problems += [problem] if problem else []
@@ -309,7 +299,8 @@ class Result:
         task, split = self.task, self.loaded.source["split"]
         numbers = value_of(task.aggregation, scored) if scored else {}
         low, high = interval(task.aggregation, scored) if scored else (math.nan, math.nan)
-        tokens = [row["visual_tokens"] for row in rows if row["visual_tokens"] is not None]
+        counted_rows = [row for row in rows if row["visual_tokens"]]
+        pictures = sum(len(row["pictures"]) for row in counted_rows)
         return {
             "title": task.title,
             "headline": task.aggregation.headline,
@@ -329,7 +320,7 @@ class Result:
             "prompt_source": task.prompt_source if self.template == task.prompt else "the model's own",
             "max_new_tokens": task.max_new_tokens,
             "seconds_per_question": known_number(sum(row["seconds"] for row in rows) / len(rows)) if rows else None,
-            "visual_tokens": known_number(sum(tokens) / len(tokens)) if tokens else None,
+            "visual_tokens_per_picture": known_number(sum(row["visual_tokens"] for row in counted_rows) / pictures) if pictures else None,
         }
 
 

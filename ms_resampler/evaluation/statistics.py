@@ -66,6 +66,7 @@ def compare(aggregation: Aggregation, first: Sequence[Scored], second: Sequence[
     pair = [[item for item in side if item.sample.id in shared] for side in (first, second)]
     tables = [count_units(aggregation, side) for side in pair]
     names = sorted(set(tables[0][1]) | set(tables[1][1]))
+    assert tables[0][0] == tables[1][0], "the same samples have the same pictures"
     a, b = (widened(table, names) for table in tables)
 
     def difference(sums_a: np.ndarray, sums_b: np.ndarray) -> np.ndarray:

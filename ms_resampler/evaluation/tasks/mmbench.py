@@ -1,7 +1,8 @@
 """MMBench and MMBench-CN (arXiv 2307.06281), dev: multiple choice, to be right in every rotation of the options."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ FILES = {
 }
 
 
-def records_of(language: str):
+def records_of(language: str) -> Callable[[Path, str], Iterator[Record]]:
     """What reads the table of a language: with rotations, which are made if the table has none."""
 
     def records(folder: Path, split: str) -> Iterator[Record]:
@@ -120,10 +121,9 @@ def finish(sums: Sums) -> dict[str, np.ndarray]:
     return {"circular accuracy": circular, "accuracy without rotations": plain} | parts
 
 
-def export(scored: Sequence[Scored]) -> tuple[str, list]:
+def export_rows(scored: Sequence[Scored]) -> list[dict[str, Any]]:
     """The table of the evaluation server."""
-    rows = [{"index": int(item.sample.id), **item.sample.meta["row"], "prediction": item.reply} for item in scored]
-    return "mmbench_submission.xlsx", rows
+    return [{"index": int(item.sample.id), **item.sample.meta["row"], "prediction": item.reply} for item in scored]
 
 
 def task(language: str, name: str, title: str, instruction: str) -> Task:
@@ -142,7 +142,7 @@ def task(language: str, name: str, title: str, instruction: str) -> Task:
         judge=judged,
         aggregation=Aggregation(tally, finish, "circular accuracy"),
         picture_key=lambda row: str(int(row["index"]) % ROTATION),
-        export=export,
+        export=lambda scored: (f"{name}_submission.xlsx", export_rows(scored)),
     )
 
 

@@ -56,7 +56,7 @@ def build(record: Columns) -> Sample:
         raise ValueError(f"The answer is {answer!r}, and should be yes or no.")
     return Sample(
         id=f"{group} {question}",
-        fields={"question": question.replace(INSTRUCTION, "")},
+        fields={"question": question.replace(INSTRUCTION, "").rstrip()},
         pictures=(record["image"],),
         truth=answer,
         group=group,
