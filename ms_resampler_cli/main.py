@@ -30,6 +30,7 @@ COMMANDS = {
     "train": "run a training recipe, and measure what it made",
     "merge": "fold a run's adapters into a whole model",
     "plan": "tell what a recipe takes of memory and time, before it runs",
+    "evaluate": "score models on public benchmarks and suites of your own",
     "study": "train every projector under the same conditions, and compare them",
 }
 
