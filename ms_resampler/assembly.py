@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from .chat_format import ChatFormat, image_aware, packaged_template
+from .chat_format import ChatFormat, image_aware, packaged_template, thinking_off
 from .configuration_ms_resampler import (
     FEATURE_MAP_TOWERS,
     MSResamplerConfig,
@@ -190,11 +190,17 @@ def choose_template(tokenizer: Any, components: Components) -> tuple[str, str]:
             )
         name = "vicuna"
     own = tokenizer.get_chat_template() if name is None else template_text(name, token, tokenizer)
-    template = image_aware(own, token, tokenizer)
+    with_images = image_aware(own, token, tokenizer)
+    template = thinking_off(with_images, tokenizer)
     source = "the language model's own" if name is None else name
-    prelude = "" if template == own else ", with a prelude that takes images"
-    end = ChatFormat(template, tokenizer).end_token
-    return template, f"Chat template: {source}{prelude}; answers end with {end}."
+    prelude = "" if with_images == own else ", with a prelude that takes images"
+    thinking = "" if template == with_images else ", with thinking off unless `enable_thinking=True` asks for it"
+    chat_format = ChatFormat(template, tokenizer)
+    problem = chat_format.check_generation_prompt()
+    return template, (
+        f"Chat template: {source}{prelude}{thinking}; answers end with {chat_format.end_token}."
+        + (f" Training needs another template: {problem}" if problem else "")
+    )
 
 
 def template_text(name: str, image_token: str, tokenizer: Any) -> str:

@@ -21,6 +21,7 @@ from . import (
     convert,
     data,
     demo,
+    evaluate,
     export,
     init,
     merge,
@@ -50,6 +51,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "run a training recipe, and measure what it made"),
     "merge": (merge, "fold a run's adapters into a whole model"),
     "plan": (plan, "tell what a recipe takes of memory and time, before it runs"),
+    "evaluate": (evaluate, "score models on public benchmarks and suites of your own"),
 }
 if (Path(__file__).parents[1] / "research" / "study").is_dir():  # in a checkout, not in an installed package
     COMMANDS["study"] = study, "train every projector under the same conditions, and compare them"
