@@ -4,11 +4,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 PACKAGE = Path(__file__).resolve().parent
 EMBEDDED = PACKAGE / "checkpoints" / "tiny"
+LOCK = ".lock"
 
 
 def model_or_embedded(model: str | None) -> str:
@@ -47,6 +50,16 @@ def find_app() -> Path:
         if (folder / "app.py").is_file():
             return folder / "app.py"
     raise FileNotFoundError("The demo's space_app folder is neither inside nor beside the installed package.")
+
+
+@contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """A folder that is gone afterwards. Those that killed runs have left under the same name go first."""
+    for old in Path(tempfile.gettempdir()).glob(f"{name}-*/{LOCK}"):
+        with suppress(OSError), FileLock(old, blocking=False):  # a running process holds its lock
+            shutil.rmtree(old.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}-") as place, FileLock(Path(place, LOCK)):
+        yield Path(place)
 
 
 @contextmanager
