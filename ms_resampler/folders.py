@@ -1,6 +1,6 @@
 """Where models are, what their files are called, and files and folders that are there whole or not at all.
 
-This module imports the standard library alone, so that `ms-resampler demo` can start its page at once.
+This module imports nothing heavy, so that `ms-resampler demo` can start its page at once.
 """
 
 import json
@@ -8,13 +8,16 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 PACKAGE = Path(__file__).resolve().parent
 EMBEDDED = PACKAGE / "checkpoints" / "tiny"
 WEIGHTS, INDEX, PROJECTOR = "model.safetensors", "model.safetensors.index.json", "projector.safetensors"
+LOCK = ".lock"
 
 
 def remote_code_files() -> list[Path]:
@@ -89,6 +92,16 @@ def find_app() -> Path:
         if (folder / "app.py").is_file():
             return folder / "app.py"
     raise FileNotFoundError("The demo's space_app folder is neither inside nor beside the installed package.")
+
+
+@contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """A folder that is gone afterwards. Those that killed runs have left under the same name go first."""
+    for old in Path(tempfile.gettempdir()).glob(f"{name}-*/{LOCK}"):
+        with suppress(OSError), FileLock(old, blocking=False):  # a running process holds its lock
+            shutil.rmtree(old.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}-") as place, FileLock(Path(place, LOCK)):
+        yield Path(place)
 
 
 @contextmanager
