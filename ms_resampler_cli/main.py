@@ -52,7 +52,6 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "merge": (merge, "fold a run's adapters into a whole model"),
     "evaluate": (evaluate, "score models on public benchmarks and suites of your own"),
     "plan": (plan, "tell what a recipe takes of memory and time, before it runs"),
-    "evaluate": (evaluate, "score models on public benchmarks and suites of your own"),
 }
 if (Path(__file__).parents[1] / "research" / "study").is_dir():  # in a checkout, not in an installed package
     COMMANDS["study"] = study, "train every projector under the same conditions, and compare them"
