@@ -50,8 +50,8 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "verify": (verify, "check a checkpoint on the Hub: files, hashes, whose code it runs"),
     "train": (train, "run a training recipe, and measure what it made"),
     "merge": (merge, "fold a run's adapters into a whole model"),
-    "plan": (plan, "tell what a recipe takes of memory and time, before it runs"),
     "evaluate": (evaluate, "score models on public benchmarks and suites of your own"),
+    "plan": (plan, "tell what a recipe takes of memory and time, before it runs"),
 }
 if (Path(__file__).parents[1] / "research" / "study").is_dir():  # in a checkout, not in an installed package
     COMMANDS["study"] = study, "train every projector under the same conditions, and compare them"
