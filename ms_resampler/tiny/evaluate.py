@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..training.collate import images_of, messages_of
+from ..training.conversations import images_of, messages_of
 from .scenes import FAMILIES, Question, Scene, ask, make_record, make_scene, scene_rng, score
 
 MAX_ANSWER_TOKENS = 96
@@ -69,7 +69,7 @@ def answer(model: Any, processor: Any, records: list[dict[str, Any]]) -> list[st
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"images": images if any(images) else None, "padding_side": "left"},
+        processor_kwargs={"images": images if any(images) else None},
     ).to(model.device)
     output = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -176,7 +176,7 @@ BAD = {
     "no processor": (remove("processor_config.json"), "processor_config.json of acme/tiny is missing."),
     "a plain language model": (
         lambda folder: change_config(folder, model_type="qwen2"),
-        "acme/tiny is a qwen2 model, not one of ours: put one together with `ms-resampler init`.",
+        "acme/tiny is a `qwen2` model, not one of this package: put one together with `ms-resampler init`",
     ),
     "a missing shard": (
         lambda folder: [shards(folder), (folder / SECOND).unlink()],
