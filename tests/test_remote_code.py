@@ -188,9 +188,9 @@ def test_model_and_processor_each_bring_their_code(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "processor")
     everything = {file.stem for file in CODE}
-    assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - {"processing_ms_resampler"}}
-    names = ("configuration", "messages", "pictures", "processing")
-    assert set(code_in(tmp_path / "processor")) == {f"{name}_ms_resampler.py" for name in names}
+    of_processor = {f"{name}_ms_resampler" for name in ("messages", "pictures", "processing")}
+    assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - of_processor}
+    assert set(code_in(tmp_path / "processor")) == {"configuration_ms_resampler.py", *(f"{s}.py" for s in of_processor)}
 
 
 @pytest.mark.slow
