@@ -25,7 +25,7 @@ from .pictures_ms_resampler import is_rgb_array, open_picture
 BACKENDS = "transformers.image_processing_backends"  # where image processors have their resizing and cropping from
 
 
-OPTIONS = {"visual_tokens": 144, "padding_side": "left"}
+OPTIONS: dict[str, Any] = {"visual_tokens": 144, "padding_side": "left"}
 
 
 class MSResamplerImagesKwargs(ImagesKwargs, total=False):

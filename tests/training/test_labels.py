@@ -256,7 +256,12 @@ def test_a_typed_image_token_is_no_image():
     tokenizer.add_tokens(["<pic>"], special_tokens=True)
     template = image_aware(CHATML, "<pic>", tokenizer)
     processor = MSResamplerProcessor(
-        tiny_processor().image_processor, tokenizer, 4, 4, image_token="<pic>", chat_template=template
+        tiny_processor().image_processor,
+        tokenizer,
+        patch_size=4,
+        visual_tokens=4,
+        image_token="<pic>",
+        chat_template=template,
     )
     record = {"id": "p", "conversations": turns(("human", "What is <pic>?"), ("gpt", "A token."))}
     with pytest.raises(BadRecord, match="Record p has 1 <pic> in its text, but 0 images"):
