@@ -6,14 +6,14 @@ import pytest
 import tiny_models as tiny
 import torch
 from components import save_llm, save_tower
-from test_modeling import ragged_batch, ragged_rows
+from tiny_models import ragged_batch, ragged_rows
 from tiny_runs import make_start, options_in, small
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, StaticCache, pipeline
 
 from ms_resampler import TINY
-from ms_resampler.training.run import run_recipe
+from ms_resampler.training.run import train
 from ms_resampler_cli.main import main
 
 NEW, END = 8, 2
@@ -306,7 +306,7 @@ def made_by_convert(folder: Path) -> Path:
 
 
 def made_by_train(folder: Path) -> Path:
-    run_recipe(small("instruct", steps=1, save_steps=1), options_in(make_start(folder, records=4), folder / "run"))
+    train(small("instruct", steps=1, save_steps=1), **options_in(make_start(folder, records=4), folder / "run"))
     return folder / "run" / "model"
 
 

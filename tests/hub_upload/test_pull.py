@@ -9,8 +9,9 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file
 from tiny_models import tiny_model, tiny_processor
 
+from ms_resampler.folders import remote_code_files
 from ms_resampler.hub_upload import check as verify
-from ms_resampler.hub_upload.staging import remote_code_files, stage_checkpoint
+from ms_resampler.hub_upload.staging import stage_checkpoint
 from ms_resampler_cli.main import main
 
 NAME = "acme/tiny"
@@ -74,7 +75,7 @@ def test_other_code_is_told(api, staged, capsys):
     commit(api, staged)
     assert main(["verify", NAME]) == 0
     out = capsys.readouterr().out
-    ours = verify.code_hash(remote_code_files())[:16]
+    ours = verify.code_hash({file.name: verify.hash_of(file) for file in remote_code_files()})[:16]
     assert f"while this package's is {ours}; they differ in modeling_ms_resampler.py." in out
 
 
