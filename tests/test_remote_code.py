@@ -25,7 +25,9 @@ ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"} | set(sys
 # Who may import whom: modeling and processing do not know each other.
 SIBLINGS = {
     "configuration_ms_resampler": set(),
+    "messages_ms_resampler": set(),
     "packing_ms_resampler": set(),
+    "pictures_ms_resampler": set(),
     "resampler_ms_resampler": set(),
     "projectors_ms_resampler": {"configuration_ms_resampler", "resampler_ms_resampler"},
     "modeling_ms_resampler": {
@@ -34,7 +36,7 @@ SIBLINGS = {
         "projectors_ms_resampler",
         "resampler_ms_resampler",
     },
-    "processing_ms_resampler": {"configuration_ms_resampler"},
+    "processing_ms_resampler": {"configuration_ms_resampler", "messages_ms_resampler", "pictures_ms_resampler"},
 }
 QUESTION = "What is this?"
 
@@ -187,7 +189,8 @@ def test_model_and_processor_each_bring_their_code(tmp_path):
     tiny_processor().save_pretrained(tmp_path / "processor")
     everything = {file.stem for file in CODE}
     assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - {"processing_ms_resampler"}}
-    assert set(code_in(tmp_path / "processor")) == {"configuration_ms_resampler.py", "processing_ms_resampler.py"}
+    names = ("configuration", "messages", "pictures", "processing")
+    assert set(code_in(tmp_path / "processor")) == {f"{name}_ms_resampler.py" for name in names}
 
 
 @pytest.mark.slow

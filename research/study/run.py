@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ms_resampler.folders import write_whole
 from ms_resampler.resampler_ms_resampler import ScopeLayer, ScopeMaps, cell_centres, split_heads
-from ms_resampler.tiny.train import keep_freed_memory
+from ms_resampler.training.trainer import keep_freed_memory
 
 from .data import GRID, LABELS, STUDY_FAMILIES, Optimiser, Split, StudyData, amid_paper, prepare_data
 from .plan import Run, make_projector

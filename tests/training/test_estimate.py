@@ -8,10 +8,10 @@ from tiny_models import tiny_config, tiny_model
 from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, Qwen2Config, Siglip2VisionConfig
 
 from ms_resampler import MSResamplerConfig
+from ms_resampler.training.estimate import Plan, duration
 from ms_resampler.training.memory import BatchShape, Sizes, device_bytes, step_sizes
-from ms_resampler.training.plan import duration, memory_table
 from ms_resampler.training.recipes import RECIPES
-from ms_resampler.training.step_time import measure
+from ms_resampler.training.step_time import measure_step
 from ms_resampler_cli import main as cli
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -62,7 +62,7 @@ def test_the_estimate_is_within_a_tenth_of_the_measured_peak(name, checkpointing
         recipe = dataclasses.replace(recipe, adapters=dataclasses.replace(recipe.adapters, rank=16))
     config, shape = middling_config(tower), BatchShape(records=4, length=96, image_size=112)
     estimate = sum(device_bytes(step_sizes(config, recipe, shape, "ddp"), recipe, "ddp", devices=1).values())
-    assert measure(config, recipe, shape, accumulation=2).peak_bytes == pytest.approx(estimate, rel=0.1)
+    assert measure_step(config, recipe, shape, accumulation=2).peak_bytes == pytest.approx(estimate, rel=0.1)
 
 
 def test_parameters_are_counted_as_they_are():
@@ -153,7 +153,9 @@ def test_a_plan_for_seven_billion_parameters_needs_no_weights(components, capsys
 
 @pytest.mark.parametrize(("memory", "verdict"), [(80, "fits into 80 GB, 59.0 to spare"), (18, "does not fit into 18")])
 def test_what_does_not_fit_is_said(memory, verdict):
-    told = memory_table({"weights": 14e9, "activations": 6e9}, BatchShape(4, 2048, 336), memory)
+    recipe, sizes = RECIPES["align"](), Sizes({}, activations=0, layer=0, rest=0)
+    kinds, shape = {"weights": 14e9, "activations": 6e9}, BatchShape(4, 2048, 336)
+    told = str(Plan(recipe, shape, sizes, kinds, memory=memory * 1e9, gpus=1, visual_tokens=144, patches=576))
     assert verdict in told
     assert "4 records of 2048 tokens at a time" in told
     assert re.search(r"^total +20\.00", told, re.M)

@@ -1,4 +1,4 @@
-"""The record of a recipe's run: what was trained on what, by which versions, and how it went."""
+"""A run's record.json: what was trained on what, by which versions, and how it went."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,6 @@ import torch
 from transformers import Trainer
 
 from ..folders import write_whole
-from .options import RunOptions
 from .order import Schedule
 from .recipes import Recipe
 from .records import StreamedRecords
@@ -23,26 +22,26 @@ from .records import StreamedRecords
 PACKAGES = ("ms-resampler", "torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "liger-kernel")
 SAMPLED = 1000  # records of a Hub data set that make up its hash
 STREAMED = 100  # of a stream, the first ones
-SHOWN = 20  # records skipped or cut that are named in the record; skipped.jsonl and cut.jsonl have all
+SHOWN = 20  # records skipped or cut that are named in record.json; skipped.jsonl and cut.jsonl name all
 
 
-class RunRecord:
-    """RUN/record.json; written by one process, at the start and at the end."""
+class Journal:
+    """OUT/record.json, written at the start and at the end of a run, by the one process that `writes`."""
 
-    def __init__(self, path: Path, writes: bool, values: dict[str, Any]):
-        self.path = path
+    def __init__(self, out: Path, writes: bool, values: dict[str, Any]):
+        self.out = out
         self.writes = writes
         self.values = values
 
     def note(self, **values: Any) -> None:
-        """Adds values, and writes the record."""
+        """Adds values, and writes the file."""
         self.values |= values
         if self.writes:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.write(self.path)
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.write(self.out / "record.json")
 
     def write(self, path: Path) -> None:
-        """Writes the record whole or not at all."""
+        """Writes the file whole or not at all."""
         write_whole(path, json.dumps(self.values, indent=2) + "\n")
 
     def finish(self, trainer: Trainer) -> None:
@@ -56,47 +55,44 @@ class RunRecord:
             accumulation=trainer.args.gradient_accumulation_steps,
             last_loss=next((row["loss"] for row in reversed(history) if "loss" in row), None),
             last_session_seconds=next((row["train_runtime"] for row in reversed(history) if "train_runtime" in row), 0),
-            skipped=read_noted(self.path.with_name("skipped.jsonl")),
-            cut=read_noted(self.path.with_name("cut.jsonl")),
+            skipped=read_noted(self.out / "skipped.jsonl"),
+            cut=read_noted(self.out / "cut.jsonl"),
             finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
 
-    def losses(self) -> list[str]:
-        """Sentences on records that were left out, or of which something was."""
-        values, folder = self.values, self.path.parent
+    def left_out(self) -> list[str]:
+        """Sentences on records that were skipped or cut."""
+        skipped, cut = self.values["skipped"]["records"], self.values["cut"]["records"]
         sentences = [
-            (values["skipped"]["records"], f"skipped, for they cannot be learned from ({folder}/skipped.jsonl)"),
-            (values["cut"]["records"], f"cut, for they are longer than the recipe takes ({folder}/cut.jsonl)"),
+            (skipped, f"Bad records skipped: {skipped:,} ({self.out}/skipped.jsonl says why)."),
+            (cut, f"Records cut to the recipe's length: {cut:,} (named in {self.out}/cut.jsonl)."),
         ]
-        return [f"Records {what}: {count:,}." for count, what in sentences if count]
+        return [sentence for count, sentence in sentences if count]
 
 
-def open_record(recipe: Recipe, options: RunOptions, schedule: Schedule) -> RunRecord:
-    """The record of this run, new or as a stopped run left it.
+def open_journal(
+    recipe: Recipe, *, model: str, data: str, split: str, schedule: Schedule, out: Path, writes: bool
+) -> Journal:
+    """The journal of this run, new or as a stopped run left it.
 
     Raises ValueError if that one had another recipe, model or data: its checkpoints are not this run's.
     """
     values = {
         "recipe": dataclasses.asdict(recipe),
-        "model": options.model,
-        "data": {
-            "source": str(options.data),
-            "split": options.split,
-            **schedule.extent(),
-            "sha256": data_hash(options.data, schedule.records),
-        },
+        "model": model,
+        "data": {"source": data, "split": split, **schedule.extent(), "sha256": data_hash(data, schedule.records)},
         "versions": {"python": platform.python_version(), **installed(PACKAGES)},
     }
-    record = RunRecord(options.out / "record.json", options.writes, json.loads(json.dumps(values)))
-    if record.path.exists():
-        before = json.loads(record.path.read_text())
-        if changed := sorted(differences(before, record.values)):
+    journal = Journal(out, writes, json.loads(json.dumps(values)))
+    if (out / "record.json").exists():
+        before = json.loads((out / "record.json").read_text())
+        if changed := sorted(differences(before, journal.values)):
             raise ValueError(
-                f"{options.out} holds a run that was started with another {', '.join(changed)}: give a new --out, or "
-                "start it as before."
+                f"{out} holds a run that was started with another {', '.join(changed)}: give a new --out, or start it "
+                "as before."
             )
-        record.values = before | {"versions": record.values["versions"]}
-    return record
+        journal.values = before | {"versions": journal.values["versions"]}
+    return journal
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -113,7 +109,8 @@ def data_hash(source: str, records: Any) -> str:
     path, digest = Path(source), hashlib.sha256()
     if not path.exists():
         for record in sample(records):
-            digest.update(json.dumps(record["conversations"]).encode())
+            said = record.get("conversations") or record.get("messages")
+            digest.update(json.dumps(said, default=str).encode())
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in files:
         if file.is_file():
