@@ -141,18 +141,18 @@ def filled(template: str, sample: Sample) -> str:
 
 def run_settings(model: Model, options: Options) -> dict[str, Any]:
     """What a run's answers depend on, besides the data: they cannot be resumed with anything else."""
-    named = model if isinstance(model, str) else None
-    loads = named is not None and options.url is None
-    local = loads and Path(model).is_dir()
+    loaded = model if isinstance(model, str) and options.url is None else None
+    local = loaded is not None and Path(loaded).is_dir()
+    kind = type(model[0] if isinstance(model, tuple) else model).__name__
     return {
-        "model": named or type(model[0] if isinstance(model, tuple) else model).__name__,
+        "model": model if isinstance(model, str) else kind,
         "url": options.url,
-        "revision": commit_of_model(named, options.revision) if loads and not local else None,
-        "sha256": hash_of_weights(Path(named)) if local else None,
+        "revision": commit_of_model(loaded, options.revision) if loaded and not local else None,
+        "sha256": hash_of_weights(Path(loaded)) if loaded and local else None,
         "visual_tokens": options.visual_tokens,
         "blind": options.blind,
         "limit": options.limit,
-        "prompts": own_prompts(named, options.revision) if loads else {},
+        "prompts": own_prompts(loaded, options.revision) if loaded else {},
         "decoding": "greedy",
         "versions": {name: metadata.version(name) for name in ("ms-resampler", "torch", "transformers")},
         "python": platform.python_version(),

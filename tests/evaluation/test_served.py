@@ -57,7 +57,7 @@ def test_requests_hold_the_pictures_the_text_and_the_budget(tmp_path):
     path, body = max(asked, key=lambda request: len(str(request)))
     assert path == "/v1/chat/completions"
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("ours", 7, 0.0)
-    assert body["chat_template_kwargs"] == {"processor_kwargs": {"visual_tokens": [2, 3]}}
+    assert body["chat_template_kwargs"] == {"visual_tokens": [[2, 3]] * 3}
     *images, text = body["messages"][0]["content"]
     assert text == {"type": "text", "text": "What?"}
     kinds, contents = zip(*(image["image_url"]["url"].split(";base64,") for image in images), strict=True)
@@ -83,7 +83,7 @@ def test_transformers_serve_gives_the_numbers_of_the_loaded_model(tmp_path):
         assert prompts["scenes"] == "{question}"
         # An address does not carry prompts, so that both are asked with the suite's own.
         (folder / "evaluation_prompts.json").unlink()
-        options = {"visual_tokens": 9, "batch_size": 4}
+        options = {"visual_tokens": (2, 3), "batch_size": 4}
         theirs = evaluate(str(folder), [suite], tmp_path / "served", Options(url=url, **options))
         ours = evaluate(str(folder), [suite], tmp_path / "loaded", Options(**options))
     replies = [
