@@ -16,6 +16,7 @@ EXTRAS = {
     "gguf": ["gguf"],
     "gradio": ["demo"],
     "liger_kernel": ["liger"],
+    "lmms_eval": ["lmms"],
     "matplotlib": ["train", "eval"],
     "openpyxl": ["eval"],
     "peft": ["train"],
