@@ -12,7 +12,6 @@ PACKAGE = Path(__file__).resolve().parent.with_name("ms_resampler")
 EXTRAS = {
     "bitsandbytes": ["qlora"],
     "datasets": ["train", "eval"],
-    "detect_secrets": ["push"],
     "gguf": ["gguf"],
     "gradio": ["demo"],
     "liger_kernel": ["liger"],

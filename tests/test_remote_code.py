@@ -17,7 +17,8 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import ms_resampler
 from ms_resampler.configuration_ms_resampler import AUTO_MAP
-from ms_resampler.hub_upload.staging import remote_code_files, stage_checkpoint
+from ms_resampler.folders import remote_code_files
+from ms_resampler.hub_upload.staging import stage_checkpoint
 from ms_resampler.projectors_ms_resampler import PROJECTORS
 
 CODE = remote_code_files()

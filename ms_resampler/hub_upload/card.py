@@ -11,9 +11,9 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from jinja2 import StrictUndefined, Template
 
 from ..configuration_ms_resampler import MSResamplerConfig
-from ..folders import write_whole
+from ..folders import PROJECTOR, write_whole
 from ..projectors_ms_resampler import PROJECTORS
-from .staging import PROJECTOR, RECORD, tensor_elements, tensor_files
+from .staging import RECORD, tensor_elements, tensor_files
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 JINJA: dict[str, Any] = {

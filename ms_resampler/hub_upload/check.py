@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 from ..configuration_ms_resampler import MSResamplerConfig
-from ..folders import temporary_folder
+from ..folders import PROJECTOR, remote_code_files, temporary_folder
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..processing_ms_resampler import MSResamplerProcessor
 from .client import check_repository_name, hub_errors, patiently
 from .code import code_problem
 from .inspect import check_content, is_pickle
 from .plan import Plan, hashes_at, same_content, size
-from .staging import PROJECTOR, check_checkpoint, is_ours, remote_code_files
+from .staging import check_checkpoint, is_ours
 
 STRANGER = Path(__file__).parent / "stranger.py"
 

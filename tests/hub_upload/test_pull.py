@@ -9,8 +9,9 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file
 from tiny_models import tiny_model, tiny_processor
 
+from ms_resampler.folders import remote_code_files
 from ms_resampler.hub_upload import check as verify
-from ms_resampler.hub_upload.staging import remote_code_files, stage_checkpoint
+from ms_resampler.hub_upload.staging import stage_checkpoint
 from ms_resampler_cli.main import main
 
 NAME = "acme/tiny"

@@ -20,10 +20,10 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_processor
 
+from ms_resampler.folders import remote_code_files
 from ms_resampler.hub_upload import check, plan, publish, push
 from ms_resampler.hub_upload import inspect as content
 from ms_resampler.hub_upload.secrets import redact, redacted
-from ms_resampler.hub_upload.staging import remote_code_files
 from ms_resampler_cli.main import main
 
 NAME = "acme/tiny"
