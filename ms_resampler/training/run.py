@@ -19,7 +19,7 @@ from .journal import Journal, open_journal
 from .order import Schedule, StreamSchedule, check_budgets
 from .parameters import count_parameters, prepare, set_precision
 from .recipes import Recipe, rates_text, recipe_named
-from .records import open_records
+from .records import StreamedRecords, open_records
 from .trainer import CheckedTrainer, JsonlLog, keep_freed_memory, last_checkpoint, sync, writing
 
 
