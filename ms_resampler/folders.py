@@ -1,14 +1,28 @@
-"""Where models are, and files and folders that are there whole or not at all."""
+"""Where models are, what their files are called, and files and folders that are there whole or not at all.
 
+This module imports the standard library alone, so that `ms-resampler demo` can start its page at once.
+"""
+
+import json
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 PACKAGE = Path(__file__).resolve().parent
 EMBEDDED = PACKAGE / "checkpoints" / "tiny"
+WEIGHTS, INDEX, PROJECTOR = "model.safetensors", "model.safetensors.index.json", "projector.safetensors"
+LOCK = ".lock"
+
+
+def remote_code_files() -> list[Path]:
+    """The files that `trust_remote_code` loads: flat siblings that import nothing else of the package."""
+    return sorted(PACKAGE.glob("*_ms_resampler.py"))
 
 
 def model_or_embedded(model: str | None) -> str:
@@ -27,18 +41,49 @@ def model_or_embedded(model: str | None) -> str:
     return model
 
 
-def our_model(model: str | Path | None) -> str:
-    """The same for a model of this package alone. Raises ValueError for another kind, such as a language model."""
-    from transformers import PreTrainedConfig  # takes seconds, and most of this file is used without it
+def our_model(model: str | Path | None, revision: str | None = None) -> str:
+    """The same for a model of this package alone.
 
-    place = model_or_embedded(None if model is None else str(model))
-    kind = PreTrainedConfig.get_config_dict(place)[0].get("model_type")
+    Raises ValueError, with what to do, for any other; OSError if a repository cannot be read.
+    """
+    name = None if model is None else str(model)
+    if name is not None and name.endswith(".gguf"):
+        raise ValueError(f"{name} is a language model: assemble a model with `ms-resampler init --llm {name}`.")
+    place = model_or_embedded(name)
+    if Path(place).is_dir():
+        require_our_type(place, read_config(Path(place)))
+    else:
+        from transformers import PreTrainedConfig  # takes seconds, and most of this file is used without it
+
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
+        except OSError as error:
+            raise OSError(f"{place} cannot be loaded: {' '.join(str(error).split())}") from error
+        require_our_type(place, config)
+    return place
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. Raises ValueError if it is missing or damaged."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is no checkpoint: it has no config.json.") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: it is no JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} is damaged: it is no JSON object.")
+    return config
+
+
+def require_our_type(name: str, config: dict[str, Any]) -> None:
+    """Raises ValueError if a config.json is another model's than ours."""
+    kind = config.get("model_type")
     if kind != "ms_resampler":
         raise ValueError(
-            f"{place} is a {kind} model, not one of this package: make one with `ms-resampler init`, or convert "
-            "a LLaVA-style checkpoint with `ms-resampler convert`."
+            f"{name} is {f'a `{kind}` model' if kind else 'a model of unknown type'}, not one of this package: put one "
+            "together with `ms-resampler init`, or convert a LLaVA-style checkpoint with `ms-resampler convert`."
         )
-    return place
 
 
 def find_app() -> Path:
@@ -47,6 +92,16 @@ def find_app() -> Path:
         if (folder / "app.py").is_file():
             return folder / "app.py"
     raise FileNotFoundError("The demo's space_app folder is neither inside nor beside the installed package.")
+
+
+@contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """A folder that is gone afterwards. Those that killed runs have left under the same name go first."""
+    for old in Path(tempfile.gettempdir()).glob(f"{name}-*/{LOCK}"):
+        with suppress(OSError), FileLock(old, blocking=False):  # a running process holds its lock
+            shutil.rmtree(old.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}-") as place, FileLock(Path(place, LOCK)):
+        yield Path(place)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import get_size_dict
 from transformers.image_transforms import get_size_with_aspect_ratio
-from transformers.image_utils import get_image_size_for_max_height_width, make_flat_list_of_images
+from transformers.image_utils import ImageInput, get_image_size_for_max_height_width, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .configuration_ms_resampler import AUTO_MAP, token_grid
@@ -23,6 +23,9 @@ from .messages_ms_resampler import TYPED, as_typed, understood_messages
 from .pictures_ms_resampler import is_rgb_array, open_picture
 
 BACKENDS = "transformers.image_processing_backends"  # where image processors have their resizing and cropping from
+
+
+OPTIONS = {"visual_tokens": 144, "padding_side": "left"}
 
 
 class MSResamplerImagesKwargs(ImagesKwargs, total=False):
@@ -33,7 +36,7 @@ class MSResamplerImagesKwargs(ImagesKwargs, total=False):
     visual_tokens: int | tuple[int, int] | list[int | tuple[int, int] | list[int] | None] | None
 
 
-class MSResamplerProcessingKwargs(ProcessingKwargs, total=False):
+class MSResamplerProcessorKwargs(ProcessingKwargs, total=False):
     """Options at call time."""
 
     images_kwargs: MSResamplerImagesKwargs
@@ -49,27 +52,27 @@ class MSResamplerProcessor(ProcessorMixin):
         max_pixels: images with more are refused before they are decoded.
         padding_side: where the tokenizer pads; generation needs the left.
 
-    Raises ValueError if the tokenizer does not know the image token.
+    Raises ValueError if the tokenizer does not know the image token, or for an option that is not known.
     """
 
-    valid_processor_kwargs = MSResamplerProcessingKwargs
+    valid_processor_kwargs = MSResamplerProcessorKwargs
     text_kwargs = {"padding": True}
 
-    # Not keyword-only: transformers finds out what to save and load from the positional names.
+    # Not keyword-only: transformers finds out what to save and load from the positional names. Nor named, where a call
+    # can have them, too (OPTIONS): transformers has such names in `valid_processor_kwargs` alone.
     def __init__(
         self,
         image_processor=None,
         tokenizer=None,
         patch_size=14,
-        visual_tokens=144,
         image_token="<image>",
         max_pixels=100_000_000,
         chat_template=None,
-        padding_side="left",
+        **options,
     ):
+        _refuse_unknown(options, OPTIONS)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.patch_size = patch_size
-        self.visual_tokens = visual_tokens
         self.image_token = image_token
         self.max_pixels = max_pixels
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
@@ -79,29 +82,42 @@ class MSResamplerProcessor(ProcessorMixin):
                 f"The tokenizer does not know the image token {image_token!r}: add it with tokenizer.add_tokens("
                 f"[{image_token!r}], special_tokens=True), then resize the model's embeddings."
             )
-        # What a folder says of the side is the default of some tokenizer, unless somebody asks for it by name.
-        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = padding_side
         _drop_typed_marks(tokenizer)
+        self._set(**OPTIONS | options)
+
+    def _set(self, visual_tokens: Any, padding_side: str) -> None:
+        self.visual_tokens = visual_tokens
+        self.tokenizer.padding_side = self.tokenizer.init_kwargs["padding_side"] = padding_side
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs: Any):
         """As in transformers, but an option that nothing takes is refused with a ValueError."""
         if not kwargs.get("return_unused_kwargs"):
-            _refuse_unknown(kwargs, {*inspect.signature(cls).parameters, *_loading_options(*args)})
-        return super().from_args_and_dict(args, processor_dict, **kwargs)
+            _refuse_unknown(kwargs, {*inspect.signature(cls).parameters, *OPTIONS, *_loading_options(*args)})
+        # A side that the tokenizer's file names is some tokenizer's default: it counts if the caller names it.
+        options = {name: {**processor_dict, **kwargs}.get(name, default) for name, default in OPTIONS.items()}
+        made = super().from_args_and_dict(args, processor_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made)._set(**options)
+        return made
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs: Any) -> BatchFeature:
+    def to_dict(self) -> dict[str, Any]:
+        """What `processor_config.json` has."""
+        return super().to_dict() | {"visual_tokens": self.visual_tokens}
+
+    def __call__(
+        self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any
+    ) -> BatchFeature:
         """Model inputs of images and prompts, each with a placeholder for each of its images.
 
         A start of text that a chat template has written is not written again by the tokenizer.
         Raises ValueError for options that are not known, and for what `validate_inputs` refuses.
         """
-        self._refuse_unknown_options(kwargs)
+        self._refuse_unknown_options({name: kwargs[name] for name in kwargs if name not in ("videos", "audio")})
         prompts = [text] if isinstance(text, str) else text or []
         if any(isinstance(prompt, str) and prompt.startswith(self._text_starts()) for prompt in prompts):
             kwargs = {"add_special_tokens": False, **kwargs.get("text_kwargs", {}), **kwargs}
             kwargs.pop("text_kwargs", None)
-        return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        return super().__call__(images=images, text=text, **kwargs)
 
     def _text_starts(self) -> tuple[str, ...]:
         """What a text begins with, that a template or the tokenizer writes: "<s>", "[gMASK]<sop>"."""
@@ -158,11 +174,12 @@ class MSResamplerProcessor(ProcessorMixin):
 
     def _refuse_unknown_options(self, options: dict[str, Any]) -> None:
         typed = self.valid_processor_kwargs.__annotations__
-        text, images = ({*typed[name].__annotations__} for name in ("text_kwargs", "images_kwargs"))
-        images |= set(getattr(getattr(self.image_processor, "valid_kwargs", None), "__annotations__", ()))
-        groups = {"text_kwargs": text, "images_kwargs": images, "common_kwargs": text | images}
-        groups |= {"videos_kwargs": set(), "audio_kwargs": set()}
-        _refuse_unknown(options, {*typed, *groups, *text, *images})
+        groups = {name: {*typed[name].__annotations__} for name in typed if name.endswith("_kwargs")}
+        groups["images_kwargs"] |= set(
+            getattr(getattr(self.image_processor, "valid_kwargs", None), "__annotations__", ())
+        )
+        groups["common_kwargs"] = set().union(*groups.values())
+        _refuse_unknown(options, {*typed, *groups, *groups["common_kwargs"]})
         for name, known in groups.items():
             _refuse_unknown(options.get(name) or {}, known)
 
@@ -186,26 +203,28 @@ class MSResamplerProcessor(ProcessorMixin):
         groups = [isinstance(item, list) for item in images] if isinstance(images, list) else []
         if any(groups) and not all(groups):
             raise ValueError("Images are one flat list, or one list a prompt, not a mixture of the two.")
-        if any(groups) and text is not None and all(isinstance(prompt, str) for prompt in text):
-            self._check_groups(images, text)
+        nested = any(groups) and text is not None
+        if nested and len(groups) == len(text):
+            for number, (prompt, group) in enumerate(zip(text, images, strict=True), start=1):
+                if isinstance(prompt, str) and prompt.count(self.image_token) != len(group):
+                    raise ValueError(
+                        f"Prompt {number} has {prompt.count(self.image_token)} {self.image_token} placeholders, "
+                        f"but {len(group)} images were given for it."
+                    )
         super().validate_inputs(images=images, text=text, **kwargs)
-
-    def _check_groups(self, groups: list[list], text: list[str]) -> None:
-        if len(groups) != len(text):
+        if nested and len(groups) != len(text):
             raise ValueError(f"Got {len(groups)} lists of images for {len(text)} prompts; give one list a prompt.")
-        for number, (prompt, group) in enumerate(zip(text, groups, strict=True), start=1):
-            if prompt.count(self.image_token) != len(group):
-                raise ValueError(
-                    f"Prompt {number} has {prompt.count(self.image_token)} {self.image_token} placeholders, "
-                    f"but {len(group)} images were given for it."
-                )
 
     def _process_images(self, images, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         budgets = kwargs.pop("visual_tokens", None)
         inputs = self._look(make_flat_list_of_images(images), **kwargs)
         grids = self._token_grids(budgets, self._patch_grids(inputs))
         inputs["token_grids"] = np.array(grids)
-        return inputs, [self.image_token * (rows * columns) for rows, columns in grids]
+        return inputs, [self.replace_image_token(inputs, number) for number in range(len(grids))]
+
+    def replace_image_token(self, image_inputs: BatchFeature, image_idx: int, **kwargs: Any) -> str:
+        """What stands in the text for an image: its image tokens."""
+        return self.image_token * int(np.prod(image_inputs["token_grids"][image_idx]))
 
     def _look(self, images: list, **kwargs: Any) -> BatchFeature:
         """What the image processor makes of the images."""
@@ -322,7 +341,7 @@ def _loading_options(image_processor: Any, tokenizer: Any) -> set[str]:
     }
     tokens = {*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, "extra_special_tokens", "add_bos_token", "add_eos_token"}
     images = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})
-    calls = MSResamplerProcessingKwargs.__annotations__["text_kwargs"].__annotations__
+    calls = MSResamplerProcessorKwargs.__annotations__["text_kwargs"].__annotations__
     return {*hub, *side, *tokens, *images, *calls, "auto_map", "processor_class"}
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import IMAGE, np_pixels, picture, tiny_model, tiny_processor, tiny_tokenizer
@@ -33,7 +34,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from ms_resampler import MSResamplerProcessor, pictures_ms_resampler
+from ms_resampler import MSResamplerProcessor, pictures_ms_resampler, processing_ms_resampler
 from ms_resampler.pictures_ms_resampler import open_picture, to_rgb
 
 SIDE = {"height": 24, "width": 24}
@@ -255,8 +256,7 @@ ASK = {
             "`max_lenght` is not an option of the processor; did you mean `max_length`",
         ),
         ({"images_kwargs": {"max_length": 3}}, "`max_length` is not an option"),
-        ({"videos_kwargs": {"fps": 2}}, "`fps` is not an option"),
-        ({"fps": 2}, "`fps` is not an option"),
+        ({"videos_kwargs": {"tiles": 2}}, "`tiles` is not an option"),
         ({"image_kwargs": {}}, "`image_kwargs` is not an option of the processor; did you mean `images_kwargs`?"),
     ],
     ids=str,
@@ -273,12 +273,25 @@ def test_unknown_options_are_refused_with_the_nearest_name(processor, way, optio
         {"add_special_tokens": False, "return_mm_token_type_ids": True, "return_text_replacement_offsets": True},
         {"images_kwargs": {"visual_tokens": 4}, "text_kwargs": {"padding": True}, "videos_kwargs": {}},
         {"do_rescale": True, "resample": 2, "size": {"shortest_edge": 24}, "device": "cpu", "return_tensors": "np"},
+        {"do_sample_frames": False, "num_frames": 2, "videos_kwargs": {"fps": 2}, "audio_kwargs": {}},  # of no videos
         {"common_kwargs": {"return_tensors": "pt"}, "sanitize_control_tokens": False},
     ],
     ids=str,
 )
 def test_the_options_of_transformers_are_known(processor, options):
     assert image_tokens(processor(images=[picture()], text="<image>", **options)) == [4]
+
+
+def test_names_are_those_that_transformers_expects():
+    """An option of calls is no argument of the class, and their table has the name of the class."""
+    options = MSResamplerProcessor.valid_processor_kwargs
+    assert options is processing_ms_resampler.MSResamplerProcessorKwargs
+    named = {
+        *options.__annotations__,
+        *(name for group in options.__annotations__.values() for name in getattr(group, "__annotations__", ())),
+    }
+    assert {"visual_tokens", "padding_side", "images_kwargs"} < named
+    assert not named & set(inspect.signature(MSResamplerProcessor).parameters)
 
 
 def test_options_in_loading(processor, tmp_path):
@@ -346,6 +359,7 @@ sides = st.integers(1, 700)
 )
 def test_counts_that_servers_ask_for_are_those_of_processing(kind, size, budget, options):
     """Of any size; options only for image processors that take them, and pictures that may be scaled whole."""
+    assume(kind != "vit, sides of a range" or max(size) < 40 * min(size))  # it scales longer ones to no pixel at all
     if "convnext" in kind or kind == "siglip2" or max(size) > 50 * min(size):
         options = {}
     processor = MSResamplerProcessor(IMAGE_PROCESSORS[kind](), tiny_tokenizer(), patch_size=4, visual_tokens=None)

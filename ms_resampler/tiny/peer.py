@@ -12,12 +12,13 @@ from transformers import AutoProcessor
 
 from .. import TINY
 from ..configuration_ms_resampler import MSResamplerConfig
+from ..hub_upload.card import results_table
 from ..hub_upload.staging import PROJECTOR, RECORD, write_projector
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..projectors_ms_resampler import PROJECTORS
 from ..training.collate import ConversationCollator
 from .curriculum import SceneConversations
-from .evaluate import FamilyScore, markdown_table
+from .evaluate import FamilyScore
 from .stages import Stage, check_numbers, evaluate_once, run_stage, stage_of, training_record
 
 # The MLP keeps every patch: it has no 36 tokens.
@@ -66,7 +67,7 @@ def train_tiny_projector(
     blind_scores = [FamilyScore(**row) for row in json.loads((Path(TINY) / RECORD).read_text())["blind_scores"]]
     record = training_record((stage,), model, out, scores, blind_scores)
     (target / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    print(markdown_table(scores, blind_scores))
+    print(results_table(record))
     if embed:
         embed_projector(target, Path(TINY).with_name(f"tiny_{kind}"))
     return target

@@ -17,13 +17,14 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from .. import TINY
-from ..hub_upload.card import write_card
+from ..hub_upload.card import results_table, write_card
 from ..hub_upload.staging import allowed_files
 from ..training.collate import ConversationCollator
 from ..training.trainer import CheckedTrainer, JsonlLog, keep_freed_memory, last_checkpoint
 from .curriculum import Looking, PlacesCollator, SceneConversations, ScenePlaces
-from .evaluate import FamilyScore, evaluate_scenes, markdown_table
+from .evaluate import FamilyScore, evaluate_scenes
 from .model import assemble_tiny
+from .scenes import COLOURS, SHAPES, WORDS
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def train_tiny(
     (target / "training_record.json").write_text(json.dumps(record, indent=2) + "\n")
     plot_curves(out, target / "curves.png")
     write_card(target, "MS-Resampler tiny")
-    print(markdown_table(scores, blind_scores))
+    print(results_table(record))
     if embed:
         put_into_package(target)
     return target
@@ -211,6 +212,7 @@ def training_record(
         "threads": torch.get_num_threads(),
         "scores": [dataclasses.asdict(row) for row in scores],
         "blind_scores": [dataclasses.asdict(row) for row in blind_scores],
+        "vocabulary": {"shapes": list(SHAPES), "words": list(WORDS), "colours": list(COLOURS)},
     }
 
 

@@ -20,9 +20,9 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_processor
 
+from ms_resampler.hub_upload import check, plan, publish, push
 from ms_resampler.hub_upload import inspect as content
-from ms_resampler.hub_upload import plan, publish, push, secret_scan
-from ms_resampler.hub_upload.redaction import redact, redacted
+from ms_resampler.hub_upload.secrets import redact, redacted
 from ms_resampler.hub_upload.staging import remote_code_files
 from ms_resampler_cli.main import main
 
@@ -54,7 +54,7 @@ def token(hub, monkeypatch):
 @pytest.fixture
 def unverified(monkeypatch):
     """Leaves out the two processes of strangers, which take most of the time; the slow tests have them."""
-    for module in (push, publish):
+    for module in (push, check):
         monkeypatch.setattr(module, "answer_of_a_stranger", lambda *args, **kwargs: b"the same")
 
 
@@ -294,12 +294,6 @@ def test_the_token_in_use_is_found_whatever_its_form(hub, folder, unverified, ca
     assert "LICENSE holds a Hugging Face token" in error(capsys)
 
 
-def test_a_token_across_two_blocks_is_found(tmp_path):
-    (tmp_path / "file").write_bytes(b"x" * 90 + HUB_TOKEN.encode() + b"x")
-    assert secret_scan.holds_token(tmp_path / "file", block=100)
-    assert not secret_scan.holds_token(Path(__file__).with_name("conftest.py"), block=100)
-
-
 def test_oversized_files_are_refused(hub, token, folder, unverified, capsys, monkeypatch):
     monkeypatch.setitem(content.LIMITS, "*.safetensors", 100_000)
     assert main(["push", str(folder), NAME]) == 2
@@ -314,7 +308,7 @@ def test_weights_whose_length_begins_like_a_pickle_are_none(tmp_path):
             break
     else:
         pytest.fail("no such length was met")
-    content.check_folder(tmp_path, [tmp_path / "a.safetensors"])
+    content.inspect_files([tmp_path / "a.safetensors"])
 
 
 # What goes wrong on the way
@@ -370,10 +364,10 @@ def test_somebody_else_was_faster(hub, token, folder, unverified, capsys):
     before = plan.look_at(api, NAME, "main")
     theirs = api.create_commit(NAME, [CommitOperationAdd("notes.txt", b"theirs")], commit_message="theirs").oid
     (folder / "generation_config.json").write_text("{}")
-    mine = plan.make_plan(folder, before, lambda name: False, [])
+    mine = plan.make_plan(folder, before, "main", lambda name: False)
     sentence = r"^acme/tiny has changed while this was running, and nothing was published"
     with pytest.raises(ValueError, match=sentence), push.hub_errors(NAME):
-        publish.publish(api, mine, folder, "main", "mine")
+        publish.publish(api, mine, "mine")
     assert repo.branches["main"] == theirs
 
 

@@ -9,16 +9,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
 from ..configuration_ms_resampler import MSResamplerConfig
-from ..hub_upload.staging import PROJECTOR
+from ..folders import PROJECTOR
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from .source import local_folder
 
 
-def largest_difference(source: Path, result: Path) -> tuple[float, float]:
+def largest_difference(source: str | Path, result: str | Path) -> tuple[float, float]:
     """The largest difference of their logits on one picture and question, and the largest logit.
 
     Raises ValueError if one of the two cannot run here, or they read the question as different tokens.
     """
-    logits = [logits_of(folder) for folder in (source, result)]
+    logits = [logits_of(folder) for folder in map(local_folder, (source, result))]
     if logits[0].shape != logits[1].shape:
         raise ValueError(
             f"{source} and {result} read the same question as {logits[0].shape[1]} and {logits[1].shape[1]} tokens: "

@@ -1,7 +1,5 @@
-"""`ms-resampler study`: trains every projector under the same conditions, and reports who wins and by how much."""
+"""Conducts a study: chooses learning rates, trains what is missing, in several processes, and reports."""
 
-import argparse
-import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -15,62 +13,37 @@ from ms_resampler.training.trainer import keep_freed_memory
 
 from .costs import measure_costs
 from .data import data_folder, prepare_data
-from .plan import BASELINE, LOCAL, OURS, QUICK, Run, Study, further_runs, main_runs, margin_runs, rehearse, sweep_runs
+from .plan import LOCAL, OURS, Run, Study, further_runs, main_runs, margin_runs, rehearse, sweep_runs
 from .reader import pretrained_reader
-from .report import check_report, report_text, write_report
-from .results import Results, adopt, collect, load, made_with, result_path, run_of, save
+from .report import report_text, write_report
+from .results import Results, adopt, collect, load, made_with, result_path, results_folder, run_of, save
 from .run import perform
 from .statistics import overall
 from .workers import worker_pool
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `study`."""
-    default = Study()
-    parser.add_argument("--quick", action="store_true", help="six projectors, one budget, two seeds: ten minutes")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="where to work (default: %(default)s)")
-    parser.add_argument(
-        "--projectors",
-        nargs="+",
-        metavar="NAME",
-        help=f"beside ms_resampler and resampler: of {', '.join(default.arms[2:])}",
-    )
-    parser.add_argument("--budgets", nargs="+", type=int, metavar="TOKENS", help="default: 36 16 9, of 144 patches")
-    parser.add_argument("--seeds", type=int, help="default: 5")
-    parser.add_argument("--learning-rates", nargs="+", type=float, metavar="RATE", help="default: 0.001 0.002 0.004")
-    parser.add_argument("--steps", type=int, help="of each training (default: 600)")
-    parser.add_argument("--scenes", type=int, help="to train on (default: 12000)")
-    parser.add_argument("--workers", type=int, help="processes (default: one a core, or one for a GPU)")
-    parser.add_argument("--no-ablations", action="store_true", help="only the projectors, each at its budgets")
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="of study.md and its figures (default: OUT)")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--finished", action="store_true", help="train nothing: report what is finished")
-    only.add_argument("--check", type=Path, metavar="FOLDER", help="only check the report there against its results")
+def conduct(
+    study: Study, out: Path, report: Path | None = None, workers: int | None = None, train: bool = True
+) -> None:
+    """Makes the data and runs that are missing in `out`, and writes the report into a folder (default: `out`).
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Makes what is missing of data and runs, and the report; what was finished, or is stored there, is kept."""
-    if arguments.check:
-        check_report(arguments.check)
-        print(f"{arguments.check / 'study.md'} and its figures are those of the stored results.")
-        return 0
-    study, out = study_of(arguments), arguments.out
+    Results that are stored with the report are adopted and kept. Without `train`, reports what is finished. Raises
+    ValueError if a projector cannot have a budget, if stored results would be lost, or if too little is finished.
+    """
     rehearse(study)
-    folder = arguments.report or out
+    report = report or out
+    folder = results_folder(report)
     # OUT keeps every run; another folder holds only what is stored in it.
-    is_elsewhere = folder.resolve() != out.resolve() and (folder / "study" / "study.json").exists()
-    stored = load(folder / "study") if is_elsewhere else None
+    stored = load(folder) if report.resolve() != out.resolve() and (folder / "study.json").exists() else None
     if stored:
-        refuse_loss(study, stored, folder / "study")
-        print(f"{adopt(folder / 'study', out)} results stored in {folder / 'study'}")
-    rates, results = finished_runs(study, out) if arguments.finished else perform_study(study, out, arguments.workers)
-    costs = stored.costs if stored and arguments.finished else measure_costs(study)
+        refuse_loss(study, stored, folder)
+        print(f"{adopt(folder, out)} results stored in {folder}")
+    rates, results = perform_study(study, out, workers) if train else finished_runs(study, out)
+    costs = stored.costs if stored and not train else measure_costs(study)
     collected = collect(study, rates, costs, [*(stored.runs if stored else []), *results])
     report_text(collected)  # refuses what is too little for a report, before anything is written over
-    save(collected, folder / "study", out)
-    write_report(folder)
-    print(f"The report is {folder / 'study.md'}.")
-    return 0
+    save(collected, folder, out)
+    write_report(report)
 
 
 def refuse_loss(study: Study, stored: Results, folder: Path) -> None:
@@ -143,21 +116,6 @@ def finished_runs(study: Study, out: Path) -> tuple[dict[str, float], list[dict[
     rates = best_rates(study, swept)
     plans = (plan(study, rates) for plan in (main_runs, further_runs, margin_runs))
     return rates, swept + [result for runs in plans for result in finished(runs)]
-
-
-def study_of(arguments: argparse.Namespace) -> Study:
-    """The study that the command line asks for; what the others are compared with is always part of it."""
-    study = QUICK if arguments.quick else Study()
-    changes: dict[str, Any] = {
-        "arms": arguments.projectors and tuple(dict.fromkeys([OURS, BASELINE, *arguments.projectors])),
-        "budgets": arguments.budgets and tuple(arguments.budgets),
-        "seeds": arguments.seeds,
-        "learning_rates": arguments.learning_rates and tuple(arguments.learning_rates),
-        "steps": arguments.steps,
-        "data": arguments.scenes and dataclasses.replace(study.data, train_scenes=arguments.scenes),
-    }
-    changes = {name: value for name, value in changes.items() if value}
-    return dataclasses.replace(study, **changes, ablations=study.ablations and not arguments.no_ablations)
 
 
 def best_rates(study: Study, swept: Sequence[dict[str, Any]]) -> dict[str, float]:
