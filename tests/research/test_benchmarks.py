@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, Qwen2Config
 
 from ms_resampler.resampler_ms_resampler import make_geometry
-from ms_resampler.timing import milliseconds
 from ms_resampler.training.recipes import RECIPES
+from ms_resampler.training.step_time import milliseconds
 from research.benchmarks.loading import table as loading_table
 from research.benchmarks.model import (
     QWEN,
