@@ -57,8 +57,8 @@ from ms_resampler.folders import write_whole
 from ms_resampler.packing_ms_resampler import PackedLinear, pack_linears
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
-from ms_resampler.timing import peak_memory, wait_for_device
 from ms_resampler.towers_ms_resampler import make_layers_skippable
+from ms_resampler.training.step_time import peak_memory, wait_for_device
 
 from ..timing import count_macs, in_turn, interleaved, machine, markdown_table, rates, spread, times_as_long
 

@@ -36,7 +36,7 @@ from ms_resampler.folders import write_whole
 from ms_resampler.packing_ms_resampler import pack_linears
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
-from ms_resampler.timing import milliseconds, peak_memory
+from ms_resampler.training.step_time import milliseconds, peak_memory
 
 from ..timing import count_macs, in_turn, machine, markdown_table, rates, spread, times_as_long
 from ..variants import configuration

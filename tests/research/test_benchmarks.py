@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, Qwen2Config
 
-from ms_resampler.timing import milliseconds
 from ms_resampler.training.recipes import RECIPES
+from ms_resampler.training.step_time import milliseconds
 from research.benchmarks.loading import table as loading_table
 from research.benchmarks.model import (
     QWEN,

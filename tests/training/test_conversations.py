@@ -244,7 +244,7 @@ def test_bad_records_are_named_and_sorted(kind, changes, sentence, folder):
 
 
 def test_a_name_is_printed_in_one_short_line():
-    for name in ("a\nb\x1b[31m", "\ud83d", {"x": ["y"] * 99}, "z" * 999):
+    for name in ("a\nb\x1b[31m", "\ud83d", {"x": ["y"] * 99}, None, "z" * 999):
         with pytest.raises(BadRecord) as error:
             encode({"id": name})
         assert str(error.value).isprintable()
