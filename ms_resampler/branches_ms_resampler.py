@@ -166,7 +166,7 @@ class BranchLayer(GradientCheckpointingLayer):
         output_scopes: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """What the heads read (B, S, h, M, d), in one call for all scopes; if asked for, where (B, S, M, N)."""
-        query_BShMd = split_heads(self.q_proj(self.query_norm(q_BSMD)), self.heads).expand(len(u_BND), *[-1] * 4)
+        query_BShMd = split_heads(self.q_proj(self.query_norm(q_BSMD)), self.heads).expand(u_BND.shape[0], *[-1] * 4)
         key_BhNd, value_BhNd = (split_heads(x, self.heads) for x in (self.k_proj(placed_BND), self.v_proj(u_BND)))
         width = value_BhNd.shape[-1]
         query_ShMe, key_Ne = self.prior(patch_grid, token_grid, u_BND)

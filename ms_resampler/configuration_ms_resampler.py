@@ -10,6 +10,7 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -17,6 +18,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import modeling_auto
+
+from .towers_ms_resampler import Tower, TowerState, pair, read_tower
 
 # Keys that transformers itself writes into a config.json or hands to a configuration, beside the declared fields.
 _FOREIGN_KEYS = frozenset(
@@ -35,21 +38,6 @@ _FOREIGN_KEYS = frozenset(
         "use_cache",  # Trainer
     ]
 )
-
-# Tokens that a vision tower puts in front of its patches. A name counts that many times the field it names.
-_PREFIX_TOKENS: dict[str, tuple[int, str | None]] = {
-    "clip_vision_model": (1, None),
-    "siglip_vision_model": (0, None),
-    "siglip2_vision_model": (0, None),
-    "dinov2": (1, None),
-    "dinov2_with_registers": (1, "num_register_tokens"),
-    "dinov3_vit": (1, "num_register_tokens"),
-    "vit": (1, None),
-    "convnext": (0, None),
-    "convnextv2": (0, None),
-}
-# Towers that return a feature map (B, C, H, W), halved in height and width by every stage but the first.
-FEATURE_MAP_TOWERS = frozenset({"convnext", "convnextv2"})
 
 # Where the Auto classes find this code: beside the weights, in the same folder or repository, always.
 _GENERATIVE = "modeling_ms_resampler.MSResamplerForConditionalGeneration"
@@ -105,9 +93,6 @@ _EARLIER_FIELDS: dict[str, tuple[Any, ...]] = {
     "query_init": ("none",),
     "prior_form": ("channels", "bias"),
 }
-
-# Language models whose output head is more than a product with a matrix.
-_BIASED_HEADS = frozenset({"phi", "gptj", "codegen", "phimoe"})
 
 
 def token_grid(visual_tokens: int | Sequence[int] | None, patch_grid: tuple[int, int]) -> tuple[int, int]:
@@ -434,11 +419,11 @@ class MSResamplerConfig(PretrainedConfig):
     """A vision tower, a projector and a language model: all that is needed to rebuild the model.
 
     Fields:
-        vision_config, text_config: any tower and causal LM that AutoModel builds (and this file knows, below).
+        vision_config, text_config: any tower and causal LM that AutoModel builds.
         projector_config: see MSResamplerProjectorConfig.
         image_token_id: the placeholder in the text; one for every visual token.
         vision_feature_layer: the tower layer to read, or a list of layers (joined in width).
-        vision_prefix_tokens: tokens in front of the patches (CLS, registers); None looks the tower's kind up.
+        vision_prefix_tokens: tokens in front of the patches (CLS, registers); None counts them in its output.
     """
 
     model_type = "ms_resampler"
@@ -489,32 +474,34 @@ class MSResamplerConfig(PretrainedConfig):
         return super().from_dict(_read_fields(cls, config_dict), **kwargs)
 
     def _check_tower(self) -> None:
-        kind = self.vision_config.model_type
-        if self.vision_prefix_tokens is None and kind not in _PREFIX_TOKENS:
-            raise ValueError(
-                f"How many tokens the vision tower `{kind}` puts in front of its patches is not known here; set "
-                f"`vision_prefix_tokens` (known towers: {', '.join(sorted(_PREFIX_TOKENS))})."
-            )
         if not self.feature_layers:
             raise ValueError("`vision_feature_layer` names no layer of the tower; use one, or a list of them.")
         if self.vision_prefix_tokens is not None and self.vision_prefix_tokens < 0:
             raise ValueError(f"`vision_prefix_tokens` must not be negative, got {self.vision_prefix_tokens}.")
-        layers = len(getattr(self.vision_config, "depths", ())) or self.vision_config.num_hidden_layers
+        layers = len(self.tower.states) - 1
         for layer in self.feature_layers:
             if not -layers - 1 <= layer <= layers:
                 raise ValueError(f"`vision_feature_layer` {layer} does not exist: the tower has {layers} layers.")
+        if self.tower.prefix_tokens is None:
+            raise ValueError(
+                f"How many tokens the vision tower `{self.vision_config.model_type}` puts in front of its patches is "
+                "not known here, and its hidden states do not tell; set `vision_prefix_tokens`."
+            )
 
     def _check_text(self) -> None:
-        if self.text_config.model_type in _BIASED_HEADS:
-            raise ValueError(
-                f"The language model `{self.text_config.model_type}` has an output head with a bias, which this "
-                "model does not carry; use one without (llama, mistral, qwen2, qwen3, phi3, gemma, ...)."
-            )
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"`image_token_id` {self.image_token_id} is outside the language model's vocabulary of "
                 f"{self.text_config.vocab_size}: add the token to the tokenizer and resize the embeddings."
             )
+
+    @property
+    def tower(self) -> Tower:
+        """What the vision tower takes and puts out."""
+        tower = read_tower(self.vision_config)
+        if self.vision_prefix_tokens is None:
+            return tower
+        return replace(tower, prefix_tokens=self.vision_prefix_tokens)
 
     @property
     def feature_layers(self) -> list[int]:
@@ -523,47 +510,60 @@ class MSResamplerConfig(PretrainedConfig):
         return [layers] if isinstance(layers, int) else list(layers)
 
     @property
+    def feature_states(self) -> list[TowerState]:
+        """The shapes of the tower's hidden states that are read."""
+        return [self.tower.states[layer] for layer in self.feature_layers]
+
+    @property
     def unread_layers(self) -> int:
-        """How many layers at the tower's end nothing reads; 0 for towers that are not known to run without them."""
-        tower = self.vision_config
-        if tower.model_type not in _PREFIX_TOKENS or tower.model_type in FEATURE_MAP_TOWERS:
-            return 0
-        states = tower.num_hidden_layers + 1
-        return states - 1 - max(layer % states for layer in self.feature_layers)
+        """How many layers at the tower's end nothing reads; 0 for towers that cannot run without them."""
+        return self.tower.unread_layers(self.feature_layers)
 
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens to drop in front of the patches."""
-        if self.vision_prefix_tokens is not None:
-            return self.vision_prefix_tokens
-        fixed, field = _PREFIX_TOKENS[self.vision_config.model_type]
-        return fixed + (getattr(self.vision_config, field) if field else 0)
+        return self.tower.prefix_tokens
 
     @property
     def feature_width(self) -> int:
         """C: channels of a patch, all layers that are read together."""
-        tower = self.vision_config
-        width = tower.hidden_sizes[-1] if tower.model_type in FEATURE_MAP_TOWERS else tower.hidden_size
-        return width * len(self.feature_layers)
+        return sum(state.width for state in self.feature_states)
 
     @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels, as the projector sees it."""
-        tower = self.vision_config
-        halvings = len(tower.depths) - 1 if tower.model_type in FEATURE_MAP_TOWERS else 0
-        return tower.patch_size * 2**halvings
+    def patch_size(self) -> int | tuple[int, int]:
+        """Side of a patch in pixels, as the projector sees it; (height, width) if they differ."""
+        height, width = max(self.feature_states, key=lambda state: state.grid).stride
+        return height if height == width else (height, width)
 
     @property
     def native_patch_grid(self) -> tuple[int, int]:
-        """Patch rows and columns (H, W) of a square image of the tower's own size."""
-        if hasattr(self.vision_config, "num_patches"):  # SigLIP 2 counts patches, whatever their layout
-            side = math.isqrt(self.vision_config.num_patches)
-            return side, side
-        return self.patch_grid((self.vision_config.image_size, self.vision_config.image_size))
+        """Patch rows and columns (H, W) of an image of the tower's own size."""
+        return max(state.grid for state in self.feature_states)
+
+    @property
+    def text_width(self) -> int:
+        """T: the width of the language model's input embeddings, which in small OPTs is not that of its layers."""
+        return getattr(self.text_config, "word_embed_proj_dim", self.text_config.hidden_size)
+
+    @property
+    def logit_scale(self) -> float:
+        """What the language model multiplies its logits by: cohere and Falcon H1 multiply, granite divides."""
+        text = self.text_config
+        if text.model_type == "mpt":  # which has the field, and makes no use of it
+            return 1.0
+        scale = getattr(text, "logit_scale", None) or getattr(text, "lm_head_multiplier", None) or 1.0
+        divisor = getattr(text, "logits_scaling", None) or 1.0
+        return scale * divisor if text.model_type == "hyperclovax" else scale / divisor
+
+    @property
+    def logit_cap(self) -> float | None:
+        """c of the language models that cap their logits, c tanh(logits / c), as gemma 2 does."""
+        return getattr(self.text_config, "final_logit_softcapping", None)
 
     def patch_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patch rows and columns (H, W) of an image of (height, width) pixels."""
-        return image_size[0] // self.patch_size, image_size[1] // self.patch_size
+        height, width = pair(self.patch_size)
+        return image_size[0] // height, image_size[1] // width
 
     def token_grid(
         self, image_size: tuple[int, int], visual_tokens: int | Sequence[int] | None = None

@@ -94,7 +94,7 @@ class MLPProjector(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.mlp = mlp(config.feature_width, config.text_config.hidden_size)
+        self.mlp = mlp(config.feature_width, config.text_width)
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         require_cell("mlp", (1, 1), patch_grid, token_grid)
@@ -119,7 +119,7 @@ class PixelShuffleProjector(nn.Module):
         self.cell = default_cell("pixel_shuffle", config)
         width = config.feature_width * self.cell[0] * self.cell[1]
         self.norm = nn.LayerNorm(width)
-        self.mlp = mlp(width, config.text_config.hidden_size)
+        self.mlp = mlp(width, config.text_width)
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         require_cell("pixel_shuffle", self.cell, patch_grid, token_grid)
@@ -178,7 +178,7 @@ class CAbstractor(nn.Module):
         widths = [inputs] + [width] * (2 * depth)
         blocks = [AbstractorBlock(*pair) for pair in pairwise(widths)]
         self.before, self.after = nn.Sequential(*blocks[:depth]), nn.Sequential(*blocks[depth:])
-        self.readout = mlp(width, config.text_config.hidden_size, nn.SiLU)
+        self.readout = mlp(width, config.text_width, nn.SiLU)
 
     @property
     def original_names(self) -> dict[str, str]:
@@ -210,7 +210,7 @@ class LDPv2(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width = config.text_config.hidden_size
+        width = config.text_width
         self.mlp = mlp(config.feature_width, width)
         self.positions = nn.Conv2d(width, width, 3, padding=1, groups=width)
 
@@ -240,12 +240,12 @@ class TokenPacker(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.projector_config.hidden_size
-        self.query_width = config.feature_width // len(config.feature_layers)
+        self.query_width = config.feature_states[-1].width
         self.q_proj, self.q_norm = nn.Linear(self.query_width, width, bias=False), nn.LayerNorm(width, eps=1e-6)
         self.k_proj, self.k_norm = mlp(config.feature_width, width), nn.LayerNorm(width, eps=1e-6)
         self.v_proj, self.v_norm = mlp(config.feature_width, width), nn.LayerNorm(width, eps=1e-6)
         self.attention = attention(width, config.projector_config.num_attention_heads)
-        self.mlp = mlp(width, config.text_config.hidden_size)
+        self.mlp = mlp(width, config.text_width)
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         return self.pack(x_BNC[..., -self.query_width :], x_BNC, patch_grid, token_grid)
@@ -289,7 +289,7 @@ class MQTResampler(nn.Module):
         self.register_buffer("position", sincos_table(self.grid, width))
         self.q_norm, self.k_norm, self.v_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
         self.attention = attention(width, config.projector_config.num_attention_heads)
-        self.output = nn.Parameter(torch.zeros(width, config.text_config.hidden_size))
+        self.output = nn.Parameter(torch.zeros(width, config.text_width))
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         tokens = token_grid[0] * token_grid[1]
@@ -298,7 +298,7 @@ class MQTResampler(nn.Module):
         position_QC = self.position.to(x_BNC.dtype)  # a buffer may stay in float32
         query = self.q_norm(self.query[:tokens] + position_QC[:tokens])
         key = self.k_norm(resize_table(position_QC, self.grid, patch_grid))
-        query, key = (t.expand(len(x_BNC), -1, -1) for t in (query, key))
+        query, key = (t.expand(x_BNC.shape[0], -1, -1) for t in (query, key))
         return self.attention(query, key, self.v_norm(x_BNC), need_weights=False)[0] @ self.output
 
 
@@ -326,13 +326,13 @@ class QwenResampler(nn.Module):
         self.kv_proj = nn.Identity() if same else nn.Linear(config.feature_width, width, bias=False)
         self.q_norm, self.kv_norm, self.output_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
         self.attention = attention(width, config.projector_config.num_attention_heads)
-        self.output = nn.Parameter(torch.zeros(width, config.text_config.hidden_size))
+        self.output = nn.Parameter(torch.zeros(width, config.text_width))
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         require_queries("qwen_resampler", len(self.query), token_grid)
         x_BND = self.kv_norm(self.kv_proj(x_BNC))
         position_MD = self.position.to(x_BND.dtype)  # a buffer may stay in float32
-        query = (self.q_norm(self.query) + position_MD).expand(len(x_BND), -1, -1)
+        query = (self.q_norm(self.query) + position_MD).expand(x_BND.shape[0], -1, -1)
         key = x_BND + resize_table(position_MD, self.grid, patch_grid)
         out_BMD = self.attention(query, key, x_BND, need_weights=False)[0]
         return self.output_norm(out_BMD) @ self.output
@@ -360,7 +360,7 @@ class SAEP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, self.cell = config.text_config.hidden_size, default_cell("saep", config)
+        width, self.cell = config.text_width, default_cell("saep", config)
         self.input_proj, self.input_norm = nn.Linear(config.feature_width, width), nn.LayerNorm(width)
         self.conv = nn.Conv2d(width, width, self.cell, stride=self.cell, groups=width)
         self.conv_norm, self.pool_norm = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -403,7 +403,7 @@ class PerceiverResampler(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, text_width, projector = config.feature_width, config.text_config.hidden_size, config.projector_config
+        width, text_width, projector = config.feature_width, config.text_width, config.projector_config
         rows, columns = projector.query_grid
         self.latents = nn.Parameter(torch.zeros(rows * columns, width))
         heads = projector.num_attention_heads
@@ -432,7 +432,7 @@ class PerceiverResampler(nn.Module):
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         require_queries("perceiver", len(self.latents), token_grid)
-        z_BMC = self.latents.expand(len(x_BNC), -1, -1)
+        z_BMC = self.latents.expand(x_BNC.shape[0], -1, -1)
         for layer in self.layers:
             z_BMC = layer(z_BMC, x_BNC)
         return self.output_proj(self.norm(z_BMC))
@@ -458,7 +458,7 @@ class Idefics2Perceiver(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        projector, width = config.projector_config, config.text_config.hidden_size
+        projector, width = config.projector_config, config.text_width
         heads = projector.num_attention_heads
         self.modality_projection = Idefics2MLP(config.feature_width, projector.intermediate_size, width, "silu")
         self.perceiver_resampler = Idefics2Latents(
@@ -497,11 +497,11 @@ class QFormer(nn.Module):
                 encoder_hidden_size=config.feature_width,
             )
         )
-        self.output_proj = nn.Linear(width, config.text_config.hidden_size)
+        self.output_proj = nn.Linear(width, config.text_width)
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         require_queries("q_former", self.query.shape[1], token_grid)
-        query = self.query.expand(len(x_BNC), -1, -1)
+        query = self.query.expand(x_BNC.shape[0], -1, -1)
         return self.output_proj(self.qformer(query, encoder_hidden_states=x_BNC).last_hidden_state)
 
 
@@ -566,7 +566,7 @@ def build_projector(config) -> nn.Module:
         projector = PROJECTORS[fields.projector_type](config)
     else:
         made = SCOPED_PROJECTORS[fields.projector_type]
-        projector = made(fields, config.feature_width, config.text_config.hidden_size)
+        projector = made(fields, config.feature_width, config.text_width)
     projector.register_load_state_dict_pre_hook(_rename_earlier)
     return projector
 

@@ -6,13 +6,14 @@ import pickle
 import pytest
 import tiny_models as tiny
 import torch
+from tiny_models import ragged_batch, ragged_rows
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ms_resampler import MSResamplerForConditionalGeneration, MSResamplerModel
-from ms_resampler.modeling_ms_resampler import flatten_patches
 from ms_resampler.projectors_ms_resampler import SCOPED_PROJECTORS, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
+from ms_resampler.towers_ms_resampler import flatten_patches
 
 # What each tower puts in front of its patches, written down from the papers: CLS and registers.
 PREFIX = {
@@ -135,10 +136,10 @@ def test_siglip2_takes_images_and_patches_of_images_alike():
     image = tiny.picture(size=(24, 24))
     patched = processor.image_processor(image, return_tensors="pt")
     pixels = torch.tensor(tiny.np_pixels(image)) / 127.5 - 1
-    flat, mask, shapes = flatten_patches(pixels[None], 4)
-    assert_close(flat, patched["pixel_values"], **CLOSE)
-    assert_close(mask, patched["pixel_attention_mask"].to(mask.dtype))
-    assert shapes.tolist() == patched["spatial_shapes"].tolist() == [[6, 6]]
+    flat = flatten_patches(pixels[None], 4)
+    assert_close(flat["pixel_values"], patched["pixel_values"], **CLOSE)
+    assert_close(flat["pixel_attention_mask"], patched["pixel_attention_mask"].to(torch.int32))
+    assert flat["spatial_shapes"].tolist() == patched["spatial_shapes"].tolist() == [[6, 6]]
     from_patches = model.get_image_features(**patched).pooler_output[0]
     assert_close(model.get_image_features(pixels[None]).pooler_output[0], from_patches, **CLOSE)
 
@@ -301,25 +302,6 @@ def test_every_attention_implementation_gives_the_same_logits(attention):
 
 
 # --- Texts and images together
-
-
-def ragged_rows() -> tuple[list[list[int]], torch.Tensor, torch.Tensor, list[slice]]:
-    """Four prompts with one, no, three and one images of different budgets, and each prompt's images."""
-    grids = torch.tensor([[2, 2], [1, 2], [2, 3], [1, 1], [2, 2]])
-    budget = [[tiny.IMAGE] * int(grid.prod()) for grid in grids]
-    text = tiny.words(3, 12, 2, 4, 1, 5, 8)
-    rows = [
-        text[0] + budget[0] + text[2],
-        text[1],
-        budget[1] + text[4] + budget[2] + text[3] + budget[3],
-        text[5] + budget[4] + text[6],
-    ]
-    return rows, tiny.pixels(5), grids, [slice(0, 1), slice(1, 1), slice(1, 4), slice(4, 5)]
-
-
-def ragged_batch(side: str = "left") -> dict[str, torch.Tensor]:
-    rows, images, grids, _ = ragged_rows()
-    return {**tiny.collate(rows, side), "pixel_values": images, "token_grids": grids}
 
 
 def model_and_batch(dtype: torch.dtype) -> tuple[MSResamplerForConditionalGeneration, dict[str, torch.Tensor]]:

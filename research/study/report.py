@@ -8,48 +8,50 @@ import numpy as np
 from PIL import Image
 
 from ms_resampler.folders import write_whole
-from ms_resampler.timing import markdown_table
 
+from ..timing import markdown_table
 from .figures import FIGURES, draw_figures
 from .plan import ABLATIONS, AMID_PAPER, BASELINE, CELLS, ELASTIC, LEARNED, LOCAL, MARGINS, OURS, REFERENCE, RELATIVES
-from .results import ENOUGH_SEEDS, Results, fingerprint, load
+from .results import ABOUT, ENOUGH_SEEDS, RUNS, Results, fingerprint, load, results_folder
 from .statistics import GROUPS, Difference, Estimate, corrected
 
 ONE_POINT = 0.01
-MARGINS_EXPLAINED = """The centres of things lie in 3 x 3 places, one at most in each. So with 9 tokens, and with no
-other budget here, a window of TokenPacker, or a cell of ours, is such a place, and a token tells of little but one
-thing. What is that worth? The same scenes again, amid paper, on 16 x 16 patches with 16 tokens, so that cells are as
-large as those of 9 tokens above: with all paper to the right and below, cells are the places, and with two patches of
-it on every side each place lies across four cells. (Then all 16 cells hold a part of the scene, otherwise nine do: that
-differs, too.) Learning rates are those of above."""
+MARGINS_EXPLAINED = """Things have their centres in 3 x 3 places, at most one in each. With 9 tokens, and no other
+budget here, a window of TokenPacker, or a cell of ours, is exactly one such place, so each token describes mostly one
+thing. To measure what that is worth, the same scenes are embedded in blank paper, 16 x 16 patches in all, with 16
+tokens: cells are then as large as those of 9 tokens above. With all the paper to the right and below, cells coincide
+with places; with two patches of paper on every side, each place is spread over four cells. (All 16 cells then hold
+part of the scene, and nine of them otherwise, which is a second difference.) Learning rates are those above."""
 PRELIMINARY = (
-    "\n\n**Preliminary: the tables of scores are over {seeds}.** Seeds differ by about as much as neighbours in these "
-    "tables do, so conclusions wait for five."
+    "\n\n**Preliminary: the score tables cover {seeds}.** Seeds differ by about as much as neighbouring rows do, so "
+    "conclusions need five."
 )
+EXCLUDES_ZERO = "In these tables * marks a difference by group whose 95% interval excludes zero."
 
 
 def write_report(folder: Path) -> None:
-    """Writes `FOLDER/study.md` and `FOLDER/study/*.png` from the results in `FOLDER/study`."""
-    results = load(folder / "study")
+    """Writes `FOLDER/study.md` and `FOLDER/study/*.png` from the stored results."""
+    results = load(results_folder(folder))
+    (folder / "study").mkdir(exist_ok=True)
     draw_figures(results, folder / "study", results_hash(folder))
     write_whole(folder / "study.md", report_text(results))
 
 
 def check_report(folder: Path) -> None:
     """Raises ValueError if the report or a figure is not that of the stored results."""
-    if not (folder / "study.md").exists() or (folder / "study.md").read_text(encoding="utf-8") != report_text(
-        load(folder / "study")
-    ):
-        raise ValueError(f"{folder / 'study.md'} is not the report of the results beside it: write it again.")
+    stored, page = results_folder(folder), folder / "study.md"
+    if not page.exists() or page.read_text(encoding="utf-8") != report_text(load(stored)):
+        raise ValueError(f"{page} is not the report of the results in {stored}: write it again.")
     for name in FIGURES:
         path = folder / "study" / f"{name}.png"
         if not path.exists() or drawn_from(path) != results_hash(folder):
-            raise ValueError(f"{path} was not drawn from the results beside it: write the report again.")
+            raise ValueError(f"{path} was not drawn from the results in {stored}: write the report again.")
 
 
 def results_hash(folder: Path) -> str:
     """A hash of the stored results, which the figures carry."""
-    return fingerprint(folder / "study" / "study.json", folder / "study" / "runs.jsonl")
+    stored = results_folder(folder)
+    return fingerprint(stored / ABOUT, stored / RUNS)
 
 
 def drawn_from(path: Path) -> str | None:
@@ -64,7 +66,7 @@ def report_text(results: Results) -> str:
     for tokens in results.budgets:
         sections += [f"## {tokens} tokens", main_table(results, tokens), verdict(results, tokens)]
         sections += [
-            f"`{OURS}` minus each of the others, in points:",
+            f"`{OURS}` minus each of the others:",
             differences_table("minus", rivals(results, tokens)),
         ]
     sections += ["## Figures", *(f"![{caption}](study/{name}.png)\n\n{caption}" for name, caption in FIGURES.items())]
@@ -88,33 +90,33 @@ def introduction(results: Results) -> str:
     rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
     return f"""# Does multi-scope resampling win?
 
-The claim: at a fixed budget of tokens, several resamplers, each with a spatial scope of its own and adaptively fused,
-beat one global resampler. It would be refuted by a single-scope resampler, global *or local*, that is as good on every
-task at equal or lower cost. Average pooling and TokenPacker are the other peers to beat. This page is made by
-`ms-resampler study` from the results in [study/](study), whatever they say.{preliminary}
+The claim: at a fixed token budget, several resamplers, each with its own spatial scope, fused adaptively, beat one
+global resampler. A single-scope resampler, global *or local*, that is as good on every task at equal or lower cost
+would refute it. Average pooling and TokenPacker are the other peers to beat. `python -m research.study` writes this
+page from the stored results.{preliminary}
 
-**Conditions.** A small, controlled setting: {data["train_scenes"]:,} scenes of one to nine handwritten digits, shapes
-and words on 12 x 12 patches. A ConvNeXt tower has learned to name what is under each patch and is frozen; codes of
-their places are added to its features, as those of a ViT carry them. A reader of two layers, which stands in for the
-language model, has learned its questions on descriptions in words. Neither ever met a projector. For each run a fresh
-projector and a copy of that reader are trained together for {study["steps"]} steps of {study["batch_size"]} pictures
-with eight questions each. Every projector has the same choice of learning rates
-({rates}), by validation scores at {results.middle} tokens (`{LOCAL}`, which is `{OURS}` with one scope, takes
-the rate of `{OURS}`), and a width that gives it about the parameters of `{BASELINE}`, where it has a width (the
-perceivers are as wide as what they read or write). The digits of the test were seen by neither tower, reader nor
-projector.
+**Setting.** {data["train_scenes"]:,} synthetic scenes of one to nine handwritten digits, shapes and words on 12 x 12
+patches. A ConvNeXt tower, trained to name what is under each patch, is frozen; position codes are added to its
+features, as in a ViT. A two-layer reader stands in for the language model; it was trained on textual descriptions of
+scenes. Neither has seen a projector's output. Each run trains a new projector together with a copy of that reader,
+for {study["steps"]} steps of {study["batch_size"]} images with eight questions each. Every projector gets the same
+learning rates to choose from ({rates}), by validation score at {results.middle} tokens; `{LOCAL}`, which is `{OURS}`
+with one scope, uses the rate of `{OURS}`. Widths are chosen so that parameter counts match `{BASELINE}`, where a
+projector has a width (the perceivers are as wide as their input or output). Test scenes use digits that neither
+tower, reader nor projector has seen.
 
-**Scores.** On {data["test_scenes"]} held-out scenes: questions that need a local (read, colour, shape), regional
-(presence, where, relation, compare) or global look (count, count of a colour, majority), exact answers; and *dense*:
-the share of patches whose name and colour can be read back from the tokens. Groups are means of their families; overall
-is the mean of the four groups. Intervals are 95% bootstrap intervals over pictures and seeds; differences are paired,
-by seed and picture; p-values are t-tests over seeds, adjusted for their number in each table (Benjamini and Hochberg);
-d is Cohen's, over three seeds or more. Where tower and reader were trained more than once, or runs made on several
-kinds of machine, runs are compared with those of the same only ([how it was made](#how-it-was-made)): a table of scores
-is over the seeds that all its rows share, a difference over all that its two sides share. Our own design was chosen by
-looking at scores of these pictures, with two of the seeds ([log](log.md)), those of the peers are as published: that
-speaks for us. So differences have a column of the {data["validation_scenes"]} *validation* pictures, too, of other
-digits again, which chose nothing but learning rates: overall, with its 95% t-interval over seeds."""
+**Scores.** On {data["test_scenes"]} test scenes: exact answers to questions that need a local (read, colour, shape),
+regional (presence, where, relation, compare) or global view (count, count of a colour, majority), and *dense*: the
+share of patches whose name and colour can be predicted from the tokens. A group's score is the mean of its question
+families; overall is the mean of the four groups. Intervals are 95% bootstrap intervals over images and seeds.
+Differences are in percentage points and paired by seed and image. p-values are t-tests over seeds, adjusted for
+multiple comparisons within each table (Benjamini and Hochberg); d is Cohen's d, given from three seeds on. Runs are
+compared only with runs of the same tower, reader and kind of machine ([how it was made](#how-it-was-made)): a table
+of scores covers the seeds that all its rows share, a difference those that its two sides share. The design of
+`{OURS}` was chosen by looking at scores of these test scenes with two of the seeds ([log](../research/log.md)), which
+favours it over peers built as published. Differences are therefore also given for {data["validation_scenes"]}
+*validation* scenes, with other digits again, which chose nothing but learning rates: overall, with a 95% t-interval
+over seeds. {EXCLUDES_ZERO}"""
 
 
 def percent(estimate: Estimate, column: int) -> str:
@@ -124,9 +126,15 @@ def percent(estimate: Estimate, column: int) -> str:
 
 
 def signed(difference: Difference, column: int) -> str:
-    """A difference in points and its interval: "+1.2 (+0.3 to +2.0)"."""
+    """A difference in percentage points and its interval: "+1.2 (+0.3 to +2.0)"."""
     parts = (difference.estimate.mean_G, difference.estimate.low_G, difference.estimate.high_G)
     return signed_interval(*(part[column] for part in parts))
+
+
+def starred(estimate: Estimate, column: int) -> str:
+    """A difference in percentage points, with a star where its interval excludes zero: "+1.2*"."""
+    star = "*" if estimate.low_G[column] > 0 or estimate.high_G[column] < 0 else ""
+    return f"{100 * estimate.mean_G[column]:+.1f}{star}"
 
 
 def signed_interval(mean: float, low: float, high: float) -> str:
@@ -180,7 +188,7 @@ def differences_table(title: str, found: dict[str, Difference]) -> str:
             "<0.001" if p < 0.0005 else number(p, 3),
             number(difference.effect, 1),
             signed_interval(*difference.validation),
-            *(signed(difference, column) for column in range(len(GROUPS))),
+            *(starred(difference.estimate, column) for column in range(len(GROUPS))),
         ]
         for (arm, difference), p in zip(found.items(), adjusted, strict=True)
     ]
@@ -195,7 +203,9 @@ def verdict(results: Results, tokens: str) -> str:
     tested = [other for other in ahead if found[other].seeds > 1]
     confirmed = sum(found[other].validation[1] > 0 for other in tested)
     confirmation = (
-        f"Of those it leads, {confirmed} are behind on validation pictures, too, zero excluded. " if tested else ""
+        f"On validation scenes, too, {confirmed} of those are behind it with an interval that excludes zero. "
+        if tested
+        else ""
     )
     open_ = [other for other in found if other not in (*ahead, *behind)]
     worse = [
@@ -205,9 +215,9 @@ def verdict(results: Results, tokens: str) -> str:
         if difference.estimate.mean_G[column] < -ONE_POINT
     ]
     return (
-        f"At {tokens} tokens `{OURS}` is ahead of {len(ahead)} of {len(found)} with an interval that excludes zero "
-        f"({listed(ahead)}), behind {len(behind)} ({listed(behind)}), and not told apart from {len(open_)} "
-        f"({listed(open_)}). {confirmation}More than a point behind in a group: {listed(worse)}."
+        f"At {tokens} tokens `{OURS}` is ahead of {len(ahead)} of {len(found)} with an interval that excludes zero. "
+        f"{confirmation}It is behind: {listed(behind)}. Interval includes zero: {listed(open_)}. More than one "
+        f"percentage point behind in a group: {listed(worse)}."
     )
 
 
@@ -217,7 +227,7 @@ def listed(names: list[str]) -> str:
 
 
 def ablation_table(results: Results, base: str) -> str:
-    """Each change to a design, minus that; its relatives among the projectors, too."""
+    """Each change to a design minus that design, with its relatives among the projectors."""
     default = (base, "fixed", results.middle)
     relatives = [arm for arm in results.arms(results.middle) if arm in RELATIVES[base]]
     keys = {arm: (arm, "fixed", results.middle) for arm in (*relatives, *results.ablations(base))}
@@ -225,12 +235,12 @@ def ablation_table(results: Results, base: str) -> str:
     labels = {arm: arm.removesuffix(LEARNED) if arm in ABLATIONS else arm for arm in keys}
     table_of_changes = differences_table("change", {labels[arm]: difference for arm, difference in found.items()})
     table_of_changes += left_out([labels[arm] for arm in keys if arm not in found])
-    return f"Each change to `{base}`, minus that, in points:\n\n{table_of_changes}"
+    return f"Each change to `{base}`, minus that design:\n\n{table_of_changes}"
 
 
 def left_out(arms: list[str]) -> str:
     """A note below a table, if any arms are missing in it."""
-    return f"\n\nLeft out, because too few seeds are shared yet: {listed(arms)}." if arms else ""
+    return f"\n\nLeft out (too few shared seeds): {listed(arms)}." if arms else ""
 
 
 def elastic_table(results: Results) -> str:
@@ -258,9 +268,9 @@ def margin_tables(results: Results) -> str:
         for (arm, name, _), estimate in results.estimates(*keys).items()
     ]
     found = {f"{AMID_PAPER[1]}, cells {name}": results.difference(*pair) for name, pair in pairs.items()}
-    found["what that changes by"] = results.change(*pairs.values())
+    found["change"] = results.change(*pairs.values())
     scores = markdown_table(["cells", "projector", "overall", *GROUPS], rows)
-    return f"{scores}\n\n`{OURS}` minus the other, in points:\n\n{differences_table('minus', found)}"
+    return f"{scores}\n\n`{OURS}` minus the other:\n\n{differences_table('minus', found)}"
 
 
 def cost_table(results: Results) -> str:
@@ -276,9 +286,9 @@ def cost_table(results: Results) -> str:
     ]
     head = ["projector", "million MACs an image", "forward, ms", "and backward, ms", "forward, x", "and backward, x"]
     return (
-        f"Of the projectors alone, {results.middle} tokens, batch {results.study['batch_size']}, medians of "
-        f"repeats in turn; x is relative to `{BASELINE}` in the same round. {costs['machine']}. At these small sizes "
-        "overheads weigh more than at published ones, which `python research/benchmarks/projectors.py` measures.\n\n"
+        f"Projectors alone, {results.middle} tokens, batch {results.study['batch_size']}, medians of interleaved "
+        f"repeats; x is relative to `{BASELINE}` in the same round. {costs['machine']}. At these small sizes overheads "
+        "weigh more than at published ones, which `python -m research.benchmarks.projectors` measures.\n\n"
         + markdown_table(head, rows)
     )
 
@@ -290,10 +300,10 @@ def how_it_was_made(results: Results) -> str:
     options = "" if results.study["ablations"] else " --no-ablations"
     return f"""## How it was made
 
-    ms-resampler study --seeds {results.study["seeds"]}{options} --report docs
+    python -m research.study --seeds {results.study["seeds"]}{options} --report docs
 
-{len(results.runs)} runs, {hours:.1f} hours of training on one core. `ms-resampler study --check docs` holds this page
-against the stored results.
+{len(results.runs)} runs, {hours:.1f} hours of training on one core. `python -m research.study --check docs` checks this
+page against the stored results.
 
 {markdown_table(["made with", "runs", "seeds of `" + OURS + "`"], rows)}"""
 

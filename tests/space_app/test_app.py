@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from ms_resampler import TINY
-from ms_resampler_cli.demo import PEER
+from ms_resampler.demo import PEER
 
 import answering  # isort: skip (space_server made it importable)
 import app

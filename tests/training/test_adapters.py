@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.training.adapters import add_adapters
 from ms_resampler.training.recipes import RECIPES, Adapters, LearningRates
-from ms_resampler.training.run import run_recipe
+from ms_resampler.training.run import train
 from ms_resampler_cli import main as cli
 
 # peft asks a model of transformers by a name that is on its way out.
@@ -34,7 +34,7 @@ def lora():
 @pytest.fixture(scope="module")
 def trained(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    run_recipe(lora(), options_in(start, out))
+    train(lora(), **options_in(start, out))
     return out
 
 

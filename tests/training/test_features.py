@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from test_modeling import ragged_batch
+from tiny_models import ragged_batch
 from torch.testing import assert_close
 
 from ms_resampler import MSResamplerForConditionalGeneration, MSResamplerModel
