@@ -44,7 +44,7 @@ def processor_of(name: str, template: str) -> MSResamplerProcessor:
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     template = image_aware(template, "<image>", tokenizer)
     small = tiny_processor()
-    return MSResamplerProcessor(small.image_processor, tokenizer, 4, 4, chat_template=template)
+    return MSResamplerProcessor(small.image_processor, tokenizer, patch_size=4, visual_tokens=4, chat_template=template)
 
 
 def turns(*said):
