@@ -34,9 +34,21 @@ TINY = str(EMBEDDED)
 # Each command as a function, and the module that it is in; docs/python.md has an example of each.
 FUNCTIONS = {
     "ask": "answers",
+    "check_card": "hub_upload.card",
+    "check_data": "training.data_check",
     "convert": "conversion.convert",
+    "evaluate": "evaluation.run",
+    "export": "hub_upload.staging",
     "init": "assembly",
+    "merge": "training.merge",
+    "plan": "training.estimate",
+    "pull": "hub_upload.check",
+    "push_space": "hub_upload.space",
+    "push_to_hub": "hub_upload.push",
     "serve": "demo",
+    "train": "training.run",
+    "verify": "hub_upload.check",
+    "write_card": "hub_upload.card",
 }
 
 __all__ = [

@@ -121,7 +121,7 @@ def link_files(files: Iterable[Path], folder: Path) -> None:
 def loadable_pair(model: str | Path | None, second: str | Path | None) -> Iterator[tuple[str, str | None]]:
     """A model and the second one to compare it with, as strangers can load them; the embedded one brings its own."""
     second = second or (PEER if model is None else None)
-    names = [model_or_embedded(None if name is None else str(name)) for name in (model, second or model)]
+    names = [model_or_embedded(name) for name in (model, second or model)]
     for name in names:
         if Path(name).is_dir():
             require_our_type(name, read_config(Path(name)))

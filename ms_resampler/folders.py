@@ -1,6 +1,6 @@
 """Where models are, what their files are called, and files and folders that are there whole or not at all.
 
-This module imports the standard library alone, so that `ms-resampler demo` can start its page at once.
+This module imports nothing heavy, so that `ms-resampler demo` can start its page at once.
 """
 
 import json
@@ -25,9 +25,9 @@ def remote_code_files() -> list[Path]:
     return sorted(PACKAGE.glob("*_ms_resampler.py"))
 
 
-def model_or_embedded(model: str | None) -> str:
+def model_or_embedded(model: str | Path | None) -> str:
     """A folder or repository as it is; None is the checkpoint in this package. Raises ValueError if it cannot be."""
-    folder = EMBEDDED if model is None else Path(model)
+    folder, model = EMBEDDED if model is None else Path(model), None if model is None else str(model)
     if (folder / "config.json").is_file():
         return str(folder)
     if model is None:
@@ -46,10 +46,9 @@ def our_model(model: str | Path | None, revision: str | None = None) -> str:
 
     Raises ValueError, with what to do, for any other; OSError if a repository cannot be read.
     """
-    name = None if model is None else str(model)
-    if name is not None and name.endswith(".gguf"):
-        raise ValueError(f"{name} is a language model: assemble a model with `ms-resampler init --llm {name}`.")
-    place = model_or_embedded(name)
+    if str(model).endswith(".gguf"):
+        raise ValueError(f"{model} is a language model: put a model together with `ms-resampler init --llm {model}`.")
+    place = model_or_embedded(model)
     if Path(place).is_dir():
         require_our_type(place, read_config(Path(place)))
     else:

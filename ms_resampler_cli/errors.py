@@ -11,17 +11,18 @@ PACKAGE = Path(__file__).resolve().parent.with_name("ms_resampler")
 # The extras that bring a module, the one of the most commands first.
 EXTRAS = {
     "bitsandbytes": ["qlora"],
-    "datasets": ["train"],
-    "detect_secrets": ["push"],
+    "datasets": ["train", "eval"],
     "gguf": ["gguf"],
     "gradio": ["demo"],
     "liger_kernel": ["liger"],
+    "lmms_eval": ["lmms"],
     "matplotlib": ["train", "eval"],
+    "openpyxl": ["eval"],
     "peft": ["train"],
     "scipy": ["eval"],
     "sklearn": ["train", "eval"],
 }
-COMMAND_EXTRAS = {"study": "eval"}  # for modules that several extras bring
+COMMAND_EXTRAS = {"evaluate": "eval", "study": "eval"}  # for modules that several extras bring
 
 
 def sentence_for(error: Exception, command: str) -> str | None:

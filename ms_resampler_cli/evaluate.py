@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .arguments import budget
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `evaluate`."""
@@ -22,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="DIR", help="folder with DIR/TASK in the release's layout (default: from the Hub)"
     )
     parser.add_argument(
-        "--split", action="append", default=[], type=assignment, metavar="TASK=SPLIT", help="another split; repeatable"
+        "--split",
+        action="append",
+        default=[],
+        type=split_of_task,
+        metavar="TASK=SPLIT",
+        help="another split; repeatable",
     )
     parser.add_argument(
         "--visual-tokens",
@@ -50,18 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-index", metavar="NAME", help="print the first run as a model card's metadata instead")
 
 
-def assignment(text: str) -> tuple[str, str]:
+def split_of_task(text: str) -> tuple[str, str]:
     """A task and a split: "vqav2=test-dev" -> ("vqav2", "test-dev")."""
     task, equals, split = text.partition("=")
     if not (task and equals and split):
         raise argparse.ArgumentTypeError(f"{text!r} is not TASK=SPLIT")
     return task, split
-
-
-def budget(text: str) -> int | tuple[int, int]:
-    """A count or a grid: "36" -> 36, "4x9" -> (4, 9)."""
-    rows, by, columns = text.partition("x")
-    return (int(rows), int(columns)) if by else int(rows)
 
 
 def run(arguments: argparse.Namespace) -> int:

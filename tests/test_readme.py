@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from components import save_llm
+from safetensors.torch import load_file
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionModel,
@@ -17,6 +18,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+import ms_resampler
 from ms_resampler import FUNCTIONS, TINY, demo
 from ms_resampler.demo import loadable
 from ms_resampler_cli.main import build_parser, main
@@ -82,7 +84,7 @@ def test_the_page_on_python_runs_as_printed(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(demo, "check_port", lambda host, port: None)
     monkeypatch.setattr(demo.subprocess, "Popen", App)
     scope: dict = {}
-    for block in blocks("python", PYTHON):
+    for block in blocks("python", PYTHON.partition("\n## Train\n")[0]):
         exec(compile(block, "python.md", "exec"), scope)
     answer, tokens, weights, *notes, written, close = capsys.readouterr().out.splitlines()
     assert re.search(r"(left|right|top|bottom|centre): \w+ \w+", answer)
@@ -91,14 +93,34 @@ def test_the_page_on_python_runs_as_printed(monkeypatch, capsys, tmp_path):
     assert notes[-1] == "Visual tokens: 12 x 12 = 144 of 24 x 24 patches."
     assert written.endswith("MB written.")
     assert close == "True"
-    for folder in ("start", "scopes", "same", "back", "alone"):
+    for folder in ("start", "scopes", "same", "back", "alone", "my-model"):
         assert (tmp_path / folder / "config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
+def test_the_page_trains_evaluates_and_publishes_as_printed(hub, monkeypatch, capsys, tmp_path):
+    """On a Hub of this machine."""
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("ada"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "space_app" / "examples", "space_app/examples")
+    scope = {"ms_resampler": ms_resampler}
+    ms_resampler.export(tmp_path / "my-model")
+    for block in blocks("python", PYTHON.partition("\n## Train\n")[2]):
+        exec(compile(block, "python.md", "exec"), scope)
+    printed = capsys.readouterr().out
+    assert scope["report"].trainable
+    assert scope["summary"]["tasks"]["presence"]["value"] in (0, 1, 100)
+    assert f"{hub.url}/ada/my-model/tree/v1" in printed
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("trained", "pulled", "my-model")]
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+    assert any(not torch.equal(weights[2][name], value) for name, value in weights[0].items())
 
 
 def test_the_page_on_python_has_an_example_of_every_function():
     code = "\n".join(blocks("python", PYTHON))
     for name in FUNCTIONS:
-        assert f"ms_resampler.{name}(" in code
+        assert f"ms_resampler.{name}(" in (PYTHON if name == "push_space" else code)  # which waits for a Space to run
         assert f"[`{name}`](#" in PYTHON
 
 

@@ -5,4 +5,15 @@ from .run import Options, evaluate
 from .task import Judge, Task
 from .tasks import TASKS, find_tasks
 
-__all__ = ["TASKS", "Judge", "Options", "Task", "evaluate", "figure", "find_tasks", "has_failed_tasks", "model_index", "report"]
+__all__ = [
+    "TASKS",
+    "Judge",
+    "Options",
+    "Task",
+    "evaluate",
+    "figure",
+    "find_tasks",
+    "has_failed_tasks",
+    "model_index",
+    "report",
+]

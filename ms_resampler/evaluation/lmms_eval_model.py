@@ -1,6 +1,6 @@
 """The model class that lmms-eval finds by an entry point of this package (group `lmms_eval.models`).
 
-    lmms_eval --model ms_resampler --model_args pretrained=REPO,visual_tokens=36 --tasks pope --batch_size 16
+lmms_eval --model ms_resampler --model_args pretrained=REPO,visual_tokens=36 --tasks pope --batch_size 16
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from .answering import LocalModel
+from .answering import Budget, LocalModel
 
 NAME = "ms_resampler"
 
@@ -41,8 +41,16 @@ class MSResamplerForLmmsEval(lmms):
         if unknown:
             raise ValueError(f"The model ms_resampler does not know {', '.join(sorted(unknown))}.")
         accelerator = Accelerator()
-        self._rank, self._world_size, self.accelerator = accelerator.process_index, accelerator.num_processes, accelerator
-        budget = tuple(map(int, visual_tokens.split("x"))) if isinstance(visual_tokens, str) else visual_tokens
+        self._rank, self._world_size, self.accelerator = (
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator,
+        )
+        if isinstance(visual_tokens, str):
+            rows, columns = map(int, visual_tokens.split("x"))
+            budget: Budget | None = (rows, columns)
+        else:
+            budget = visual_tokens
         self.batch_size = int(batch_size)
         place = device if device and accelerator.num_processes == 1 else accelerator.device
         self.answerer = LocalModel.load(pretrained, revision, budget, place)
@@ -64,7 +72,9 @@ class MSResamplerForLmmsEval(lmms):
         return [str(reply) for reply in replies]
 
     def _answer(self, requests: Sequence[Instance], max_new_tokens: int) -> list[str]:
-        prompts, options, to_visual, documents, tasks, splits = zip(*(request.args for request in requests), strict=True)
+        prompts, options, to_visual, documents, tasks, splits = zip(
+            *(request.args for request in requests), strict=True
+        )
         pictures = [
             self.answerer.encode(images) if (images := visual(self.task_dict[task][split][document])) else []
             for visual, document, task, split in zip(to_visual, documents, tasks, splits, strict=True)

@@ -14,10 +14,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..folders import PACKAGE, model_or_embedded
+from ..folders import INDEX, PROJECTOR, WEIGHTS, model_or_embedded, read_config, remote_code_files, require_our_type
 from .personal import clean_json, read_json
 
-WEIGHTS, INDEX, PROJECTOR = "model.safetensors", "model.safetensors.index.json", "projector.safetensors"
 RECORD = "training_record.json"
 
 # The only files that leave a folder. Code is never taken from the folder: the package's is the only copy.
@@ -29,9 +28,9 @@ ALLOWED = (
 )  # fmt: skip
 
 
-def export(folder: Path, model: str | None = None) -> Path:
+def export(folder: str | Path, model: str | Path | None = None) -> Path:
     """Copies a checkpoint folder (default: the embedded one) and its code into a new folder, which loads anywhere."""
-    return stage_checkpoint(Path(model_or_embedded(model)), folder)
+    return stage_checkpoint(Path(model_or_embedded(model)), Path(folder))
 
 
 def stage_checkpoint(
@@ -59,11 +58,6 @@ def stage_checkpoint(
     elif max_shard_size is not None:
         write_shards(source, target, max_shard_size)
     return target
-
-
-def remote_code_files() -> list[Path]:
-    """The files that `trust_remote_code` loads: flat siblings that import nothing else of the package."""
-    return sorted(PACKAGE.glob("*_ms_resampler.py"))
 
 
 def is_allowed(name: str) -> bool:
@@ -103,10 +97,7 @@ def check_checkpoint(folder: Path, name: str | None = None) -> None:
     shown = name or folder
     if not (folder / "config.json").is_file():
         raise ValueError(f"{shown} is not a checkpoint folder: it has no config.json.")
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "ms_resampler":
-        raise ValueError(f"{shown} is a {kind} model, not one of ours: put one together with `ms-resampler init`.")
+    require_our_type(str(shown), read_config(folder))
     sets = [file for file in (WEIGHTS, INDEX, PROJECTOR) if (folder / file).is_file()]
     if not sets:
         raise ValueError(f"{shown} has no weights: neither {WEIGHTS} nor {INDEX}.")

@@ -27,8 +27,8 @@ from pathlib import Path
 import httpx
 from gradio_client import Client, handle_file
 
+from ms_resampler.demo import loadable_pair
 from ms_resampler.folders import find_app
-from ms_resampler_cli.demo import loadable_pair
 
 from ..timing import machine
 

@@ -12,10 +12,10 @@ from components import TOKENIZERS
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import save_file
 
+from ms_resampler.folders import remote_code_files
 from ms_resampler.hub_upload.inspect import check_secrets, inspect_files
 from ms_resampler.hub_upload.personal import clean_json, personal_notes
 from ms_resampler.hub_upload.secrets import find_secret, holds_token, redact
-from ms_resampler.hub_upload.staging import remote_code_files
 
 LETTERS = "aB3dE5gH7jK9mN1pQ2sT4vW6yZ8" * 5
 HUB_TOKEN = "hf_" + LETTERS[:34]

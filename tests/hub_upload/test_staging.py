@@ -3,7 +3,8 @@
 import pytest
 from tiny_models import tiny_model, tiny_processor
 
-from ms_resampler.hub_upload.staging import remote_code_files, stage_checkpoint
+from ms_resampler.folders import remote_code_files
+from ms_resampler.hub_upload.staging import stage_checkpoint
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_a_tied_head_is_saved_once_and_comes_back_tied(start, tmp_path):
 
 
 def test_groups_have_their_rates_and_decay_matrices_alone():
-    model = tiny_model(projector={"query_init": "learned"})
+    model = tiny_model(projector={"projector_type": "ms_resampler_branches"})
     rates = LearningRates(projector=1e-3, llm=2e-5, embeddings=1e-5)
     freeze(model, rates)
     groups = parameter_groups(model, rates, weight_decay=0.1)
@@ -141,8 +141,8 @@ def test_groups_have_their_rates_and_decay_matrices_alone():
     assert listed.keys() == {name for name in names.values() if part_of(name) != "tower"}
     assert listed["model.projector.layers.0.q_proj.weight"] == (1e-3, 0.1)
     undecayed = (
-        "model.projector.layers.0.prior.log_scale_Gh",
-        "model.projector.query_1DHW",
+        "model.projector.layers.0.prior.log_scale",
+        "model.projector.query",
         "model.projector.layers.0.q_proj.bias",
         "model.projector.input_norm.weight",
     )
