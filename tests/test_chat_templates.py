@@ -214,7 +214,9 @@ def test_a_start_of_text_without_a_name_is_there_once():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
     )
-    assert [processor(text=text)["input_ids"][0].count(start) for text in ("a", "<|im_start|>a")] == [1, 1]
+    for texts in (["a"], ["<|im_start|>a"], ["a", "<|im_start|>bc"]):
+        assert [ids.count(start) for ids in processor(text=texts)["input_ids"]] == [1] * len(texts)
+    assert processor(text="<|im_start|>a", add_special_tokens=True)["input_ids"][0].count(start) == 2
 
 
 @pytest.mark.parametrize("two_steps", [False, True])

@@ -14,7 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..folders import INDEX, PROJECTOR, WEIGHTS, model_or_embedded, remote_code_files
+from ..folders import INDEX, PROJECTOR, WEIGHTS, model_or_embedded, read_config, remote_code_files, require_our_type
 from .personal import clean_json, read_json
 
 RECORD = "training_record.json"
@@ -97,10 +97,7 @@ def check_checkpoint(folder: Path, name: str | None = None) -> None:
     shown = name or folder
     if not (folder / "config.json").is_file():
         raise ValueError(f"{shown} is not a checkpoint folder: it has no config.json.")
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "ms_resampler":
-        raise ValueError(f"{shown} is a {kind} model, not one of ours: put one together with `ms-resampler init`.")
+    require_our_type(str(shown), read_config(folder))
     sets = [file for file in (WEIGHTS, INDEX, PROJECTOR) if (folder / file).is_file()]
     if not sets:
         raise ValueError(f"{shown} has no weights: neither {WEIGHTS} nor {INDEX}.")
