@@ -25,17 +25,22 @@ CODE = remote_code_files()
 ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"} | set(sys.stdlib_module_names)
 # Who may import whom: modeling and processing do not know each other.
 SIBLINGS = {
-    "configuration_ms_resampler": set(),
+    "towers_ms_resampler": set(),
+    "configuration_ms_resampler": {"towers_ms_resampler"},
     "messages_ms_resampler": set(),
+    "quantisation_ms_resampler": set(),
     "packing_ms_resampler": set(),
     "pictures_ms_resampler": set(),
     "resampler_ms_resampler": set(),
-    "projectors_ms_resampler": {"configuration_ms_resampler", "resampler_ms_resampler"},
+    "branches_ms_resampler": {"resampler_ms_resampler"},
+    "projectors_ms_resampler": {"branches_ms_resampler", "configuration_ms_resampler", "resampler_ms_resampler"},
     "modeling_ms_resampler": {
         "configuration_ms_resampler",
         "packing_ms_resampler",
         "projectors_ms_resampler",
+        "quantisation_ms_resampler",
         "resampler_ms_resampler",
+        "towers_ms_resampler",
     },
     "processing_ms_resampler": {"configuration_ms_resampler", "messages_ms_resampler", "pictures_ms_resampler"},
 }
@@ -191,7 +196,8 @@ def test_model_and_processor_each_bring_their_code(tmp_path):
     everything = {file.stem for file in CODE}
     of_processor = {f"{name}_ms_resampler" for name in ("messages", "pictures", "processing")}
     assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - of_processor}
-    assert set(code_in(tmp_path / "processor")) == {"configuration_ms_resampler.py", *(f"{s}.py" for s in of_processor)}
+    alone = of_processor | {"configuration_ms_resampler", "towers_ms_resampler"}
+    assert set(code_in(tmp_path / "processor")) == {f"{stem}.py" for stem in alone}
 
 
 @pytest.mark.slow

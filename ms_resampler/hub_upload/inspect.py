@@ -1,6 +1,5 @@
 """What files hold: pickles, damaged or oversized files, secrets, and whose code a configuration names."""
 
-import json
 import pickletools
 import re
 import tarfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
+from .personal import load_json
 from .secrets import find_secret, holds_token, texts_of
 from .staging import allowed_files
 
@@ -128,14 +128,6 @@ def read_text(file: Path) -> str:
     return text
 
 
-def check_json(file: Path) -> None:
-    """Raises ValueError unless a file is JSON of levels that can be read."""
-    try:
-        json.loads(read_text(file))
-    except RecursionError as error:
-        raise ValueError("more levels than can be read") from error
-
-
 def check_weights(file: Path) -> None:
     """Raises ValueError unless the header describes exactly the bytes that follow it, and the numbers are finite."""
     try:
@@ -185,7 +177,7 @@ CONTENT_CHECKS: dict[str, Callable[[Path], object]] = {
     ".webp": check_start(b"RIFF"),
     ".gif": check_start(b"GIF8"),
     ".model": lambda file: check_start(b"\n")(file) if b"\0" in file.read_bytes() else read_text(file),
-    ".json": check_json,
+    ".json": load_json,
 }
 
 
