@@ -27,6 +27,13 @@ _FOREIGN_KEYS = frozenset(
         "attn_implementation",  # from_pretrained, as are the next two
         "experts_implementation",
         "name_or_path",
+        "pad_token_id",  # people, and trainers that complete a configuration; so are the next five
+        "bos_token_id",
+        "eos_token_id",
+        "sep_token_id",
+        "cls_token_id",
+        "decoder_start_token_id",
+        "initializer_range",  # transformers' shared tests
         "auto_map",  # save_pretrained of custom code
         "custom_pipelines",  # save_pretrained of a custom pipeline
         "fusion_config",  # from_pretrained, kept in the file
@@ -199,7 +206,7 @@ def _read_fields(config: type, fields: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         warnings.warn(
             f"config.json holds {', '.join(f'`{key}`' for key in unknown)}, which {config.__name__} does not know and "
-            "ignores: a later version of transformers or of this package may have written it.",
+            "makes no use of: a later version of transformers or of this package may have written it.",
             stacklevel=3,
         )
     return {key: value for key, value in fields.items() if key not in unknown}
@@ -466,12 +473,17 @@ class MSResamplerConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Reads what a file holds: keys that are not known are left out, with a warning."""
+        """Reads what a file holds: keys that are not known are kept and make no difference, with a warning."""
         projector = config_dict.get("projector_config")
         if isinstance(projector, dict):
             fields = _read_fields(MSResamplerProjectorConfig, _from_earlier_version(projector))
             config_dict = config_dict | {"projector_config": fields}
-        return super().from_dict(_read_fields(cls, config_dict), **kwargs)
+        fields = _read_fields(cls, config_dict)
+        loaded = super().from_dict(fields, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with the arguments that it has no use for
+        for key in config_dict.keys() - fields.keys():
+            setattr(config, key, config_dict[key])
+        return loaded
 
     def _check_tower(self) -> None:
         if not self.feature_layers:

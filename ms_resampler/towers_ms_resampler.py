@@ -208,7 +208,7 @@ def patch_features(
 
 
 def flatten_patches(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor]:
-    """Images (B, 3, height, width) as SigLIP 2 reads them: patches (B, N, 3 * size^2), their mask and their grids."""
+    """Images (B, 3, height, width) as SigLIP 2 reads them: patches (B, N, 3 * size^2), their mask and their grid."""
     rows, columns = (side // patch_size for side in pixel_values.shape[-2:])
     patches = pixel_values[..., : rows * patch_size, : columns * patch_size]
     patches = patches.unflatten(-1, (columns, patch_size)).unflatten(-3, (rows, patch_size))
@@ -216,7 +216,7 @@ def flatten_patches(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor]:
     return {
         "pixel_values": patches,
         "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.int32, device=patches.device),
-        "spatial_shapes": torch.tensor([[rows, columns]], device="cpu").expand(patches.shape[0], 2),  # read as numbers
+        "spatial_shapes": torch.tensor([[rows, columns]], device="cpu"),  # read as numbers, and the same for all images
     }
 
 

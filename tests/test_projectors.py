@@ -30,8 +30,8 @@ def sizes(vision, text, patches, tokens, *, layers=1, width=64, heads=4, depth=1
     """What a projector reads of a model's configuration."""
     return SimpleNamespace(
         feature_width=vision,
-        text_config=SimpleNamespace(hidden_size=text),
-        feature_layers=list(range(layers)),
+        feature_states=[SimpleNamespace(width=vision // layers)] * layers,
+        text_width=text,
         native_patch_grid=patches,
         projector_config=SimpleNamespace(
             hidden_size=width,
