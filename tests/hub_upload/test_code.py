@@ -196,13 +196,14 @@ def test_other_files_are_no_pickles(tmp_path):
 
 
 def test_something_behind_a_picture_is_refused(tmp_path):
-    Image.new("L", (2, 2)).save(tmp_path / "a.png")
-    inspect_files([tmp_path / "a.png"])
-    whole = (tmp_path / "a.png").read_bytes()
-    for data, reason in ((whole + b"import os", "something follows the picture"), (whole[:-20], "cut short")):
-        (tmp_path / "a.png").write_bytes(data)
-        with pytest.raises(ValueError, match=rf"a\.png is damaged \(.*{reason}"):
-            inspect_files([tmp_path / "a.png"])
+    file = tmp_path / "a.png"
+    Image.new("L", (2, 2)).save(file)
+    inspect_files([file])
+    whole = file.read_bytes()
+    for data, reason in ((whole + b"import os", "something follows the picture"), (whole[:-30], "no PNG picture")):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"a\.png is damaged \({reason}\)"):
+            inspect_files([file])
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])

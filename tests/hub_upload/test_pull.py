@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_processor
 
-from ms_resampler.folders import temporary_folder
+from ms_resampler.folders import PACKAGE, temporary_folder
 from ms_resampler.hub_upload.check import pull, verify
 from ms_resampler.hub_upload.staging import stage_checkpoint
 from ms_resampler_cli.main import main
@@ -279,9 +279,10 @@ def test_a_token_that_may_not_read_is_told_so(hub, api, staged, capsys):
 
 def test_folders_of_killed_runs_are_removed_and_those_of_others_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    script = "import os; from ms_resampler.folders import temporary_folder\n"
+    script = "import os; from folders import temporary_folder\n"
     script += "with temporary_folder('runs') as place: (place / 'weights').write_text('many'); os.kill(os.getpid(), 9)"
-    killed = subprocess.run([sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)}, timeout=100)
+    variables = {"TMPDIR": str(tmp_path), "PYTHONPATH": str(PACKAGE)}  # the module alone is imported in no time
+    killed = subprocess.run([sys.executable, "-c", script], env=os.environ | variables, timeout=100)
     assert killed.returncode == -9
     (left,) = tmp_path.iterdir()
     with temporary_folder("other"):

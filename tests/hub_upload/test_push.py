@@ -286,6 +286,10 @@ REFUSED = {
         lambda folder: (folder / "README.md").write_text("# A model\n"),
         r"README\.md lacks in its metadata: library_name: transformers, pipeline_tag: .+, license: \.\.\.",
     ),
+    "metadata that are no YAML": (
+        lambda folder: (folder / "README.md").write_text("---\nlicense: [mit\n---\n# A model\n"),
+        r"README\.md is damaged: its metadata, between two lines of ---, are no YAML",
+    ),
     "an unknown key": (
         lambda folder: (folder / "config.json").write_text(
             (folder / "config.json").read_text().replace('"query_grid"', '"query_gird"')
@@ -384,7 +388,7 @@ def test_a_bad_name_is_refused_before_anything(name, hub, token, folder, capsys)
         (["--tag", "v 1"], "--tag 'v 1' is no name for git"),
         (["--revision", "../x"], "--revision '../x' is no name for git"),
         (["--tag", "v1", "--create-pr"], "A pull request gets no tag"),
-        (["--max-shard-size", "much"], "not supported"),
+        (["--max-shard-size", "much"], "--max-shard-size 'much' is no size: give one like"),
     ],
 )
 def test_bad_options_are_refused(arguments, sentence, hub, token, folder, capsys):
