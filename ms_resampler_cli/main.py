@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 
 from . import (
@@ -51,8 +52,9 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "merge": (merge, "fold a run's adapters into a whole model"),
     "evaluate": (evaluate, "score models on public benchmarks and suites of your own"),
     "plan": (plan, "tell what a recipe takes of memory and time, before it runs"),
-    "study": (study, "train every projector under the same conditions, and compare them"),
 }
+if (Path(__file__).parents[1] / "research" / "study").is_dir():  # in a checkout, not in an installed package
+    COMMANDS["study"] = study, "train every projector under the same conditions, and compare them"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

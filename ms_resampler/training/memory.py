@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..towers_ms_resampler import flatten_patches, pair
 from .adapters import add_adapters
-from .parameters import count_parameters, freeze, frozen_parts, hold_still, set_precision
+from .parameters import count_parameters, eval_frozen, freeze, frozen_parts, set_precision
 from .recipes import Recipe
 
 NF4_BYTES = 4.127 / 8  # a weight in four bits, with its share of the twice quantized scales
@@ -129,7 +129,7 @@ def step_sizes(config: Any, recipe: Recipe, shape: BatchShape, launcher: str) ->
     with FakeTensorMode():
         imagine_on_cpu(model)
         model.train()
-        hold_still(frozen_parts(model))
+        eval_frozen(frozen_parts(model))
         activations = trace(model, recipe, shape)
     return Sizes(parts, activations, layer, rest)
 

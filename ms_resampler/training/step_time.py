@@ -18,7 +18,7 @@ from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..towers_ms_resampler import pair
 from .adapters import four_bit_config
 from .memory import BatchShape
-from .parameters import frozen_parts, hold_still, parameter_groups, prepare, set_precision
+from .parameters import eval_frozen, frozen_parts, parameter_groups, prepare, set_precision
 from .recipes import Recipe
 from .trainer import keep_freed_memory
 
@@ -38,7 +38,7 @@ def measure_step(config: Any, recipe: Recipe, shape: BatchShape, accumulation: i
     """Runs forward, backward and optimiser on random batches, on the device that is here."""
     keep_freed_memory()  # as a run does
     model = random_model(config, recipe).to("cuda" if torch.cuda.is_available() else "cpu").train()
-    hold_still(frozen_parts(model))
+    eval_frozen(frozen_parts(model))
     groups = parameter_groups(model, recipe.rates, recipe.weight_decay)
     optimiser = torch.optim.AdamW(groups, fused=True)
 

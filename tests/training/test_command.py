@@ -109,7 +109,7 @@ def test_a_language_model_alone_is_not_trained(command, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*command.split(), "--model", str(llm)]) == 2
     told = capsys.readouterr().err
-    assert f"{llm} is a qwen2 model, not one of this package: make one with `ms-resampler init`" in told
+    assert f"{llm} is a `qwen2` model, not one of this package: put one together with `ms-resampler init`" in told
     assert told.count("\n") == 1
 
 
@@ -142,7 +142,7 @@ def test_a_package_that_is_missing_is_named_before_anything_is_read(monkeypatch,
 
 
 @pytest.mark.slow
-def test_two_commands_make_a_model_of_a_tower_and_a_language_model_that_answers(tmp_path, capfd):
+def test_two_commands_make_a_model_that_answers(tmp_path, capfd):
     make_start(tmp_path, records=12)
     rows = [row for row in json.loads((tmp_path / "data.json").read_text()) if "image" in row]
     (tmp_path / "captions.json").write_text(json.dumps(rows))

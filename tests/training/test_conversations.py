@@ -121,8 +121,8 @@ def test_a_typed_image_token_is_text(form):
     tokenizer = TOKENIZERS["qwen2"]()
     tokenizer.add_tokens([token], special_tokens=True)
     template = image_aware(CHATML, token, tokenizer)
-    options = {"patch_size": 4, "visual_tokens": 4, "image_token": token, "chat_template": template}
-    processor = MSResamplerProcessor(tiny_processor().image_processor, tokenizer, **options)
+    fields = {"patch_size": 4, "visual_tokens": 4, "image_token": token, "chat_template": template}
+    processor = MSResamplerProcessor(tiny_processor().image_processor, tokenizer, **fields)
     typed, said = f"What is {token}?", f"{token} is a token."
     record = {"id": "p", "image": picture(), "conversations": turns(("human", f"<image>\n{typed}"), ("gpt", said))}
     if form == "messages":

@@ -116,7 +116,7 @@ def test_checkpointing_and_the_fused_loss_save_activations(name):
     assert kept["checkpointed"] >= kept["fused"] + logits
 
 
-def test_the_fused_loss_makes_the_gradient_of_a_head_that_learns_in_the_forward():
+def test_the_fused_loss_holds_the_gradient_of_a_head_that_learns():
     """In float32; the weights, and so the other gradients, have 16 bits here."""
     config, shape = middling_config(), BatchShape(1, 20, 112)
     learning = dataclasses.replace(RECIPES["instruct"](), liger=True)

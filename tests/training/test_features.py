@@ -64,7 +64,7 @@ def test_loss_is_the_cross_entropy_of_the_next_words():
     assert_close(outputs.loss.double(), torch.stack(by_hand).mean(), **CLOSE)
 
 
-def test_loss_over_accumulated_batches_is_divided_by_the_number_it_is_given():
+def test_accumulated_loss_is_divided_by_the_number_it_is_given():
     """What Trainer passes with gradient accumulation."""
     model, batch = tiny.tiny_model(), labelled_batch()
     count = int((batch["labels"][:, 1:] != -100).sum())

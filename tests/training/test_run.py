@@ -92,7 +92,7 @@ def test_dropout_is_off_in_what_is_frozen(start, tmp_path):
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
-def test_the_result_loads_through_the_auto_classes_and_differs_in_weights_alone(start, tmp_path):
+def test_the_result_loads_anywhere_and_differs_in_weights_alone(start, tmp_path):
     result = train(small("instruct", steps=1), **options_in(start, tmp_path))
     model = AutoModelForImageTextToText.from_pretrained(result)
     trained = weights(result)
@@ -330,7 +330,7 @@ def test_a_run_is_not_gone_on_with_by_another_recipe_or_other_data(start, tmp_pa
         train(small("align", steps=1), **other)
 
 
-def test_a_result_that_cannot_be_written_leaves_no_half_and_comes_with_the_next_try(start, tmp_path, monkeypatch):
+def test_a_result_that_cannot_be_written_comes_with_the_next_try(start, tmp_path, monkeypatch):
     def fail(trained, state, dtype, folder):
         folder.mkdir()
         raise RuntimeError("No space left on device")
@@ -377,7 +377,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(start, 
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(start, unbroken, tmp_path):
+def test_a_run_killed_in_a_checkpoint_resumes_from_the_one_before(start, unbroken, tmp_path):
     out = tmp_path / "run"
     kill_at(start_run(start, out, CHANGES), out, lambda: last_checkpoint(out) and (out / "unfinished").exists())
     (out / "unfinished" / "checkpoint-99").mkdir(parents=True, exist_ok=True)  # the kill may have come too late
