@@ -276,7 +276,6 @@ DATA = data_url(picture())
         {"type": "image", "url": DATA, "text": None},
         {"type": "image", "image_url": {"url": DATA}},
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("text", [{"type": "input_text", "text": "What?"}, "What?"], ids=str)
 def test_the_forms_of_openai_are_understood(form, processor, part, text):
@@ -322,7 +321,6 @@ def test_the_forms_of_openai_are_understood(form, processor, part, text):
         (says("tool", "Hi") | {"tool_call_id": "1"}, "Message 1 has `tool_call_id`"),
         (says("user", "Hi") | {"images": [picture()]}, "Message 1 has `images`"),
     ],
-    ids=str,
 )
 def test_what_is_not_understood_is_refused_by_name(message, sentence):
     processor = tiny_processor(chat_template=packaged_template("chatml"))
