@@ -24,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="DIR", help="folder with DIR/TASK in the release's layout (default: from the Hub)"
     )
     parser.add_argument(
-        "--split", action="append", default=[], type=assignment, metavar="TASK=SPLIT", help="another split; repeatable"
+        "--split",
+        action="append",
+        default=[],
+        type=split_of_task,
+        metavar="TASK=SPLIT",
+        help="another split; repeatable",
     )
     parser.add_argument(
         "--visual-tokens",
@@ -52,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-index", metavar="NAME", help="print the first run as a model card's metadata instead")
 
 
-def assignment(text: str) -> tuple[str, str]:
+def split_of_task(text: str) -> tuple[str, str]:
     """A task and a split: "vqav2=test-dev" -> ("vqav2", "test-dev")."""
     task, equals, split = text.partition("=")
     if not (task and equals and split):

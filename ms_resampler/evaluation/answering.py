@@ -110,13 +110,13 @@ class LocalModel:
 class ServedModel:
     """A model behind an OpenAI-compatible address, as `transformers serve`, vLLM and SGLang offer it.
 
-    The budget goes along with every request, in the form that `transformers serve` hands to the processor.
+    The budget goes along with every request, in the form that `transformers serve` hands to the processor: one entry a
+    picture, since a bare grid would be taken for the counts of two pictures.
     """
 
     def __init__(self, url: str, model: str, budget: Budget | None = None, timeout_seconds: float = 600):
         self.url, self.model, self.timeout_seconds = url.rstrip("/"), model, timeout_seconds
-        kwargs = {"chat_template_kwargs": {"processor_kwargs": {"visual_tokens": budget}}}
-        self.options = {} if budget is None else kwargs
+        self.budget = budget
 
     def encode(self, pictures: Sequence[Any]) -> list[str]:
         """The pictures as data URLs. Raises ValueError if one is not a picture."""
@@ -134,8 +134,9 @@ class ServedModel:
             "messages": [{"role": "user", "content": [*images, {"type": "text", "text": prompt}]}],
             "temperature": 0.0,
             "max_tokens": max_new_tokens,
-            **self.options,
         }
+        if urls and self.budget is not None:
+            body["chat_template_kwargs"] = {"visual_tokens": [self.budget] * len(urls)}
         request = urllib.request.Request(
             f"{self.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )

@@ -49,7 +49,7 @@ def plan(samples: Sequence[Sample], prompts: Sequence[str], batch_size: int) -> 
 
 
 def kept_answers(folder: Path, name: str) -> dict[tuple[str, str], Reply]:
-    """What came of a task's prompts in earlier runs, of any number of processes; a line that was cut off does not count."""
+    """What came of a task's prompts in earlier runs, of any number of processes; a line that was cut off is skipped."""
     kept: dict[tuple[str, str], Reply] = {}
     for path in sorted(folder.glob(f"{name}.rank*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -86,13 +86,18 @@ def ask(
     max_new_tokens: int,
 ) -> Iterator[list[tuple[int, Reply]]]:
     """The replies to the samples of some windows that have none yet, a batch at a time; `shown` are their pictures."""
+    encoded: dict[str, Any] = {}
     for window in windows:
         batches = [
             [place for place in batch if not is_known(known, samples[place], prompts[place])] for batch in window
         ]
         pictures = {picture.key: picture for batch in batches for place in batch for picture in shown[place]}
         started = time.perf_counter()
-        encoded, broken = encode(answerer, list(pictures.values()), max(map(len, batches)))
+        # The window before may have ended among the questions about a picture.
+        encoded = {key: encoded[key] for key in pictures if key in encoded}
+        fresh = [picture for key, picture in pictures.items() if key not in encoded]
+        results, broken = encode(answerer, fresh, max(map(len, batches)))
+        encoded |= results
         encoding = (time.perf_counter() - started) / max(1, sum(map(len, batches)))
         for batch in batches:
             unreadable = {

@@ -11,7 +11,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from .answering import LocalModel
+from .answering import Budget, LocalModel
 
 NAME = "ms_resampler"
 
@@ -46,7 +46,11 @@ class MSResamplerForLmmsEval(lmms):
             accelerator.num_processes,
             accelerator,
         )
-        budget = tuple(map(int, visual_tokens.split("x"))) if isinstance(visual_tokens, str) else visual_tokens
+        if isinstance(visual_tokens, str):
+            rows, columns = map(int, visual_tokens.split("x"))
+            budget: Budget | None = (rows, columns)
+        else:
+            budget = visual_tokens
         self.batch_size = int(batch_size)
         place = device if device and accelerator.num_processes == 1 else accelerator.device
         self.answerer = LocalModel.load(pretrained, revision, budget, place)

@@ -34,12 +34,7 @@ def published_rows() -> list[PublishedRow]:
     with FILE.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     about = ("method", "tokens", "llm", "trained", "source")
-    return [
-        PublishedRow(
-            *(row[name] for name in about[:-1]), {k: v for k, v in row.items() if k not in about}, row["source"]
-        )
-        for row in rows
-    ]
+    return [PublishedRow(**{name: row.pop(name) for name in about}, numbers=row) for row in rows]
 
 
 def comparable_rows(budget: float | None) -> list[PublishedRow]:

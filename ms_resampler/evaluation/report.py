@@ -132,8 +132,8 @@ def differences(first: Run, second: Run) -> dict[str, Difference]:
         if part["value"] is None or other is None or other["value"] is None:
             continue
         aggregation = TASKS[name].aggregation if name in TASKS else mean_of_scores()
-        scored = [read_scored(run.folder / f"{name}.jsonl") for run in (first, second)]
-        found[name] = compare(aggregation, *scored)
+        before, after = (read_scored(run.folder / f"{name}.jsonl") for run in (first, second))
+        found[name] = compare(aggregation, before, after)
     corrected = holm([difference.p for difference in found.values()])
     return {
         name: Difference(d.value, d.low, d.high, p, d.samples)

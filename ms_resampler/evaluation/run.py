@@ -27,6 +27,9 @@ SETTINGS, SUMMARY = "settings.json", "summary.json"
 EXAMPLES = 5  # problems of a kind that the summary names
 
 
+Model = str | tuple[Any, Any] | Answerer
+
+
 @dataclass(frozen=True)
 class Options:
     """How to evaluate.
@@ -53,23 +56,23 @@ class Options:
     url: str | None = None
 
 
-def evaluate(
-    model: str | tuple[Any, Any], tasks: Sequence[str | Path], out: Path, options: Options | None = None
-) -> dict[str, Any]:
+def evaluate(model: Model, tasks: Sequence[str | Path], out: Path, options: Options | None = None) -> dict[str, Any]:
     """Evaluates a model and returns the summary, which `out` holds as well, with a JSONL file a task.
 
-    model: a folder, a Hub repository, or a model and its processor. tasks: names, sets of them ("ten"), and paths of
-    suites. What `out` holds already is not asked again. Under `accelerate launch`, the processes share the work.
+    model: a folder, a Hub repository, a model and its processor, or whatever answers (see Answerer). tasks: names, sets
+    of them ("ten"), and paths of suites. What `out` holds already is not asked again. Under `accelerate launch`, the
+    processes share the work.
 
     A task whose data are not as they should be has no value and its reason in the summary; the others go on.
     Raises ValueError if a task is unknown, or if `out` holds a run with other settings.
     """
+    import torch
     from accelerate import PartialState
 
     options = options or Options()
     chosen = find_tasks(tasks)
     # One process may have hours of work left when another is done.
-    state = PartialState(timeout=timedelta(days=30))
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
     settings = run_settings(model, options)
     if state.is_main_process:
         (out / "answers").mkdir(parents=True, exist_ok=True)
@@ -99,10 +102,12 @@ def evaluate(
     return summary
 
 
-def the_answerer(model: str | tuple[Any, Any], options: Options, device: Any) -> Answerer:
-    """Loads the model, or the address that serves it."""
-    if not isinstance(model, str):
+def the_answerer(model: Model, options: Options, device: Any) -> Answerer:
+    """Loads the model, or stands before the address that serves it."""
+    if isinstance(model, tuple):
         return LocalModel(*model, options.visual_tokens)
+    if not isinstance(model, str):
+        return model
     if options.url is not None:
         return ServedModel(options.url, model, options.visual_tokens)
     return LocalModel.load(model, options.revision, options.visual_tokens, device)
@@ -134,21 +139,20 @@ def filled(template: str, sample: Sample) -> str:
 # Settings ----------------------------------------------------------------------------------------------------------
 
 
-def run_settings(model: str | tuple[Any, Any], options: Options) -> dict[str, Any]:
+def run_settings(model: Model, options: Options) -> dict[str, Any]:
     """What a run's answers depend on, besides the data: they cannot be resumed with anything else."""
-    named = model if isinstance(model, str) else model[0].config._name_or_path or "a model in memory"
-    local = Path(named).is_dir() and options.url is None
+    loaded = model if isinstance(model, str) and options.url is None else None
+    local = loaded is not None and Path(loaded).is_dir()
+    kind = type(model[0] if isinstance(model, tuple) else model).__name__
     return {
-        "model": named,
+        "model": model if isinstance(model, str) else kind,
         "url": options.url,
-        "revision": None
-        if local or options.url or not isinstance(model, str)
-        else commit_of_model(named, options.revision),
-        "sha256": hash_of_weights(Path(named)) if local else None,
+        "revision": commit_of_model(loaded, options.revision) if loaded and not local else None,
+        "sha256": hash_of_weights(Path(loaded)) if loaded and local else None,
         "visual_tokens": options.visual_tokens,
         "blind": options.blind,
         "limit": options.limit,
-        "prompts": own_prompts(named, options),
+        "prompts": own_prompts(loaded, options.revision) if loaded else {},
         "decoding": "greedy",
         "versions": {name: metadata.version(name) for name in ("ms-resampler", "torch", "transformers")},
         "python": platform.python_version(),
@@ -170,16 +174,14 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(settings, indent=1, ensure_ascii=False))
 
 
-def own_prompts(model: str, options: Options) -> dict[str, str]:
+def own_prompts(model: str, revision: str | None) -> dict[str, str]:
     """The prompts by task that a model carries in evaluation_prompts.json, if it does."""
     from transformers.utils import cached_file
 
-    if options.url is not None or model == "a model in memory":
-        return {}
     path = cached_file(
         model,
         PROMPTS,
-        revision=options.revision,
+        revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,

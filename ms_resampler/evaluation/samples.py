@@ -86,7 +86,12 @@ class Scored:
 
 def picture_file(path: Path) -> Picture:
     """A picture in a file, which may turn out to be missing or damaged when it is opened."""
-    return Picture(str(path), lambda: path)
+    return stored_picture(str(path), path)
+
+
+def stored_picture(key: str, content: Any) -> Picture:
+    """A picture that is at hand: a path, bytes or base64."""
+    return Picture(key, lambda: content)
 
 
 def lettered(options: Iterable[str], form: str = "{letter}. {option}") -> str:

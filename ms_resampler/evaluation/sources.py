@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .samples import Columns, DataError, Picture, Problem, Sample
+from .samples import Columns, DataError, Picture, Problem, Sample, picture_file
 
 Record = Mapping[str, Any]
 
@@ -212,8 +212,7 @@ def read_tsv(path: Path) -> Iterator[dict[str, str]]:
 
 def picture_in(folder: Path, *names: str) -> Picture:
     """The picture under the first of some names that is there; if none is, opening it will say so."""
-    path = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
-    return Picture(str(path), lambda: path)
+    return picture_file(next((folder / name for name in names if (folder / name).is_file()), folder / names[0]))
 
 
 def is_blank(value: Any) -> bool:

@@ -96,15 +96,14 @@ def render_card(folder: Path, title: str | None = None, *, repo: str | None = No
 def facts_of_model(folder: Path, config: Any) -> dict[str, Any]:
     """What the configuration and the weights say."""
     projector, counts = config.projector_config, parameter_counts(folder)
-    image_size = getattr(config.vision_config, "image_size", None)
-    grid = config.patch_grid((image_size, image_size)) if isinstance(image_size, int) else None
+    grid = config.native_patch_grid
     budget, peer = projector.visual_tokens, PROJECTORS.get(projector.projector_type)
     return {
         "projector": projector,
         "tower": config.vision_config.model_type,
         "language_model": config.text_config.model_type,
         "millions": lambda part: f"{counts[part] / 1e6:.1f}",
-        "patches": f"{grid[0] * grid[1]} patches" if grid else "patches",
+        "patches": f"{grid[0] * grid[1]} patches",
         "tokens": budget if isinstance(budget, int) else budget[0] * budget[1],
         "peer": str(peer.__doc__).partition("\n")[0] if peer else "",
     }

@@ -91,7 +91,7 @@ IN_CONTEXT = {
         rf"authorization(?:{QUOTE})?[ :=]{{1,3}}(?:{QUOTE})?(?:basic|token) [\w.~+/=-]{{8}}",
     ),
     "Weights & Biases key": (r"wandb[\w.\"' :=(-]{0,40}(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])",),
-    "Kaggle token": (r"\"username\"\s{0,9}:\s{0,9}\"[^\"]{1,64}\"\s{0,9},\s{0,9}\"key\"\s{0,9}:\s{0,9}\"[0-9a-f]{32}\"",),
+    "Kaggle token": (r"\"username\": {0,9}\"[^\"]{1,64}\",\s{0,9}\"key\": {0,9}\"[0-9a-f]{32}\"",),
     "netrc entry": (r"machine\s{1,9}\S{1,99}\s{1,9}login\s{1,9}\S{1,99}\s{1,9}password\s{1,9}\S{4}",),
     "Secret Keyword": tuple(word + ASSIGNED for word in WORDS),
 }  # fmt: skip

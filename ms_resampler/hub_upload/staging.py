@@ -151,12 +151,15 @@ def open_weights(file: Path) -> Iterator[Any]:
 def write_shards(source: Path, target: Path, max_shard_size: str) -> None:
     """Writes the weights of `source` to `target`, one shard in memory at a time."""
     files = tensor_files(source)
-    split = split_state_dict_into_shards_factory(
-        {name: tensor_size(file, name) for name, file in files.items()},
-        get_storage_size=lambda size: size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
+    try:
+        split = split_state_dict_into_shards_factory(
+            {name: tensor_size(file, name) for name, file in files.items()},
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ValueError(f"{max_shard_size!r} is not the size of a shard, which is written as 5GB: {error}") from error
     for shard, names in split.filename_to_tensors.items():
         write_tensors({name: files[name] for name in names}, target / shard)
     if split.is_sharded:

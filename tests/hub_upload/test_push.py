@@ -290,12 +290,6 @@ REFUSED = {
         lambda folder: (folder / "README.md").write_text("---\nlicense: [mit\n---\n# A model\n"),
         r"README\.md is damaged: its metadata, between two lines of ---, are no YAML",
     ),
-    "an unknown key": (
-        lambda folder: (folder / "config.json").write_text(
-            (folder / "config.json").read_text().replace('"query_grid"', '"query_gird"')
-        ),
-        r"query_gird",
-    ),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..aggregation import Aggregation, Counts, Sums, groups_of
 from ..metrics import mmbench_letter
-from ..samples import Columns, Outcome, Picture, Sample, Scored, lettered
+from ..samples import Columns, Outcome, Sample, Scored, lettered, stored_picture
 from ..sources import HubData, Record, is_blank, one_of, read_tsv
 from ..task import LETTER, LLAVA, Judge, Task
 
@@ -29,11 +29,11 @@ def records_of(language: str) -> Callable[[Path, str], Iterator[Record]]:
         pictures = {row.get("index"): row.get("image") for row in rows}
         has_rotations = any(int(row["index"]) >= ROTATION for row in rows if row.get("index"))
         for row in rows:
-            cell = row.get("image") or ""
+            cell, index = row.get("image") or "", row.get("index") or "0"
             # A short cell is the index of the row that holds the picture.
-            base = cell if len(cell) < 64 and cell in pictures else row.get("index", "")
-            cell = pictures.get(base, cell)
-            picture = Picture(f"{path} {int(base or 0) % ROTATION}", lambda cell=cell: cell)
+            if len(cell) < 64 and cell in pictures:
+                cell, index = pictures[cell] or "", cell
+            picture = stored_picture(f"{path} {int(index) % ROTATION}", cell)
             record = row | {"image": picture}
             yield from [record] if has_rotations else rotations(record)
 
@@ -43,13 +43,12 @@ def records_of(language: str) -> Callable[[Path, str], Iterator[Record]]:
 def rotations(record: Record) -> Iterator[Record]:
     """A question with its options in every rotation, and the answer's letter with them."""
     letters = [letter for letter in "ABCD" if not is_blank(record.get(letter))]
+    answer = record.get("answer")
     for shift in range(len(letters)):
         turned = {letter: record[letters[(i + shift) % len(letters)]] for i, letter in enumerate(letters)}
         index = int(record["index"]) + shift * ROTATION
-        answer = record.get("answer")
-        if not is_blank(answer):
-            answer = letters[(letters.index(answer) - shift) % len(letters)]
-        yield record | turned | {"index": index, "answer": answer}
+        place = "" if is_blank(answer) else letters[(letters.index(str(answer)) - shift) % len(letters)]
+        yield {**record, **turned, "index": index, "answer": place}
 
 
 def build(record: Columns) -> Sample:

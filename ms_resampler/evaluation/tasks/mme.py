@@ -7,7 +7,7 @@ import numpy as np
 
 from ..aggregation import Aggregation, Counts, Sums, groups_of
 from ..metrics import mme_answer
-from ..samples import Columns, DataError, Outcome, Picture, Problem, Sample, Scored
+from ..samples import Columns, DataError, Outcome, Problem, Sample, Scored, picture_file
 from ..sources import HubData, Record
 from ..task import LLAVA, SHORT, Task
 
@@ -44,7 +44,7 @@ def records(folder: Path, split: str) -> Iterator[Record | Problem]:
                     "category": category,
                     "question": question,
                     "answer": answer,
-                    "image": Picture(str(image), lambda image=image: image),
+                    "image": picture_file(image),
                 }
 
 
@@ -80,7 +80,7 @@ def tally(scored: Sequence[Scored]) -> Iterable[tuple[str, Counts]]:
 
 def finish(sums: Sums) -> dict[str, np.ndarray]:
     """Accuracy plus accuracy+ of every category, and their sums."""
-    numbers = {}
+    numbers: dict[str, np.ndarray] = {}
     for category in (*PERCEPTION, *COGNITION):
         if f"{category} questions" in sums:
             accuracy = 100 * sums[f"{category} right"] / sums[f"{category} questions"]
