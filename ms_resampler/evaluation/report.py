@@ -96,7 +96,12 @@ def cell(task: dict[str, Any] | None) -> str:
     low, high = task["interval"]
     digits = ".1f" if task["scale"] <= 100 else ".0f"
     width = "" if low is None or high is None else f" ±{(high - low) / 2:{digits}}"
-    return f"{task['value']:{digits}}{width}{'*' if task['remarks'] else ''}"
+    return f"{task['value']:{digits}}{width}{'' if is_plain(task) else '*'}"
+
+
+def is_plain(task: dict[str, Any]) -> bool:
+    """Whether a number stands for itself: no remark, and nine in ten replies were understood."""
+    return not task["remarks"] and task["not_parsed"] <= task["answered"] / 10
 
 
 def number(value: float | None, digits: str) -> str:
@@ -154,7 +159,7 @@ def notes(runs: Sequence[Run], rows: Sequence[PublishedRow]) -> str:
     """What the numbers are, every remark, every problem, and where published rows come from."""
     lines = [
         "± is half of the 95% interval of a bootstrap over pictures. MME-P is the perception sum (of 2000). "
-        "A number with an asterisk has a remark."
+        "A number with an asterisk is not to be compared, for what is said of it here."
     ]
     for run in runs:
         for name, part in run.tasks.items():
@@ -171,7 +176,7 @@ def notes(runs: Sequence[Run], rows: Sequence[PublishedRow]) -> str:
 
 
 def model_index(folder: Path, model_name: str) -> str:
-    """The results of a run as a model card's metadata (YAML), without tasks that have a remark."""
+    """The results of a run as a model card's metadata (YAML), without numbers that have an asterisk in tables."""
     from huggingface_hub import EvalResult, ModelCardData
 
     (run,) = open_runs([folder])
@@ -187,10 +192,10 @@ def model_index(folder: Path, model_name: str) -> str:
             metric_value=part["value"],
         )
         for part in run.tasks.values()
-        if part["value"] is not None and not part["remarks"]
+        if part["value"] is not None and is_plain(part)
     ]
     if not results:
-        raise ValueError(f"{folder} has no result without remarks, and a card must have none with them.")
+        raise ValueError(f"{folder} has no result without an asterisk, and a card must have no other.")
     return ModelCardData(model_name=model_name, eval_results=results).to_yaml()
 
 
