@@ -26,16 +26,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from .chat_format import ChatFormat, image_aware, packaged_template, thinking_off
-from .configuration_ms_resampler import (
-    FEATURE_MAP_TOWERS,
-    MSResamplerConfig,
-    MSResamplerProjectorConfig,
-    token_grid,
-)
+from .configuration_ms_resampler import MSResamplerConfig, MSResamplerProjectorConfig, token_grid
 from .folders import model_or_embedded, whole_folder
 from .modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .processing_ms_resampler import MSResamplerProcessor
 from .projectors_ms_resampler import build_projector
+from .towers_ms_resampler import read_tower
 
 # The templates of this package by name, with the tokens that a tokenizer must know to use them.
 TEMPLATES = {"chatml": ("<|im_start|>", "<|im_end|>"), "vicuna": ("</s>",), "honeybee": ("</s>",)}
@@ -51,7 +47,7 @@ class Components:
         vision, llm: folders or Hub repositories of the tower (a whole CLIP or SigLIP will do) and the language model;
             the language model may be a GGUF file, which is dequantised.
         projector: fields of MSResamplerProjectorConfig; the budget is 144 tokens if it does not say otherwise.
-        vision_feature_layer: the tower layers to read; None is the last but one (the last of a ConvNeXt).
+        vision_feature_layer: the tower layers to read; None is the last but one, or the last where shapes differ.
         vision_prefix_tokens: tokens of the tower in front of its patches, which are dropped; None is as its kind has.
         image_token: the placeholder of a visual token; added to the tokenizer unless it is there.
         chat_template: "chatml", "vicuna" or a file; None takes the language model's own.
@@ -242,7 +238,7 @@ def make_config(
     """The model's configuration; learned queries are laid out as the visual tokens are, unless told otherwise."""
     layer = components.vision_feature_layer
     if layer is None:
-        layer = -1 if vision.model_type in FEATURE_MAP_TOWERS else -2
+        layer = -2 if len(set(read_tower(vision).states)) == 1 else -1
 
     def config_with(projector: dict[str, Any]) -> MSResamplerConfig:
         return MSResamplerConfig(
@@ -308,7 +304,8 @@ def fit_embeddings(llm: PreTrainedModel, tokenizer: Any, image_token: str) -> st
         return f"{about}; the {rows:,} rows of embeddings have room for it."
     llm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROWS, mean_resizing=False)
     for table in (llm.get_input_embeddings(), llm.get_output_embeddings()):
-        table.weight[rows:] = table.weight[:rows].mean(dim=0, dtype=torch.float32).to(table.weight.dtype)
+        for tensor in table.parameters():
+            tensor[rows:] = tensor[:rows].mean(dim=0, dtype=torch.float32).to(tensor.dtype)
     return f"{about}; embeddings grew from {rows:,} to {llm.config.vocab_size:,} rows."
 
 
@@ -319,7 +316,7 @@ def join(
     with torch.device("meta"):
         model = MSResamplerForConditionalGeneration(config)
     model.model.vision_tower = tower
-    model.model.language_model = llm.get_decoder()
+    model.model.language_model = llm.base_model
     model.lm_head = llm.get_output_embeddings()
     model.model.projector = build_projector(config).to(llm.dtype)
     model.model.projector.apply(model.model._init_weights)

@@ -7,13 +7,19 @@ for the model and the processor alike. See the dimension legend in the README.
 # `from __future__ import annotations` would silently switch off the validation that @strict does.
 import difflib
 import math
+import sys
+import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
+
+from .towers_ms_resampler import Tower, TowerState, pair, read_tower
 
 # Keys that transformers itself writes into a config.json or hands to a configuration, beside the declared fields.
 _FOREIGN_KEYS = frozenset(
@@ -21,6 +27,13 @@ _FOREIGN_KEYS = frozenset(
         "attn_implementation",  # from_pretrained, as are the next two
         "experts_implementation",
         "name_or_path",
+        "pad_token_id",  # people, and trainers that complete a configuration; so are the next five
+        "bos_token_id",
+        "eos_token_id",
+        "sep_token_id",
+        "cls_token_id",
+        "decoder_start_token_id",
+        "initializer_range",  # transformers' shared tests
         "auto_map",  # save_pretrained of custom code
         "custom_pipelines",  # save_pretrained of a custom pipeline
         "fusion_config",  # from_pretrained, kept in the file
@@ -33,21 +46,6 @@ _FOREIGN_KEYS = frozenset(
     ]
 )
 
-# Tokens that a vision tower puts in front of its patches. A name counts that many times the field it names.
-_PREFIX_TOKENS: dict[str, tuple[int, str | None]] = {
-    "clip_vision_model": (1, None),
-    "siglip_vision_model": (0, None),
-    "siglip2_vision_model": (0, None),
-    "dinov2": (1, None),
-    "dinov2_with_registers": (1, "num_register_tokens"),
-    "dinov3_vit": (1, "num_register_tokens"),
-    "vit": (1, None),
-    "convnext": (0, None),
-    "convnextv2": (0, None),
-}
-# Towers that return a feature map (B, C, H, W), halved in height and width by every stage but the first.
-FEATURE_MAP_TOWERS = frozenset({"convnext", "convnextv2"})
-
 # Where the Auto classes find this code: beside the weights, in the same folder or repository, always.
 _GENERATIVE = "modeling_ms_resampler.MSResamplerForConditionalGeneration"
 AUTO_MAP = {
@@ -59,26 +57,49 @@ AUTO_MAP = {
     "AutoProcessor": "processing_ms_resampler.MSResamplerProcessor",
 }
 
-# The projectors with scopes, and those that they start with; and the fields that only they have.
-_DEFAULT_SIGMAS = {"ms_resampler": (0.5, 1.5, None), "resampler": (None,)}
-_SCOPE_FIELDS = (
-    "scope_sigmas",
-    "scope_prior",
-    "learn_scopes",
-    "tile_heads",
-    "scope_layout",
-    "scope_heads",
-    "fusion",
-    "share_kv",
-    "patch_conv",
-    "cell_residual",
-    "pooled_mlp",
-    "query_init",
-    "prior_form",
-)
-
-# Language models whose output head is more than a product with a matrix.
-_BIASED_HEADS = frozenset({"phi", "gptj", "codegen", "phimoe"})
+# The projector types, each with the type whose fields it has: one of the three with scopes, or "peer".
+PROJECTOR_TYPES: dict[str, str] = {
+    "ms_resampler": "ms_resampler",
+    "ms_resampler_branches": "ms_resampler_branches",
+    "resampler": "resampler",
+    "mlp": "peer",
+    "avg_pool": "peer",
+    "pixel_shuffle": "peer",
+    "c_abstractor": "peer",
+    "ldp_v2": "peer",
+    "token_packer": "peer",
+    "mqt": "peer",
+    "saep": "peer",
+    "qwen_resampler": "peer",
+    "perceiver": "peer",
+    "idefics2_perceiver": "peer",
+    "q_former": "peer",
+}
+_DEFAULT_SIGMAS = {
+    "ms_resampler": (0.5, 1.5, None),
+    "ms_resampler_branches": (0.5, 1.5, None),
+    "resampler": (None,),
+}
+# What a checkpoint with learned queries may have otherwise than new ones have it, and the values; the first is theirs.
+BRANCH_FORMS: dict[str, tuple[Any, ...]] = {
+    "fusion": ("token", "head", "static"),
+    "patch_conv": (True, False),
+    "tile_heads": (True, False),
+    "cell_residual": (True, False),
+}
+# Fields of earlier versions that a config.json may still name, and the values that say what is done today anyway.
+_EARLIER_FIELDS: dict[str, tuple[Any, ...]] = {
+    "scope_prior": ("gaussian",),
+    "learn_scopes": (True,),
+    "tile_heads": (True,),
+    "scope_layout": ("heads",),
+    "fusion": ("token",),
+    "share_kv": (True,),
+    "patch_conv": (True,),
+    "cell_residual": (True,),
+    "query_init": ("none",),
+    "prior_form": ("channels", "bias"),
+}
 
 
 def token_grid(visual_tokens: int | Sequence[int] | None, patch_grid: tuple[int, int]) -> tuple[int, int]:
@@ -93,23 +114,26 @@ def token_grid(visual_tokens: int | Sequence[int] | None, patch_grid: tuple[int,
     Raises ValueError if the budget is larger than the patches or has no grid of at most 1:2 relative to them.
     """
     patches = patch_grid[0] * patch_grid[1]
-    if visual_tokens is None:
+    budget: Any = _plain(visual_tokens)
+    if budget is None:
         return patch_grid
-    if isinstance(visual_tokens, int):
-        _check_budget(visual_tokens, patch_grid)
-        grid = _nearest_grid(visual_tokens, patch_grid)
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        _check_budget(budget, patch_grid)
+        grid = _nearest_grid(budget, patch_grid)
         if grid is None:
             possible = [n for n in range(1, patches + 1) if _nearest_grid(n, patch_grid)]
-            near = sorted(sorted(possible, key=lambda n: abs(n - visual_tokens))[:3])
+            near = sorted(sorted(possible, key=lambda n: abs(n - budget))[:3])
             raise ValueError(
-                f"{visual_tokens} visual tokens cannot be laid out as a grid over {patch_grid[0]} x "
+                f"{budget} visual tokens cannot be laid out as a grid over {patch_grid[0]} x "
                 f"{patch_grid[1]} patches; use a count such as {', '.join(map(str, near))}, or give "
                 "the grid as (rows, columns)."
             )
         return grid
-    if len(visual_tokens) != 2 or not all(isinstance(n, int) and n > 0 for n in visual_tokens):
-        raise ValueError(f"A grid of visual tokens is (rows, columns), two positive integers, got {visual_tokens}.")
-    rows, columns = visual_tokens
+    if not _is_grid(budget):
+        raise ValueError(
+            f"Visual tokens are a count or a grid (rows, columns) of two positive integers, got {budget!r}."
+        )
+    rows, columns = budget
     _check_budget(rows * columns, patch_grid)
     return rows, columns
 
@@ -132,70 +156,123 @@ def _nearest_grid(count: int, patch_grid: tuple[int, int]) -> tuple[int, int] | 
     return grid if distance <= round(math.log(2), 9) else None
 
 
+def _plain(value: Any) -> Any:
+    """Numbers of numpy as Python's own, which are checked and saved alike; anything else as it is."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return value
+
+
+def _is_grid(value: Any) -> bool:
+    """Whether a value is (rows, columns), two positive integers."""
+    numbers = isinstance(value, list | tuple) and len(value) == 2
+    return numbers and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
+
+
+ConfigClass = TypeVar("ConfigClass")
+
+
+def _accept_numpy(config: ConfigClass) -> ConfigClass:
+    """Makes a configuration class take numpy's numbers, wherever a field is set."""
+    changed: Any = config
+    checked_setattr = changed.__setattr__
+    changed.__setattr__ = lambda self, name, value: checked_setattr(self, name, _plain(value))
+    return config
+
+
+def _is_known(config: Any, key: str) -> bool:
+    """Whether a key is a field of a configuration, or transformers' own."""
+    return key in config.__dataclass_fields__ or key.startswith("_") or key in _FOREIGN_KEYS
+
+
 def _reject_unknown_keys(config: PretrainedConfig, keys: Sequence[str]) -> None:
-    """Raises ValueError for a key that is no field and not transformers' own; names the nearest field."""
+    """Raises ValueError for a keyword argument that is no field and not transformers' own; names the nearest field."""
     known = sorted(name for name in config.__dataclass_fields__ if not name.startswith("_"))
     for key in keys:
-        if key.startswith("_") or key in _FOREIGN_KEYS:
+        if _is_known(type(config), key):
             continue
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"known fields are {', '.join(known)}."
+        if key in _EARLIER_FIELDS:
+            hint = "it was one in earlier versions, see UPGRADING.md."
         raise ValueError(f"`{key}` is not a field of {type(config).__name__}; {hint}")
 
 
+def _read_fields(config: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a file holds, without keys that are not known: a later version may have written them."""
+    unknown = [key for key in fields if not _is_known(config, key)]
+    if unknown:
+        warnings.warn(
+            f"config.json holds {', '.join(f'`{key}`' for key in unknown)}, which {config.__name__} does not know and "
+            "makes no use of: a later version of transformers or of this package may have written it.",
+            stacklevel=3,
+        )
+    return {key: value for key, value in fields.items() if key not in unknown}
+
+
+def _from_earlier_version(fields: dict[str, Any]) -> dict[str, Any]:
+    """A projector's fields in a file, with those of earlier versions as the type and `branch_form` of today.
+
+    Raises ValueError if the projector is one that this version does not have.
+    """
+    earlier = {name: fields[name] for name in _EARLIER_FIELDS if name in fields}
+    fields = {name: value for name, value in fields.items() if name not in earlier}
+    kind = fields.get("projector_type", "ms_resampler")
+    if kind not in _DEFAULT_SIGMAS:
+        earlier.pop("query_init", None)  # meant nothing in peers
+    elif earlier:
+        sigmas = fields.get("scope_sigmas") or _DEFAULT_SIGMAS[kind]
+        layout = earlier.pop("scope_layout", "branches" if kind == "ms_resampler_branches" else "heads")
+        without = kind == "ms_resampler" and layout == "heads" and any(sigma is not None for sigma in sigmas)
+        queries = earlier.pop("query_init", None) or ("none" if without else "learned")
+        if queries == "none":
+            fields["projector_type"] = "ms_resampler"
+        elif queries == "learned" and (layout == "branches" or len(sigmas) == 1):  # of one scope layouts are alike
+            form = {name: earlier.pop(name) for name in BRANCH_FORMS if name in earlier}
+            form = {name: value for name, value in form.items() if value != BRANCH_FORMS[name][0]}
+            fields["projector_type"] = "resampler" if kind == "resampler" else "ms_resampler_branches"
+            fields["branch_form"] = form or fields.get("branch_form")
+            fields.pop("scope_heads", None)
+        else:
+            earlier["query_init"] = queries
+    for name, value in earlier.items():
+        if value not in _EARLIER_FIELDS[name]:
+            raise ValueError(
+                f"The projector was made with `{name}` {value!r}, which this version does not have: load it with the "
+                "version that saved it, or train a projector of this one (UPGRADING.md)."
+            )
+    return fields
+
+
+@_accept_numpy
 @strict
 class MSResamplerProjectorConfig(PretrainedConfig):
-    """The multi-scope resampler: its width, its scopes, and how they are fused (design: README, "How it works").
+    """The projector: its type and its sizes, and for those with scopes what the scopes are.
 
     Fields:
-        projector_type: "ms_resampler"; "resampler", the same with a single scope; or one of the peers in
-            projectors_ms_resampler.py, which use the sizes and grids where they have such a thing, and no scopes.
+        projector_type: "ms_resampler"; "ms_resampler_branches", in which every scope is a resampler of its own with
+            learned queries; "resampler", the same with a single scope; one of the peers in
+            projectors_ms_resampler.py, which have no scopes; or a name given to `register_projector` there.
         hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: D, h, depth, width of the FFN. The
-            defaults are 768 with scopes and 1024 for peers, a head for every 64 channels (as many as divide D, and no
-            fewer than the scopes that share them), one layer, and D.
-        query_grid: rows and columns of the learned base queries, if there are any; interpolated to any token grid.
+            defaults are 768 with scopes and 1024 for peers, a head for every 64 channels (as many as divide D, and in
+            "ms_resampler" no fewer than the scopes that share them), one layer, and D.
+        query_grid: rows and columns of the learned queries, if there are any.
         visual_tokens: the default budget, a count or [rows, columns].
         scope_sigmas: one entry a scope, in units of the anchor pitch; None is the global scope. The default is
-            (0.5, 1.5, None) for "ms_resampler", (None,) for "resampler".
-        scope_prior: "gaussian", "window" (a disc of radius 2 sigma, which has the same variance), or "none".
-        learn_scopes: whether the Gaussian sigmas and offsets are learned, per scope and head.
-        tile_heads: whether the heads of a Gaussian scope start spread over it, each on a part, or all alike.
-        scope_layout: "heads" (scopes share out the heads, and three cost no more than one) or "branches" (every scope
-            has queries of its own for all heads).
-        scope_heads: how many heads each scope has, in the layout "heads". The default is one in eight for every scope
-            but the first, and the rest for the first: 8, 2 and 2 of 12.
-        fusion: "token", "head" (layout "branches" only), "static" or "mean".
-        share_kv: one set of keys and values for all scopes, or one each (layout "branches" only).
-        patch_conv: whether patches see their neighbours first, in a depthwise 3 x 3 convolution.
-        cell_residual: whether a token also receives the mean of the patches in its cell, so that no scope has to.
+            (0.5, 1.5, None), and (None,) for "resampler".
+        scope_heads: how many heads each scope of "ms_resampler" has. The default is one in eight for every scope but
+            the first, and the rest for the first: 8, 2 and 2 of 12.
         pooled_mlp: whether LLaVA's MLP of the mean of a cell's features is added to each visual token, which is where
-            the projector then starts.
-        query_init: "none" (heads score patches by themselves, and only the prior says which token reads where),
-            "learned", or "content" to add the mean of the patches in a token's cell. The default of "ms_resampler" is
-            "none" where that is possible (layout "heads", a prior, a scope that is not global), else it is "learned".
-        prior_form: "channels" (a Gaussian prior is appended to queries and keys or, without queries, taken by rows and
-            columns of patches) or "bias" (it is added to the scores); same function.
+            a projector with scopes then starts.
+        branch_form: what a checkpoint with learned queries has otherwise than new ones: see BranchesResampler.
     """
 
     model_type = "ms_resampler_projector"
     base_config_key = "projector_config"
 
-    projector_type: Literal[
-        "ms_resampler",
-        "resampler",
-        "mlp",
-        "avg_pool",
-        "pixel_shuffle",
-        "c_abstractor",
-        "ldp_v2",
-        "token_packer",
-        "mqt",
-        "saep",
-        "qwen_resampler",
-        "perceiver",
-        "idefics2_perceiver",
-        "q_former",
-    ] = "ms_resampler"
+    projector_type: str = "ms_resampler"
     hidden_size: int | None = None
     num_attention_heads: int | None = None
     num_hidden_layers: int = 1
@@ -203,127 +280,42 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     query_grid: list[int] | tuple[int, ...] = (12, 12)
     visual_tokens: int | list[int] | tuple[int, ...] = 144
     scope_sigmas: list[float | int | None] | tuple[float | int | None, ...] | None = None
-    scope_prior: Literal["gaussian", "window", "none"] = "gaussian"
-    learn_scopes: bool = True
-    tile_heads: bool = True
-    scope_layout: Literal["heads", "branches"] = "heads"
     scope_heads: list[int] | tuple[int, ...] | None = None
-    fusion: Literal["token", "head", "static", "mean"] = "token"
-    share_kv: bool = True
-    patch_conv: bool = True
-    cell_residual: bool = True
     pooled_mlp: bool = False
-    query_init: Literal["none", "learned", "content"] | None = None
-    prior_form: Literal["channels", "bias"] = "channels"
+    branch_form: dict[str, Any] | None = None
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self, **kwargs: Any) -> None:
         _reject_unknown_keys(self, list(kwargs))
         super().__post_init__(**kwargs)
-        if self.scope_sigmas is None:
-            self.scope_sigmas = _DEFAULT_SIGMAS.get(self.projector_type)
-        if self.query_init is None:
-            without = self.projector_type == "ms_resampler" and self._prior_tells_tokens_apart()
-            self.query_init = "none" if without else "learned"
         # Not as `validate_*` methods: those raise an error of @strict's own, which is no ValueError.
+        self._check_type()
+        if self.scope_sigmas is None:
+            self.scope_sigmas = _DEFAULT_SIGMAS.get(self.kind)
         self._complete_sizes()
         self._check_sizes()
         self._check_grids()
-        if self.projector_type not in _DEFAULT_SIGMAS:
+        if self.kind == "peer":
             self._check_peer()
             return
         self._check_scopes()
-
-    def _prior_tells_tokens_apart(self) -> bool:
-        """Whether tokens can do without queries: heads that share one score of a patch read it where the prior says."""
-        local = any(sigma is not None for sigma in self.scope_sigmas or ())
-        return local and self.scope_layout == "heads" and self.scope_prior != "none"
-
-    def _complete_sizes(self) -> None:
-        if self.hidden_size is None:
-            self.hidden_size = 768 if self.projector_type in _DEFAULT_SIGMAS else 1024
-        if self.num_attention_heads is None:
-            self.num_attention_heads = self._default_heads()
-        if self.intermediate_size is None:
-            self.intermediate_size = self.hidden_size
-
-    def _default_heads(self) -> int:
-        """The most heads that divide D and are at least 64 wide; narrower only where a scope would have none."""
-        scopes = self.num_scopes if self.scope_layout == "heads" else 1
-        possible = [heads for heads in range(max(1, scopes), self.hidden_size + 1) if self.hidden_size % heads == 0]
-        return max((heads for heads in possible if 64 * heads <= self.hidden_size), default=min(possible, default=1))
-
-    def _check_sizes(self) -> None:
-        sizes = {
-            name: getattr(self, name)
-            for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {size}.")
-        if self.hidden_size % self.num_attention_heads or self.hidden_size % 4:
-            raise ValueError(
-                f"`hidden_size` must be a multiple of 4 (2-D positions) and of `num_attention_heads`, got "
-                f"{self.hidden_size} and {self.num_attention_heads} heads."
-            )
-
-    def _check_grids(self) -> None:
-        grids = {"query_grid": self.query_grid}
-        if isinstance(self.visual_tokens, int):
-            if self.visual_tokens < 1:
-                raise ValueError(f"`visual_tokens` must be at least 1, got {self.visual_tokens}.")
-        else:
-            grids["visual_tokens"] = self.visual_tokens
-        for name, grid in grids.items():
-            if len(grid) != 2 or min(grid) < 1:
-                raise ValueError(f"`{name}` must be [rows, columns], two positive integers, got {list(grid)}.")
-
-    def _check_peer(self) -> None:
-        for name in _SCOPE_FIELDS:
-            default = "learned" if name == "query_init" else self.__dataclass_fields__[name].default
-            if getattr(self, name) != default:
-                raise ValueError(f"`{name}` is a field of `ms_resampler`: `{self.projector_type}` has no such thing.")
-
-    def _check_scopes(self) -> None:
-        if not self.scope_sigmas:
-            raise ValueError("`scope_sigmas` needs at least one scope; [None] is one global scope.")
-        if self.projector_type == "resampler" and len(self.scope_sigmas) > 1:
-            raise ValueError(
-                f"`resampler` has a single scope, got `scope_sigmas` {list(self.scope_sigmas)}: give one, or use "
-                '`projector_type="ms_resampler"`.'
-            )
-        for sigma in self.scope_sigmas:
-            if sigma is not None and not (0 < sigma < math.inf):
-                raise ValueError(f"A scope's sigma must be positive, or None for the global scope, got {sigma}.")
-        if self.query_init == "none" and not self._prior_tells_tokens_apart():
-            raise ValueError(
-                '`query_init="none"` needs `scope_layout="heads"`, a `scope_prior`, and a scope that is not global, or '
-                f'all tokens were the same; got "{self.scope_layout}", "{self.scope_prior}" and `scope_sigmas` '
-                f'{list(self.scope_sigmas)}: use `query_init="learned"`.'
-            )
-        if self.scope_layout == "heads":
-            self._check_heads_layout()
+        if self.kind == "ms_resampler":
+            self._share_heads()
         elif self.scope_heads is not None:
-            raise ValueError('`scope_heads` needs `scope_layout="heads"`: in "branches" every scope has all heads.')
+            raise ValueError(
+                f"`scope_heads` is a field of `ms_resampler`: in `{self.projector_type}` scopes share none."
+            )
+        self._check_branch_form()
 
-    def _check_heads_layout(self) -> None:
-        heads, scopes = self.num_attention_heads, self.num_scopes
-        given = "" if self.scope_heads is None else f"; `scope_heads` {list(self.scope_heads)} does not"
-        if self.scope_heads is None:
-            others = [max(1, min(round(heads / 8), heads // scopes))] * (scopes - 1)
-            self.scope_heads = [heads - sum(others), *others]
-        if len(self.scope_heads) != scopes or min(self.scope_heads) < 1 or sum(self.scope_heads) != heads:
-            raise ValueError(
-                f'`scope_layout="heads"` shares {heads} heads among {scopes} scopes, at least one a scope{given}. '
-                'In `scope_layout="branches"` every scope has all heads.'
-            )
-        if self.fusion == "head":
-            raise ValueError(
-                '`fusion="head"` weighs every scope in every head, but in `scope_layout="heads"` a head belongs '
-                'to one scope: use fusion "token", "static" or "mean", or `scope_layout="branches"`.'
-            )
-        if not self.share_kv:
-            raise ValueError('`share_kv=False` needs `scope_layout="branches"`: heads have their own keys already.')
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Reads what a file holds, also one of an earlier version; keys not known are left out, with a warning."""
+        return super().from_dict(_read_fields(cls, _from_earlier_version(config_dict)), **kwargs)
+
+    @property
+    def kind(self) -> str:
+        """The type whose fields the projector has: "ms_resampler", "ms_resampler_branches", "resampler" or "peer"."""
+        return PROJECTOR_TYPES[self.projector_type]
 
     @property
     def num_scopes(self) -> int:
@@ -340,17 +332,105 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             for number, (word, sigma) in enumerate(zip(words, sigmas, strict=True), start=1)
         ]
 
+    def _check_type(self) -> None:
+        if self.projector_type not in PROJECTOR_TYPES:
+            near = difflib.get_close_matches(self.projector_type, PROJECTOR_TYPES, n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(PROJECTOR_TYPES)}."
+            raise ValueError(f"There is no `projector_type` `{self.projector_type}`; {hint}")
 
+    def _complete_sizes(self) -> None:
+        if self.hidden_size is None:
+            self.hidden_size = 1024 if self.kind == "peer" else 768
+        if self.num_attention_heads is None:
+            self.num_attention_heads = self._default_heads()
+        if self.intermediate_size is None:
+            self.intermediate_size = self.hidden_size
+
+    def _default_heads(self) -> int:
+        """The most heads that divide D and are at least 64 wide; narrower only where a scope would have none."""
+        fewest = max(1, self.num_scopes) if self.kind == "ms_resampler" else 1
+        possible = [heads for heads in range(fewest, self.hidden_size + 1) if self.hidden_size % heads == 0]
+        return max((heads for heads in possible if 64 * heads <= self.hidden_size), default=min(possible, default=1))
+
+    def _check_sizes(self) -> None:
+        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % self.num_attention_heads or self.hidden_size % 4:
+            raise ValueError(
+                f"`hidden_size` must be a multiple of 4 (2-D positions) and of `num_attention_heads`, got "
+                f"{self.hidden_size} and {self.num_attention_heads} heads."
+            )
+
+    def _check_grids(self) -> None:
+        grids = {"query_grid": self.query_grid}
+        if isinstance(self.visual_tokens, int):
+            if self.visual_tokens < 1:
+                raise ValueError(f"`visual_tokens` must be at least 1, got {self.visual_tokens}.")
+        else:
+            grids["visual_tokens"] = self.visual_tokens
+        for name, grid in grids.items():
+            if not _is_grid(grid):
+                raise ValueError(f"`{name}` must be [rows, columns], two positive integers, got {list(grid)}.")
+
+    def _check_peer(self) -> None:
+        for name in ("scope_sigmas", "scope_heads", "pooled_mlp", "branch_form"):
+            if getattr(self, name) not in (None, False):
+                raise ValueError(f"`{name}` is a field of `ms_resampler`: `{self.projector_type}` has no such thing.")
+
+    def _check_scopes(self) -> None:
+        if not self.scope_sigmas:
+            raise ValueError("`scope_sigmas` needs at least one scope; [None] is one global scope.")
+        for sigma in self.scope_sigmas:
+            if sigma is not None and not (0 < sigma < math.inf):
+                raise ValueError(f"A scope's sigma must be positive, or None for the global scope, got {sigma}.")
+        if self.kind == "resampler" and len(self.scope_sigmas) > 1:
+            raise ValueError(
+                f"`resampler` has a single scope, got `scope_sigmas` {list(self.scope_sigmas)}: give one, or use "
+                '`projector_type="ms_resampler"`.'
+            )
+
+    def _share_heads(self) -> None:
+        heads, scopes = self.num_attention_heads, self.num_scopes
+        if all(sigma is None for sigma in self.scope_sigmas):
+            raise ValueError(
+                f"`ms_resampler` needs a scope that is not global, or all tokens would read the same; got "
+                f'`scope_sigmas` {list(self.scope_sigmas or ())}: use `projector_type="resampler"`.'
+            )
+        given = "" if self.scope_heads is None else f"; `scope_heads` {list(self.scope_heads)} does not"
+        if self.scope_heads is None:
+            others = [max(1, min(round(heads / 8), heads // scopes))] * (scopes - 1)
+            self.scope_heads = [heads - sum(others), *others]
+        if len(self.scope_heads) != scopes or min(self.scope_heads) < 1 or sum(self.scope_heads) != heads:
+            raise ValueError(
+                f"`ms_resampler` shares {heads} heads among {scopes} scopes, at least one a scope{given}. "
+                "In `ms_resampler_branches` every scope has all heads."
+            )
+
+    def _check_branch_form(self) -> None:
+        if self.branch_form and self.kind == "ms_resampler":
+            raise ValueError("`branch_form` is a field of `ms_resampler_branches` and `resampler`.")
+        for name, value in (self.branch_form or {}).items():
+            if name not in BRANCH_FORMS or value not in BRANCH_FORMS[name]:
+                known = "; ".join(f"{known}: {', '.join(map(str, of))}" for known, of in BRANCH_FORMS.items())
+                raise ValueError(f"`branch_form` cannot have `{name}` {value!r}; it may have {known}.")
+
+    def branch(self, name: str) -> Any:
+        """A part of `branch_form`, or what new checkpoints have in its place."""
+        return (self.branch_form or {}).get(name, BRANCH_FORMS[name][0])
+
+
+@_accept_numpy
 @strict
 class MSResamplerConfig(PretrainedConfig):
     """A vision tower, a projector and a language model: all that is needed to rebuild the model.
 
     Fields:
-        vision_config, text_config: any tower and causal LM that AutoModel builds (and this file knows, below).
+        vision_config, text_config: any tower and causal LM that AutoModel builds.
         projector_config: see MSResamplerProjectorConfig.
         image_token_id: the placeholder in the text; one for every visual token.
         vision_feature_layer: the tower layer to read, or a list of layers (joined in width).
-        vision_prefix_tokens: tokens in front of the patches (CLS, registers); None looks the tower's kind up.
+        vision_prefix_tokens: tokens in front of the patches (CLS, registers); None counts them in its output.
     """
 
     model_type = "ms_resampler"
@@ -383,6 +463,7 @@ class MSResamplerConfig(PretrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         _reject_unknown_keys(self, list(kwargs))
         super().__post_init__(**kwargs)
+        _tell_transformers_serve()
         # Loading from the Hub rewrites auto_map to name that repository, and a later save would keep it.
         self.auto_map = dict(AUTO_MAP)
         # transformers ties the head by the root's value: the language model's own choice decides.
@@ -390,33 +471,49 @@ class MSResamplerConfig(PretrainedConfig):
         self._check_tower()
         self._check_text()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Reads what a file holds: keys that are not known are kept and make no difference, with a warning."""
+        projector = config_dict.get("projector_config")
+        if isinstance(projector, dict):
+            fields = _read_fields(MSResamplerProjectorConfig, _from_earlier_version(projector))
+            config_dict = config_dict | {"projector_config": fields}
+        fields = _read_fields(cls, config_dict)
+        loaded = super().from_dict(fields, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with the arguments that it has no use for
+        for key in config_dict.keys() - fields.keys():
+            setattr(config, key, config_dict[key])
+        return loaded
+
     def _check_tower(self) -> None:
-        kind = self.vision_config.model_type
-        if self.vision_prefix_tokens is None and kind not in _PREFIX_TOKENS:
-            raise ValueError(
-                f"How many tokens the vision tower `{kind}` puts in front of its patches is not known here; set "
-                f"`vision_prefix_tokens` (known towers: {', '.join(sorted(_PREFIX_TOKENS))})."
-            )
         if not self.feature_layers:
             raise ValueError("`vision_feature_layer` names no layer of the tower; use one, or a list of them.")
         if self.vision_prefix_tokens is not None and self.vision_prefix_tokens < 0:
             raise ValueError(f"`vision_prefix_tokens` must not be negative, got {self.vision_prefix_tokens}.")
-        layers = len(getattr(self.vision_config, "depths", ())) or self.vision_config.num_hidden_layers
+        layers = len(self.tower.states) - 1
         for layer in self.feature_layers:
             if not -layers - 1 <= layer <= layers:
                 raise ValueError(f"`vision_feature_layer` {layer} does not exist: the tower has {layers} layers.")
+        if self.tower.prefix_tokens is None:
+            raise ValueError(
+                f"How many tokens the vision tower `{self.vision_config.model_type}` puts in front of its patches is "
+                "not known here, and its hidden states do not tell; set `vision_prefix_tokens`."
+            )
 
     def _check_text(self) -> None:
-        if self.text_config.model_type in _BIASED_HEADS:
-            raise ValueError(
-                f"The language model `{self.text_config.model_type}` has an output head with a bias, which this "
-                "model does not carry; use one without (llama, mistral, qwen2, qwen3, phi3, gemma, ...)."
-            )
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"`image_token_id` {self.image_token_id} is outside the language model's vocabulary of "
                 f"{self.text_config.vocab_size}: add the token to the tokenizer and resize the embeddings."
             )
+
+    @property
+    def tower(self) -> Tower:
+        """What the vision tower takes and puts out."""
+        tower = read_tower(self.vision_config)
+        if self.vision_prefix_tokens is None:
+            return tower
+        return replace(tower, prefix_tokens=self.vision_prefix_tokens)
 
     @property
     def feature_layers(self) -> list[int]:
@@ -425,47 +522,60 @@ class MSResamplerConfig(PretrainedConfig):
         return [layers] if isinstance(layers, int) else list(layers)
 
     @property
+    def feature_states(self) -> list[TowerState]:
+        """The shapes of the tower's hidden states that are read."""
+        return [self.tower.states[layer] for layer in self.feature_layers]
+
+    @property
     def unread_layers(self) -> int:
-        """How many layers at the tower's end nothing reads; 0 for towers that are not known to run without them."""
-        tower = self.vision_config
-        if tower.model_type not in _PREFIX_TOKENS or tower.model_type in FEATURE_MAP_TOWERS:
-            return 0
-        states = tower.num_hidden_layers + 1
-        return states - 1 - max(layer % states for layer in self.feature_layers)
+        """How many layers at the tower's end nothing reads; 0 for towers that cannot run without them."""
+        return self.tower.unread_layers(self.feature_layers)
 
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens to drop in front of the patches."""
-        if self.vision_prefix_tokens is not None:
-            return self.vision_prefix_tokens
-        fixed, field = _PREFIX_TOKENS[self.vision_config.model_type]
-        return fixed + (getattr(self.vision_config, field) if field else 0)
+        return self.tower.prefix_tokens
 
     @property
     def feature_width(self) -> int:
         """C: channels of a patch, all layers that are read together."""
-        tower = self.vision_config
-        width = tower.hidden_sizes[-1] if tower.model_type in FEATURE_MAP_TOWERS else tower.hidden_size
-        return width * len(self.feature_layers)
+        return sum(state.width for state in self.feature_states)
 
     @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels, as the projector sees it."""
-        tower = self.vision_config
-        halvings = len(tower.depths) - 1 if tower.model_type in FEATURE_MAP_TOWERS else 0
-        return tower.patch_size * 2**halvings
+    def patch_size(self) -> int | tuple[int, int]:
+        """Side of a patch in pixels, as the projector sees it; (height, width) if they differ."""
+        height, width = max(self.feature_states, key=lambda state: state.grid).stride
+        return height if height == width else (height, width)
 
     @property
     def native_patch_grid(self) -> tuple[int, int]:
-        """Patch rows and columns (H, W) of a square image of the tower's own size."""
-        if hasattr(self.vision_config, "num_patches"):  # SigLIP 2 counts patches, whatever their layout
-            side = math.isqrt(self.vision_config.num_patches)
-            return side, side
-        return self.patch_grid((self.vision_config.image_size, self.vision_config.image_size))
+        """Patch rows and columns (H, W) of an image of the tower's own size."""
+        return max(state.grid for state in self.feature_states)
+
+    @property
+    def text_width(self) -> int:
+        """T: the width of the language model's input embeddings, which in small OPTs is not that of its layers."""
+        return getattr(self.text_config, "word_embed_proj_dim", self.text_config.hidden_size)
+
+    @property
+    def logit_scale(self) -> float:
+        """What the language model multiplies its logits by: cohere and Falcon H1 multiply, granite divides."""
+        text = self.text_config
+        if text.model_type == "mpt":  # which has the field, and makes no use of it
+            return 1.0
+        scale = getattr(text, "logit_scale", None) or getattr(text, "lm_head_multiplier", None) or 1.0
+        divisor = getattr(text, "logits_scaling", None) or 1.0
+        return scale * divisor if text.model_type == "hyperclovax" else scale / divisor
+
+    @property
+    def logit_cap(self) -> float | None:
+        """c of the language models that cap their logits, c tanh(logits / c), as gemma 2 does."""
+        return getattr(self.text_config, "final_logit_softcapping", None)
 
     def patch_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patch rows and columns (H, W) of an image of (height, width) pixels."""
-        return image_size[0] // self.patch_size, image_size[1] // self.patch_size
+        height, width = pair(self.patch_size)
+        return image_size[0] // height, image_size[1] // width
 
     def token_grid(
         self, image_size: tuple[int, int], visual_tokens: int | Sequence[int] | None = None
@@ -475,8 +585,17 @@ class MSResamplerConfig(PretrainedConfig):
         return token_grid(budget, self.patch_grid(image_size))
 
 
+def _tell_transformers_serve() -> None:
+    """Names our class in the table by which `transformers serve` chooses how to load a model, and how to ask it.
+
+    It looks the name up before and after it loads the model, for remote code too, so that `auto_map` and
+    `architectures` are not enough. Only a process that serves needs this, and only there the table is changed.
+    """
+    if "transformers.cli.serving.model_manager" in sys.modules:
+        names = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+        names.setdefault("ms_resampler", "MSResamplerForConditionalGeneration")
+
+
 MSResamplerConfig.register_for_auto_class()
-# `transformers serve` picks the model class by name from this table, for remote code too.
-MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault("ms_resampler", "MSResamplerForConditionalGeneration")
 
 __all__ = ["MSResamplerConfig", "MSResamplerProjectorConfig", "token_grid"]

@@ -3,6 +3,7 @@
 This module imports nothing heavy, so that `ms-resampler demo` can start its page at once.
 """
 
+import glob
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from filelock import FileLock
 PACKAGE = Path(__file__).resolve().parent
 EMBEDDED = PACKAGE / "checkpoints" / "tiny"
 WEIGHTS, INDEX, PROJECTOR = "model.safetensors", "model.safetensors.index.json", "projector.safetensors"
-LOCK = ".lock"
+LOCK = ".ms-resampler.lock"
 
 
 def remote_code_files() -> list[Path]:
@@ -94,12 +95,13 @@ def find_app() -> Path:
 
 
 @contextmanager
-def temporary_folder(name: str) -> Iterator[Path]:
+def temporary_folder(name: str, parent: Path | None = None) -> Iterator[Path]:
     """A folder that is gone afterwards. Those that killed runs have left under the same name go first."""
-    for old in Path(tempfile.gettempdir()).glob(f"{name}-*/{LOCK}"):
-        with suppress(OSError), FileLock(old, blocking=False):  # a running process holds its lock
-            shutil.rmtree(old.parent, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{name}-") as place, FileLock(Path(place, LOCK)):
+    parent = parent or Path(tempfile.gettempdir())
+    for lock in parent.glob(f"{glob.escape(name)}-????????/{LOCK}"):
+        with suppress(OSError), FileLock(lock, blocking=False):  # a running process holds its lock
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=parent) as place, FileLock(Path(place, LOCK)):
         yield Path(place)
 
 
@@ -109,13 +111,11 @@ def whole_folder(out: Path) -> Iterator[Path]:
     if out.exists():
         raise ValueError(f"{out} is there already: give a new folder, or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with temporary_folder(f".{out.name}", out.parent) as place:
+        partial = place / out.name
+        partial.mkdir()
         yield partial
-        partial.chmod(0o755)  # mkdtemp keeps others out
         partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

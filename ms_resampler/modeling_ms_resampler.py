@@ -6,34 +6,36 @@ places of the image tokens in the text -> language model -> logits.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, torch_compilable_check
+from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
-from .configuration_ms_resampler import FEATURE_MAP_TOWERS, MSResamplerConfig, token_grid
+from .configuration_ms_resampler import MSResamplerConfig, token_grid
 from .packing_ms_resampler import PackedLinear, pack_linears
-from .projectors_ms_resampler import PROJECTORS, build_projector, init_projector_weights
+from .projectors_ms_resampler import (
+    EARLIER_NAMES,
+    PROJECTORS,
+    SCOPED_PROJECTORS,
+    build_projector,
+    init_projector_weights,
+)
+from .quantisation_ms_resampler import finish_quantised, quantise_language_model_only
 from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
-
-# Towers whose position table fits one image size unless they are asked to interpolate it.
-_FIXED_SIZE_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model", "vit"})
+from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features
 
 # What the text models call the keys and values of earlier text: until transformers 5.23, and since.
 _CACHE_NAMES = ("past_key_values", "cache")
-
-# Families that multiply their logits, by another field than cohere's `logit_scale`.
-_MULTIPLIERS = {"falcon_h1": "lm_head_multiplier", "hyperclovax": "logits_scaling"}
 
 
 @dataclass
@@ -78,7 +80,7 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MultiScopeResampler", *(projector.__name__ for projector in PROJECTORS.values())]
+    _no_split_modules = [projector.__name__ for projector in (*SCOPED_PROJECTORS.values(), *PROJECTORS.values())]
     _skip_keys_device_placement = list(_CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -86,19 +88,47 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, quantization_config: Any = None, key_mapping: dict[str, str] | None = None, **kwargs: Any
+    ) -> Any:
+        """Loads a model; weights of projectors may have the names of earlier versions, and are saved with today's.
+
+        `quantization_config` applies to the language model alone; the rest is in bfloat16 then, if no `dtype` is given.
+        Further modules to skip may be named by any part of their path.
+        """
+        skipped: list[str] = []
+        if quantization_config is not None:
+            quantization_config, skipped = quantise_language_model_only(quantization_config)
+            if "torch_dtype" not in kwargs:
+                kwargs.setdefault("dtype", torch.bfloat16)
+        earlier = {rf"\b{old}$": new for old, new in EARLIER_NAMES.items()}
+        key_mapping = earlier | (key_mapping or {})
+        loaded = super().from_pretrained(
+            *args, quantization_config=quantization_config, key_mapping=key_mapping, **kwargs
+        )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # transformers keeps the renamings that were of use, to undo them when it saves.
+        model._weight_conversions = [
+            conversion for conversion in model._weight_conversions or [] if conversion.source_patterns[0] not in earlier
+        ]
+        finish_quantised(model, skipped)
+        return loaded
+
     def post_init(self) -> None:
-        """As ever; then the units of sharding are those that the model has, which FSDP insists on."""
+        """Completes the model as transformers does; its units of sharding are those it has, as FSDP insists."""
         super().post_init()
-        self._no_split_modules = [*set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}]
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(present & set(self._no_split_modules))
 
     def initialize_weights(self) -> None:
-        """As ever; then what a language model sets in its layers (Falcon H1's buffers), which custom code skips."""
+        """Initialises all weights; the language model's own extras (Falcon H1's buffers) are not reached otherwise."""
         super().initialize_weights()
         language_model = self.base_model.language_model
         language_model._init_weights(language_model)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As ever; but what packed layers refuse is refused before anything has changed."""
+        """Moves or converts all tensors; what packed layers refuse is refused before anything has changed."""
         for module in self.modules():
             if isinstance(module, PackedLinear):
                 module._apply(fn)
@@ -107,7 +137,7 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
     def pack_weights(self) -> Self:
         """For answering faster on a CPU, in place: see `pack_linears`. Elsewhere nothing changes.
 
-        From then on the model is not trained, moved, converted or compiled; it is saved as ever, with plain weights.
+        From then on the model is not trained, moved, converted or compiled; it is saved with plain weights.
         """
         pack_linears(self)
         return self
@@ -118,14 +148,12 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
 
     def __init__(self, config: MSResamplerConfig):
         super().__init__(config)
-        self.vision_tower = make_unread_layers_skippable(AutoModel.from_config(config.vision_config), config)
+        self.tower_shape = config.tower
+        self.vision_tower = build_part(config.vision_config)
+        if unread := config.unread_layers:
+            make_layers_skippable(self.vision_tower, unread)
         self.projector = build_projector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
-        if not hasattr(self.language_model, "embed_tokens"):
-            raise ValueError(
-                f"The language model `{config.text_config.model_type}` is not built like today's decoders (it has no "
-                "`embed_tokens`); use one that is, such as llama, mistral, qwen2, qwen3, phi3 or gemma."
-            )
+        self.language_model = build_part(config.text_config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -163,18 +191,22 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         The tower runs up to the last layer that is read, and its last_hidden_state is None if there are layers after
         that one. `output_hidden_states=True` or `output_attentions=True` runs all of it.
         """
-        as_configured = kwargs["output_hidden_states"] == self.config.feature_layers
-        skip = as_configured and not kwargs.get("output_attentions") and self.config.unread_layers > 0
-        if skip:  # not handed to towers that do not know it
-            kwargs["skip_unread"] = True
+        layers, shape = self.config.feature_layers, self.tower_shape
+        skip = kwargs["output_hidden_states"] == layers and not kwargs.get("output_attentions")
+        if skip := skip and shape.unread_layers(layers) > 0:
+            kwargs["skip_unread"] = True  # not handed to towers that do not know it
+        if not shape.can_stop_early:
+            kwargs["output_hidden_states"] = True
+        size = tuple(pixel_values.shape[-2:])  # unless these are patches, which come with their own grids
         tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
-        if spatial_shapes is None:
-            height, width = pixel_values.shape[-2:]
-            patch_grids = [self.config.patch_grid((height, width))] * len(pixel_values)
-        else:
-            patch_grids = [tuple(shape) for shape in spatial_shapes.tolist()]
+        x_BNC, patch_grid = patch_features(tower, shape, layers, size)
+        x_BNC = x_BNC.to(next(p.dtype for p in self.projector.parameters() if p.is_floating_point()))
+        if torch.compiler.is_exporting():  # a batch of any size cannot be split: (B, M, T), in the configured budget
+            grid = token_grid(self.config.projector_config.visual_tokens, patch_grid)
+            return MSResamplerImageFeatures(pooler_output=self._run_projector(x_BNC, patch_grid, grid, False)[0])
+        patch_grids = [patch_grid] * len(x_BNC) if spatial_shapes is None else list(map(tuple, spatial_shapes.tolist()))
         wanted = self._token_grids(token_grids, patch_grids)
-        tokens, maps = self._project(self._patch_features(tower), patch_grids, wanted, output_scopes)
+        tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
         return MSResamplerImageFeatures(
             last_hidden_state=None if skip else tower.last_hidden_state,
             pooler_output=tokens,
@@ -188,16 +220,12 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
 
     def _run_tower(self, pixel_values: Tensor, mask: Tensor | None, shapes: Tensor | None, **kwargs: Any):
         pixel_values = pixel_values.to(self.vision_tower.dtype)
-        kind = self.config.vision_config.model_type
-        if kind == "siglip2_vision_model":
-            if shapes is None:
-                pixel_values, mask, shapes = flatten_patches(pixel_values, self.config.patch_size)
-            return self.vision_tower(
-                pixel_values, pixel_attention_mask=mask, spatial_shapes=shapes, return_dict=True, **kwargs
-            )
-        if kind in _FIXED_SIZE_TOWERS:
-            native = self.config.vision_config.image_size
-            kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != (native, native)
+        if self.tower_shape.takes_patches:
+            patches = {"pixel_values": pixel_values, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+            kwargs |= flatten_patches(pixel_values, self.config.patch_size) if shapes is None else patches
+            return self.vision_tower(return_dict=True, **kwargs)
+        if self.tower_shape.must_interpolate:
+            kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != self.tower_shape.image_size
         return self.vision_tower(pixel_values, return_dict=True, **kwargs)
 
     def _token_grids(
@@ -211,13 +239,6 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             raise ValueError(f"Got {len(token_grids)} token grids for {len(patch_grids)} images; give one an image.")
         return [tuple(grid) for grid in (token_grids.tolist() if isinstance(token_grids, Tensor) else token_grids)]
 
-    def _patch_features(self, tower: ModelOutput) -> Tensor:
-        """Patches (B, N, C) of the configured layers side by side, without the tower's prefix tokens."""
-        layers = [tower.hidden_states[layer] for layer in self.config.feature_layers]
-        if self.config.vision_config.model_type in FEATURE_MAP_TOWERS:
-            layers = [layer.flatten(2).mT for layer in layers]
-        return torch.cat([layer[:, self.config.num_prefix_tokens :] for layer in layers], dim=-1)
-
     def _run_projector(
         self, x_BNC: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int], output_scopes: bool
     ) -> tuple[Tensor, ScopeMaps | None]:
@@ -230,22 +251,17 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         return self.projector(x_BNC, patch_grid, token_grid), None
 
     def _project(
-        self,
-        x_BNC: Tensor,
-        patch_grids: list[tuple[int, int]],
-        token_grids: list[tuple[int, int]],
-        output_scopes: bool,
+        self, x_BNC: Tensor, patch_grids: list[tuple[int, int]], token_grids: list[tuple[int, int]], output_scopes: bool
     ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Visual tokens and scope maps of every image; images of the same grids go through together."""
-        x_BNC = x_BNC.to(next(self.projector.parameters()).dtype)
-        padded = self.config.vision_config.model_type == "siglip2_vision_model"  # to the batch's largest image
         grids = list(zip(patch_grids, token_grids, strict=True))
         tokens: dict[int, Tensor] = {}
         maps: dict[int, tuple[Tensor, Tensor]] = {}
         for patches, wanted in dict.fromkeys(grids):
             rows = [row for row, grid in enumerate(grids) if grid == (patches, wanted)]
             x = x_BNC if len(rows) == len(grids) else x_BNC[rows]
-            x = x[:, : patches[0] * patches[1]] if padded else x
+            if self.tower_shape.takes_patches:  # padded to the batch's largest image
+                x = x[:, : patches[0] * patches[1]]
             y_BMT, scopes = self._run_projector(x, patches, wanted, output_scopes)
             for row, index in enumerate(rows):
                 tokens[index] = y_BMT[row]
@@ -260,13 +276,14 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
-        torch_compilable_check(
-            mask.sum() == visual_tokens,
-            lambda: (
-                f"The text has {int(mask.sum())} image tokens, but the images make {visual_tokens} visual tokens: "
-                "process text and images together, with the same `visual_tokens`."
-            ),
-        )
+        if not torch.compiler.is_exporting():  # ONNX has no way to stop
+            torch_compilable_check(
+                mask.sum() == visual_tokens,
+                lambda: (
+                    f"The text has {int(mask.sum())} image tokens, but the images make {visual_tokens} visual tokens: "
+                    "process text and images together, with the same `visual_tokens`."
+                ),
+            )
         return mask.unsqueeze(-1)
 
     @can_return_tuple
@@ -300,11 +317,11 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             )
         features = None
         if images is not None:
-            features = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self._placeholder_mask(input_ids, inputs_embeds, len(features))
+            features = images.pooler_output
+            features = features.flatten(0, 1) if isinstance(features, Tensor) else torch.cat(list(features))
+            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self._placeholder_mask(input_ids, inputs_embeds, features.shape[0])
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
-        elif input_ids is not None and not _cache_of(kwargs):
-            self._placeholder_mask(input_ids, inputs_embeds, 0)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -314,53 +331,51 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         return MSResamplerModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=getattr(outputs, "attentions", None),
             image_hidden_states=features,
             **_cache_of(outputs),
         )
 
 
-def make_unread_layers_skippable(tower: PreTrainedModel, config: MSResamplerConfig) -> PreTrainedModel:
-    """The tower, whose layers after the last one that is read return their input when called with `skip_unread`.
-
-    They stay where they are, for checkpoints and for whoever runs the tower whole.
-    """
-    if config.unread_layers:
-        (layers,) = (
-            blocks
-            for blocks in tower.modules()
-            if isinstance(blocks, nn.ModuleList) and len(blocks) == config.vision_config.num_hidden_layers
-        )
-        for layer in layers[-config.unread_layers :]:
-            layer.forward = partial(_run_or_skip, layer)
-    return tower
+def build_part(config: PretrainedConfig) -> PreTrainedModel:
+    """A tower or language model. A part without a choice of attention takes any: it computes the same under all."""
+    kind = MODEL_MAPPING[type(config)]
+    choices = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
+    if any(getattr(kind, choice) for choice in choices):
+        return AutoModel.from_config(config)
+    config._attn_implementation = None
+    part = AutoModel.from_config(config)
+    for choice in choices:
+        setattr(part, choice, True)
+    return part
 
 
-def _run_or_skip(layer: nn.Module, hidden_states: Tensor, *args: Any, skip_unread: bool = False, **kwargs: Any):
-    return hidden_states if skip_unread else type(layer).forward(layer, hidden_states, *args, **kwargs)
-
-
-def flatten_patches(pixel_values: Tensor, patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (B, 3, height, width) as SigLIP 2 reads them: patches (B, N, 3 * size^2), their mask and grids."""
-    rows, columns = (side // patch_size for side in pixel_values.shape[-2:])
-    patches = pixel_values[..., : rows * patch_size, : columns * patch_size]
-    patches = patches.unflatten(-1, (columns, patch_size)).unflatten(-3, (rows, patch_size))
-    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-    mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=patches.device)
-    shapes = torch.tensor([[rows, columns]], device=patches.device).expand(len(patches), 2)
-    return patches, mask, shapes
+def build_head(config: PretrainedConfig) -> nn.Linear:
+    """A language model's output head. Raises ValueError if more than a linear layer makes the logits."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        with torch.device("meta"):
+            causal = AutoModelForCausalLM.from_config(config)
+        head, parts = causal.get_output_embeddings(), [*causal.children()]
+        if isinstance(head, nn.Linear) and len(parts) == 2 and head in parts and causal.base_model in parts:
+            return nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
+    raise ValueError(
+        f"The language model `{config.model_type}` is not built like today's decoders (a stack of layers, and a linear "
+        "head behind it); use one that is, such as llama, qwen3, gemma, phi, gpt2, gpt_neox or opt."
+    )
 
 
 class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, GenerationMixin):
     """The model that answers: MSResamplerModel and the language model's head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MSResamplerConfig):
         super().__init__(config)
         self.model = MSResamplerModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = build_head(config.text_config)
+        embeddings = self.get_input_embeddings()
+        (name,) = (name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
         # A placeholder is no answer; and prompt lookup, which copies from the prompt, must not propose any.
         self.generation_config.suppress_tokens = [config.image_token_id]
@@ -394,7 +409,10 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MSResamplerCausalLMOutputWithPast:
-        """Next-token logits of MSResamplerModel's text; loss where `labels` (batch, L) are not -100."""
+        """Next-token logits of MSResamplerModel's text.
+
+        The loss is that of the `labels` (batch, L) that are neither -100 nor image tokens, which nobody has to say.
+        """
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -411,7 +429,9 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         loss = None
         if labels is not None:
             vocabulary = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+            if kwargs.get("shift_labels") is not None:
+                kwargs["shift_labels"] = self.words_only(kwargs["shift_labels"])
+            loss = self.loss_function(logits=logits, labels=self.words_only(labels), vocab_size=vocabulary, **kwargs)
         return MSResamplerCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -421,18 +441,16 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
             **_cache_of(outputs),
         )
 
+    def words_only(self, labels: Tensor) -> Tensor:
+        """Labels without image tokens: other collators leave them in, and a model is not to learn to say them."""
+        return labels.masked_fill(labels == self.config.image_token_id, -100)
+
     def _logits(self, hidden_states: Tensor) -> Tensor:
         """The head, and what families do after it: granite divides, cohere multiplies, gemma 2 caps."""
-        logits, text = self.lm_head(hidden_states), self.config.text_config
-        divisor = None if text.model_type in _MULTIPLIERS else getattr(text, "logits_scaling", None)
-        if divisor is not None:
-            logits = logits / divisor
-        factor = getattr(text, _MULTIPLIERS.get(text.model_type, "logit_scale"), None)
-        if factor is not None:
-            logits = logits * factor
-        if (cap := getattr(text, "final_logit_softcapping", None)) is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        logits, scale, cap = self.lm_head(hidden_states), self.config.logit_scale, self.config.logit_cap
+        if scale != 1:
+            logits = logits * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 MSResamplerModel.register_for_auto_class("AutoModel")

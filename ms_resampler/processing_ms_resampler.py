@@ -25,7 +25,7 @@ from .pictures_ms_resampler import is_rgb_array, open_picture
 BACKENDS = "transformers.image_processing_backends"  # where image processors have their resizing and cropping from
 
 
-OPTIONS = {"visual_tokens": 144, "padding_side": "left"}
+OPTIONS: dict[str, Any] = {"visual_tokens": 144, "padding_side": "left"}
 
 
 class MSResamplerImagesKwargs(ImagesKwargs, total=False):
@@ -113,18 +113,20 @@ class MSResamplerProcessor(ProcessorMixin):
         Raises ValueError for options that are not known, and for what `validate_inputs` refuses.
         """
         self._refuse_unknown_options({name: kwargs[name] for name in kwargs if name not in ("videos", "audio")})
-        prompts = [text] if isinstance(text, str) else text or []
-        if any(isinstance(prompt, str) and prompt.startswith(self._text_starts()) for prompt in prompts):
-            kwargs = {"add_special_tokens": False, **kwargs.get("text_kwargs", {}), **kwargs}
-            kwargs.pop("text_kwargs", None)
+        if "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
+            written = self._start_of_text()
+            starts = tuple(filter(None, (self.tokenizer.bos_token, written)))
+            prompts = [text] if isinstance(text, str) else text or ()
+            if all(isinstance(prompt, str) for prompt in prompts) and any(p.startswith(starts) for p in prompts):
+                kwargs["add_special_tokens"] = False
+                text = [prompt if prompt.startswith(starts) else written + prompt for prompt in prompts]
         return super().__call__(images=images, text=text, **kwargs)
 
-    def _text_starts(self) -> tuple[str, ...]:
-        """What a text begins with, that a template or the tokenizer writes: "<s>", "[gMASK]<sop>"."""
+    def _start_of_text(self) -> str:
+        """What the tokenizer writes in front of a text, such as "<s>" or "[gMASK]<sop>"."""
         encoded = self.tokenizer("a", return_special_tokens_mask=True)
         before = encoded["input_ids"][: encoded["special_tokens_mask"].index(0)]
-        written = "".join(self.tokenizer.convert_ids_to_tokens(before))
-        return tuple(start for start in (self.tokenizer.bos_token, written) if start)
+        return "".join(self.tokenizer.convert_ids_to_tokens(before))
 
     def apply_chat_template(
         self, conversation, chat_template=None, tools=None, documents=None, processor_kwargs=None, **kwargs: Any
@@ -347,7 +349,9 @@ def _loading_options(image_processor: Any, tokenizer: Any) -> set[str]:
 
 def _drop_typed_marks(tokenizer: Any) -> None:
     """Lets the tokenizer drop the mark of typed image tokens, after it has looked for special tokens."""
-    backend = tokenizer.backend_tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer in Python reads the mark as a letter
+        return
     normalizers, own = inspect.getmodule(type(backend)).normalizers, backend.normalizer
     if own is None or TYPED in own.normalize_str(TYPED):
         drop = normalizers.Replace(TYPED, "")

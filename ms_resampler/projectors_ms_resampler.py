@@ -1,7 +1,7 @@
-"""The peers of the multi-scope resampler: published projectors, all called alike.
+"""All projectors by name, and the peers of the multi-scope resampler: published projectors, all called alike.
 
 `projector(x_BNC, patch_grid, token_grid)` maps patch features (B, N, C) to visual tokens (B, M, T) in raster order.
-Each class is a function of the same inputs as its original, and `original_names` says what the original calls its
+Each peer is a function of the same inputs as its original, and `original_names` says what the original calls its
 weights, so that published ones load. Where the original is fixed to one grid and this one is not, the docstring says
 how it was made general. Shapes are named as in resampler_ms_resampler.py.
 """
@@ -17,7 +17,8 @@ from transformers import initialization as init
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2MLP, Idefics2PerceiverResampler
 
-from .configuration_ms_resampler import token_grid
+from .branches_ms_resampler import BranchesResampler, Resampler, init_branches_weights
+from .configuration_ms_resampler import PROJECTOR_TYPES, token_grid
 from .resampler_ms_resampler import MultiScopeResampler, as_map, as_tokens, cell_means, check_patches, mlp
 
 Grid = tuple[int, int]
@@ -93,7 +94,7 @@ class MLPProjector(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.mlp = mlp(config.feature_width, config.text_config.hidden_size)
+        self.mlp = mlp(config.feature_width, config.text_width)
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         require_cell("mlp", (1, 1), patch_grid, token_grid)
@@ -118,7 +119,7 @@ class PixelShuffleProjector(nn.Module):
         self.cell = default_cell("pixel_shuffle", config)
         width = config.feature_width * self.cell[0] * self.cell[1]
         self.norm = nn.LayerNorm(width)
-        self.mlp = mlp(width, config.text_config.hidden_size)
+        self.mlp = mlp(width, config.text_width)
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         require_cell("pixel_shuffle", self.cell, patch_grid, token_grid)
@@ -173,15 +174,15 @@ class CAbstractor(nn.Module):
         inputs, width = config.feature_width, config.projector_config.hidden_size
         depth = config.projector_config.num_hidden_layers
         self.grid = config.native_patch_grid
-        self.position_NC = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], inputs))
+        self.position = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], inputs))
         widths = [inputs] + [width] * (2 * depth)
         blocks = [AbstractorBlock(*pair) for pair in pairwise(widths)]
         self.before, self.after = nn.Sequential(*blocks[:depth]), nn.Sequential(*blocks[depth:])
-        self.readout = mlp(width, config.text_config.hidden_size, nn.SiLU)
+        self.readout = mlp(width, config.text_width, nn.SiLU)
 
     @property
     def original_names(self) -> dict[str, str]:
-        names = {"position_NC": "pos_emb", "readout": "readout"}
+        names = {"position": "pos_emb", "readout": "readout"}
         for ours, theirs in (("before", "net.0"), ("after", "net.2")):
             for number in range(len(self.before)):
                 block, original = f"{ours}.{number}", f"{theirs}.b{number + 1}"
@@ -194,7 +195,7 @@ class CAbstractor(nn.Module):
         return names
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
-        x = patch_map(x_BNC + resize_table(self.position_NC, self.grid, patch_grid), patch_grid)
+        x = patch_map(x_BNC + resize_table(self.position, self.grid, patch_grid), patch_grid)
         x = self.after(F.adaptive_avg_pool2d(self.before(x), token_grid))
         return self.readout(as_tokens(x))
 
@@ -209,7 +210,7 @@ class LDPv2(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width = config.text_config.hidden_size
+        width = config.text_width
         self.mlp = mlp(config.feature_width, width)
         self.positions = nn.Conv2d(width, width, 3, padding=1, groups=width)
 
@@ -239,12 +240,12 @@ class TokenPacker(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.projector_config.hidden_size
-        self.query_width = config.feature_width // len(config.feature_layers)
+        self.query_width = config.feature_states[-1].width
         self.q_proj, self.q_norm = nn.Linear(self.query_width, width, bias=False), nn.LayerNorm(width, eps=1e-6)
         self.k_proj, self.k_norm = mlp(config.feature_width, width), nn.LayerNorm(width, eps=1e-6)
         self.v_proj, self.v_norm = mlp(config.feature_width, width), nn.LayerNorm(width, eps=1e-6)
         self.attention = attention(width, config.projector_config.num_attention_heads)
-        self.mlp = mlp(width, config.text_config.hidden_size)
+        self.mlp = mlp(width, config.text_width)
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         return self.pack(x_BNC[..., -self.query_width :], x_BNC, patch_grid, token_grid)
@@ -271,70 +272,70 @@ class MQTResampler(nn.Module):
     """
 
     original_names = {
-        "query_QC": "query",
-        "position_QC": "pos_embed",
+        "query": "query",
+        "position": "pos_embed",
         "q_norm": "ln_q",
         "k_norm": "ln_k",
         "v_norm": "ln_v",
         "attention": "attn",
-        "output_CT": "proj",
+        "output": "proj",
     }
-    position_QC: Tensor
+    position: Tensor
 
     def __init__(self, config):
         super().__init__()
         width, self.grid = config.feature_width, tuple(config.projector_config.query_grid)
-        self.query_QC = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], width))
-        self.register_buffer("position_QC", sincos_table(self.grid, width))
+        self.query = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], width))
+        self.register_buffer("position", sincos_table(self.grid, width))
         self.q_norm, self.k_norm, self.v_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
         self.attention = attention(width, config.projector_config.num_attention_heads)
-        self.output_CT = nn.Parameter(torch.zeros(width, config.text_config.hidden_size))
+        self.output = nn.Parameter(torch.zeros(width, config.text_width))
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         tokens = token_grid[0] * token_grid[1]
-        if tokens > len(self.query_QC):
-            raise ValueError(f"`mqt` has {len(self.query_QC)} queries (`query_grid`), so no more tokens than that.")
-        position_QC = self.position_QC.to(x_BNC.dtype)  # a buffer may stay in float32
-        query = self.q_norm(self.query_QC[:tokens] + position_QC[:tokens])
+        if tokens > len(self.query):
+            raise ValueError(f"`mqt` has {len(self.query)} queries (`query_grid`), so no more tokens than that.")
+        position_QC = self.position.to(x_BNC.dtype)  # a buffer may stay in float32
+        query = self.q_norm(self.query[:tokens] + position_QC[:tokens])
         key = self.k_norm(resize_table(position_QC, self.grid, patch_grid))
-        query, key = (t.expand(len(x_BNC), -1, -1) for t in (query, key))
-        return self.attention(query, key, self.v_norm(x_BNC), need_weights=False)[0] @ self.output_CT
+        query, key = (t.expand(x_BNC.shape[0], -1, -1) for t in (query, key))
+        return self.attention(query, key, self.v_norm(x_BNC), need_weights=False)[0] @ self.output
 
 
 class QwenResampler(nn.Module):
     """Qwen-VL's resampler (Bai et al., 2023): a fixed grid of learned queries attends all patches once."""
 
     original_names = {
-        "query_MD": "query",
-        "position_MD": "pos_embed",
+        "query": "query",
+        "position": "pos_embed",
         "kv_proj": "kv_proj",
         "q_norm": "ln_q",
         "kv_norm": "ln_kv",
         "attention": "attn",
         "output_norm": "ln_post",
-        "output_DT": "proj",
+        "output": "proj",
     }
-    position_MD: Tensor
+    position: Tensor
 
     def __init__(self, config):
         super().__init__()
         width, self.grid = config.projector_config.hidden_size, tuple(config.projector_config.query_grid)
-        self.query_MD = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], width))
-        self.register_buffer("position_MD", sincos_table(self.grid, width))
+        self.query = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], width))
+        self.register_buffer("position", sincos_table(self.grid, width))
         same = config.feature_width == width
         self.kv_proj = nn.Identity() if same else nn.Linear(config.feature_width, width, bias=False)
         self.q_norm, self.kv_norm, self.output_norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
         self.attention = attention(width, config.projector_config.num_attention_heads)
-        self.output_DT = nn.Parameter(torch.zeros(width, config.text_config.hidden_size))
+        self.output = nn.Parameter(torch.zeros(width, config.text_width))
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
-        require_queries("qwen_resampler", len(self.query_MD), token_grid)
+        require_queries("qwen_resampler", len(self.query), token_grid)
         x_BND = self.kv_norm(self.kv_proj(x_BNC))
-        position_MD = self.position_MD.to(x_BND.dtype)  # a buffer may stay in float32
-        query = (self.q_norm(self.query_MD) + position_MD).expand(len(x_BND), -1, -1)
+        position_MD = self.position.to(x_BND.dtype)  # a buffer may stay in float32
+        query = (self.q_norm(self.query) + position_MD).expand(x_BND.shape[0], -1, -1)
         key = x_BND + resize_table(position_MD, self.grid, patch_grid)
         out_BMD = self.attention(query, key, x_BND, need_weights=False)[0]
-        return self.output_norm(out_BMD) @ self.output_DT
+        return self.output_norm(out_BMD) @ self.output
 
 
 def require_queries(name: str, queries: int, token_grid: Grid) -> None:
@@ -359,7 +360,7 @@ class SAEP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, self.cell = config.text_config.hidden_size, default_cell("saep", config)
+        width, self.cell = config.text_width, default_cell("saep", config)
         self.input_proj, self.input_norm = nn.Linear(config.feature_width, width), nn.LayerNorm(width)
         self.conv = nn.Conv2d(width, width, self.cell, stride=self.cell, groups=width)
         self.conv_norm, self.pool_norm = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -402,9 +403,9 @@ class PerceiverResampler(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, text_width, projector = config.feature_width, config.text_config.hidden_size, config.projector_config
+        width, text_width, projector = config.feature_width, config.text_width, config.projector_config
         rows, columns = projector.query_grid
-        self.latents_MC = nn.Parameter(torch.zeros(rows * columns, width))
+        self.latents = nn.Parameter(torch.zeros(rows * columns, width))
         heads = projector.num_attention_heads
         self.layers = nn.ModuleList(
             PerceiverLayer(width, heads, projector.hidden_size // heads) for _ in range(projector.num_hidden_layers)
@@ -424,14 +425,14 @@ class PerceiverResampler(nn.Module):
             "ffn.0": "1.1",
             "ffn.2": "1.3",
         }
-        names = {"latents_MC": "latents", "norm": "norm"}
+        names = {"latents": "latents", "norm": "norm"}
         for n in range(len(self.layers)):
             names |= {f"layers.{n}.{ours}": f"layers.{n}.{theirs}" for ours, theirs in parts.items()}
         return names
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
-        require_queries("perceiver", len(self.latents_MC), token_grid)
-        z_BMC = self.latents_MC.expand(len(x_BNC), -1, -1)
+        require_queries("perceiver", len(self.latents), token_grid)
+        z_BMC = self.latents.expand(x_BNC.shape[0], -1, -1)
         for layer in self.layers:
             z_BMC = layer(z_BMC, x_BNC)
         return self.output_proj(self.norm(z_BMC))
@@ -457,7 +458,7 @@ class Idefics2Perceiver(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        projector, width = config.projector_config, config.text_config.hidden_size
+        projector, width = config.projector_config, config.text_width
         heads = projector.num_attention_heads
         self.modality_projection = Idefics2MLP(config.feature_width, projector.intermediate_size, width, "silu")
         self.perceiver_resampler = Idefics2Latents(
@@ -480,13 +481,13 @@ class Idefics2Perceiver(nn.Module):
 class QFormer(nn.Module):
     """BLIP-2's Q-Former (Li et al., 2023): transformers' BERT of queries, every second layer sees patches."""
 
-    original_names = {"query_1MD": "query_tokens", "qformer": "qformer", "output_proj": "language_projection"}
+    original_names = {"query": "query_tokens", "qformer": "qformer", "output_proj": "language_projection"}
 
     def __init__(self, config):
         super().__init__()
         projector = config.projector_config
         width, (rows, columns) = projector.hidden_size, projector.query_grid
-        self.query_1MD = nn.Parameter(torch.zeros(1, rows * columns, width))
+        self.query = nn.Parameter(torch.zeros(1, rows * columns, width))
         self.qformer = Blip2QFormerModel(
             Blip2QFormerConfig(
                 hidden_size=width,
@@ -496,14 +497,21 @@ class QFormer(nn.Module):
                 encoder_hidden_size=config.feature_width,
             )
         )
-        self.output_proj = nn.Linear(width, config.text_config.hidden_size)
+        self.output_proj = nn.Linear(width, config.text_width)
 
     def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
-        require_queries("q_former", self.query_1MD.shape[1], token_grid)
-        query = self.query_1MD.expand(len(x_BNC), -1, -1)
+        require_queries("q_former", self.query.shape[1], token_grid)
+        query = self.query.expand(x_BNC.shape[0], -1, -1)
         return self.output_proj(self.qformer(query, encoder_hidden_states=x_BNC).last_hidden_state)
 
 
+# With scopes: made of the projector's configuration, vision and text width; called with `output_scopes`, too.
+SCOPED_PROJECTORS: dict[str, type[nn.Module]] = {
+    "ms_resampler": MultiScopeResampler,
+    "ms_resampler_branches": BranchesResampler,
+    "resampler": Resampler,
+}
+# Peers: made of the model's configuration.
 PROJECTORS: dict[str, type[nn.Module]] = {
     "mlp": MLPProjector,
     "avg_pool": AveragePoolProjector,
@@ -518,14 +526,61 @@ PROJECTORS: dict[str, type[nn.Module]] = {
     "idefics2_perceiver": Idefics2Perceiver,
     "q_former": QFormer,
 }
+# What earlier versions called parameters and buffers of projectors, and their names today.
+EARLIER_NAMES = {
+    "query_1DHW": "query",
+    "scope_embedding_GD": "scope_embedding",
+    "sigma_Gh": "sigma",
+    "log_scale_Gh": "log_scale",
+    "offset_Gh2": "offset",
+    "gate_S": "scope_logits",
+    "position_NC": "position",
+    "query_QC": "query",
+    "position_QC": "position",
+    "output_CT": "output",
+    "query_MD": "query",
+    "position_MD": "position",
+    "output_DT": "output",
+    "latents_MC": "latents",
+    "query_1MD": "query",
+}
+
+
+def register_projector(name: str, projector: type[nn.Module], fields_of: str = "peer") -> None:
+    """Makes a projector of one's own known as a `projector_type`, before a configuration names it.
+
+    `fields_of` is the type whose fields it has, and as which it is made and called: "peer", which is made of the
+    model's configuration, or "ms_resampler", "ms_resampler_branches" or "resampler". Raises ValueError if the name is
+    taken.
+    """
+    if name in PROJECTOR_TYPES:
+        raise ValueError(f"There is a projector `{name}` already: register yours under another name.")
+    PROJECTOR_TYPES[name] = fields_of
+    (PROJECTORS if fields_of == "peer" else SCOPED_PROJECTORS)[name] = projector
 
 
 def build_projector(config) -> nn.Module:
-    """The projector that a model's configuration names: ours (with several scopes, or one), or a peer."""
-    projector = config.projector_config
-    if projector.num_scopes:
-        return MultiScopeResampler(projector, config.feature_width, config.text_config.hidden_size)
-    return PROJECTORS[projector.projector_type](config)
+    """The projector that a model's configuration names."""
+    fields = config.projector_config
+    if fields.kind == "peer":
+        projector = PROJECTORS[fields.projector_type](config)
+    else:
+        made = SCOPED_PROJECTORS[fields.projector_type]
+        projector = made(fields, config.feature_width, config.text_width)
+    projector.register_load_state_dict_pre_hook(_rename_earlier)
+    return projector
+
+
+def name_of_today(name: str) -> str:
+    """The name of a weight, given one of today or of an earlier version."""
+    path, _, leaf = name.rpartition(".")
+    return ".".join(filter(None, (path, EARLIER_NAMES.get(leaf, leaf))))
+
+
+def _rename_earlier(projector: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+    """Lets `load_state_dict` read the names of earlier versions; `from_pretrained` has its own way."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[name_of_today(name)] = state.pop(name)
 
 
 def rename(names: Iterable[str], table: dict[str, str]) -> dict[str, str]:
@@ -548,24 +603,27 @@ def init_projector_weights(module: nn.Module) -> None:
     learned queries, positions   normal, std 0.02     a perceiver's latents   normal, std 1
     output matrices              normal, std 1 / sqrt(inputs)              tables of positions   2-D sin-cos
     """
+    init_branches_weights(module)
     if isinstance(module, nn.MultiheadAttention):
         init.xavier_uniform_(module.in_proj_weight)
         init.zeros_(module.in_proj_bias)
     elif isinstance(module, (MQTResampler, QwenResampler)):
-        query, output, table = (
-            (module.query_QC, module.output_CT, module.position_QC)
-            if isinstance(module, MQTResampler)
-            else (module.query_MD, module.output_DT, module.position_MD)
-        )
-        init.normal_(query, std=0.02)
-        init.normal_(output, std=output.shape[0] ** -0.5)
-        init.copy_(table, sincos_table(module.grid, table.shape[1]))
+        init.normal_(module.query, std=0.02)
+        init.normal_(module.output, std=module.output.shape[0] ** -0.5)
+        init.copy_(module.position, sincos_table(module.grid, module.position.shape[1]))
     elif isinstance(module, CAbstractor):
-        init.normal_(module.position_NC, std=0.02)
+        init.normal_(module.position, std=0.02)
     elif isinstance(module, PerceiverResampler):
-        init.normal_(module.latents_MC, std=1.0)
+        init.normal_(module.latents, std=1.0)
     elif isinstance(module, QFormer):
-        init.normal_(module.query_1MD, std=0.02)
+        init.normal_(module.query, std=0.02)
 
 
-__all__ = ["PROJECTORS", "build_projector", "init_projector_weights"]
+__all__ = [
+    "PROJECTORS",
+    "SCOPED_PROJECTORS",
+    "build_projector",
+    "init_projector_weights",
+    "name_of_today",
+    "register_projector",
+]

@@ -1,17 +1,12 @@
-"""`ms-resampler study`: the study of the folder research/, which a checkout has and an installed package has not."""
+"""`ms-resampler study`, in a checkout only: research/ is not part of the installed package."""
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of a study. Raises ValueError where there is no checkout."""
-    try:
-        from research.study.__main__ import add_arguments as add_study_arguments
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "the study is not part of the installed package: run `python -m research.study` in a checkout of the "
-            "repository, with `pip install -e '.[eval]'` done there."
-        ) from error
+    """Declares the arguments of a study."""
+    from research.study.__main__ import add_arguments as add_study_arguments
+
     add_study_arguments(parser)
 
 

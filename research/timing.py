@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ms_resampler.packing_ms_resampler import PackedLinear, pack_linears
-from ms_resampler.timing import milliseconds
+from ms_resampler.training.step_time import milliseconds
 
 Result = TypeVar("Result")
 

@@ -1,16 +1,35 @@
 """The multi-scope resampler once more: float64, in loops over images, scopes, tokens and patches.
 
-Written from the equations, reading nothing but a state dict and a configuration, so that the real one can be
-held against it.
+Written from the equations, reading nothing but a state dict and what the resampler is, so that the real one can be
+held against it; the study's variants, too.
 """
 
 import math
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 Weights = dict[str, np.ndarray]
+DEFAULT = {
+    "scope_layout": "heads",
+    "query_init": "none",
+    "scope_prior": "gaussian",
+    "learn_scopes": True,
+    "share_kv": True,
+    "fusion": "token",
+    "patch_conv": True,
+    "tile_heads": True,
+    "cell_residual": True,
+}
+
+
+def described(config: Any, **variant: Any) -> SimpleNamespace:
+    """What a resampler is: the fields of its configuration, and those in which it or a variant is not the default."""
+    queries = {} if config.kind == "ms_resampler" else {"scope_layout": "branches", "query_init": "learned"}
+    form = queries | (config.branch_form or {}) | variant
+    return SimpleNamespace(**config.to_dict(), num_scopes=config.num_scopes, **DEFAULT | form)
 
 
 def resample(weights: Weights, config: Any, x_BNC: np.ndarray, patch_grid, token_grid) -> tuple[np.ndarray, ...]:
@@ -31,7 +50,7 @@ def resample_image(weights: Weights, config: Any, x_NC: np.ndarray, patch_grid, 
         [np.zeros(width)] * len(anchors)
         if config.query_init == "none"
         else [
-            base_query(weights["query_1DHW"][0], token_grid, i) + positions(anchor, width)
+            base_query(weights["query"][0], token_grid, i) + positions(anchor, width)
             for i, anchor in enumerate(anchors)
         ]
     )
@@ -69,7 +88,7 @@ def scope_layer(weights: Weights, at: str, config: Any, z, u, cells, anchors, pa
         for s in range(scopes if branches else 1):
             query, q = token, [None] * heads
             if config.query_init != "none":
-                query = token + weights[at + "scope_embedding_GD"][s]
+                query = token + weights[at + "scope_embedding"][s]
                 normed = layer_norm(weights, at + "query_norm", query, config)
                 q = np.split(linear(weights, at + "q_proj", normed), heads)
             heard = []
@@ -110,16 +129,16 @@ def attend(weights, at, config, q, head, query_set, u, anchor, patches, token_gr
 
 def prior(weights, at, config, query_set, head, anchor, patch, patches, token_grid) -> float:
     """B of one anchor and patch."""
-    sigma = weights[at + "prior.sigma_Gh"][query_set, head]
+    sigma = weights[at + "prior.sigma"][query_set, head]
     if config.scope_prior == "none" or math.isinf(sigma):
         return 0.0
     if config.scope_prior == "gaussian":
         if config.tile_heads:
-            offset = weights[at + "prior.offset_Gh2"][query_set, head]
+            offset = weights[at + "prior.offset"][query_set, head]
             anchor = [a + o / n for a, o, n in zip(anchor, offset, token_grid, strict=True)]
         squared = squared_pitches(anchor, patch, token_grid)
         if config.learn_scopes:
-            sigma = sigma * math.exp(weights[at + "prior.log_scale_Gh"][query_set, head])
+            sigma = sigma * math.exp(weights[at + "prior.log_scale"][query_set, head])
         return -squared / (2 * sigma**2)
     squared = squared_pitches(anchor, patch, token_grid)
     nearest = min(squared_pitches(anchor, other, token_grid) for other in patches)
@@ -153,7 +172,7 @@ def fuse(weights, at, config, outputs, queries) -> tuple[np.ndarray, np.ndarray]
         if config.fusion == "token":
             g = softmax(gate(together + queries[0]))
         else:
-            g = softmax(weights[at + "gate_S"]) if config.fusion == "static" else np.full(scopes, 1 / scopes)
+            g = softmax(weights[at + "gate.logits"]) if config.fusion == "static" else np.full(scopes, 1 / scopes)
         scaled = np.concatenate([scopes * g[scope_of_head(config, head)] * outputs[0][head] for head in range(heads)])
         return linear(weights, at + "o_proj", scaled) + queries[0], g
     joined = [np.concatenate(output) for output in outputs]
@@ -169,7 +188,7 @@ def fuse(weights, at, config, outputs, queries) -> tuple[np.ndarray, np.ndarray]
     if config.fusion == "token":
         g = softmax(np.array([gate(z_s)[0] for z_s in z]))
     else:
-        g = softmax(weights[at + "gate_S"]) if config.fusion == "static" else np.full(scopes, 1 / scopes)
+        g = softmax(weights[at + "scope_logits"]) if config.fusion == "static" else np.full(scopes, 1 / scopes)
     return sum(w * z_s for w, z_s in zip(g, z, strict=True)), g
 
 

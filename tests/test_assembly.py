@@ -201,7 +201,7 @@ def test_a_tokenizer_without_a_template_speaks_as_vicuna(parts, tmp_path, capsys
         (["--chat-template", "no.jinja"], "There is no chat template 'no.jinja'"),
         (["--chat-template", "ENDLESS"], "ends answers with no token of its own"),
         (["--chat-template", "DEAF"], "does not write images and text"),
-        (["--vision", "QWEN"], "the vision tower `qwen2`"),
+        (["--vision", "QWEN"], "The vision tower `qwen2` does not take images"),
         (["--llm", "nobody/nothing"], "nobody/nothing cannot be loaded: "),
         (["--vision", "no/such/folder"], "neither a folder nor the name"),
         (["--llm", "CLIP"], "which is more than a language model"),

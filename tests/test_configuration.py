@@ -2,14 +2,17 @@
 
 import json
 import math
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModel, GPTJConfig, PvtConfig
+from transformers import AutoModel, PvtConfig
 
 from ms_resampler import MSResamplerConfig, MSResamplerProjectorConfig
 from ms_resampler.configuration_ms_resampler import AUTO_MAP, token_grid
@@ -88,6 +91,11 @@ def test_every_patch_may_have_its_token(rows, columns):
         ((2, 0), r"two positive integers, got \(2, 0\)"),
         ((2, 3, 4), "two positive integers"),
         ((30, 30), "A budget of 900 visual tokens is impossible"),
+        (True, "Visual tokens are a count or a grid .* got True"),
+        (np.True_, "Visual tokens are a count or a grid"),
+        ([2, True], "two positive integers"),
+        (36.0, "Visual tokens are a count or a grid .* got 36.0"),
+        ("36", "Visual tokens are a count or a grid"),
     ],
 )
 def test_impossible_budgets(budget, sentence):
@@ -96,10 +104,26 @@ def test_impossible_budgets(budget, sentence):
 
 
 @pytest.mark.parametrize(
+    ("budget", "plain"),
+    [(np.int64(36), 36), (np.uint8(36), 36), (np.array([3, 5]), [3, 5]), ((np.int32(3), 5), (3, 5)), (np.array(8), 8)],
+)
+def test_numbers_of_numpy_are_numbers(budget, plain, tmp_path):
+    assert token_grid(budget, (24, 24)) == token_grid(plain, (24, 24))
+    config = MSResamplerProjectorConfig(
+        visual_tokens=budget, hidden_size=np.int64(64), scope_sigmas=np.array([0.5, 2.0]), layer_norm_eps=np.float32(1)
+    )
+    config.query_grid = np.array([2, 3])
+    config.save_pretrained(tmp_path)
+    again = MSResamplerProjectorConfig.from_pretrained(tmp_path)
+    assert token_grid(again.visual_tokens, (24, 24)) == token_grid(plain, (24, 24))
+    assert (again.hidden_size, again.query_grid, again.scope_sigmas) == (64, [2, 3], [0.5, 2.0])
+
+
+@pytest.mark.parametrize(
     ("fields", "sentence"),
     [
         ({"vision_feature_layers": -2}, "is not a field of MSResamplerConfig; did you mean `vision_feature_layer`"),
-        ({"projector_config": {"fussion": "head"}}, "did you mean `fusion`?"),
+        ({"projector_config": {"scope_head": [1]}}, "did you mean `scope_heads`?"),
         ({"projector_config": {"zzzz": 1}}, "known fields are "),
         ({"temperature": 0.5}, "`temperature` is not a field of MSResamplerConfig"),
         ({"vision_feature_layer": []}, "`vision_feature_layer` names no layer of the tower"),
@@ -109,7 +133,6 @@ def test_impossible_budgets(budget, sentence):
         ({"image_token_id": 32000}, "`image_token_id` 32000 is outside the language model's vocabulary of 32000"),
         ({"vision_feature_layer": 30}, "`vision_feature_layer` 30 does not exist: the tower has 24 layers"),
         ({"vision_config": PvtConfig()}, "the vision tower `pvt` puts in front of its patches is not known here"),
-        ({"text_config": GPTJConfig()}, "The language model `gptj` has an output head with a bias"),
     ],
 )  # fmt: skip
 def test_models_that_cannot_be(fields, sentence):
@@ -123,26 +146,26 @@ def test_models_that_cannot_be(fields, sentence):
         ({"scope_sigmas": []}, "`scope_sigmas` needs at least one scope"),
         ({"projector_type": "resampler", "scope_sigmas": [0.5, None]}, "`resampler` has a single scope"),
         ({"projector_type": "mlp", "scope_sigmas": [0.5, None]}, "`scope_sigmas` is a field of `ms_resampler`: `mlp`"),
-        ({"projector_type": "mqt", "fusion": "mean"}, "`fusion` is a field of `ms_resampler`: `mqt` has no such thing"),
+        ({"projector_type": "mqt", "pooled_mlp": True}, "`pooled_mlp` is a field of `ms_resampler`: `mqt` has no such"),
+        ({"projector_type": "resampler_"}, "There is no `projector_type` `resampler_`; did you mean `resampler`?"),
+        ({"projector_type": "xyz"}, "There is no `projector_type` `xyz`; use one of ms_resampler, "),
+        ({"fusion": "head"}, "`fusion` is not a field of MSResamplerProjectorConfig; it was one"),
+        ({"scope_sigmas": [None]}, r"a scope that is not global.*`scope_sigmas` \[None\]"),
+        ({"projector_type": "ms_resampler_branches", "scope_heads": [1]}, "`scope_heads` is a field of `ms_"),
+        ({"branch_form": {"fusion": "head"}}, "`branch_form` is a field of `ms_resampler_branches` and `resampler`"),
+        ({"projector_type": "resampler", "branch_form": {"fusion": "mean"}}, "cannot have `fusion` 'mean'; it may"),
+        ({"projector_type": "resampler", "branch_form": {"prior": "none"}}, "cannot have `prior` 'none'"),
         ({"scope_sigmas": [0.5, -1.0]}, "sigma must be positive, or None for the global scope, got -1.0"),
         ({"hidden_size": 30}, "must be a multiple of 4"),
         ({"hidden_size": 32, "num_attention_heads": 5}, "of `num_attention_heads`, got 32 and 5 heads"),
         ({"num_hidden_layers": 0}, "`num_hidden_layers` must be at least 1, got 0"),
         ({"query_grid": [4]}, r"`query_grid` must be \[rows, columns\]"),
         ({"visual_tokens": 0}, "`visual_tokens` must be at least 1"),
-        ({"fusion": "head"}, '"heads"` a head belongs to one scope: use fusion "token", "static" or "mean"'),
-        ({"share_kv": False}, '`share_kv=False` needs `scope_layout="branches"`'),
-        ({"num_attention_heads": 2, "hidden_size": 32}, "shares 2 heads among 3 scopes"),
-        ({"num_attention_heads": 2, "hidden_size": 32}, r"at least one a scope\. In `scope_layout"),
+        ({"num_attention_heads": 2, "hidden_size": 32}, r"2 heads among 3 scopes, at least one a scope\. In"),
         (
             {"scope_heads": [8, 8]},
             r"shares 12 heads among 3 scopes, at least one a scope; `scope_heads` \[8, 8\] does not",
         ),
-        ({"query_init": "none", "scope_layout": "branches"}, 'needs `scope_layout="heads"`, .*; got "branches"'),
-        ({"query_init": "none", "scope_prior": "none"}, 'a `scope_prior`.*got "heads", "none"'),
-        ({"query_init": "none", "scope_sigmas": [None]}, r"not global.*`scope_sigmas` \[None\]"),
-        ({"projector_type": "mqt", "query_init": "none"}, "`query_init` is a field of `ms_resampler`: `mqt`"),
-        ({"scope_layout": "branches", "scope_heads": [12, 2, 2]}, '`scope_heads` needs `scope_layout="heads"`'),
         ({"scope_sigmas": [0.5, math.inf]}, "sigma must be positive, or None for the global scope, got inf"),
         ({"scope_sigmas": [0.0]}, "sigma must be positive"),
         ({"visual_tokens": [3, 0]}, r"`visual_tokens` must be \[rows, columns\], two positive integers, got \[3, 0\]"),
@@ -172,11 +195,9 @@ def test_a_width_alone_is_enough(width, heads, shares):
 
 
 @pytest.mark.parametrize(("width", "heads"), [(64, 1), (96, 1), (160, 2), (800, 10), (1024, 16)])
-@pytest.mark.parametrize(
-    "fields", [{"scope_layout": "branches"}, {"projector_type": "resampler"}, {"projector_type": "perceiver"}]
-)
-def test_heads_that_no_scopes_share_are_at_least_64_wide(width, heads, fields):
-    assert MSResamplerProjectorConfig(hidden_size=width, **fields).num_attention_heads == heads
+@pytest.mark.parametrize("kind", ["ms_resampler_branches", "resampler", "perceiver"])
+def test_heads_that_no_scopes_share_are_at_least_64_wide(width, heads, kind):
+    assert MSResamplerProjectorConfig(hidden_size=width, projector_type=kind).num_attention_heads == heads
 
 
 @given(st.integers(1, 600).map(lambda n: 4 * n), st.integers(1, 8))
@@ -190,12 +211,15 @@ def test_every_width_has_heads_for_its_scopes(width, scopes):
 
 
 WRONG_TYPES = [
-    (MSResamplerProjectorConfig, "fusion", "sum"),
+    (MSResamplerProjectorConfig, "projector_type", 3),
+    (MSResamplerProjectorConfig, "pooled_mlp", 1),
+    (MSResamplerProjectorConfig, "visual_tokens", True),
+    (MSResamplerProjectorConfig, "visual_tokens", [2, True]),
+    (MSResamplerProjectorConfig, "scope_heads", [True, 2]),
     (MSResamplerProjectorConfig, "hidden_size", "64"),
     (MSResamplerProjectorConfig, "hidden_size", True),
     (MSResamplerProjectorConfig, "scope_sigmas", [0.5, "global"]),
     (MSResamplerProjectorConfig, "visual_tokens", [2.0, 2.0]),
-    (MSResamplerProjectorConfig, "learn_scopes", 1),
     (MSResamplerConfig, "vision_feature_layer", -2.0),
     (MSResamplerConfig, "vision_feature_layer", [-2, None]),
     (MSResamplerConfig, "image_token_id", None),
@@ -210,6 +234,123 @@ def test_types_are_checked_when_a_field_is_given_and_when_it_is_set(kind, field,
     config = kind()
     with pytest.raises(StrictDataclassFieldValidationError, match=f"Validation error for field '{field}'"):
         setattr(config, field, value)
+
+
+def read(folder, projector: dict, **root) -> MSResamplerConfig:
+    """The configuration read from a file with these fields."""
+    tiny_models.tiny_config().save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text()) | root
+    (folder / "config.json").write_text(json.dumps(written | {"projector_config": projector}))
+    return MSResamplerConfig.from_pretrained(folder)
+
+
+def test_a_key_of_a_later_version_is_ignored_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="`scope_tilt`, which MSResamplerProjectorConfig does not know") as warned:
+        config = read(tmp_path, {"hidden_size": 64, "scope_tilt": 0.1})
+    assert len(warned) == 1
+    assert config.projector_config.hidden_size == 64
+    assert "scope_tilt" not in config.to_dict()["projector_config"]
+    with pytest.warns(UserWarning, match="`later`, `other`, which MSResamplerConfig does not know") as warned:
+        read(tmp_path, {}, later=1, other=[])
+    assert len(warned) == 1
+
+
+# As version 0.1 wrote them.
+EARLIER = {
+    "scope_prior": "gaussian",
+    "learn_scopes": True,
+    "tile_heads": True,
+    "scope_layout": "heads",
+    "scope_heads": [2, 1, 1],
+    "fusion": "token",
+    "share_kv": True,
+    "patch_conv": True,
+    "cell_residual": True,
+    "pooled_mlp": False,
+    "query_init": "none",
+    "prior_form": "channels",
+    "scope_sigmas": [0.5, 1.5, None],
+    "num_attention_heads": 4,
+    "hidden_size": 32,
+}
+NO_EXTRAS = {"fusion": "head", "patch_conv": False, "tile_heads": False, "cell_residual": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "form"),
+    [
+        ({}, "ms_resampler", None),
+        ({"prior_form": "bias"}, "ms_resampler", None),
+        ({"projector_type": "resampler", "scope_sigmas": [0.5], "scope_heads": [4]}, "ms_resampler", None),
+        ({"scope_layout": "branches", "scope_heads": None, "query_init": "learned"}, "ms_resampler_branches", None),
+        (
+            {"scope_layout": "branches", "scope_heads": None, "query_init": "learned"} | NO_EXTRAS,
+            "ms_resampler_branches",
+            NO_EXTRAS,
+        ),
+        (
+            {"scope_layout": "branches", "scope_heads": None, "query_init": "learned", "fusion": "static"},
+            "ms_resampler_branches",
+            {"fusion": "static"},
+        ),
+        ({"query_init": "learned", "scope_sigmas": [None], "scope_heads": [4]}, "ms_resampler_branches", None),
+        (
+            {"projector_type": "resampler", "query_init": "learned", "scope_sigmas": [None], "scope_heads": [4]},
+            "resampler",
+            None,
+        ),
+        (
+            {"projector_type": "mqt", "query_init": "learned", "scope_sigmas": None, "scope_heads": None},
+            "mqt",
+            None,
+        ),
+    ],
+    ids=str,
+)
+def test_a_file_of_an_earlier_version_is_read(changes, kind, form, tmp_path):
+    config = read(tmp_path, EARLIER | changes).projector_config
+    assert (config.projector_type, config.branch_form) == (kind, form)
+    assert not set(config.to_dict()) & (set(EARLIER) - set(MSResamplerProjectorConfig.__dataclass_fields__))
+    assert MSResamplerProjectorConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scope_prior": "window"},
+        {"learn_scopes": False},
+        {"fusion": "static"},
+        {"patch_conv": False},
+        {"query_init": "learned"},
+        {"query_init": "content", "scope_layout": "branches"},
+        {"share_kv": False, "scope_layout": "branches", "query_init": "learned"},
+        {"projector_type": "mqt", "cell_residual": False, "scope_sigmas": None, "scope_heads": None},
+    ],
+    ids=str,
+)
+def test_what_only_an_earlier_version_had_is_refused(changes, tmp_path):
+    name, value = next(iter(changes.items()))
+    if name == "projector_type":
+        name, value = "cell_residual", False
+    with pytest.raises(ValueError, match=f"was made with `{name}` {value!r}, which this version does not have: load"):
+        read(tmp_path, EARLIER | changes)
+
+
+def test_importing_the_package_changes_no_table_of_transformers():
+    """`transformers serve` alone needs our name in one: there it is added with the first configuration."""
+    code = """
+import sys
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as names
+before = dict(names)
+from ms_resampler import MSResamplerConfig
+MSResamplerConfig()
+assert names == before
+import types
+sys.modules["transformers.cli.serving.model_manager"] = types.ModuleType("model_manager")
+MSResamplerConfig()
+assert dict(names) == before | {"ms_resampler": "MSResamplerForConditionalGeneration"}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_config_json_alone_rebuilds_the_configuration(tmp_path):

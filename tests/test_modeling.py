@@ -11,8 +11,9 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ms_resampler import MSResamplerForConditionalGeneration, MSResamplerModel
-from ms_resampler.modeling_ms_resampler import flatten_patches
-from ms_resampler.resampler_ms_resampler import MultiScopeResampler, init_resampler_weights
+from ms_resampler.projectors_ms_resampler import SCOPED_PROJECTORS, init_projector_weights
+from ms_resampler.resampler_ms_resampler import init_resampler_weights
+from ms_resampler.towers_ms_resampler import flatten_patches
 
 # What each tower puts in front of its patches, written down from the papers: CLS and registers.
 PREFIX = {
@@ -135,10 +136,10 @@ def test_siglip2_takes_images_and_patches_of_images_alike():
     image = tiny.picture(size=(24, 24))
     patched = processor.image_processor(image, return_tensors="pt")
     pixels = torch.tensor(tiny.np_pixels(image)) / 127.5 - 1
-    flat, mask, shapes = flatten_patches(pixels[None], 4)
-    assert_close(flat, patched["pixel_values"], **CLOSE)
-    assert_close(mask, patched["pixel_attention_mask"].to(mask.dtype))
-    assert shapes.tolist() == patched["spatial_shapes"].tolist() == [[6, 6]]
+    flat = flatten_patches(pixels[None], 4)
+    assert_close(flat["pixel_values"], patched["pixel_values"], **CLOSE)
+    assert_close(flat["pixel_attention_mask"], patched["pixel_attention_mask"].to(torch.int32))
+    assert flat["spatial_shapes"].tolist() == patched["spatial_shapes"].tolist() == [[6, 6]]
     from_patches = model.get_image_features(**patched).pooler_output[0]
     assert_close(model.get_image_features(pixels[None]).pooler_output[0], from_patches, **CLOSE)
 
@@ -506,13 +507,22 @@ def test_a_model_comes_back_whole_buffers_included(kind, tmp_path):
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-@pytest.mark.parametrize("changes", [{}, {"query_init": "learned"}, {"pooled_mlp": True}, {"fusion": "static"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pooled_mlp": True},
+        {"projector_type": "resampler"},
+        {"projector_type": "ms_resampler_branches", "branch_form": {"fusion": "static"}},
+    ],
+)
 def test_the_projector_of_a_new_model_starts_as_one_alone(changes):
     """transformers passes over modules whose weights are all in their parts."""
     torch.manual_seed(0)
     model = MSResamplerModel(tiny.tiny_config(projector={"hidden_size": 64, **changes}))
     C, T = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
-    alone = MultiScopeResampler(model.config.projector_config, C, T).apply(init_resampler_weights).state_dict()
+    alone = SCOPED_PROJECTORS[changes.get("projector_type", "ms_resampler")](model.config.projector_config, C, T)
+    alone = alone.apply(init_resampler_weights).apply(init_projector_weights).state_dict()
     assert model.projector.state_dict().keys() == alone.keys()
     for name, value in model.projector.state_dict().items():
         if value.unique().numel() == 1 or alone[name].unique().numel() == 1 or "prior" in name:

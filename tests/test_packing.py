@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.packing_ms_resampler import PackedLinear, pack_linears
-from ms_resampler.projectors_ms_resampler import PROJECTORS
+from ms_resampler.projectors_ms_resampler import PROJECTORS, SCOPED_PROJECTORS
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 BFLOAT16 = pytest.param(
@@ -62,8 +62,8 @@ def test_rows_need_not_lie_one_after_another():
         {"projector": {"projector_type": "mlp", "visual_tokens": [6, 6]}},
         *({"text": text} for text in LANGUAGE_MODELS),
         *({"tower": tower} for tower in TOWERS),
-        {"projector": {"scope_layout": "branches", "query_init": "learned", "fusion": "head"}},
-        {"projector": {"fusion": "mean"}},
+        *({"projector": {"projector_type": projector}} for projector in SCOPED_PROJECTORS),
+        {"projector": {"projector_type": "ms_resampler_branches", "branch_form": {"fusion": "head"}}},
     ],
     ids=str,
 )

@@ -12,9 +12,12 @@ from tiny_models import picture, tiny_model, tiny_processor
 from transformers import AutoModelForImageTextToText, Blip2Config, Blip2ForConditionalGeneration, Idefics2Config
 from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
 
+from ms_resampler.configuration_ms_resampler import PROJECTOR_TYPES
 from ms_resampler.projectors_ms_resampler import (
     PROJECTORS,
+    SCOPED_PROJECTORS,
     init_projector_weights,
+    register_projector,
     rename,
     resize_table,
     sincos_table,
@@ -27,8 +30,8 @@ def sizes(vision, text, patches, tokens, *, layers=1, width=64, heads=4, depth=1
     """What a projector reads of a model's configuration."""
     return SimpleNamespace(
         feature_width=vision,
-        text_config=SimpleNamespace(hidden_size=text),
-        feature_layers=list(range(layers)),
+        feature_states=[SimpleNamespace(width=vision // layers)] * layers,
+        text_width=text,
         native_patch_grid=patches,
         projector_config=SimpleNamespace(
             hidden_size=width,
@@ -166,7 +169,7 @@ def test_elastic_peers_take_other_and_oblong_grids(kind):
     torch.manual_seed(0)
     projector = PROJECTORS[kind](sizes(16, 20, (6, 6), (3, 3), width=16, queries=(4, 4)))
     if kind == "c_abstractor":
-        torch.nn.init.normal_(projector.position_NC)
+        torch.nn.init.normal_(projector.position)
     assert projector(torch.randn(2, 32, 16), (4, 8), (2, 4)).shape == (2, 8, 20)
 
 
@@ -199,8 +202,8 @@ def test_mqt_looks_at_the_same_places_in_every_image():
     """Its keys are positions alone: the output is affine in the normed features."""
     torch.manual_seed(0)
     projector = PROJECTORS["mqt"](sizes(16, 20, (4, 4), (2, 2)))
-    torch.nn.init.normal_(projector.query_QC)
-    torch.nn.init.normal_(projector.output_CT)
+    torch.nn.init.normal_(projector.query)
+    torch.nn.init.normal_(projector.output)
     projector.v_norm = torch.nn.Identity()
     a, b = torch.randn(2, 1, 16, 16)
     run = lambda x: projector(x, (4, 4), (2, 2))  # noqa: E731 - one formula
@@ -229,12 +232,9 @@ def test_a_table_is_resized_between_its_values_and_not_at_its_own_size():
 BUDGETS = {"mlp": [6, 6]}
 
 
-WITH_QUERIES = "ms_resampler, learned queries"
-
-
-@pytest.mark.parametrize("name", [*PROJECTORS, WITH_QUERIES])
-def test_a_projector_in_a_whole_model_trains_saves_loads_and_generates(name, tmp_path):
-    kind, budget = name.split(",")[0], BUDGETS.get(name, [3, 3])
+@pytest.mark.parametrize("kind", [*PROJECTORS, *SCOPED_PROJECTORS])
+def test_a_projector_in_a_whole_model_trains_saves_loads_and_generates(kind, tmp_path):
+    budget = BUDGETS.get(kind, [3, 3])
     torch.manual_seed(0)
     model = tiny_model(
         projector={
@@ -243,7 +243,6 @@ def test_a_projector_in_a_whole_model_trains_saves_loads_and_generates(name, tmp
             "visual_tokens": budget,
             "hidden_size": 16,
             "num_attention_heads": 4,
-            **({"query_init": "learned"} if name == WITH_QUERIES else {}),
         }
     )
     processor = tiny_processor(visual_tokens=budget)
@@ -264,9 +263,9 @@ def test_a_projector_in_a_whole_model_trains_saves_loads_and_generates(name, tmp
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits, rtol=0, atol=0)
     assert loaded.generate(**inputs, max_new_tokens=3, min_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
-    if name == WITH_QUERIES:
+    if kind in SCOPED_PROJECTORS:
         maps = loaded.get_image_features(inputs["pixel_values"], output_scopes=True).scope_attentions
-        assert maps[0].shape == (3, 9, 36)
+        assert maps[0].shape == (loaded.config.projector_config.num_scopes, 9, 36)
         return
     with pytest.raises(ValueError, match=f"`{kind}` has none"):
         loaded.get_image_features(inputs["pixel_values"], output_scopes=True)
@@ -283,17 +282,17 @@ def test_a_peer_without_weights_in_the_checkpoint_starts_afresh(kind, tmp_path):
     assert all(".projector." in name for name in report["missing_keys"])
     for name, tensor in loaded.model.projector.state_dict().items():
         assert tensor.isfinite().all(), name
-        if name.startswith("position_") and kind in ("mqt", "qwen_resampler"):
+        if name == "position" and kind in ("mqt", "qwen_resampler"):
             torch.testing.assert_close(tensor, sincos_table((3, 3), tensor.shape[1]))
         elif tensor.dim() > 1:
             assert 0 < tensor.std() < 2, name
 
 
-def test_the_resampler_is_the_multi_scope_code_with_one_scope():
+def test_the_resampler_is_the_branches_with_one_scope():
     torch.manual_seed(0)
     single = tiny_model(projector={"projector_type": "resampler"}).eval()
     assert list(single.config.projector_config.scope_sigmas) == [None]
-    several = tiny_model(projector={"projector_type": "ms_resampler", "scope_sigmas": [None]}).eval()
+    several = tiny_model(projector={"projector_type": "ms_resampler_branches", "scope_sigmas": [None]}).eval()
     several.load_state_dict(single.state_dict())
     pixels = torch.randn(1, 3, *2 * [single.config.vision_config.image_size])
     with torch.no_grad():
@@ -316,3 +315,37 @@ def test_tables_of_positions_that_stay_in_float32_do_not_matter(kind):
     got = projector(x_BNC.bfloat16(), (8, 8), (4, 4))
     assert got.dtype == torch.bfloat16
     assert (got - expected).norm() < 0.03 * expected.norm()
+
+
+def test_a_projector_of_ones_own_is_registered_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr("ms_resampler.projectors_ms_resampler.PROJECTORS", dict(PROJECTORS))
+    monkeypatch.setattr("ms_resampler.projectors_ms_resampler.SCOPED_PROJECTORS", dict(SCOPED_PROJECTORS))
+    for name in ("my_pool", "my_resampler"):
+        with pytest.raises(ValueError, match=f"There is no `projector_type` `{name}`"):
+            tiny_model(projector={"projector_type": name})
+    monkeypatch.setattr("ms_resampler.configuration_ms_resampler.PROJECTOR_TYPES", types := dict(PROJECTOR_TYPES))
+    monkeypatch.setattr("ms_resampler.projectors_ms_resampler.PROJECTOR_TYPES", types)
+
+    class Doubled(PROJECTORS["avg_pool"]):
+        def forward(self, x_BNC, patch_grid, token_grid):
+            return 2 * super().forward(x_BNC, patch_grid, token_grid)
+
+    class Renamed(SCOPED_PROJECTORS["ms_resampler"]):
+        pass
+
+    register_projector("my_pool", Doubled)
+    register_projector("my_resampler", Renamed, fields_of="ms_resampler")
+    with pytest.raises(ValueError, match="There is a projector `mqt` already"):
+        register_projector("mqt", Doubled)
+    pixels = torch.randn(1, 3, 24, 24)
+    with torch.no_grad():
+        once, twice = (
+            tiny_model(projector={"projector_type": kind}).get_image_features(pixels).pooler_output[0]
+            for kind in ("avg_pool", "my_pool")
+        )
+    torch.testing.assert_close(twice, 2 * once)
+    model = tiny_model(projector={"projector_type": "my_resampler", "scope_sigmas": [0.5, 2]})
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded.model.projector) is Renamed
+    assert loaded.get_image_features(pixels, output_scopes=True).scope_weights[0].shape == (2, 4)

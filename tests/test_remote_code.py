@@ -25,17 +25,22 @@ CODE = remote_code_files()
 ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"} | set(sys.stdlib_module_names)
 # Who may import whom: modeling and processing do not know each other.
 SIBLINGS = {
-    "configuration_ms_resampler": set(),
+    "towers_ms_resampler": set(),
+    "configuration_ms_resampler": {"towers_ms_resampler"},
     "messages_ms_resampler": set(),
+    "quantisation_ms_resampler": set(),
     "packing_ms_resampler": set(),
     "pictures_ms_resampler": set(),
     "resampler_ms_resampler": set(),
-    "projectors_ms_resampler": {"configuration_ms_resampler", "resampler_ms_resampler"},
+    "branches_ms_resampler": {"resampler_ms_resampler"},
+    "projectors_ms_resampler": {"branches_ms_resampler", "configuration_ms_resampler", "resampler_ms_resampler"},
     "modeling_ms_resampler": {
         "configuration_ms_resampler",
         "packing_ms_resampler",
         "projectors_ms_resampler",
+        "quantisation_ms_resampler",
         "resampler_ms_resampler",
+        "towers_ms_resampler",
     },
     "processing_ms_resampler": {"configuration_ms_resampler", "messages_ms_resampler", "pictures_ms_resampler"},
 }
@@ -189,9 +194,10 @@ def test_model_and_processor_each_bring_their_code(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "processor")
     everything = {file.stem for file in CODE}
-    assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - {"processing_ms_resampler"}}
-    names = ("configuration", "messages", "pictures", "processing")
-    assert set(code_in(tmp_path / "processor")) == {f"{name}_ms_resampler.py" for name in names}
+    of_processor = {f"{name}_ms_resampler" for name in ("messages", "pictures", "processing")}
+    assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - of_processor}
+    alone = of_processor | {"configuration_ms_resampler", "towers_ms_resampler"}
+    assert set(code_in(tmp_path / "processor")) == {f"{stem}.py" for stem in alone}
 
 
 @pytest.mark.slow

@@ -84,4 +84,4 @@ def positions_of_patches(weights: list[Weight], config: Any) -> Transforms:
     table = next((weight for weight in weights if weight.key == f"{ABSTRACTOR_PREFIX}pos_emb"), None)
     if table is None or table.shape[1] == patches:
         return {}
-    return {"model.projector.position_NC": lambda positions_1NC: positions_1NC[0, -patches:]}
+    return {"model.projector.position": lambda positions_1NC: positions_1NC[0, -patches:]}

@@ -31,7 +31,7 @@ def open_ours(folder: Path, projector: dict[str, Any], tower: str | None, llm: s
     if all(weight.key.startswith("model.projector.") for weight in weights):
         models, transforms = around_projector(folder, config, tower, llm)
         parts += models
-    elif (old.projector_type, wanted) == ("resampler", "ms_resampler"):
+    elif old.projector_type == "resampler" and wanted in ("ms_resampler", "ms_resampler_branches"):
         config = with_projector(config, upcycled_fields(old, projector))
         transforms, new = upcycling(old, config.projector_config)
         carried, begins = True, False

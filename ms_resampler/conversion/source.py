@@ -14,6 +14,7 @@ from ..configuration_ms_resampler import MSResamplerConfig
 from ..folders import model_or_embedded
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..processing_ms_resampler import MSResamplerProcessor
+from ..projectors_ms_resampler import SCOPED_PROJECTORS
 from .tables import Table
 from .weights import Weight
 
@@ -48,7 +49,7 @@ def projector_start(old: str, asked: dict[str, Any]) -> tuple[dict[str, Any], bo
     """
     new = asked.get("projector_type", old)
     fields = asked | {"projector_type": new}
-    if old == "mlp" and new in ("ms_resampler", "resampler"):
+    if old == "mlp" and new in SCOPED_PROJECTORS:
         fields = {"pooled_mlp": True} | fields
     same = new == old or (old, new) == ("mlp", "avg_pool")
     return fields, same or (old == "mlp" and bool(fields.get("pooled_mlp"))), not same

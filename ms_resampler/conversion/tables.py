@@ -6,6 +6,8 @@
 import re
 from collections.abc import Sequence
 
+from ..projectors_ms_resampler import EARLIER_NAMES
+
 Table = Sequence[tuple[str, str | None]]
 
 # transformers' LlavaForConditionalGeneration, as saved by any version.
@@ -67,8 +69,11 @@ LANGUAGE_MODEL: Table = (
     (r"model\.(.+)", r"model.language_model.\1"),
 )
 
-# Ours, as it is.
-OURS: Table = ((r"(.+)", r"\1"),)
+# Ours, as it is today or was in an earlier version.
+OURS: Table = (
+    *((rf"(.+\.){earlier}", rf"\1{today}") for earlier, today in EARLIER_NAMES.items()),
+    (r"(.+)", r"\1"),
+)
 
 
 def translate(key: str, table: Table) -> str | None:

@@ -1,7 +1,7 @@
 """One scope becomes several: the same function at the start, from which the new scopes learn.
 
-The trained scope keeps its queries, prior and, through `fusion="static"`, all but a millionth or two of the weight. A
-new scope starts as a copy of it that looks elsewhere.
+The trained scope keeps its queries, prior and, through static fusion, all but a millionth or two of the weight. A new
+scope starts as a copy of it that looks elsewhere.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..branches_ms_resampler import BranchPrior
 from ..configuration_ms_resampler import MSResamplerProjectorConfig
-from ..resampler_ms_resampler import ScopePrior
 
 HEAD_START = 14.0  # in the fusion's logits: a new scope has exp(-14), 0.8 millionths, of the weight
 KEPT = (
-    "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "query_grid", "visual_tokens",
-    "scope_prior", "learn_scopes", "tile_heads", "patch_conv", "cell_residual", "pooled_mlp", "query_init",
-    "prior_form", "layer_norm_eps",
-)  # fmt: skip
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "intermediate_size",
+    "query_grid",
+    "visual_tokens",
+    "pooled_mlp",
+    "layer_norm_eps",
+)
 
 
 def upcycled_fields(old: Any, asked: dict[str, Any]) -> dict[str, Any]:
@@ -27,37 +32,31 @@ def upcycled_fields(old: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError if something is asked for that would change the function.
     """
-    if old.query_init == "none":
-        raise ValueError(
-            "One scope becomes several by queries of their own, which this projector has none of "
-            '(`query_init="none"`): train several from the start.'
-        )
-    changed = [name for name in KEPT if name in asked and asked[name] != getattr(old, name)]
-    if changed or asked.get("fusion", "static") != "static":
-        raise ValueError(
-            f"One scope becomes several only with all else as it is (and static fusion): leave out "
-            f"{', '.join(changed) or 'fusion'}."
-        )
-    default: Any = MSResamplerProjectorConfig(projector_type="ms_resampler").scope_sigmas
+    changed = [name for name in (*KEPT, "branch_form") if name in asked and asked[name] != getattr(old, name)]
+    if changed:
+        raise ValueError(f"One scope becomes several only with all else as it is: leave out {', '.join(changed)}.")
+    default: Any = MSResamplerProjectorConfig(projector_type="ms_resampler_branches").scope_sigmas
     sigmas = list(asked.get("scope_sigmas") or default)
     if old.scope_sigmas[0] not in sigmas:
         sigmas.append(old.scope_sigmas[0])
-    kept = {name: getattr(old, name) for name in KEPT}
-    new = {"projector_type": "ms_resampler", "scope_sigmas": sigmas, "scope_layout": "branches", "fusion": "static"}
-    return kept | new
+    return {name: getattr(old, name) for name in KEPT} | {
+        "projector_type": "ms_resampler_branches",
+        "scope_sigmas": sigmas,
+        "branch_form": (old.branch_form or {}) | {"fusion": "static"},
+    }
 
 
 def upcycling(old: Any, new: Any) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, Tensor]]:
     """What changes the old projector's weights, by name, and the weights that it does not have."""
-    scope, prior = list(new.scope_sigmas).index(old.scope_sigmas[0]), ScopePrior(new)
+    scope, prior = list(new.scope_sigmas).index(old.scope_sigmas[0]), BranchPrior(new)
     transforms: dict[str, Callable[[Tensor], Tensor]] = {}
     added: dict[str, Tensor] = {}
     for layer in range(new.num_hidden_layers):
         at = f"model.projector.layers.{layer}"
-        transforms[f"{at}.scope_embedding_GD"] = lambda old_1D: old_1D.repeat(new.num_scopes, 1)
+        transforms[f"{at}.scope_embedding"] = lambda old_1D: old_1D.repeat(new.num_scopes, 1)
         for name, start in prior.state_dict().items():
             transforms[f"{at}.prior.{name}"] = partial(put_row, start, scope)
-        added[f"{at}.gate_S"] = HEAD_START * (torch.arange(new.num_scopes) == scope).float()
+        added[f"{at}.scope_logits"] = HEAD_START * (torch.arange(new.num_scopes) == scope).float()
     return transforms, added
 
 

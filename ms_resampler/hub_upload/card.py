@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from jinja2 import StrictUndefined, Template
+from yaml import YAMLError
 
 from ..configuration_ms_resampler import MSResamplerConfig
 from ..folders import PROJECTOR, write_whole
@@ -95,15 +96,14 @@ def render_card(folder: Path, title: str | None = None, *, repo: str | None = No
 def facts_of_model(folder: Path, config: Any) -> dict[str, Any]:
     """What the configuration and the weights say."""
     projector, counts = config.projector_config, parameter_counts(folder)
-    image_size = getattr(config.vision_config, "image_size", None)
-    grid = config.patch_grid((image_size, image_size)) if isinstance(image_size, int) else None
+    grid = config.native_patch_grid
     budget, peer = projector.visual_tokens, PROJECTORS.get(projector.projector_type)
     return {
         "projector": projector,
         "tower": config.vision_config.model_type,
         "language_model": config.text_config.model_type,
         "millions": lambda part: f"{counts[part] / 1e6:.1f}",
-        "patches": f"{grid[0] * grid[1]} patches" if grid else "patches",
+        "patches": f"{grid[0] * grid[1]} patches",
         "tokens": budget if isinstance(budget, int) else budget[0] * budget[1],
         "peer": str(peer.__doc__).partition("\n")[0] if peer else "",
     }
@@ -200,8 +200,18 @@ def metadata_yaml(title: str, fields: dict[str, Any], record: dict[str, Any]) ->
 
 def kept_metadata(path: Path) -> dict[str, Any]:
     """The fields of a card that its publisher has set."""
-    metadata = (metadata_load(path) if path.is_file() else None) or {}
-    return {field: value for field, value in metadata.items() if field not in MADE_FIELDS}
+    return {field: value for field, value in read_metadata(path).items() if field not in MADE_FIELDS}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The fields of a card, of whatever origin; none where there is no card. Raises ValueError if they are no YAML."""
+    try:
+        return (metadata_load(path) if path.is_file() else None) or {}
+    except (ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path.name} is damaged: its metadata, between two lines of ---, are no YAML ({reason})."
+        ) from error
 
 
 def add_card(staged: Path, folder: Path, repo: str, projector_of: str | None = None) -> Path:
@@ -215,7 +225,7 @@ def add_card(staged: Path, folder: Path, repo: str, projector_of: str | None = N
             check_card(folder)
         metadata = {"base_model": projector_of, "base_model_relation": "adapter"} if projector_of else {}
         card.write_text(render_card(staged, repo=repo, **metadata), encoding="utf-8")
-    found = metadata_load(card) or {}
+    found = read_metadata(card)
     wanted = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     missing = [f"{field}: {value}" for field, value in wanted.items() if found.get(field) != value]
     missing += [] if found.get("license") else ["license: ..."]

@@ -26,6 +26,11 @@ from .inspect import check_content, is_pickle
 from .plan import Plan, hashes_at, same_content, size
 from .staging import check_checkpoint, is_ours
 
+# One of each is there, or there is no processor.
+PROCESSOR_FILES = (
+    ("processor_config.json", "preprocessor_config.json"),
+    ("tokenizer.json", "tokenizer.model", "vocab.json"),
+)
 STRANGER = Path(__file__).parent / "stranger.py"
 
 
@@ -87,7 +92,8 @@ def download_checked(repository: str, folder: Path, allow_code: str | None) -> N
 def download(api: HfApi, name: str, commit: str, files: Iterable[str], **place: Path) -> Path:
     """Downloads files of a commit; after a transient failure what is missing is asked for again."""
     patterns = [glob.escape(file) for file in files]
-    return Path(patiently(api.snapshot_download, name, revision=commit, allow_patterns=patterns, **place))
+    with hub_errors(name, "read"):
+        return Path(patiently(api.snapshot_download, name, revision=commit, allow_patterns=patterns, **place))
 
 
 def check_files(name: str, folder: Path, hashes: dict[str, str]) -> None:
@@ -110,6 +116,9 @@ def misfit(folder: Path) -> tuple[str, str] | None:
 
     The weights are not read: the model is made on PyTorch's meta device.
     """
+    for names in PROCESSOR_FILES:
+        if not any((folder / name).is_file() for name in names):
+            return names[0], "is missing"
     try:
         with quiet():
             MSResamplerProcessor.from_pretrained(folder)

@@ -8,15 +8,18 @@ from typing import Any
 
 from .personal import read_json
 
-# "repository--module.Class", as transformers writes that a class is elsewhere.
-ELSEWHERE = re.compile(r"[\w.-]+/[\w.-]+--[\w.-]+|[\w.-]+--\w+\.[A-Z]\w*")
+# "repository--module.Class", as transformers writes that a class is elsewhere, and timm's "hf-hub:repository".
+ELSEWHERE = re.compile(r"[\w.-]+/[\w.-]+--[\w.-]+|[\w.-]+--\w+\.[A-Z]\w*|hf[-_]hub:.*")
 CLASS = re.compile(r"(\w+)\.(\w+)")
 
 
 def code_problem(folder: Path) -> tuple[str, str] | None:
     """The first file that names code which is not in the folder, and in words what it does; None if there is none."""
     for file in sorted(folder.glob("*.json")):
-        for problem in config_problems(read_json(file), folder):
+        config = read_json(file)
+        if file.name == "tokenizer.json" and isinstance(config, dict):
+            config.pop("model", None)  # its vocabulary
+        for problem in config_problems(config, folder):
             return file.name, problem
     for file in sorted(folder.glob("*.py")):
         for module in relative_imports(file):
@@ -43,7 +46,7 @@ def config_problems(config: Any, folder: Path, depth: int = 0) -> Iterator[str]:
                     yield f"sends its readers to another repository: {place}"
             elif key.endswith(("attn_implementation", "experts_implementation")):
                 yield from kernel_problems(value)
-            elif not (depth == 0 and key == "model"):  # the vocabulary of a tokenizer
+            else:
                 yield from config_problems(value, folder, depth + 1)
 
 
@@ -51,8 +54,9 @@ def class_problems(named: Any, folder: Path) -> Iterator[str]:
     """What is wrong with the classes that an auto_map names, or the implementation of a pipeline."""
     if isinstance(named, dict):
         for key, value in named.items():
-            if key not in ("pt", "tf", "type", "default"):  # of a pipeline: names of Auto classes, and data
-                yield from class_problems(value, folder)
+            # Of a pipeline, these are names of Auto classes, and data.
+            check = config_problems if key in ("pt", "tf", "type", "default") else class_problems
+            yield from check(value, folder)
     elif isinstance(named, list):
         for value in named:
             yield from class_problems(value, folder)

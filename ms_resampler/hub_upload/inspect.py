@@ -1,18 +1,19 @@
 """What files hold: pickles, damaged or oversized files, secrets, and whose code a configuration names."""
 
-import json
 import pickletools
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .secrets import find_secret, holds_token, texts_of
+from .personal import load_json
+from .secrets import PICTURES, find_secret, holds_token, texts_of
 from .staging import allowed_files
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
@@ -128,12 +129,10 @@ def read_text(file: Path) -> str:
     return text
 
 
-def check_json(file: Path) -> None:
-    """Raises ValueError unless a file is JSON of levels that can be read."""
-    try:
-        json.loads(read_text(file))
-    except RecursionError as error:
-        raise ValueError("more levels than can be read") from error
+def check_model(file: Path) -> None:
+    """Raises ValueError unless a file begins as SentencePiece's models do, or is a text."""
+    if not file.read_bytes().startswith(b"\n"):
+        read_text(file)
 
 
 def check_weights(file: Path) -> None:
@@ -150,42 +149,23 @@ def check_weights(file: Path) -> None:
         raise ValueError(str(error)) from error
 
 
-def png_chunks(file: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Name and content of every chunk of a PNG picture. Raises ValueError if it is none, or has something behind it."""
-    data = file.read_bytes()
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise ValueError("no PNG picture")
-    place, name = 8, b""
-    while name != b"IEND":
-        length, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
-        if place + 12 + length > len(data):
-            raise ValueError("the picture is cut short")
-        yield name, data[place + 8 : place + 8 + length]
-        place += 12 + length
-    if place != len(data):
+def check_picture(file: Path) -> None:
+    """Raises ValueError unless a file is a picture of the kind that its suffix says, with nothing behind a PNG."""
+    kind = Image.registered_extensions()[file.suffix]
+    try:
+        with Image.open(file, formats=[kind]) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"no {kind} picture") from error
+    if kind == "PNG" and not file.read_bytes().endswith(b"\0\0\0\0IEND\xae\x42\x60\x82"):
         raise ValueError("something follows the picture")
-
-
-def check_start(*starts: bytes) -> Callable[[Path], None]:
-    """A check that a file begins in one of some ways."""
-
-    def check(file: Path) -> None:
-        with file.open("rb") as opened:
-            if not opened.read(16).startswith(starts):
-                raise ValueError(f"no {file.suffix.removeprefix('.')} file")
-
-    return check
 
 
 CONTENT_CHECKS: dict[str, Callable[[Path], object]] = {
     ".safetensors": check_weights,
-    ".png": lambda file: list(png_chunks(file)),
-    ".jpg": check_start(b"\xff\xd8\xff"),
-    ".jpeg": check_start(b"\xff\xd8\xff"),
-    ".webp": check_start(b"RIFF"),
-    ".gif": check_start(b"GIF8"),
-    ".model": lambda file: check_start(b"\n")(file) if b"\0" in file.read_bytes() else read_text(file),
-    ".json": check_json,
+    ".json": load_json,
+    ".model": check_model,
+    **dict.fromkeys(PICTURES, check_picture),
 }
 
 

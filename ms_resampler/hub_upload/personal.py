@@ -39,9 +39,24 @@ def clean_json(file: Path, *, record: bool = False) -> None:
 def read_json(file: Path) -> Any:
     """The value of a JSON file. Raises ValueError if it is none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return load_json(file)
+    except ValueError as error:
         raise ValueError(f"{file.name} is damaged ({error}): save the checkpoint again.") from error
+
+
+def load_json(file: Path) -> Any:
+    """The same, with the reason alone in its errors; more levels than 100 are too many to be walked through."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("too many levels") from error
+    level, depth = [[value]], 0
+    while level and depth <= 100:
+        children = (child for item in level for child in (item.values() if isinstance(item, dict) else item))
+        level, depth = [child for child in children if isinstance(child, dict | list)], depth + 1
+    if level:
+        raise ValueError("too many levels")
+    return value
 
 
 def cleaned(value: Any, record: bool) -> Any:

@@ -49,6 +49,8 @@ def push_to_hub(
     folder = Path(folder)
     message = message or f"Publish {folder.resolve().name}"
     check_names(repo_id, projector_of, branch, tag, create_pr)
+    if max_shard_size and not re.fullmatch(r"\d+ ?[KMGT]B", max_shard_size.strip(), re.IGNORECASE):
+        raise ValueError(f"--max-shard-size {max_shard_size!r} is no size: give one like 500MB or 5GB.")
     if find_secret(message.encode()):
         raise ValueError("Nothing was sent. The message looks like a secret: give another --message.")
     with hub_errors(repo_id), temporary_folder("ms-resampler-push") as place:

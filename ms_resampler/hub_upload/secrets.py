@@ -106,6 +106,7 @@ SHOWN = re.compile(
     r"(?P<kept>\bBearer |https?://[^\s?'\"<>]+\?)[^\s'\"<>]+"  # credentials; an address's query, which may sign it
     rf"|\b(?:hf|api_org)_\w{{8,}}|(?:{'|'.join(chain.from_iterable(TOKENS.values()))})[\w.~+/=-]*"
 )
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 OWN_SECRETS = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD)$")  # names of environment variables
 
 
@@ -138,7 +139,7 @@ def texts_of(file: Path) -> Iterator[bytes]:
     if file.suffix == ".safetensors":
         with file.open("rb") as opened:
             yield opened.read(int.from_bytes(opened.read(8), "little"))
-    elif file.suffix in (".png", ".jpg", ".jpeg", ".webp", ".gif"):
+    elif file.suffix in PICTURES:
         with Image.open(file) as picture:
             picture.load()  # notes may stand behind the pixels
             for name, note in picture.info.items():

@@ -14,7 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..folders import INDEX, PROJECTOR, WEIGHTS, model_or_embedded, remote_code_files
+from ..folders import INDEX, PROJECTOR, WEIGHTS, model_or_embedded, read_config, remote_code_files, require_our_type
 from .personal import clean_json, read_json
 
 RECORD = "training_record.json"
@@ -97,10 +97,7 @@ def check_checkpoint(folder: Path, name: str | None = None) -> None:
     shown = name or folder
     if not (folder / "config.json").is_file():
         raise ValueError(f"{shown} is not a checkpoint folder: it has no config.json.")
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "ms_resampler":
-        raise ValueError(f"{shown} is a {kind} model, not one of ours: put one together with `ms-resampler init`.")
+    require_our_type(str(shown), read_config(folder))
     sets = [file for file in (WEIGHTS, INDEX, PROJECTOR) if (folder / file).is_file()]
     if not sets:
         raise ValueError(f"{shown} has no weights: neither {WEIGHTS} nor {INDEX}.")
@@ -154,12 +151,15 @@ def open_weights(file: Path) -> Iterator[Any]:
 def write_shards(source: Path, target: Path, max_shard_size: str) -> None:
     """Writes the weights of `source` to `target`, one shard in memory at a time."""
     files = tensor_files(source)
-    split = split_state_dict_into_shards_factory(
-        {name: tensor_size(file, name) for name, file in files.items()},
-        get_storage_size=lambda size: size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
+    try:
+        split = split_state_dict_into_shards_factory(
+            {name: tensor_size(file, name) for name, file in files.items()},
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ValueError(f"{max_shard_size!r} is not the size of a shard, which is written as 5GB: {error}") from error
     for shard, names in split.filename_to_tensors.items():
         write_tensors({name: files[name] for name in names}, target / shard)
     if split.is_sharded:

@@ -71,17 +71,14 @@ def tiny_config(processor: MSResamplerProcessor) -> MSResamplerConfig:
             pad_token_id=tokenizer.pad_token_id,
         ),
         projector_config={
+            # As the embedded checkpoint has it. With the default it does no better: research/log.md.
+            "projector_type": "ms_resampler_branches",
+            "branch_form": {"fusion": "head", "patch_conv": False, "tile_heads": False, "cell_residual": False},
             "hidden_size": WIDTH,
             "num_attention_heads": 8,
             "intermediate_size": 2 * WIDTH,
             "query_grid": TOKEN_GRID,
             "visual_tokens": TOKEN_GRID,
-            # As the embedded checkpoint has them. With the defaults it does no better: research/log.md.
-            "scope_layout": "branches",
-            "fusion": "head",
-            "patch_conv": False,
-            "tile_heads": False,
-            "cell_residual": False,
         },
         image_token_id=processor.image_token_id,
         vision_feature_layer=-1,

@@ -8,9 +8,6 @@ from .recipes import Adapters, LearningRates
 
 # The matrices of a decoder's layers by the names that every family here gives them, and no others.
 TARGETS = r"model\.language_model\.layers\..*\.(q|k|v|o|qkv|gate|up|down|gate_up)_proj"
-# What is never put into four bits: the parts that learn in full, the tower, and the head, which decides every word.
-# Whole names: transformers matches from the start of a name or at its end.
-KEPT_WHOLE = ["model.vision_tower", "model.projector", "lm_head"]
 
 
 def add_adapters(model: Any, adapters: Adapters, rates: LearningRates) -> Any:
@@ -48,5 +45,4 @@ def four_bit_config(bf16: bool) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
         bnb_4bit_quant_storage=torch.bfloat16,  # what FSDP can shard
-        llm_int8_skip_modules=KEPT_WHOLE,
     )

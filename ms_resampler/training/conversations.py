@@ -243,7 +243,8 @@ def images_of(record: dict[str, Any]) -> list[Any]:
 
 def name_of(record: dict[str, Any]) -> str:
     """A record's id, short and printable."""
-    name = printable(str(record.get("id")))
+    given = record.get("id")
+    name = printable(given if isinstance(given, str) else repr(given) if isinstance(given, (int, float)) else "?")
     return name if len(name) <= NAME_LENGTH else f"{name[:NAME_LENGTH]}..."
 
 

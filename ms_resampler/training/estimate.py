@@ -8,6 +8,7 @@ from typing import Any
 from ..assembly import Components, make_config, text_config_of, tower_config_of
 from ..configuration_ms_resampler import MSResamplerConfig
 from ..folders import our_model
+from ..towers_ms_resampler import pair
 from .memory import BatchShape, Sizes, device_bytes, step_sizes
 from .recipes import Recipe, recipe_named
 from .run import share_batch
@@ -126,7 +127,7 @@ def plan(
     launcher = launcher or ("ddp" if gpus == 1 else "fsdp2")
     device_batch, accumulation = share_batch(recipe, gpus, device_batch)
     rows, columns = config.native_patch_grid
-    shape = BatchShape(device_batch, length or recipe.max_length, rows * config.patch_size)
+    shape = BatchShape(device_batch, length or recipe.max_length, config.tower.image_size)
     sizes = step_sizes(config, recipe, shape, launcher)
     return Plan(
         recipe=recipe,
@@ -135,7 +136,7 @@ def plan(
         kinds=device_bytes(sizes, recipe, launcher, gpus),
         memory=memory * GB,
         gpus=gpus,
-        visual_tokens=math.prod(config.token_grid((shape.image_size, shape.image_size))),
+        visual_tokens=math.prod(config.token_grid(pair(shape.image_size))),
         patches=rows * columns,
         records=records,
         measurement=measure_step(config, recipe, shape, accumulation) if measure else None,

@@ -14,24 +14,24 @@ from .collate import IGNORED
 # weight (vocabulary, T), hidden states (n, T), targets (n), cap of the logits or None -> the sum of their losses
 FusedLoss = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
 
-SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")  # fields of families that multiply their logits
-
 
 def fuse_loss(model: Any, fused: FusedLoss | None = None) -> None:
     """Makes the forward of a MSResamplerForConditionalGeneration return its loss alone, and no logits.
 
-    Raises ValueError where Liger's kernels cannot run, or for a language model that multiplies its logits.
+    Raises ValueError where Liger's kernels cannot run, or for a language model whose head has a bias.
     """
-    text = model.config.text_config
-    if any(hasattr(text, field) for field in SCALES):
-        raise ValueError(f"Liger's fused loss does not scale logits as {text.model_type} does: leave --liger out.")
+    config = model.config
+    if model.lm_head.bias is not None:
+        kind = config.text_config.model_type
+        raise ValueError(f"Liger's fused loss takes no head with a bias, as {kind} has one: leave --liger out.")
     fused = fused or liger_loss()
-    cap = getattr(text, "final_logit_softcapping", None)
 
     def forward(self: Any, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> Any:
         hidden = self.model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
-        targets = labels[:, 1:].flatten()
-        total = fused(self.lm_head.weight.to(hidden.dtype), hidden, targets, cap)
+        if config.logit_scale != 1:
+            hidden = hidden * config.logit_scale
+        targets = self.words_only(labels)[:, 1:].flatten()
+        total = fused(self.lm_head.weight.to(hidden.dtype), hidden, targets, config.logit_cap)
         return MSResamplerCausalLMOutputWithPast(loss=total / (num_items_in_batch or (targets != IGNORED).sum()))
 
     model.forward = MethodType(forward, model)

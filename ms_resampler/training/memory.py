@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..modeling_ms_resampler import MSResamplerForConditionalGeneration, flatten_patches
+from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from ..towers_ms_resampler import flatten_patches, pair
 from .adapters import add_adapters
-from .parameters import count_parameters, freeze, frozen_parts, hold_still, set_precision
+from .parameters import count_parameters, eval_frozen, freeze, frozen_parts, set_precision
 from .recipes import Recipe
 
 NF4_BYTES = 4.127 / 8  # a weight in four bits, with its share of the twice quantized scales
@@ -22,11 +23,11 @@ NF4_BYTES = 4.127 / 8  # a weight in four bits, with its share of the twice quan
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A batch on a device: records, tokens of each (visual ones included), and pixels of its one image's sides."""
+    """A batch on a device: records, tokens of each (visual ones included), and the pixels of its one image's sides."""
 
     records: int
     length: int
-    image_size: int
+    image_size: int | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def step_sizes(config: Any, recipe: Recipe, shape: BatchShape, launcher: str) ->
     with FakeTensorMode():
         imagine_on_cpu(model)
         model.train()
-        hold_still(frozen_parts(model))
+        eval_frozen(frozen_parts(model))
         activations = trace(model, recipe, shape)
     return Sizes(parts, activations, layer, rest)
 
@@ -203,12 +204,12 @@ class GradientMadeAhead(torch.autograd.Function):
 
 def image_inputs(config: Any, shape: BatchShape) -> dict[str, Any]:
     """An image a record; SigLIP 2 looks at the values of its grids, so these come in an array, which is not traced."""
-    pixels = torch.zeros(shape.records, 3, shape.image_size, shape.image_size)
-    if config.vision_config.model_type != "siglip2_vision_model":
+    size = pair(shape.image_size)
+    pixels = torch.zeros(shape.records, 3, *size)
+    if not config.tower.takes_patches:
         return {"pixel_values": pixels}
-    patches, mask, grids = flatten_patches(pixels, config.patch_size)
-    side = shape.image_size // config.patch_size
-    return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": np.full(grids.shape, side)}
+    grids = np.tile(config.patch_grid(size), (shape.records, 1))
+    return flatten_patches(pixels, config.patch_size) | {"spatial_shapes": grids}
 
 
 def unit_sizes(model: Any) -> tuple[int, int]:

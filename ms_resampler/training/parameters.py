@@ -43,7 +43,7 @@ def frozen_parts(model: nn.Module) -> list[nn.Module]:
     return [model] if any(True for _ in model.parameters()) else []
 
 
-def hold_still(parts: list[nn.Module]) -> None:
+def eval_frozen(parts: list[nn.Module]) -> None:
     """Puts frozen parts into the mode that they are used in: no dropout, and no batch statistics that move.
 
     transformers checkpoints activations in training mode only; frozen layers through which gradients flow (the

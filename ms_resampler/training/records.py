@@ -312,8 +312,9 @@ def encoding_of(start: bytes) -> str:
         return "utf-32"
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    zeros = [byte == 0 for byte in start[:2]]
-    return {(True, False): "utf-16-be", (False, True): "utf-16-le"}.get(tuple(zeros), "utf-8")
+    if start[:1] == b"\0":
+        return "utf-16-be"
+    return "utf-16-le" if start[1:2] == b"\0" else "utf-8"
 
 
 def remove_own(folder: Path, process: int) -> None:

@@ -19,7 +19,7 @@ from .journal import Journal, open_journal
 from .order import Schedule, StreamSchedule, check_budgets
 from .parameters import count_parameters, prepare, set_precision
 from .recipes import Recipe, rates_text, recipe_named
-from .records import open_records
+from .records import StreamedRecords, open_records
 from .trainer import CheckedTrainer, JsonlLog, keep_freed_memory, last_checkpoint, sync, writing
 
 
@@ -55,9 +55,10 @@ def train(
         recipe = replace(recipe, group_by_modality=False)
     device_batch, accumulation = share_batch(recipe, process_count(), device_batch)
     records = open_records(data, images, split, streaming)
-    schedule = (
-        StreamSchedule(records, recipe, process_count(), device_batch) if streaming else Schedule(records, recipe)
-    )
+    if isinstance(records, StreamedRecords):
+        schedule: Schedule = StreamSchedule(records, recipe, process_count(), device_batch)
+    else:
+        schedule = Schedule(records, recipe)
     # before the model is loaded: ZeRO-3 shards it as it loads
     arguments = training_arguments(recipe, out, schedule.steps, device_batch, accumulation, report_to)
     writes = is_main_process()

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from ..towers_ms_resampler import pair
 from .adapters import four_bit_config
 from .memory import BatchShape
-from .parameters import frozen_parts, hold_still, parameter_groups, prepare, set_precision
+from .parameters import eval_frozen, frozen_parts, parameter_groups, prepare, set_precision
 from .recipes import Recipe
 from .trainer import keep_freed_memory
 
@@ -37,7 +38,7 @@ def measure_step(config: Any, recipe: Recipe, shape: BatchShape, accumulation: i
     """Runs forward, backward and optimiser on random batches, on the device that is here."""
     keep_freed_memory()  # as a run does
     model = random_model(config, recipe).to("cuda" if torch.cuda.is_available() else "cpu").train()
-    hold_still(frozen_parts(model))
+    eval_frozen(frozen_parts(model))
     groups = parameter_groups(model, recipe.rates, recipe.weight_decay)
     optimiser = torch.optim.AdamW(groups, fused=True)
 
@@ -87,10 +88,10 @@ def in_four_bits(model: Any, recipe: Recipe) -> Any:
 def backward(model: nn.Module, config: Any, recipe: Recipe, shape: BatchShape) -> None:
     """Loss and gradients of a random batch, one image a record."""
     device = next(model.parameters()).device
-    rows, columns = config.token_grid((shape.image_size, shape.image_size))
+    rows, columns = config.token_grid(pair(shape.image_size))
     ids = torch.full((shape.records, shape.length), (config.image_token_id + 1) % config.text_config.vocab_size)
     ids[:, : rows * columns] = config.image_token_id
-    pixels = torch.randn(shape.records, 3, shape.image_size, shape.image_size)
+    pixels = torch.randn(shape.records, 3, *pair(shape.image_size))
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
         loss = model(input_ids=ids.to(device), pixel_values=pixels.to(device), labels=ids.to(device)).loss
     loss.backward()

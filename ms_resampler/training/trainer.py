@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from .parameters import frozen_parts, hold_still, parameter_groups
+from .parameters import eval_frozen, frozen_parts, parameter_groups
 from .recipes import LearningRates
 
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written
@@ -77,7 +77,7 @@ class CheckedTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss, with what is frozen as it is when the model is used; 0 for a step whose records are all bad."""
-        hold_still(self.frozen)
+        eval_frozen(self.frozen)
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

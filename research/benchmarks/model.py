@@ -54,11 +54,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
 from ms_resampler.folders import write_whole
-from ms_resampler.modeling_ms_resampler import make_unread_layers_skippable
 from ms_resampler.packing_ms_resampler import PackedLinear, pack_linears
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
-from ms_resampler.timing import peak_memory, wait_for_device
+from ms_resampler.towers_ms_resampler import make_layers_skippable
+from ms_resampler.training.step_time import peak_memory, wait_for_device
 
 from ..timing import count_macs, in_turn, interleaved, machine, markdown_table, rates, spread, times_as_long
 
@@ -112,7 +112,8 @@ def make_models(
     with torch.device("meta"):
         ours = MSResamplerForConditionalGeneration(config).to(dtype).eval()
     ours.model.projector = make_projector(config).to(dtype).eval()
-    ours.model.vision_tower = make_unread_layers_skippable(llava.model.vision_tower, config)
+    ours.model.vision_tower = llava.model.vision_tower
+    make_layers_skippable(ours.model.vision_tower, config.unread_layers)
     ours.model.language_model, ours.lm_head = llava.model.language_model, llava.lm_head
     return llava, ours.pack_weights() if packed else ours
 

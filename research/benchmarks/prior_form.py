@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from ms_resampler import MSResamplerProjectorConfig
-from ms_resampler.resampler_ms_resampler import MultiScopeResampler, init_resampler_weights
+from ms_resampler.projectors_ms_resampler import SCOPED_PROJECTORS, init_projector_weights
+from ms_resampler.resampler_ms_resampler import init_resampler_weights
 
 from ..timing import interleaved, machine
+from ..variants import configuration
 
 FORMS: dict[str, dict[str, Any]] = {
-    "one global scope with queries": {"scope_sigmas": [None], "scope_prior": "none"},
+    "one global scope with queries": {"projector_type": "resampler", "scope_prior": "none"},
     "three, rows and columns": {},
     "three, bias": {"prior_form": "bias"},
     "three with queries, channels": {"query_init": "learned"},
@@ -29,13 +30,15 @@ FORMS: dict[str, dict[str, Any]] = {
 Grids = tuple[tuple[int, int], tuple[int, int]]
 
 
-def build(form: str) -> MultiScopeResampler:
+def build(form: str) -> torch.nn.Module:
     """A resampler of a form, with the same weights for both forms with queries, and for both without."""
     torch.manual_seed(0)
-    return MultiScopeResampler(MSResamplerProjectorConfig(**FORMS[form]), 1024, 4096).apply(init_resampler_weights)
+    config = configuration(FORMS[form])
+    resampler = SCOPED_PROJECTORS[config.projector_type](config, 1024, 4096)
+    return resampler.apply(init_resampler_weights).apply(init_projector_weights)
 
 
-def run(resampler: MultiScopeResampler, x: torch.Tensor, grids: Grids, backward: bool) -> None:
+def run(resampler: torch.nn.Module, x: torch.Tensor, grids: Grids, backward: bool) -> None:
     """Forward alone, or with the gradients of all parameters."""
     with torch.set_grad_enabled(backward):
         y, _ = resampler(x, *grids)

@@ -36,9 +36,10 @@ from ms_resampler.folders import write_whole
 from ms_resampler.packing_ms_resampler import pack_linears
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
-from ms_resampler.timing import milliseconds, peak_memory
+from ms_resampler.training.step_time import milliseconds, peak_memory
 
 from ..timing import count_macs, in_turn, machine, markdown_table, rates, spread, times_as_long
+from ..variants import configuration
 
 GRID, TOKENS, TEXT_WIDTH = 24, 144, 4096
 SWEPT = {"tokens": "visual tokens", "batch": "images", "grid": "patches a side"}  # what the plot has lines over
@@ -118,12 +119,9 @@ def published_config(name: str, setting: Setting) -> MSResamplerConfig:
             "num_attention_heads": 16,
         },
         text_config={"model_type": "llama", "hidden_size": TEXT_WIDTH, "num_attention_heads": 32},
-        projector_config={
-            "projector_type": name.split(",")[0],
-            "visual_tokens": tokens,
-            "query_grid": tokens,
-            **fields,
-        },
+        projector_config=configuration(
+            {"projector_type": name.split(",")[0], "visual_tokens": tokens, "query_grid": tokens, **fields}
+        ),
         vision_feature_layer=layers,
     )
 

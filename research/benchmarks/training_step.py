@@ -23,11 +23,10 @@ from transformers import PreTrainedModel, Qwen2Config
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
 from ms_resampler.folders import write_whole
-from ms_resampler.timing import milliseconds, peak_memory
 from ms_resampler.training.memory import BatchShape
 from ms_resampler.training.parameters import freeze, parameter_groups, set_precision
 from ms_resampler.training.recipes import RECIPES, Recipe
-from ms_resampler.training.step_time import backward, update
+from ms_resampler.training.step_time import backward, milliseconds, peak_memory, update
 
 from ..timing import in_turn, machine, markdown_table, spread, times_as_long
 from .model import DEVICE, DTYPE, QWEN, TOWER, WORDS, make_projector, shapes

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from ms_resampler.configuration_ms_resampler import MSResamplerConfig, MSResamplerProjectorConfig, token_grid
+from ms_resampler.configuration_ms_resampler import MSResamplerConfig, token_grid
 from ms_resampler.modeling_ms_resampler import MSResamplerModel
 from ms_resampler.projectors_ms_resampler import PROJECTORS
 
+from ..variants import complete_fields, configuration
 from .data import CHANNELS, GRID, LARGE_GRID, PATCH_PIXELS, PATCHES, DataSettings, digest
 from .reader import WIDTH
 
@@ -24,8 +25,8 @@ HEADS = 8
 VERSION = 2  # of how runs are made: another one makes results anew
 WIDTHS = range(4 * HEADS, 256 + 1, HEADS)
 
-# Projectors by name: their fields beside width and budget. Depths are smaller than published, so that widths need
-# not be.
+# Projectors by name: their fields beside width and budget, as results are stored (research/variants.py). Depths are
+# smaller than published, so that widths need not be.
 PEERS: dict[str, dict[str, Any]] = {
     OURS: {},
     BASELINE: {"projector_type": "resampler"},
@@ -125,7 +126,7 @@ class Run:
     """
 
     arm: str
-    projector: dict[str, Any]  # complete: see `complete_fields`
+    projector: dict[str, Any]  # complete, so that a result is known by what was trained, whatever becomes a default
     grids: tuple[tuple[int, int], ...]
     seed: int
     learning_rate: float
@@ -180,15 +181,6 @@ def make_run(
     return Run(arm, complete_fields(projector), grids, seed, learning_rate, *of_study, margin)
 
 
-def complete_fields(projector: dict[str, Any]) -> dict[str, Any]:
-    """The fields with their defaults, so that a result is known by what was trained, whatever becomes a default.
-
-    A peer has none of the fields of scopes, and all others that it has are given.
-    """
-    config = MSResamplerProjectorConfig(**projector)
-    return {name: getattr(config, name) for name in config.__annotations__} if config.num_scopes else projector
-
-
 def size_of(arm: str) -> dict[str, int]:
     """Width, heads and FFN of an arm: as wide as makes its parameters comparable; an ablation as what it changes."""
     return sizes(matched_width(changed_by(arm)))
@@ -237,7 +229,7 @@ def model_config(projector: dict[str, Any], patch_grid: tuple[int, int]) -> MSRe
             "num_attention_heads": 1,
             "vocab_size": 8,
         },
-        projector_config=projector,
+        projector_config=configuration(projector),
         image_token_id=7,
         vision_feature_layer=-1,
     )

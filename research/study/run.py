@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ms_resampler.branches_ms_resampler import cell_centres, split_heads
 from ms_resampler.folders import write_whole
-from ms_resampler.resampler_ms_resampler import ScopeLayer, ScopeMaps, cell_centres, split_heads
+from ms_resampler.resampler_ms_resampler import ScopeMaps
 from ms_resampler.training.trainer import keep_freed_memory
 
+from ..variants import has_gaussians
 from .data import GRID, LABELS, STUDY_FAMILIES, Optimiser, Split, StudyData, amid_paper, prepare_data
 from .plan import Run, make_projector
 from .reader import HEADS, Batches, Reader, pretrained_reader, reading_loss
@@ -163,12 +165,12 @@ def describe_scopes(student: Student, grid: tuple[int, int], split: Split, devic
 
 def head_sigmas(projector: Any) -> list[list[float]]:
     """The sigmas of every scope's heads in the last layer, 0 for the global scope; nothing if no prior is Gaussian."""
-    layer: ScopeLayer = projector.layers[-1]
-    if layer.prior.kind != "gaussian":
+    prior = projector.layers[-1].prior
+    if not has_gaussians(projector):
         return []
-    sigma_Gh = (layer.prior.precision_Gh() ** -0.5).nan_to_num(posinf=0).cpu()
-    scope_Gh = torch.tensor(layer.scope_Gh)
-    return [sigma_Gh[scope_Gh == scope].tolist() for scope in range(layer.scopes)]
+    sigma = (prior.precision(torch.float32) ** -0.5).nan_to_num(posinf=0).cpu()
+    scope_heads = projector.config.scope_heads or [projector.config.num_attention_heads] * len(sigma)
+    return [heads.tolist() for heads in sigma.flatten().split(list(scope_heads))]
 
 
 def as_bytes(maps: ScopeMaps) -> dict[str, Any]:

@@ -154,7 +154,8 @@ def test_another_projector_starts_anew_and_all_else_stays(llava, tmp_path, capsy
 @pytest.mark.parametrize("scope", [None, 0.5, 0.8], ids=str)
 @pytest.mark.parametrize("tiled", [True, False])
 def test_one_scope_becomes_several_and_computes_the_same_at_first(scope, tiled, tmp_path):
-    changes = {"projector_type": "resampler", "scope_sigmas": [scope], "tile_heads": tiled, "num_hidden_layers": 2}
+    form = {} if tiled else {"branch_form": {"tile_heads": False, "cell_residual": False}}
+    changes = {"projector_type": "resampler", "scope_sigmas": [scope], "num_hidden_layers": 2} | form
     tiny_model(projector=changes).save_pretrained(tmp_path / "one")
     tiny_processor().save_pretrained(tmp_path / "one")
     assert convert(tmp_path / "one", tmp_path / "several", "--projector", "ms_resampler") == 0
@@ -170,21 +171,18 @@ def test_one_scope_becomes_several_and_computes_the_same_at_first(scope, tiled, 
         y, _ = model.model.projector(torch.randn(2, 36, 16), (6, 6), (2, 2))
         y.square().sum().backward()
         optimizer.step()
-    embedding = "layers.0.scope_embedding_GD"
+    embedding = "layers.0.scope_embedding"
     new = [number for number, sigma in enumerate(sigmas) if sigma != scope]
     moved = (model.model.projector.get_parameter(embedding) - before[embedding])[new].abs().amin(dim=1)
     assert (moved > 0).any()  # the new scopes learn, too
 
 
 def test_one_scope_without_queries_stays_one(tmp_path, capsys):
-    changes = {"projector_type": "resampler", "scope_sigmas": [0.5], "query_init": "none"}
-    tiny_model(projector=changes).save_pretrained(tmp_path / "one")
+    tiny_model(projector={"scope_sigmas": [0.5]}).save_pretrained(tmp_path / "one")
     tiny_processor().save_pretrained(tmp_path / "one")
-    assert convert(tmp_path / "one", tmp_path / "several", "--projector", "ms_resampler") == 2
-    assert (
-        'which this projector has none of (`query_init="none"`): train several from the start'
-        in capsys.readouterr().err
-    )
+    asked = ["--projector", "ms_resampler", "--set", "scope_sigmas=[0.5,null]"]
+    assert convert(tmp_path / "one", tmp_path / "several", *asked) == 2
+    assert "has a ms_resampler projector already: there is nothing to convert" in capsys.readouterr().err
     assert not (tmp_path / "several").exists()
 
 
@@ -434,7 +432,7 @@ def test_a_dry_run_shows_every_weight_and_writes_nothing(llava, tmp_path, capsys
     assert convert(llava, tmp_path / "out", "--dry-run", *anew) == 0
     shown = capsys.readouterr().out
     assert "unused" in shown
-    assert "model.projector.layers.0.prior.offset_Gh2" in shown
+    assert "model.projector.layers.0.prior.offset" in shown
     state = {name for file in llava.glob("*.safetensors") for name in load_file(file)}
     assert all(name in shown for name in state)
     assert list(tmp_path.iterdir()) == []

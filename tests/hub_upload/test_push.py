@@ -261,10 +261,34 @@ REFUSED = {
         lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
         r"holds both model\.safetensors and shards",
     ),
+    "a hard link": (
+        lambda folder: os.link(folder / "config.json", folder / "LICENSE"),
+        r"LICENSE, config\.json: a hard",
+    ),
+    "code of another repository": (
+        lambda folder: (folder / "tokenizer_config.json").write_text('{"auto_map": [null, "evil/repo--x.Y"]}'),
+        r"tokenizer_config\.json sends its readers to another repository: evil/repo--x\.Y",
+    ),
+    "a missing weight": (
+        lambda folder: save_file({"model.other": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"}),
+        r"config\.json asks for weights that are missing or of another size: ",
+    ),
+    "NaN": (
+        lambda folder: save_file({"a": torch.full([1], torch.nan)}, folder / "model.safetensors"),
+        r"model\.safetensors is damaged \(a has numbers that are not finite\)",
+    ),
+    "a plain language model": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2"}'),
+        r"is a `qwen2` model, not one of this package: put one together with `ms-resampler init`",
+    ),
     "no checkpoint": (lambda folder: (folder / "config.json").unlink(), r"it has no config\.json"),
     "no metadata": (
         lambda folder: (folder / "README.md").write_text("# A model\n"),
         r"README\.md lacks in its metadata: library_name: transformers, pipeline_tag: .+, license: \.\.\.",
+    ),
+    "metadata that are no YAML": (
+        lambda folder: (folder / "README.md").write_text("---\nlicense: [mit\n---\n# A model\n"),
+        r"README\.md is damaged: its metadata, between two lines of ---, are no YAML",
     ),
     "an unknown key": (
         lambda folder: (folder / "config.json").write_text(
@@ -284,6 +308,22 @@ def test_what_must_not_leave_is_refused_by_name(case, hub, token, folder, unveri
     assert re.search(sentence, said)
     assert HUB_TOKEN not in said
     assert (changed(hub), hub.repos) == ([], {})
+
+
+def test_a_message_with_a_secret_is_refused(hub, token, folder, capsys):
+    assert main(["push", str(folder), NAME, "--message", f"by {HUB_TOKEN}"]) == 2
+    assert error(capsys) == "Nothing was sent. The message looks like a secret: give another --message."
+    assert hub.requests == []
+
+
+def test_personal_data_is_cleaned_or_named(hub, token, folder, unverified, capsys):
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"made_by": "/home/ada/work/run.py"}))
+    (folder / "LICENSE").write_text("Free for all.\nAsk ada@example.org.\n")
+    assert main(["push", str(folder), NAME]) == 0
+    assert "Whoever may read it sees LICENSE, line 2: an e-mail address." in capsys.readouterr().out
+    file = hub.model(NAME).files("v1")["generation_config.json"]
+    assert json.loads(hub.objects.path(file.sha256).read_text())["made_by"] == "run.py"
 
 
 def test_the_token_in_use_is_found_whatever_its_form(hub, folder, unverified, capsys, monkeypatch):
@@ -348,7 +388,7 @@ def test_a_bad_name_is_refused_before_anything(name, hub, token, folder, capsys)
         (["--tag", "v 1"], "--tag 'v 1' is no name for git"),
         (["--revision", "../x"], "--revision '../x' is no name for git"),
         (["--tag", "v1", "--create-pr"], "A pull request gets no tag"),
-        (["--max-shard-size", "much"], "not supported"),
+        (["--max-shard-size", "much"], "--max-shard-size 'much' is no size: give one like"),
     ],
 )
 def test_bad_options_are_refused(arguments, sentence, hub, token, folder, capsys):
@@ -455,6 +495,48 @@ def test_what_comes_back_different_gets_no_tag(hub, token, folder, unverified, c
     assert main(["push", str(folder), NAME]) == 2
     assert re.search(r"without a tag: generation_config\.json came back different from what was sent", error(capsys))
     assert hub.model(NAME).tags == {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ({"method": "POST", "path": "/tag/", "status": 500}, r"an error of its own \(500\)"),
+        ({"method": "POST", "path": "/tag/", "received": 0}, r"cannot be reached \(\w+\): check the network"),
+        ({"method": "GET", "path": "/object/", "status": 403}, r"may not read acme/tiny"),
+    ],
+)
+def test_a_failure_after_the_commit_says_that_it_stands(
+    fault, reason, hub, token, folder, unverified, impatient, capsys
+):
+    hub.fault(times=99, **fault)
+    assert main(["push", str(folder), NAME]) == 2
+    repo, said = hub.model(NAME), error(capsys)
+    head = repo.branches["main"]
+    assert (len(repo.history("main")), repo.tags) == (2, {})
+    assert re.match(rf"acme/tiny has the commit {head[:8]}, without a tag: .*{reason}.*\. The commit stands: ", said)
+    assert f"`hf repos tag create acme/tiny v1 --revision {head}`" in said
+    hub.faults.clear()
+    hub.requests.clear()
+    assert main(["push", str(folder), NAME]) == 0  # what the sentence proposes
+    assert repo.tags == {"v1": head} == {"v1": repo.branches["main"]}
+    assert hub.sent("PUT") == hub.sent("POST", "/commit/") == []
+
+
+def test_an_interruption_after_the_commit_says_that_it_stands(hub, token, folder, unverified, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "answer_of_a_stranger", interrupted)
+    assert main(["push", str(folder), NAME]) == 130
+    head = hub.model(NAME).branches["main"]
+    assert f"acme/tiny has the commit {head[:8]}, without a tag. The commit stands: " in capsys.readouterr().err
+
+
+def test_a_download_that_fails_once_is_repeated(hub, token, folder, unverified, impatient):
+    hub.fault(method="GET", path="/object/", status=500)
+    hub.fault(method="HEAD", path="/resolve/", status=500)
+    assert main(["push", str(folder), NAME]) == 0
+    assert list(hub.model(NAME).tags) == ["v1"]
 
 
 def test_a_server_without_xet_gets_its_files_by_lfs(hub, token, folder, unverified, monkeypatch):
@@ -627,9 +709,7 @@ save_file({name: tensor.clone() for name, tensor in model.state_dict().items()},
 @pytest.mark.slow
 def test_a_folder_that_does_not_load_is_not_sent(hub, token, folder, capsys):
     broken = load_file(folder / "model.safetensors")
-    broken["model.projector.output_proj.weight"] = torch.full_like(
-        broken["model.projector.output_proj.weight"], torch.nan
-    )
+    broken["model.language_model.norm.weight"].fill_(3e38)
     save_file(broken, folder / "model.safetensors", {"format": "pt"})
     assert main(["push", str(folder), NAME]) == 2
     assert "It does not load without this package: the logits are not finite" in error(capsys)

@@ -11,9 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, Qwen2Config
 
-from ms_resampler.resampler_ms_resampler import make_geometry
-from ms_resampler.timing import milliseconds
 from ms_resampler.training.recipes import RECIPES
+from ms_resampler.training.step_time import milliseconds
 from research.benchmarks.loading import table as loading_table
 from research.benchmarks.model import (
     QWEN,
@@ -331,9 +330,8 @@ class Waits(TorchDispatchMode):
 
 @torch.no_grad()
 def test_what_is_recorded_waits_for_no_number_and_sends_none(tiny_parts, monkeypatch):
-    """Of the prompt and of a token after it; transformers' masks and our geometry do as while a graph is recorded."""
+    """Of the prompt and of a token after it; transformers' masks do as while a graph is recorded."""
     monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)
-    monkeypatch.setattr("ms_resampler.resampler_ms_resampler._kept_geometry", make_geometry)
     for model, visual_tokens in contenders(*make_models(tiny_parts), [4]).values():
         run = make_recorded_run(model, visual_tokens, images=2, new_tokens=2)
         with Waits() as counted:

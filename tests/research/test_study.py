@@ -17,7 +17,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ms_resampler.resampler_ms_resampler import cell_centres, sincos_positions
+from ms_resampler.branches_ms_resampler import cell_centres, sincos_positions
 from ms_resampler.tiny.curriculum import ALL_NAMES
 from ms_resampler.tiny.scenes import COLOURS
 from research.study.__main__ import main

@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
         torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=0, msg=name)
 
 
-def test_a_finished_stage_that_is_opened_again_keeps_its_time_and_counts_no_step_twice(tmp_path):
+def test_a_stage_opened_again_keeps_its_time_and_its_steps(tmp_path):
     rows = [
         {"step": 1, "loss": 3.0},
         {"step": 2, "loss": 2.5},

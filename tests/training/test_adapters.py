@@ -45,7 +45,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("text", ["qwen2", "llama", "phi3", "gemma2"])
-def test_adapters_sit_in_every_matrix_of_the_language_model_and_nowhere_else(text):
+def test_adapters_are_in_every_matrix_of_the_language_model_alone(text):
     model = add_adapters(tiny_model(text=text), Adapters(rank=2), LearningRates(projector=1e-3, llm=1e-4))
     adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
     layers = model.base_model.model.model.language_model.layers

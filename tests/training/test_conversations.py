@@ -121,7 +121,8 @@ def test_a_typed_image_token_is_text(form):
     tokenizer = TOKENIZERS["qwen2"]()
     tokenizer.add_tokens([token], special_tokens=True)
     template = image_aware(CHATML, token, tokenizer)
-    processor = MSResamplerProcessor(tiny_processor().image_processor, tokenizer, 4, 4, token, chat_template=template)
+    fields = {"patch_size": 4, "visual_tokens": 4, "image_token": token, "chat_template": template}
+    processor = MSResamplerProcessor(tiny_processor().image_processor, tokenizer, **fields)
     typed, said = f"What is {token}?", f"{token} is a token."
     record = {"id": "p", "image": picture(), "conversations": turns(("human", f"<image>\n{typed}"), ("gpt", said))}
     if form == "messages":
@@ -243,7 +244,7 @@ def test_bad_records_are_named_and_sorted(kind, changes, sentence, folder):
 
 
 def test_a_name_is_printed_in_one_short_line():
-    for name in ("a\nb\x1b[31m", "\ud83d", {"x": ["y"] * 99}, "z" * 999):
+    for name in ("a\nb\x1b[31m", "\ud83d", {"x": ["y"] * 99}, None, "z" * 999):
         with pytest.raises(BadRecord) as error:
             encode({"id": name})
         assert str(error.value).isprintable()

@@ -113,6 +113,9 @@ def test_only_the_first_ids_are_printed(folder, model, capsys):
         ("data.json", ["--html", "/no/such/folder/page.html"], "There is no folder '/no/such/folder' for the page"),
         ("data.json", ["--images", "/no/such/folder"], "There is no folder of images"),
         ("data.json", ["--model", "tests"], "it has no config.json"),
+        ("data.json", ["--max-length", "0"], "max_length must be at least 1, got 0."),
+        ("data.json", ["--workers", "-1"], "workers must be at least 0, got -1."),
+        ("data.json", ["--examples", "-1"], "examples must be at least 0, got -1."),
     ],
 )
 def test_bad_input_is_a_sentence(folder, model, source, more, sentence, capsys):

@@ -105,23 +105,18 @@ def test_what_sharding_leaves_of_layers_in_four_bits():
     assert device_bytes(sizes, recipe, "zero2", 4)["weights"] == pytest.approx(2 * (1000 + 500) + nf4 * 8000)
 
 
-def test_checkpointing_and_the_fused_loss_save_activations():
+@pytest.mark.parametrize("name", ["instruct", "align"])  # of a language model that learns, and of a frozen one
+def test_checkpointing_and_the_fused_loss_save_activations(name):
     shape, config = BatchShape(4, 64, 24), tiny_config(text="qwen2", text_changes={"num_hidden_layers": 8})
-    recipe = RECIPES["instruct"]()
-    kept = {
-        name: step_sizes(config, dataclasses.replace(recipe, **changes), shape, "ddp").activations
-        for name, changes in {
-            "all": {"activation_checkpointing": False},
-            "checkpointed": {},
-            "fused": {"liger": True},
-        }.items()
-    }
+    changes = {"all": {"activation_checkpointing": False}, "checkpointed": {}, "fused": {"liger": True}}
+    recipes = {kind: dataclasses.replace(RECIPES[name](), **changed) for kind, changed in changes.items()}
+    kept = {kind: step_sizes(config, recipe, shape, "ddp").activations for kind, recipe in recipes.items()}
     logits = 4 * 64 * config.text_config.vocab_size * 4
     assert kept["all"] > kept["checkpointed"] + logits
     assert kept["checkpointed"] >= kept["fused"] + logits
 
 
-def test_the_fused_loss_makes_the_gradient_of_a_head_that_learns_in_the_forward():
+def test_the_fused_loss_holds_the_gradient_of_a_head_that_learns():
     """In float32; the weights, and so the other gradients, have 16 bits here."""
     config, shape = middling_config(), BatchShape(1, 20, 112)
     learning = dataclasses.replace(RECIPES["instruct"](), liger=True)
@@ -175,6 +170,12 @@ def test_durations_are_told_in_units_that_fit(seconds, words):
         (["--length", "100"], "100 tokens are too few for an image of 144 and an answer."),
         (["--length", "5000"], "The recipe takes records of 2048 tokens at most"),
         (["--gpus", "7"], "A batch of 128 cannot be shared among 7 devices"),
+        (["--gpus", "0"], "The plan's gpus must be above 0, got 0."),
+        (["--memory", "-1"], "The plan's memory must be above 0, got -1"),
+        (["--memory", "nan"], "The plan's memory must be above 0, got nan"),
+        (["--length", "0"], "The plan's length must be above 0, got 0."),
+        (["--records", "-5"], "The plan's records must be above 0, got -5."),
+        (["--device-batch-size", "0"], "which 0 at a time do not add up to"),
     ],
 )
 def test_a_plan_says_what_is_wrong(arguments, sentence, components, capsys):

@@ -64,7 +64,7 @@ def test_loss_is_the_cross_entropy_of_the_next_words():
     assert_close(outputs.loss.double(), torch.stack(by_hand).mean(), **CLOSE)
 
 
-def test_loss_over_accumulated_batches_is_divided_by_the_number_it_is_given():
+def test_accumulated_loss_is_divided_by_the_number_it_is_given():
     """What Trainer passes with gradient accumulation."""
     model, batch = tiny.tiny_model(), labelled_batch()
     count = int((batch["labels"][:, 1:] != -100).sum())
@@ -97,7 +97,7 @@ def test_gradient_of_the_projector_is_the_slope_of_the_loss():
     slope = gradients(model, batch)
     labels = batch.pop("labels")
     with torch.no_grad():
-        for name in ("layers.0.prior.log_scale_Gh", "layers.0.score.0.weight", "input_proj.weight"):
+        for name in ("layers.0.prior.log_scale", "layers.0.score.0.weight", "input_proj.weight"):
             parameter, gradient = model.model.projector.get_parameter(name), slope[f"model.projector.{name}"]
             step = 1e-2 * gradient / gradient.norm()
             losses = []
@@ -286,13 +286,13 @@ def test_weights_that_wait_on_disk(tmp_path, on_disk):
     assert_close(again.generate(**text), model.generate(**text))
 
 
-@pytest.mark.parametrize("query_init", ["none", "learned"])
-def test_names_in_the_file(query_init, tmp_path):
+@pytest.mark.parametrize("kind", ["ms_resampler", "ms_resampler_branches"])
+def test_names_in_the_file(kind, tmp_path):
     """The contract with every checkpoint there is; a change belongs in UPGRADING.md."""
-    model = tiny.tiny_model(projector={"query_init": query_init}, text_changes={"tie_word_embeddings": True})
+    model = tiny.tiny_model(projector={"projector_type": kind}, text_changes={"tie_word_embeddings": True})
     model.save_pretrained(tmp_path)
     parts = ["v_proj", "o_proj", "ffn_norm", "ffn.0", "ffn.2"]
-    parts += ["score.0"] if query_init == "none" else ["query_norm", "q_proj", "k_proj"]
+    parts += ["score.0"] if kind == "ms_resampler" else ["query_norm", "q_proj", "k_proj"]
     own = {"patch_norm.weight", "patch_norm.bias", "layers.0.score.2.weight"}
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         names = set(file.keys())
@@ -304,10 +304,8 @@ def test_names_in_the_file(query_init, tmp_path):
     assert {name.removeprefix("model.projector.") for name in names if "projector" in name} == {
         *(f"{norm}.{leaf}" for norm in ("input_norm", "output_norm") for leaf in ("weight", "bias")),
         *(f"{part}.{leaf}" for part in ("input_proj", "patch_conv", "output_proj") for leaf in ("weight", "bias")),
-        *(own if query_init == "none" else ("query_1DHW", "layers.0.scope_embedding_GD")),
-        "layers.0.prior.sigma_Gh",
-        "layers.0.prior.log_scale_Gh",
-        "layers.0.prior.offset_Gh2",
+        *(own if kind == "ms_resampler" else ("query", "layers.0.scope_embedding")),
+        *(f"layers.0.prior.{name}" for name in ("sigma", "log_scale", "offset")),
         *(f"layers.0.{name}" for name in ("gate_norm.weight", "gate_norm.bias", "gate.weight")),
         *(f"layers.0.{part}.{leaf}" for part in parts for leaf in ("weight", "bias")),
     }
@@ -337,7 +335,10 @@ def test_the_base_model_loads_from_the_whole_ones_folder_and_back(tmp_path):
     assert_same_logits(whole, model)
 
 
-@pytest.mark.parametrize("changes", [{"fusion": "static"}, {"scope_layout": "branches", "num_attention_heads": 2}])
+STATIC = {"projector_type": "ms_resampler_branches", "branch_form": {"fusion": "static"}, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, STATIC])
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"device_map": "auto"}], ids=str)
 def test_weights_that_are_missing_are_initialised(tmp_path, options, changes):
     """A LLaVA-like folder without our projector: it starts as documented, its sigmas as configured."""
@@ -363,19 +364,17 @@ def assert_initialised(projector) -> None:
             assert part.bias is None or (part.bias == 0).all()
             spread = 0.0 if name.endswith("gate") else part.weight[0].numel() ** -0.5
             assert_close(part.weight.float().std().item(), spread, rtol=0.25, atol=0)
-    if projector.config.query_init != "none":
-        assert_close(projector.query_1DHW.float().std().item(), 0.02, rtol=0.4, atol=0)
-    if projector.config.fusion == "static":
-        assert (projector.layers[0].gate_S == 0).all()
     prior, sigmas = projector.layers[0].prior, projector.config.scope_sigmas
-    assert (prior.log_scale_Gh == 0).all()
+    assert (prior.log_scale == 0).all()
     opposite = torch.tensor([-1.0, 1.0])[:, None]  # the two heads of a scope: half as wide, on both sides of its centre
-    if projector.config.scope_layout == "branches":
-        assert prior.sigma_Gh.tolist() == [[torch.inf if sigma is None else sigma / 2] * 2 for sigma in sigmas]
-        shared = [(offset_h2, sigma or 0) for offset_h2, sigma in zip(prior.offset_Gh2, sigmas, strict=True)]
+    if projector.config.projector_type == "ms_resampler_branches":
+        assert_close(projector.query.float().std().item(), 0.02, rtol=0.4, atol=0)
+        assert (projector.layers[0].scope_logits == 0).all()
+        assert prior.sigma.tolist() == [[torch.inf if sigma is None else sigma / 2] * 2 for sigma in sigmas]
+        shared = [(offset_h2, sigma or 0) for offset_h2, sigma in zip(prior.offset, sigmas, strict=True)]
     else:
-        assert prior.sigma_Gh.tolist() == [[0.25, 0.25, 1.5, torch.inf]]
-        shared = [(prior.offset_Gh2[0, :2], 0.5), (prior.offset_Gh2[0, 2:], 0)]
+        assert prior.sigma.tolist() == [[0.25, 0.25, 1.5, torch.inf]]
+        shared = [(prior.offset[0, :2], 0.5), (prior.offset[0, 2:], 0)]
     for offset_h2, sigma in shared:
         assert_close(offset_h2.float(), opposite * offset_h2[1].float(), rtol=1e-2, atol=0)
         assert_close(offset_h2.norm(dim=-1).max().item(), 0.64 * sigma, rtol=1e-2, atol=0)
@@ -384,15 +383,15 @@ def assert_initialised(projector) -> None:
 @pytest.mark.parametrize(
     ("gone", "spread"),
     {
-        "query_1DHW": 0.02,
-        "layers.0.scope_embedding_GD": 0.02,
-        "layers.0.prior.log_scale_Gh": 0,
+        "query": 0.02,
+        "layers.0.scope_embedding": 1,
+        "layers.0.prior.log_scale": 0,
         "layers.0.gate.weight": 0,
         "layers.0.ffn.2.weight": 32**-0.5,
     }.items(),
 )
 def test_one_missing_weight_is_initialised_and_its_neighbours_are_kept(tmp_path, gone, spread):
-    model = tiny.tiny_model(projector={"query_init": "learned"})
+    model = tiny.tiny_model(projector={"projector_type": "ms_resampler_branches"})
     gone = f"model.projector.{gone}"
     state = {name: value for name, value in model.state_dict().items() if name != gone}
     model.save_pretrained(tmp_path, state_dict=dict(state))

@@ -161,7 +161,7 @@ def test_deepspeeds_files_leave_to_the_recipe_what_is_the_recipes(name, stage, c
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_launch_files_are_accelerates_own_and_leave_the_precision_to_the_recipe(name, capsys):
+def test_launch_files_leave_the_precision_to_the_recipe(name, capsys):
     configuration = load_config_from_file(launcher(name, capsys))
     assert configuration.mixed_precision == "no"
     assert configuration.distributed_type == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]

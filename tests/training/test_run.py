@@ -10,13 +10,17 @@ from functools import partial
 import pytest
 import torch
 from killed_runs import assert_same_weights, finish, kill_at, start_run, weights
+from labelled_records import THINKING, turns
 from tiny_models import tiny_model, tiny_processor
-from tiny_runs import losses_of, make_start, options_in, small
+from tiny_runs import losses_of, make_start, options_in, run_interrupted, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings
 
 from ms_resampler import MSResamplerForConditionalGeneration
+from ms_resampler.chat_format import ChatFormat, image_aware
 from ms_resampler.training import run
 from ms_resampler.training.collate import IGNORED, BatchMaker, ConversationCollator
+from ms_resampler.training.data_check import check_data
 from ms_resampler.training.order import Schedule
 from ms_resampler.training.parameters import count_parameters, freeze, parameter_groups, part_of
 from ms_resampler.training.recipes import LearningRates
@@ -51,7 +55,44 @@ def test_the_parts_with_a_rate_learn_and_no_other(recipe, rates, learning, start
     assert changed_parts(weights(start / "start"), weights(result)) == learning
 
 
-def test_the_result_loads_through_the_auto_classes_and_differs_in_weights_alone(start, tmp_path):
+PARTS = ("tower", "projector", "llm", "embeddings")
+
+
+@pytest.mark.parametrize("frozen", PARTS)
+def test_what_is_frozen_keeps_every_tensor_and_buffer(frozen, start, tmp_path, monkeypatch):
+    """Batch statistics, too, in a run that is stopped and resumed."""
+    plain_init = ConvNextEmbeddings.__init__
+
+    def init_with_batch_norm(self, config):
+        plain_init(self, config)
+        self.layernorm = torch.nn.BatchNorm2d(config.hidden_sizes[0])
+
+    monkeypatch.setattr(ConvNextEmbeddings, "__init__", init_with_batch_norm)
+    tiny_model("convnext", "qwen2").save_pretrained(tmp_path / "start")
+    tiny_processor("convnext").save_pretrained(tmp_path / "start")
+    rates = LearningRates(**{part: None if part == frozen else 1e-3 for part in PARTS})
+    options = options_in(start, tmp_path / "run", model=str(tmp_path / "start"))
+    run_interrupted(small("instruct", rates=rates), options, 2, monkeypatch)
+    before, after = weights(tmp_path / "start"), weights(tmp_path / "run" / "model")
+    assert changed_parts(before, after) == {*PARTS} - {frozen}
+    statistics = "model.vision_tower.embeddings.layernorm.running_mean"
+    assert torch.equal(before[statistics], after[statistics]) == (frozen == "tower")
+
+
+def test_dropout_is_off_in_what_is_frozen(start, tmp_path):
+    """Through layers whose activations are checkpointed, too."""
+    runs = []
+    for rate in (0.0, 0.5):
+        folder = tmp_path / str(rate)
+        dropout = {"attention_dropout": rate}
+        tiny_model("clip_vision_model", "qwen2", tower_changes=dropout, text_changes=dropout).save_pretrained(folder)
+        tiny_processor().save_pretrained(folder)
+        train(small("align", steps=2), **options_in(start, folder / "run", model=str(folder)))
+        runs.append(weights(folder / "run" / "model"))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_the_result_loads_anywhere_and_differs_in_weights_alone(start, tmp_path):
     result = train(small("instruct", steps=1), **options_in(start, tmp_path))
     model = AutoModelForImageTextToText.from_pretrained(result)
     trained = weights(result)
@@ -91,7 +132,7 @@ def test_a_tied_head_is_saved_once_and_comes_back_tied(start, tmp_path):
 
 
 def test_groups_have_their_rates_and_decay_matrices_alone():
-    model = tiny_model(projector={"query_init": "learned"})
+    model = tiny_model(projector={"projector_type": "ms_resampler_branches"})
     rates = LearningRates(projector=1e-3, llm=2e-5, embeddings=1e-5)
     freeze(model, rates)
     groups = parameter_groups(model, rates, weight_decay=0.1)
@@ -100,8 +141,8 @@ def test_groups_have_their_rates_and_decay_matrices_alone():
     assert listed.keys() == {name for name in names.values() if part_of(name) != "tower"}
     assert listed["model.projector.layers.0.q_proj.weight"] == (1e-3, 0.1)
     undecayed = (
-        "model.projector.layers.0.prior.log_scale_Gh",
-        "model.projector.query_1DHW",
+        "model.projector.layers.0.prior.log_scale",
+        "model.projector.query",
         "model.projector.layers.0.q_proj.bias",
         "model.projector.input_norm.weight",
     )
@@ -205,6 +246,37 @@ def test_bad_records_stop_a_run_or_are_counted_and_named(workers, start, tmp_pat
     assert "tokens" in skipped["first"]["r2"]
 
 
+def test_a_step_of_bad_records_alone_changes_nothing_and_goes_by(start, tmp_path):
+    rows = [{"id": f"b{number}", "conversations": "nothing"} for number in range(8)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    options = options_in(start, tmp_path / "run", data=str(tmp_path / "data.json"))
+    result = train(small("instruct", steps=2, bad_records="skip"), **options)
+    assert changed_parts(weights(start / "start"), weights(result)) == set()
+    assert json.loads((result / "training_record.json").read_text())["skipped"]["records"] == 8
+
+
+def test_a_thinking_template_is_mended_and_saved_so(start, tmp_path, capsys):
+    model = tmp_path / "thinker"
+    shutil.copytree(start / "start", model)
+    tokenizer = AutoProcessor.from_pretrained(model).tokenizer
+    template = image_aware(THINKING, "<image>", tokenizer)
+    (model / "chat_template.jinja").write_text(template)
+    thought = "<think>\nhm\n</think>\n\nyes"
+    rows = [{"id": "t", "conversations": turns(("human", "Q"), ("gpt", thought), ("human", "R"), ("gpt", "no"))}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+
+    report = check_data(tmp_path / "data.json", model=model, workers=0)
+    assert "The chat template is taken with thinking off" in str(report)
+    learned = ["".join(piece.text for piece in report.examples[0].pieces if piece.learned)]
+    assert learned == [f"{thought}<|im_end|>no<|im_end|>"]
+    options = options_in(start, tmp_path / "run", model=str(model), data=str(tmp_path / "data.json"))
+    result = train(small("instruct", steps=1), **options)
+    assert "The chat template is taken with thinking off" in capsys.readouterr().out
+    saved = ChatFormat(AutoProcessor.from_pretrained(result).chat_template, tokenizer)
+    assert saved.check_generation_prompt() is None
+    assert ChatFormat(template, tokenizer).check_generation_prompt() is not None
+
+
 def test_records_that_are_cut_are_counted_and_the_rest_of_them_is_learned(start, tmp_path, capsys):
     options = bad_data(start, tmp_path)
     recipe = small("instruct", steps=6, bad_records="skip", truncate=True)
@@ -258,7 +330,7 @@ def test_a_run_is_not_gone_on_with_by_another_recipe_or_other_data(start, tmp_pa
         train(small("align", steps=1), **other)
 
 
-def test_a_result_that_cannot_be_written_leaves_no_half_and_comes_with_the_next_try(start, tmp_path, monkeypatch):
+def test_a_result_that_cannot_be_written_comes_with_the_next_try(start, tmp_path, monkeypatch):
     def fail(trained, state, dtype, folder):
         folder.mkdir()
         raise RuntimeError("No space left on device")
@@ -305,7 +377,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(start, 
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(start, unbroken, tmp_path):
+def test_a_run_killed_in_a_checkpoint_resumes_from_the_one_before(start, unbroken, tmp_path):
     out = tmp_path / "run"
     kill_at(start_run(start, out, CHANGES), out, lambda: last_checkpoint(out) and (out / "unfinished").exists())
     (out / "unfinished" / "checkpoint-99").mkdir(parents=True, exist_ok=True)  # the kill may have come too late

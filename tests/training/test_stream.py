@@ -42,7 +42,7 @@ def test_all_parts_together_read_every_record_once(shards, devices, workers, sta
     assert ids != [f"r{number}" for number in range(24)]
 
 
-def test_the_order_follows_from_the_seed_and_starts_anew_when_the_stream_ends(start, shards):
+def test_the_order_follows_from_the_seed_and_starts_anew_at_the_end(start, shards):
     schedule = schedule_of(start, shards, workers=2)
     ids = ids_of(schedule, range(48))
     assert sorted(ids[:24]) == sorted(ids[24:])

@@ -1,0 +1,280 @@
+"""The literal reading of multi-scope resampling: every scope is a resampler of its own, with learned queries.
+
+    u   = LN(x) W_in;  u = u + DWConv_3x3(u)                        patches at the resampler's width
+    q^s = z + e_s                                                   queries; z starts as base grid + pos(a)
+    o^s = softmax(W_q LN(q^s) . W_k (u + pos(p)) / sqrt(d) + B^s) (u W_v)
+    z   = sum_s g^s (o^s W_o + q^s) + cell mean of u                g = softmax over the scopes of W_g LN(o^s W_o + q^s)
+    z   = z + FFN(LN(z));   y = LN(z) W_out
+
+Here every scope has all heads, and its prior B^s is in the cross-attention. With a single scope this is a resampler as
+usually meant, `Resampler`. Shapes are named as in resampler_ms_resampler.py.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .resampler_ms_resampler import (
+    LinearFromZero,
+    ScopeMaps,
+    ScopePrior,
+    as_map,
+    as_tokens,
+    cell_means,
+    centres,
+    check_patches,
+    mlp,
+    spread,
+)
+
+Grid = tuple[int, int]
+
+
+def sincos_positions(points_P2: Tensor, width: int) -> Tensor:
+    """Unit-scale 2-D sin-cos codes (P, width) of points (y, x) in [0, 1]^2.
+
+    Wavelengths run geometrically from two images to 1/32 of an image, so that codes do not depend on a grid.
+    """
+    octaves = torch.linspace(0, 6, width // 4, device=points_P2.device, dtype=points_P2.dtype)
+    angles = points_P2[:, :, None] * (math.pi * 2**octaves)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1) * math.sqrt(2)
+
+
+def cell_centres(grid: Grid, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Centres (y, x) of the cells of a grid over the unit square, in raster order: (rows * columns, 2)."""
+    return torch.cartesian_prod(*((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in grid))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of positions and maps beside numbers of a dtype: never narrower than float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(..., P, h*d) -> (..., h, P, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(..., h, P, d) -> (..., P, h*d)."""
+    return x.transpose(-3, -2).flatten(-2)
+
+
+def high_and_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x as a sum of two numbers of a narrower dtype: twice its digits."""
+    high = x.to(dtype)
+    return high, (x - high.to(x.dtype)).to(dtype)
+
+
+class BranchPrior(ScopePrior):
+    """The Gaussian prior of every scope and head, as channels of queries and keys: no bias (M, N) is ever added.
+
+        -|a - p|^2 / 2 sigma^2 = (a . p - |p|^2 / 2) / sigma^2   up to a term of the row, which softmax ignores
+
+    Half precision takes every factor in a high and a low part, or the prior would lose its digits.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        if not config.branch("tile_heads"):
+            self.register_parameter("offset", None)
+
+    def initial(self) -> tuple[Tensor, Tensor]:
+        """The configured sigma (S, h) and offset (S, h, 2): the heads of a scope start spread over it, or all alike."""
+        heads, tiled = self.config.num_attention_heads, self.config.branch("tile_heads")
+        scopes = [spread(sigma, heads if tiled else 1) for sigma in self.config.scope_sigmas]
+        sigmas, offsets = zip(*scopes, strict=True)
+        return torch.stack(sigmas).expand(-1, heads).clone(), torch.stack(offsets).expand(-1, heads, -1).clone()
+
+    def forward(self, patch_grid: Grid, token_grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The channels to append to queries (S, h, M, e) and to keys (N, e)."""
+        anchors_M2, patches_N2 = (
+            torch.cartesian_prod(*((centres(cells, like) - 0.5) * tokens for cells, tokens in axes))
+            for axes in (zip(token_grid, token_grid, strict=True), zip(patch_grid, token_grid, strict=True))
+        )
+        anchors_ShM2 = anchors_M2.expand(*self.sigma.shape, -1, -1)
+        if self.offset is not None:
+            anchors_ShM2 = anchors_M2 + self.offset[:, :, None].to(anchors_M2.dtype)
+        key = torch.cat([patches_N2, -0.5 * patches_N2.square().sum(-1, keepdim=True)], dim=-1)
+        query = self.precision(anchors_M2.dtype)[:, :, None, None] * F.pad(anchors_ShM2, (0, 1), value=1.0)
+        # With the factor by which attention divides: after the split it would round them again.
+        head_width = self.config.hidden_size // self.config.num_attention_heads
+        query = query * math.sqrt(head_width)
+        if like.dtype.itemsize < 4:
+            (key, key_low), (query, query_low) = (high_and_low(x, like.dtype) for x in (key, query))
+            key, query = torch.cat([key, key_low, key], dim=-1), torch.cat([query, query, query_low], dim=-1)
+        padding = 0, -(head_width + key.shape[-1]) % 8  # to a width that kernels like
+        return F.pad(query, padding).to(like.dtype), F.pad(key, padding).to(like.dtype)
+
+
+class BranchLayer(GradientCheckpointingLayer):
+    """Tokens z (B, M, D) read patches u (B, N, D) with the queries of every scope, and fuse what they read.
+
+    The fusion is by "token" as in the equations, by "head" (a weight for each head, before W_o) or "static" (a learned
+    weight for each scope, whatever the token).
+    """
+
+    prior_class: type[ScopePrior] = BranchPrior
+
+    def __init__(self, config):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.heads, self.fusion = config.num_attention_heads, config.branch("fusion")
+        self.prior = self.prior_class(config)
+        self.scope_embedding = nn.Parameter(torch.zeros(len(self.prior.sigma), width))
+        self.query_norm = nn.LayerNorm(width, eps=eps)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+        if self.fusion == "static":
+            self.scope_logits = nn.Parameter(torch.zeros(config.num_scopes))
+        else:
+            self.gate_norm = nn.LayerNorm(width, eps=eps)
+            self.gate = LinearFromZero(width, self.heads if self.fusion == "head" else 1, bias=False)
+        self.ffn_norm = nn.LayerNorm(width, eps=eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(width, config.intermediate_size), nn.GELU(), nn.Linear(config.intermediate_size, width)
+        )
+
+    def forward(
+        self,
+        z_BMD: Tensor,
+        u_BND: Tensor,
+        placed_BND: Tensor,
+        cell_BMD: Tensor | float,
+        patch_grid: Grid,
+        token_grid: Grid,
+        output_scopes: bool,
+    ) -> tuple[Tensor, ScopeMaps | None]:
+        """Tokens for the next layer; `placed_BND` is u + pos(p), and before the first layer z is (1, M, D)."""
+        q_BSMD = z_BMD[:, None] + self.scope_embedding[:, None]
+        o_BShMd, attention_BSMN = self.attend(q_BSMD, u_BND, placed_BND, patch_grid, token_grid, output_scopes)
+        z_BMD, g_BSM = self.fuse(o_BShMd, q_BSMD)
+        z_BMD = z_BMD + cell_BMD
+        z_BMD = z_BMD + self.ffn(self.ffn_norm(z_BMD))
+        return z_BMD, None if attention_BSMN is None else ScopeMaps(g_BSM, attention_BSMN)
+
+    def attend(
+        self,
+        q_BSMD: Tensor,
+        u_BND: Tensor,
+        placed_BND: Tensor,
+        patch_grid: Grid,
+        token_grid: Grid,
+        output_scopes: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the heads read (B, S, h, M, d), in one call for all scopes; if asked for, where (B, S, M, N)."""
+        query_BShMd = split_heads(self.q_proj(self.query_norm(q_BSMD)), self.heads).expand(u_BND.shape[0], *[-1] * 4)
+        key_BhNd, value_BhNd = (split_heads(x, self.heads) for x in (self.k_proj(placed_BND), self.v_proj(u_BND)))
+        width = value_BhNd.shape[-1]
+        query_ShMe, key_Ne = self.prior(patch_grid, token_grid, u_BND)
+        query = torch.cat([query_BShMd, query_ShMe.expand(*query_BShMd.shape[:-1], -1)], dim=-1)
+        key = torch.cat([key_BhNd, key_Ne.expand(*key_BhNd.shape[:-1], -1)], dim=-1)
+
+        rows = query.transpose(1, 2).flatten(2, 3)  # the scopes' queries as rows of one attention
+        value = F.pad(value_BhNd, (0, query.shape[-1] - width))  # the fast kernels want one width
+        out = F.scaled_dot_product_attention(rows, key, value, scale=width**-0.5)[..., :width]
+        o_BShMd = out.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
+        if not output_scopes:
+            return o_BShMd, None
+        scores = query.to(wide(query.dtype)) @ key[:, None].to(wide(query.dtype)).mT * width**-0.5
+        return o_BShMd, self.mean_over_heads(scores.softmax(dim=-1))
+
+    def mean_over_heads(self, attention_BShMN: Tensor) -> Tensor:
+        """The attention of every scope (B, S, M, N)."""
+        return attention_BShMN.mean(dim=2)
+
+    def fuse(self, o_BShMd: Tensor, q_BSMD: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens z (B, M, D) and the weights g (B, S, M) that made them."""
+        if self.fusion == "head":
+            logits_BSMh = self.gate(self.gate_norm(merge_heads(o_BShMd) + q_BSMD))
+            g_BShM1 = logits_BSMh.softmax(dim=1).transpose(2, 3).unsqueeze(-1)
+            g_BSM = g_BShM1.mean(dim=(2, -1))
+            o_BMD = merge_heads((g_BShM1 * o_BShMd).sum(dim=1))
+            return self.o_proj(o_BMD) + (g_BSM[..., None] * q_BSMD).sum(dim=1), g_BSM
+        z_BSMD = self.o_proj(merge_heads(o_BShMd)) + q_BSMD
+        if self.fusion == "static":
+            g_BSM = self.scope_logits.softmax(dim=0).to(z_BSMD.dtype)[:, None].expand(z_BSMD.shape[:3])
+        else:
+            g_BSM = self.gate(self.gate_norm(z_BSMD)).squeeze(-1).softmax(dim=1)
+        return (g_BSM[..., None] * z_BSMD).sum(dim=1), g_BSM
+
+
+class BranchesResampler(nn.Module):
+    """Patch features of any grid to visual tokens of any grid; see the equations at the top of this file.
+
+    With `pooled_mlp`, LLaVA's MLP of each cell's mean feature is added to y, and W_out starts at zero. Checkpoints of
+    earlier versions may do without the neighbours, the cell mean, or the spread of heads over their scope, and fuse in
+    another way: `branch_form` in their configuration says so.
+    """
+
+    layer_class = BranchLayer
+
+    def __init__(self, config, vision_width: int, text_width: int):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.config = config
+        self.input_norm = nn.LayerNorm(vision_width, eps=eps)
+        self.input_proj = nn.Linear(vision_width, width)
+        if config.branch("patch_conv"):
+            self.patch_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
+        self.query = nn.Parameter(torch.zeros(1, width, *config.query_grid))
+        self.layers = nn.ModuleList(self.layer_class(config) for _ in range(config.num_hidden_layers))
+        self.output_norm = nn.LayerNorm(width, eps=eps)
+        self.output_proj = (LinearFromZero if config.pooled_mlp else nn.Linear)(width, text_width)
+        if config.pooled_mlp:
+            self.mlp = mlp(vision_width, text_width)
+
+    def forward(
+        self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid, output_scopes: bool = False
+    ) -> tuple[Tensor, ScopeMaps | None]:
+        """Visual tokens (B, M, T) in raster order of `token_grid`, and the last layer's maps if asked for.
+
+        Raises ValueError if the features are not a patch grid of the shape given.
+        """
+        check_patches(x_BNC, patch_grid)
+        u_BND = self.input_proj(self.input_norm(x_BNC))
+        if self.config.branch("patch_conv"):
+            u_BND = u_BND + as_tokens(self.patch_conv(as_map(u_BND, patch_grid)))
+        patches_N2, anchors_M2 = (cell_centres(g, u_BND.device, wide(u_BND.dtype)) for g in (patch_grid, token_grid))
+        placed_BND = u_BND + sincos_positions(patches_N2, u_BND.shape[-1]).to(u_BND.dtype)
+        mean_BMD = cell_means(u_BND, patch_grid, token_grid)
+        z_BMD, maps = self.first_tokens(anchors_M2, token_grid, mean_BMD), None
+        cell_BMD = mean_BMD if self.config.branch("cell_residual") else 0.0
+        for layer in self.layers:
+            z_BMD, maps = layer(z_BMD, u_BND, placed_BND, cell_BMD, patch_grid, token_grid, output_scopes)
+        y_BMT = self.output_proj(self.output_norm(z_BMD))
+        if self.config.pooled_mlp:
+            y_BMT = y_BMT + self.mlp(cell_means(x_BNC, patch_grid, token_grid))
+        return y_BMT, maps
+
+    def first_tokens(self, anchors_M2: Tensor, token_grid: Grid, mean_BMD: Tensor) -> Tensor:
+        """z before the first layer (1, M, D), the same for every image: the base grid at the anchors + pos(a)."""
+        codes_MD = sincos_positions(anchors_M2, mean_BMD.shape[-1])
+        query = F.interpolate(self.query.to(codes_MD.dtype), size=token_grid, mode="bilinear", align_corners=False)
+        return (query.flatten(2).mT + codes_MD).to(mean_BMD.dtype)
+
+
+class Resampler(BranchesResampler):
+    """A resampler as usually meant, to compare with: a single scope, global unless configured otherwise."""
+
+
+@torch.no_grad()
+def init_branches_weights(module: nn.Module) -> None:
+    """How the parameters start that `init_resampler_weights` knows nothing of.
+
+    query             normal, std 0.02
+    scope embedding   normal, std 1: scopes differ from the start (std 0.02 of a single one)
+    scope logits      0: even
+    """
+    if isinstance(module, BranchesResampler):
+        init.normal_(module.query, std=0.02)
+    elif isinstance(module, BranchLayer):
+        init.normal_(module.scope_embedding, std=1.0 if len(module.scope_embedding) > 1 else 0.02)
+        if module.fusion == "static":
+            init.zeros_(module.scope_logits)
+
+
+__all__ = ["BranchesResampler", "Resampler", "init_branches_weights"]
