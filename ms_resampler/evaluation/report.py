@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .aggregation import mean_of_scores
-from .published import PublishedRow, comparable_rows
+from .metrics import plain_number
+from .published import PublishedRow, comparable_rows, published_rows
 from .run import SUMMARY, read_scored
 from .statistics import Difference, compare, holm
 from .tasks import TASKS
@@ -203,25 +204,43 @@ def model_index(folder: Path, model_name: str) -> str:
 
 
 def figure(folders: Sequence[Path], path: Path) -> None:
-    """Mean score against visual tokens, and against the measured time of a question, one point a run."""
+    """Mean score against visual tokens, and against the measured time of a question: a point a run.
+
+    Published rows that have all of the runs' tasks are in the first part, in grey.
+    """
     from matplotlib.figure import Figure
 
     runs = open_runs(folders)
     drawing = Figure(figsize=(9, 4), layout="constrained")
     axes = drawing.subplots(1, 2, sharey=True)
-    for ax, field, label in zip(
-        axes,
-        ("visual_tokens_per_picture", "seconds_per_question"),
-        ("visual tokens a picture", "seconds a question"),
-        strict=True,
-    ):
-        points = sorted(
-            (x, y, run.name) for run in runs if (x := run.mean_of(field)) and (y := run.mean_score()) is not None
-        )
-        ax.plot([x for x, _, _ in points], [y for _, y, _ in points], "o")
-        for x, y, name in points:
-            ax.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    fields = {"visual_tokens_per_picture": "visual tokens a picture", "seconds_per_question": "seconds a question"}
+    published = published_points(runs)
+    if published:
+        budgets, scores, _ = zip(*published, strict=True)
+        axes[0].plot(budgets, scores, "o", color="lightgrey", markersize=4, label="published")
+        axes[0].legend()
+    for ax, (field, label) in zip(axes, fields.items(), strict=True):
+        for run in runs:
+            x, y = run.mean_of(field), run.mean_score()
+            if x is not None and y is not None:
+                ax.plot(x, y, "o", color="C0")
+                ax.annotate(run.name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
         ax.set_xlabel(label)
+        ax.margins(0.2)
         ax.grid(alpha=0.3)
+    axes[0].set_xscale("log", base=2)
+    axes[0].xaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel("mean score over tasks, in % of the largest")
     drawing.savefig(path, dpi=150)
+
+
+def published_points(runs: Sequence[Run]) -> list[tuple[float, float, str]]:
+    """Budget, mean score and name of the published rows that print a number for every task that the runs scored."""
+    scales = {part["title"]: part["scale"] for run in runs for part in run.tasks.values() if part["value"] is not None}
+    points = []
+    for row in published_rows():
+        numbers = {title: plain_number(row.numbers.get(title, "")) for title in scales}
+        scores = [100 * number / scales[title] for title, number in numbers.items() if number is not None]
+        if scores and len(scores) == len(scales):
+            points.append((float(row.budget), sum(scores) / len(scores), row.method))
+    return points
