@@ -4,20 +4,23 @@ Pixels (B, 3, height, width) -> tower -> patches (B, N, C) -> projector -> visua
 places of the image tokens in the text -> language model -> logits.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
@@ -73,6 +76,17 @@ def _cache_of(values: Mapping[str, Any]) -> dict[str, Cache]:
     return {name: values[name] for name in _CACHE_NAMES if name in values.keys() and values[name] is not None}  # noqa: SIM118
 
 
+def code_of_folder(cls: type[PreTrainedModel], folder: str | os.PathLike | None) -> type[PreTrainedModel]:
+    """The class of this name in a folder's own code; the same one where there is no other.
+
+    The Auto classes know one model class for a configuration class, and two folders may share the latter.
+    """
+    is_remote = cls.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
+    if not (is_remote and folder and (Path(folder) / "modeling_ms_resampler.py").is_file()):
+        return cls
+    return get_class_from_dynamic_module(f"modeling_ms_resampler.{cls.__name__}", folder)
+
+
 class MSResamplerPreTrainedModel(PreTrainedModel):
     """What all MS-Resampler models share: configuration, initialisation and abilities."""
 
@@ -97,6 +111,9 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
         `quantization_config` applies to the language model alone; the rest is in bfloat16 then, if no `dtype` is given.
         Further modules to skip may be named by any part of their path.
         """
+        if kwargs.get("trust_remote_code") and (own := code_of_folder(cls, args[0])) is not cls:
+            options = {"quantization_config": quantization_config, "key_mapping": key_mapping}
+            return own.from_pretrained(*args, **options, **kwargs)
         skipped: list[str] = []
         if quantization_config is not None:
             quantization_config, skipped = quantise_language_model_only(quantization_config)
