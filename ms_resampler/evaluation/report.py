@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .aggregation import mean_of_scores
-from .published import PublishedRow, comparable_rows
+from .metrics import plain_number
+from .published import PublishedRow, comparable_rows, published_rows
 from .run import SUMMARY, read_scored
 from .statistics import Difference, compare, holm
 from .tasks import TASKS
@@ -96,7 +97,12 @@ def cell(task: dict[str, Any] | None) -> str:
     low, high = task["interval"]
     digits = ".1f" if task["scale"] <= 100 else ".0f"
     width = "" if low is None or high is None else f" ±{(high - low) / 2:{digits}}"
-    return f"{task['value']:{digits}}{width}{'*' if task['remarks'] else ''}"
+    return f"{task['value']:{digits}}{width}{'' if is_plain(task) else '*'}"
+
+
+def is_plain(task: dict[str, Any]) -> bool:
+    """Whether a number stands for itself: no remark, and nine in ten replies were understood."""
+    return not task["remarks"] and task["not_parsed"] <= task["answered"] / 10
 
 
 def number(value: float | None, digits: str) -> str:
@@ -154,7 +160,7 @@ def notes(runs: Sequence[Run], rows: Sequence[PublishedRow]) -> str:
     """What the numbers are, every remark, every problem, and where published rows come from."""
     lines = [
         "± is half of the 95% interval of a bootstrap over pictures. MME-P is the perception sum (of 2000). "
-        "A number with an asterisk has a remark."
+        "A number with an asterisk is not to be compared, for what is said of it here."
     ]
     for run in runs:
         for name, part in run.tasks.items():
@@ -171,7 +177,7 @@ def notes(runs: Sequence[Run], rows: Sequence[PublishedRow]) -> str:
 
 
 def model_index(folder: Path, model_name: str) -> str:
-    """The results of a run as a model card's metadata (YAML), without tasks that have a remark."""
+    """The results of a run as a model card's metadata (YAML), without numbers that have an asterisk in tables."""
     from huggingface_hub import EvalResult, ModelCardData
 
     (run,) = open_runs([folder])
@@ -187,10 +193,10 @@ def model_index(folder: Path, model_name: str) -> str:
             metric_value=part["value"],
         )
         for part in run.tasks.values()
-        if part["value"] is not None and not part["remarks"]
+        if part["value"] is not None and is_plain(part)
     ]
     if not results:
-        raise ValueError(f"{folder} has no result without remarks, and a card must have none with them.")
+        raise ValueError(f"{folder} has no result without an asterisk, and a card must have no other.")
     return ModelCardData(model_name=model_name, eval_results=results).to_yaml()
 
 
@@ -198,25 +204,43 @@ def model_index(folder: Path, model_name: str) -> str:
 
 
 def figure(folders: Sequence[Path], path: Path) -> None:
-    """Mean score against visual tokens, and against the measured time of a question, one point a run."""
+    """Mean score against visual tokens, and against the measured time of a question: a point a run.
+
+    Published rows that have all of the runs' tasks are in the first part, in grey.
+    """
     from matplotlib.figure import Figure
 
     runs = open_runs(folders)
     drawing = Figure(figsize=(9, 4), layout="constrained")
     axes = drawing.subplots(1, 2, sharey=True)
-    for ax, field, label in zip(
-        axes,
-        ("visual_tokens_per_picture", "seconds_per_question"),
-        ("visual tokens a picture", "seconds a question"),
-        strict=True,
-    ):
-        points = sorted(
-            (x, y, run.name) for run in runs if (x := run.mean_of(field)) and (y := run.mean_score()) is not None
-        )
-        ax.plot([x for x, _, _ in points], [y for _, y, _ in points], "o")
-        for x, y, name in points:
-            ax.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    fields = {"visual_tokens_per_picture": "visual tokens a picture", "seconds_per_question": "seconds a question"}
+    published = published_points(runs)
+    if published:
+        budgets, scores, _ = zip(*published, strict=True)
+        axes[0].plot(budgets, scores, "o", color="lightgrey", markersize=4, label="published")
+        axes[0].legend()
+    for ax, (field, label) in zip(axes, fields.items(), strict=True):
+        for run in runs:
+            x, y = run.mean_of(field), run.mean_score()
+            if x is not None and y is not None:
+                ax.plot(x, y, "o", color="C0")
+                ax.annotate(run.name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
         ax.set_xlabel(label)
+        ax.margins(0.2)
         ax.grid(alpha=0.3)
+    axes[0].set_xscale("log", base=2)
+    axes[0].xaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel("mean score over tasks, in % of the largest")
     drawing.savefig(path, dpi=150)
+
+
+def published_points(runs: Sequence[Run]) -> list[tuple[float, float, str]]:
+    """Budget, mean score and name of the published rows that print a number for every task that the runs scored."""
+    scales = {part["title"]: part["scale"] for run in runs for part in run.tasks.values() if part["value"] is not None}
+    points = []
+    for row in published_rows():
+        numbers = {title: plain_number(row.numbers.get(title, "")) for title in scales}
+        scores = [100 * number / scales[title] for title, number in numbers.items() if number is not None]
+        if scores and len(scores) == len(scales):
+            points.append((float(row.budget), sum(scores) / len(scores), row.method))
+    return points

@@ -200,6 +200,7 @@ def test_everything_that_is_wrong_is_counted_and_named(tmp_path):
     assert tasks["mmvet"]["value"] is None
     assert "judge" in tasks["mmvet"]["remarks"][0]
     shown = report([tmp_path / "out"])
+    assert shown.splitlines()[1].count("*") == 2  # POPE's and VizWiz's numbers
     for said in ("failed", "not scored", "2 x unreadable picture", "4 of 4 replies were not understood", "popular"):
         assert said in shown
 

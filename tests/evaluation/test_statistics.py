@@ -1,6 +1,7 @@
 """Intervals, paired differences and corrections; the tables, the figure and the card's metadata made of runs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from ms_resampler.evaluation import Options, evaluate, figure, model_index, report
 from ms_resampler.evaluation.aggregation import mean_of_scores
 from ms_resampler.evaluation.published import comparable_rows, published_rows
+from ms_resampler.evaluation.report import Run, published_points
 from ms_resampler.evaluation.samples import Outcome, Picture, Sample, Scored
 from ms_resampler.evaluation.statistics import compare, holm, interval
 from ms_resampler_cli import main as cli
@@ -143,6 +145,18 @@ def test_the_figure_and_the_model_index(runs, tmp_path, capsys):
     assert capsys.readouterr().out == report(runs) + "\n"
     assert cli.main(["evaluate", "--report", str(tmp_path)]) == 2
     assert "not the folder of a finished evaluation" in capsys.readouterr().err
+
+
+def test_published_rows_are_drawn_where_they_have_all_the_tasks():
+    part = {"title": "POPE", "scale": 100, "value": 80.0}
+    pope = Run(Path("x"), {"tasks": {"pope": part}})
+    points = {(budget, name): score for budget, score, name in published_points([pope])}
+    assert points[36, "TokenPacker"] == 86.2
+    both = Run(Path("x"), {"tasks": {"pope": part, "mme": {"title": "MME-P", "scale": 2000, "value": 1000.0}}})
+    points = {(budget, name): score for budget, score, name in published_points([both])}
+    assert points[36, "MQT-LLaVA"] == pytest.approx((81.9 + 1416.3 / 20) / 2)
+    assert (36, "TokenPacker") not in points  # prints no number for MME
+    assert published_points([Run(Path("x"), {"tasks": {}})]) == []
 
 
 def test_published_rows_have_sources_and_numbers():
