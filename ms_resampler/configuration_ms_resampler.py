@@ -158,7 +158,7 @@ def _nearest_grid(count: int, patch_grid: tuple[int, int]) -> tuple[int, int] | 
 
 def _plain(value: Any) -> Any:
     """Numbers of numpy as Python's own, which are checked and saved alike; anything else as it is."""
-    if isinstance(value, np.generic | np.ndarray):
+    if isinstance(value, (np.generic, np.ndarray)):  # torch.compile knows no unions of types
         return value.tolist()
     if type(value) in (list, tuple):
         return type(value)(map(_plain, value))
@@ -167,7 +167,7 @@ def _plain(value: Any) -> Any:
 
 def _is_grid(value: Any) -> bool:
     """Whether a value is (rows, columns), two positive integers."""
-    numbers = isinstance(value, list | tuple) and len(value) == 2
+    numbers = isinstance(value, (list, tuple)) and len(value) == 2
     return numbers and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
 
 
