@@ -176,6 +176,7 @@ def test_latin_1_says_how_to_convert_it(tmp_path):
     assert fine is None
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_packed_file_goes_with_the_process(tmp_path):
     (tmp_path / "data.jsonl.gz").write_bytes(packed(LINES))
     code = (
