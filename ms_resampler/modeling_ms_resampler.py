@@ -209,7 +209,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         that one. `output_hidden_states=True` or `output_attentions=True` runs all of it.
         """
         layers, shape = self.config.feature_layers, self.tower_shape
-        skip = kwargs["output_hidden_states"] == layers and not kwargs.get("output_attentions")
+        attentions = kwargs.get("output_attentions") or self.config.vision_config.output_attentions
+        skip = kwargs["output_hidden_states"] == layers and not attentions
         if skip := skip and shape.unread_layers(layers) > 0:
             kwargs["skip_unread"] = True  # not handed to towers that do not know it
         if not shape.can_stop_early:
