@@ -27,7 +27,7 @@ FONTS = {
 }
 DECKS = {"train": ("game-icons", "twemoji", "noto"), "new": ("svg-cards",)}
 PLOTS = {"train": ("default", "ggplot", "bmh"), "new": ("fivethirtyeight", "dark_background", "Solarize_Light2")}
-PALETTES = {"train": ("Pastel1", "Set2", "tab20"), "new": ("Dark2", "Paired")}
+PALETTES = {"train": ("Pastel1", "Set3", "tab20"), "new": ("Paired", "tab20b")}
 LOOKS = {"styles": STYLES, "fonts": FONTS, "decks": DECKS, "plots": PLOTS, "palettes": PALETTES}
 
 # Themes of emoji whose names are names of things.
@@ -40,35 +40,45 @@ UNCOUNTED = """
     bacon badminton beans blood bowling boxing bread broccoli butter camping cooking coral corn custard dna face
     falafel fishing fondue food fried garlic glasses golf grapes green hamsa herb hockey honey ice jeans lacrosse
     link liquid locked mate milk moai nose oden oncoming paper ping pool popcorn pouring rail rice root rugby sake
-    salad salt scissors shorts skis soap soccer spaghetti sushi tennis train tram unlocked wind
+    salad salt scissors shorts skis soap soccer spaghetti sushi tennis train tram unlocked wind wedding construction
+    motorway memo railway ewe station
 """
 SINGULAR_IN_S = ("bus", "cactus", "compass", "dress", "hibiscus", "lotus", "octopus", "rhinoceros", "hippopotamus")
 RANKS = ("ace", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "jack", "queen", "king")
 SUITS = ("clubs", "diamonds", "hearts", "spades")
 RED = ("diamonds", "hearts")
-# Tables of vega-datasets: file, what its rows are about, the column of their names, and columns to show.
-TABLES = (
-    ("barley.json", "Barley", "variety", ("yield",)),
-    ("burtin.json", "Antibiotics", "Bacteria", ("Penicillin", "Streptomycin", "Neomycin")),
-    ("cars.json", "Cars", "Name", ("Horsepower", "Weight_in_lbs", "Displacement", "Miles_per_Gallon")),
-    ("countries.json", "Countries", "country", ("life_expect", "fertility")),
-    ("disasters.csv", "Disasters", "Entity", ("Deaths",)),
-    ("driving.json", "Driving", "year", ("miles", "gas")),
-    ("football.json", "Football", "home_team", ("home_score", "away_score")),
-    ("gapminder-health-income.csv", "Income and health", "country", ("income", "health", "population")),
-    ("gapminder.json", "Population", "country", ("pop", "life_expect", "fertility")),
-    ("income.json", "Income in states", "name", ("total", "pct")),
-    ("iowa-electricity.csv", "Electricity in Iowa", "source", ("net_generation",)),
-    ("jobs.json", "Jobs", "job", ("count",)),
-    ("monarchs.json", "Monarchs", "name", ("start", "end")),
-    ("movies.json", "Films", "Title", ("US Gross", "Production Budget", "IMDB Votes")),
-    ("penguins.json", "Penguins", "Island", ("Beak Length (mm)", "Flipper Length (mm)", "Body Mass (g)")),
-    ("population_engineers_hurricanes.csv", "States", "state", ("population", "hurricanes")),
-    ("seattle-weather.csv", "Weather in Seattle", "weather", ("temp_max", "temp_min", "wind")),
-    ("species.csv", "Habitats", "common_name", ("habitat_yearround_pct",)),
-    ("stocks.csv", "Stocks", "symbol", ("price",)),
-    ("unemployment-across-industries.json", "Unemployment", "series", ("count", "rate")),
-    ("wheat.json", "Wheat and wages", "year", ("wheat", "wages")),
+# Tables of vega-datasets: file, what its rows are about, the column of their names, and what other columns mean.
+TABLES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
+    ("barley.json", "Barley", "variety", {"yield": "yield in bushels an acre"}),
+    (
+        "burtin.json",
+        "Antibiotics",
+        "Bacteria",
+        {"Penicillin": "dose of penicillin", "Streptomycin": "dose of streptomycin", "Neomycin": "dose of neomycin"},
+    ),
+    ("cars.json", "Cars", "Name", {"Horsepower": "horsepower", "Weight_in_lbs": "weight in pounds"}),
+    ("countries.json", "Countries", "country", {"life_expect": "life expectancy", "fertility": "children a woman"}),
+    ("disasters.csv", "Disasters", "Entity", {"Deaths": "deaths a year"}),
+    ("driving.json", "Driving", "year", {"miles": "miles a person", "gas": "price of petrol"}),
+    ("football.json", "Football", "home_team", {"home_score": "goals at home", "away_score": "goals let in"}),
+    (
+        "gapminder-health-income.csv",
+        "Income and health",
+        "country",
+        {"income": "income a person", "health": "life expectancy", "population": "people"},
+    ),
+    ("gapminder.json", "Countries", "country", {"pop": "people", "fertility": "children a woman"}),
+    ("income.json", "Income", "name", {"total": "households"}),
+    ("iowa-electricity.csv", "Electricity in Iowa", "source", {"net_generation": "thousand megawatt hours"}),
+    ("jobs.json", "Jobs", "job", {"count": "people"}),
+    ("monarchs.json", "Monarchs", "name", {"start": "first year", "end": "last year"}),
+    ("movies.json", "Films", "Title", {"US Gross": "dollars earned", "IMDB Votes": "votes"}),
+    ("penguins.json", "Penguins", "Island", {"Body Mass (g)": "weight in grams", "Beak Depth (mm)": "beak in mm"}),
+    ("population_engineers_hurricanes.csv", "States", "state", {"population": "people", "hurricanes": "hurricanes"}),
+    ("seattle-weather.csv", "Weather in Seattle", "weather", {"temp_max": "degrees by day", "wind": "wind"}),
+    ("stocks.csv", "Shares", "symbol", {"price": "price"}),
+    ("unemployment-across-industries.json", "Unemployment", "series", {"count": "thousand people", "rate": "percent"}),
+    ("wheat.json", "Wheat", "year", {"wheat": "price of wheat", "wages": "weekly wages"}),
 )
 
 Item = TypeVar("Item")
@@ -145,11 +155,11 @@ class Region:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a real table: the name and the numbers of each by column."""
+    """A real table: what its columns mean, and of each row the name and the numbers by column."""
 
     name: str
     title: str
-    columns: tuple[str, ...]
+    columns: dict[str, str]
     rows: tuple[tuple[str, dict[str, float]], ...]
 
 
@@ -230,7 +240,7 @@ class Shelf:
         found = {}
         for path in sorted(self.path("spdx-license-list", "licenses").glob("*.json")):
             data = json.loads(path.read_text(encoding="utf-8"))
-            text = " ".join(re.sub(r"<<.*?>>", " ", data.get("licenseText") or "").split())
+            text = " ".join(re.sub(r"<<.*?>>|[-=_*#]{2,}", " ", data.get("licenseText") or "").split())
             if len(text) > 1000 and text.isascii() and len(data["name"]) < 60:
                 found[data["name"]] = text
         return found
@@ -240,7 +250,7 @@ class Shelf:
         """The tables of TABLES; rows of one name are averaged."""
         return [self.table(*entry) for entry in TABLES]
 
-    def table(self, file: str, title: str, key: str, columns: tuple[str, ...]) -> Table:
+    def table(self, file: str, title: str, key: str, columns: dict[str, str]) -> Table:
         """A table of vega-datasets."""
         path = self.path("vega-datasets", f"data/{file}")
         text = path.read_text(encoding="utf-8")
@@ -281,8 +291,9 @@ class Shelf:
         if deck == "game-icons":
             name = str(number) if 1 < number < 11 else rank
             svg = self.icons(deck)[f"card-{name}-{suit}"].replace("currentColor", ink)
-            drawn = trimmed(rasterised(svg, 240))
-            return drawn.resize((round(drawn.width * 240 / drawn.height), 240), Image.Resampling.LANCZOS)
+            drawn = trimmed(rasterised(svg, 240)).resize((172, 240), Image.Resampling.LANCZOS)
+            card.alpha_composite(drawn)
+            return card
         sign = trimmed(rasterised(self.icons(deck)[f"{suit.removesuffix('s')}-suit"], 84))
         corner = rank[0].upper() if number in (1, 11, 12, 13) else str(number)
         font = self.font("lora" if deck == "noto" else "oswald", 48)
@@ -358,7 +369,8 @@ def read_regions(topology: dict[str, Any], layer: str) -> list[Region]:
     regions = []
     for shape in topology["objects"][layer]["geometries"]:
         polygons = {"Polygon": [shape.get("arcs")], "MultiPolygon": shape.get("arcs")}.get(shape["type"], [])
-        rings = tuple(ring(polygon[0]) for polygon in polygons)  # holes are drawn over by the regions in them
+        outlines = [ring(polygon[0]) for polygon in polygons]  # holes are drawn over by the regions in them
+        rings = tuple(outline for outline in outlines if np.ptp(outline[:, 0]) < 180)  # not across the date line
         if rings and shape.get("properties", {}).get("name"):
             regions.append(Region(shape["properties"]["name"], rings))
     return regions

@@ -103,17 +103,15 @@ def line_of(number: str, image: str, asked: Asked, meta: dict[str, Any]) -> dict
 
 
 def llava_records(lines: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """LLaVA's conversations: all questions about a picture in one, with the evaluator's instructions."""
+    """LLaVA's conversations, asked as the evaluator asks: one a question, as a second answer may follow from the first."""
     template = suite_task(folder / "train.jsonl").prompt
-    records: dict[str, dict[str, Any]] = {}
+    records = []
     for line in lines:
-        record = records.setdefault(line["image"], {"id": line["id"], "image": line["image"], "conversations": []})
-        start = "" if record["conversations"] else "<image>\n"
         prompt = template.format_map(build({**line, "folder": folder}).fields)
         answer = line["answer"][0] if isinstance(line["answer"], list) else line["answer"]
-        record["conversations"].append({"from": "human", "value": start + prompt})
-        record["conversations"].append({"from": "gpt", "value": answer})
-    return list(records.values())
+        turns = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]
+        records.append({"id": line["id"], "image": line["image"], "conversations": turns})
+    return records
 
 
 def described(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:

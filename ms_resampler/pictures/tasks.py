@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -90,7 +91,7 @@ def draw_scene(
     styles = [pick(styles, rng) for _, styles in chosen]
     pictures = [cutout(noun.drawings[style]) for (noun, _), style in zip(chosen, styles, strict=True)]
     scene = compose([picture for picture, count in zip(pictures, counts, strict=True) for _ in range(count)], rng)
-    return scene, recorded(scene, style=styles[0])
+    return scene, recorded(scene, style=sorted(set(styles)))
 
 
 def recorded(scene: Scene, **fields: Any) -> dict[str, Any]:
@@ -115,7 +116,8 @@ def presence(shelf: Shelf, split: Split, rng: np.random.Generator) -> Sheet:
     }[how]
     pair = (pick(present, rng), pick(among, rng))
     questions = tuple(
-        Asked("presence", f"Is there {noun.phrase} in the picture?", yes_no(noun in present), "yes/no") for noun in pair
+        Asked("presence", f"Is there {noun.phrase} in the picture?", yes_no(noun in present), "yes/no")
+        for noun in sample(pair, 2, rng)
     )
     return Sheet(scene.image, questions, meta | {"absent": how})
 
@@ -275,19 +277,14 @@ def text_page(text: str, font: ImageFont.FreeTypeFont, rng: np.random.Generator)
 def record_page(table: Table, rng: np.random.Generator) -> tuple[list[str], list[Asked]]:
     """Some rows of a table as a list, and a number to find."""
     rows = sample(table.rows, int(rng.integers(3, 8)), rng)
-    column = pick(table.columns, rng)
+    column = pick(list(table.columns), rng)
     name, values = pick(rows, rng)
-    lines = [f"{table.title}: {label(column)}", *(f"{row} ..... {shown(cells[column])}" for row, cells in rows)]
+    lines = [f"{table.title}: {table.columns[column]}", *(f"{row} ..... {shown(cells[column])}" for row, cells in rows)]
     question = f"Which number stands beside “{name}”?"
     return lines, [
         Asked("number", question, plain_figure(values[column]), "number"),
         Asked("entries", "How many entries does the list have?", str(len(rows)), "number"),
     ]
-
-
-def label(column: str) -> str:
-    """A column's name in words."""
-    return column.replace("_", " ").lower()
 
 
 def shown(number: float) -> str:
@@ -303,22 +300,26 @@ def plain_figure(number: float) -> str:
 # Charts and maps ---------------------------------------------------------------------------------------------------
 
 
-def charts(shelf: Shelf, split: Split, rng: np.random.Generator) -> Sheet:
-    """A chart of some rows of a real table: a value, the largest, a difference."""
+def charts(shelf: Shelf, split: Split, rng: np.random.Generator) -> Sheet | None:
+    """A chart of some rows of a real table: a value, the largest, a difference; nothing where rows are too alike."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
     table = pick(split.contents(shelf.tables, lambda table: table.name), rng)
-    column, plot = pick(table.columns, rng), pick(split.looks("plots"), rng)
-    order = [table.rows[place] for place in rng.permutation(len(table.rows))]
-    rows = list({cells[column]: (name, cells[column]) for name, cells in order}.values())[: int(rng.integers(3, 7))]
+    column, plot = pick(list(table.columns), rng), pick(split.looks("plots"), rng)
+    order = [table.rows[place] for place in rng.permutation(len(table.rows))][: int(rng.integers(3, 8))]
+    top = max(cells[column] for _, cells in order)
+    # What is too short to be measured is left out, and equal values are drawn once.
+    rows = list({v: (name, v) for name, cells in order if (v := cells[column]) > top / 12}.values())
     names, values = [name for name, _ in rows], [value for _, value in rows]
+    if len(values) < 3 or sorted(values)[-2] > 0.95 * top or min(values) > 0.9 * top:
+        return None
     form, printed = pick(("columns", "bars", "line"), rng), bool(rng.random() < 0.5)
     with style.context(plot):
         figure = Figure(figsize=(4.2, 4.2), dpi=80, layout="constrained")
         axes = figure.subplots()
         ends = draw_chart(axes, form, names, values)
-        axes.set_title(f"{table.title}: {label(column)}", fontsize=11)
+        axes.set_title(f"{table.title}: {table.columns[column]}", fontsize=11)
         if printed:
             for (x, y), value in zip(ends, values, strict=True):
                 align = {"ha": "left", "va": "center"} if form == "bars" else {"ha": "center", "va": "bottom"}
@@ -327,8 +328,12 @@ def charts(shelf: Shelf, split: Split, rng: np.random.Generator) -> Sheet:
         figure.savefig(file, format="png")
     image = Image.open(file).convert("RGB")
     largest = int(np.argmax(values))
-    one, two = sample(range(len(values)), 2, rng)
-    high, low = sorted((one, two), key=lambda place: -values[place])
+    one = pick(range(len(values)), rng)
+    high, low = largest, pick([place for place, value in enumerate(values) if value < 0.9 * top], rng)
+    if rng.random() < 0.5:
+        high = max(
+            (place for place in range(len(values)) if values[place] * 0.9 > values[low]), key=lambda p: -values[p]
+        )
     difference = plain_figure(round(values[high] - values[low], 6))
     tolerance = 0.0 if printed else 0.05
     questions = (
@@ -411,23 +416,25 @@ def draw_map(
     """
     from matplotlib import colormaps
 
-    ring = max(middle.rings, key=len)
-    centre_x, centre_y = ring.mean(axis=0)
+    centre_x, centre_y = max(middle.rings, key=len).mean(axis=0)
     narrow = max(0.3, np.cos(np.radians(centre_y)))  # of a degree of longitude, beside one of latitude
     numbers = Image.new("I;16", (SIDE, SIDE))
     picture = Image.new("RGB", (SIDE, SIDE), "#cfe3ee")
     ink, paint = ImageDraw.Draw(numbers), ImageDraw.Draw(picture)
     colours = colormaps[palette].colors
+    drawn = 0
     for number, region in enumerate(regions, start=1):
-        colour = tuple(round(255 * part) for part in colours[number % len(colours)])
-        for outline in region.rings:
-            x = ((outline[:, 0] - centre_x) * narrow / reach + 1) * SIDE / 2
-            y = (1 - (outline[:, 1] - centre_y) / reach) * SIDE / 2
-            if x.max() < 0 or y.max() < 0 or x.min() > SIDE or y.min() > SIDE:
-                continue
-            points = list(zip(x.tolist(), y.tolist(), strict=True))
-            ink.polygon(points, fill=number)
-            paint.polygon(points, fill=colour, outline="#555555")
+        outlines = []
+        for ring in region.rings:
+            x = ((ring[:, 0] - centre_x) * narrow / reach + 1) * SIDE / 2
+            y = (1 - (ring[:, 1] - centre_y) / reach) * SIDE / 2
+            if x.max() > 0 and y.max() > 0 and x.min() < SIDE and y.min() < SIDE:
+                outlines.append(list(zip(x.tolist(), y.tolist(), strict=True)))
+        colour = tuple(round(255 * part) for part in colours[drawn % len(colours)])
+        for outline in outlines:
+            ink.polygon(outline, fill=number)
+            paint.polygon(outline, fill=colour, outline="#555555")
+        drawn += bool(outlines)
     pixels = np.asarray(numbers)
     there = {}
     for number, region in enumerate(regions, start=1):
@@ -465,7 +472,7 @@ TASKS: dict[str, Drawer] = {
 
 def draw_sheet(task: str, shelf: Shelf, split: Split, seed: int, index: int) -> Sheet:
     """Picture number `index` of a task and split; `index` and `seed` decide everything."""
-    place = (seed, sum(task.encode()), sum(split.name.encode()), index)
+    place = (seed, crc32(f"{task} {split.name}".encode()), index)
     for attempt in range(200):
         sheet = TASKS[task](shelf, split, np.random.default_rng((*place, attempt)))
         if sheet is not None:
