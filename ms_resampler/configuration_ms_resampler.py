@@ -551,6 +551,7 @@ class MSResamplerConfig(PretrainedConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens to drop in front of the patches."""
+        assert self.tower.prefix_tokens is not None  # checked when the configuration was made
         return self.tower.prefix_tokens
 
     @property
