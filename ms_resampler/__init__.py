@@ -1,10 +1,11 @@
 """MS-Resampler: the multi-scope visual resampler for multimodal LLMs.
 
 Importing this package registers its classes with transformers' Auto classes, so that a checkpoint loads with
-or without `trust_remote_code`.
+or without `trust_remote_code`. What the commands do is imported when it is first used: most needs more than that.
 """
 
-from pathlib import Path
+from importlib import import_module
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from .configuration_ms_resampler import MSResamplerConfig, MSResamplerProjectorConfig
+from .folders import EMBEDDED
 from .modeling_ms_resampler import MSResamplerForConditionalGeneration, MSResamplerModel, MSResamplerPreTrainedModel
 from .processing_ms_resampler import MSResamplerProcessor
 
@@ -26,8 +28,28 @@ for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoMo
 AutoProcessor.register(MSResamplerConfig, MSResamplerProcessor)
 
 __version__ = "0.1.0"
-TINY = str(Path(__file__).parent / "checkpoints" / "tiny")
+TINY = str(EMBEDDED)
 """The folder of the embedded checkpoint."""
+
+# Each command as a function, and the module that it is in; docs/python.md has an example of each.
+FUNCTIONS = {
+    "ask": "answers",
+    "check_card": "hub_upload.card",
+    "check_data": "training.data_check",
+    "convert": "conversion.convert",
+    "evaluate": "evaluation.run",
+    "export": "hub_upload.staging",
+    "init": "assembly",
+    "merge": "training.merge",
+    "plan": "training.estimate",
+    "pull": "hub_upload.check",
+    "push_space": "hub_upload.space",
+    "push_to_hub": "hub_upload.push",
+    "serve": "demo",
+    "train": "training.run",
+    "verify": "hub_upload.check",
+    "write_card": "hub_upload.card",
+}
 
 __all__ = [
     "TINY",
@@ -37,4 +59,12 @@ __all__ = [
     "MSResamplerPreTrainedModel",
     "MSResamplerProcessor",
     "MSResamplerProjectorConfig",
+    *FUNCTIONS,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A command's function, imported when it is first used."""
+    if name not in FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{FUNCTIONS[name]}", __name__), name)

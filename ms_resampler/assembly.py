@@ -3,27 +3,31 @@
 Weights are moved, not copied: each is loaded once, in the type of the language model's.
 """
 
-from collections.abc import Iterator
+import os
+import struct
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from .chat_format import ChatFormat, image_aware, packaged_template
-from .configuration_ms_resampler import MSResamplerConfig, token_grid
-from .folders import model_or_embedded
+from .chat_format import ChatFormat, image_aware, packaged_template, thinking_off
+from .configuration_ms_resampler import MSResamplerConfig, MSResamplerProjectorConfig, token_grid
+from .folders import model_or_embedded, whole_folder
 from .modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .processing_ms_resampler import MSResamplerProcessor
 from .projectors_ms_resampler import build_projector
@@ -40,9 +44,11 @@ class Components:
     """What to assemble a model from.
 
     Fields:
-        vision, llm: folders or Hub repositories of the tower (a whole CLIP or SigLIP will do) and the language model.
+        vision, llm: folders or Hub repositories of the tower (a whole CLIP or SigLIP will do) and the language model;
+            the language model may be a GGUF file, which is dequantised.
         projector: fields of MSResamplerProjectorConfig; the budget is 144 tokens if it does not say otherwise.
         vision_feature_layer: the tower layers to read; None is the last but one, or the last where shapes differ.
+        vision_prefix_tokens: tokens of the tower in front of its patches, which are dropped; None is as its kind has.
         image_token: the placeholder of a visual token; added to the tokenizer unless it is there.
         chat_template: "chatml", "vicuna" or a file; None takes the language model's own.
     """
@@ -51,6 +57,7 @@ class Components:
     llm: str
     projector: dict[str, Any] = field(default_factory=dict)
     vision_feature_layer: int | list[int] | None = None
+    vision_prefix_tokens: int | None = None
     image_token: str = "<image>"
     chat_template: str | None = None
 
@@ -64,11 +71,48 @@ class Assembled:
     notes: list[str]
 
 
+def init(
+    vision: str | Path,
+    llm: str | Path,
+    out: str | Path,
+    *,
+    projector: dict[str, Any] | None = None,
+    vision_feature_layer: int | list[int] | None = None,
+    vision_prefix_tokens: int | None = None,
+    image_token: str = "<image>",
+    chat_template: str | None = None,
+    seed: int = 0,
+) -> Assembled:
+    """Assembles a model, see Components, and writes it to the new folder `out`; its projector starts from `seed`.
+
+    Raises ValueError if the folder exists, a field is wrong or the parts do not fit, OSError if one cannot be loaded.
+    """
+    components = Components(
+        vision=str(vision),
+        llm=str(llm),
+        projector=projector or {},
+        vision_feature_layer=vision_feature_layer,
+        vision_prefix_tokens=vision_prefix_tokens,
+        image_token=image_token,
+        chat_template=chat_template,
+    )
+    with whole_folder(Path(out)) as folder, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        assembled = assemble(components)
+        assembled.model.save_pretrained(folder)
+        assembled.processor.save_pretrained(folder)
+    return assembled
+
+
 def assemble(components: Components) -> Assembled:
     """Loads tower and language model, and puts them together with a fresh projector.
 
     Raises ValueError if the parts do not fit, OSError if one cannot be loaded.
     """
+    try:
+        MSResamplerProjectorConfig(**components.projector)
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from error
     tower_config, text_config = tower_config_of(components.vision), text_config_of(components.llm)
     make_config(components, tower_config, text_config, image_token_id=0)  # what does not fit fails before the loading
     with naming(components.vision):
@@ -98,17 +142,28 @@ def assemble(components: Components) -> Assembled:
 
 @contextmanager
 def naming(component: str) -> Iterator[None]:
-    """Makes one sentence, with the component's name, of an error in loading it."""
+    """Makes one sentence, with the component's name, of transformers' error in loading it."""
     try:
         yield
-    except OSError as error:
-        raise OSError(f"{component} cannot be loaded: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, struct.error) as error:  # the last, of a GGUF file that ends too early
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{component} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def in_transformers_terms(llm: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` takes for a language model: its name, or the folder and the name of a GGUF file."""
+    if not llm.endswith(".gguf"):
+        return model_or_embedded(llm), {}
+    if not Path(llm).is_file():
+        raise ValueError(f"There is no file {llm}.")
+    return os.path.dirname(llm) or ".", {"gguf_file": os.path.basename(llm)}
 
 
 def load_tokenizer(llm: str) -> Any:
     """The language model's tokenizer, with a token for padding. Raises ValueError if it tells no token offsets."""
+    name, gguf = in_transformers_terms(llm)
     with naming(llm):
-        tokenizer = AutoTokenizer.from_pretrained(llm)
+        tokenizer = AutoTokenizer.from_pretrained(name, **gguf)
     if not tokenizer.is_fast:
         raise ValueError(f"The tokenizer of {llm} has no fast form (tokenizer.json), which training labels need.")
     if tokenizer.pad_token is None:
@@ -131,11 +186,17 @@ def choose_template(tokenizer: Any, components: Components) -> tuple[str, str]:
             )
         name = "vicuna"
     own = tokenizer.get_chat_template() if name is None else template_text(name, token, tokenizer)
-    template = image_aware(own, token, tokenizer)
+    with_images = image_aware(own, token, tokenizer)
+    template = thinking_off(with_images, tokenizer)
     source = "the language model's own" if name is None else name
-    prelude = "" if template == own else ", with a prelude that takes images"
-    end = ChatFormat(template, tokenizer).end_token
-    return template, f"Chat template: {source}{prelude}; answers end with {end}."
+    prelude = "" if with_images == own else ", with a prelude that takes images"
+    thinking = "" if template == with_images else ", with thinking off unless `enable_thinking=True` asks for it"
+    chat_format = ChatFormat(template, tokenizer)
+    problem = chat_format.check_generation_prompt()
+    return template, (
+        f"Chat template: {source}{prelude}{thinking}; answers end with {chat_format.end_token}."
+        + (f" Training needs another template: {problem}" if problem else "")
+    )
 
 
 def template_text(name: str, image_token: str, tokenizer: Any) -> str:
@@ -159,8 +220,9 @@ def tower_config_of(vision: str) -> PretrainedConfig:
 
 def text_config_of(llm: str) -> PretrainedConfig:
     """The configuration of a language model. Raises ValueError if it reads more than text or is quantized."""
+    name, gguf = in_transformers_terms(llm)
     with naming(llm):
-        config = AutoConfig.from_pretrained(model_or_embedded(llm))
+        config = AutoConfig.from_pretrained(name, **gguf)
     if config.get_text_config() is not config:
         raise ValueError(
             f"{llm} is a `{config.model_type}` model, which is more than a language model: give one of text only."
@@ -185,6 +247,7 @@ def make_config(
             projector_config=projector,
             image_token_id=image_token_id,
             vision_feature_layer=layer,
+            vision_prefix_tokens=components.vision_prefix_tokens,
             dtype=text.dtype,
         )
 
@@ -200,8 +263,11 @@ def make_config(
 
 def load_llm(llm: str) -> PreTrainedModel:
     """The language model with its head, in the type in which it is stored."""
+    name, options = in_transformers_terms(llm)
+    if options:
+        options["quantization_config"] = GgufConfig(dequantize=True)
     with naming(llm):
-        model, info = AutoModelForCausalLM.from_pretrained(llm, dtype="auto", output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype="auto", output_loading_info=True, **options)
     require_complete(llm, info)
     return model
 
@@ -290,3 +356,32 @@ def check_grids(model: MSResamplerForConditionalGeneration, processor: MSResampl
         native = " x ".join(map(str, config.native_patch_grid))
         note += f" The tower was made for {native}: its positions are interpolated."
     return note
+
+
+def parameter_table(model: MSResamplerForConditionalGeneration) -> str:
+    """Parameters and size of each part, and which stage of training changes it."""
+    parts = {
+        "vision tower": (model.model.vision_tower, "frozen", "frozen"),
+        "projector": (model.model.projector, "trained", "trained"),
+        "language model": (model.model.language_model, "frozen", "trained"),
+        "output head": (model.lm_head, "frozen", "trained"),
+    }
+    rows: list[tuple[str, ...]] = [("", "parameters", "size", "align", "instruct")]
+    seen: set[int] = set()
+    for name, (part, *stages) in parts.items():
+        own = [p for p in part.parameters() if id(p) not in seen]  # a head may be tied to the embeddings
+        seen.update(map(id, own))
+        rows.append((name, *size_of(own), *(stages if own else ["tied", "tied"])))
+    rows.append(("together", *size_of(model.parameters()), "", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        [cell.rjust(width) if column in (1, 2) else cell.ljust(width) for column, (cell, width) in enumerate(cells)]
+        for cells in (zip(row, widths, strict=True) for row in rows)
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
+def size_of(parameters: Iterable[torch.nn.Parameter]) -> tuple[str, str]:
+    """How many parameters, and megabytes on disk."""
+    counts = [(p.numel(), p.nbytes) for p in parameters]
+    return f"{sum(count for count, _ in counts):,}", f"{sum(size for _, size in counts) / 1e6:,.2f} MB"

@@ -29,7 +29,6 @@ from .resampler_ms_resampler import (
     check_patches,
     mlp,
     spread,
-    wide,
 )
 
 Grid = tuple[int, int]
@@ -48,6 +47,11 @@ def sincos_positions(points_P2: Tensor, width: int) -> Tensor:
 def cell_centres(grid: Grid, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Centres (y, x) of the cells of a grid over the unit square, in raster order: (rows * columns, 2)."""
     return torch.cartesian_prod(*((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in grid))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of positions and maps beside numbers of a dtype: never narrower than float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -77,7 +81,7 @@ class BranchPrior(ScopePrior):
     def __init__(self, config):
         super().__init__(config)
         if not config.branch("tile_heads"):
-            self.offset = None
+            self.register_parameter("offset", None)
 
     def initial(self) -> tuple[Tensor, Tensor]:
         """The configured sigma (S, h) and offset (S, h, 2): the heads of a scope start spread over it, or all alike."""

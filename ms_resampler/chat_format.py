@@ -3,6 +3,7 @@
 Nothing here knows a language model by name: a template is asked by rendering conversations with it.
 """
 
+import json
 import re
 from functools import cached_property
 from importlib.resources import files
@@ -15,10 +16,13 @@ Span = tuple[int, int]
 
 # Stands for the content of a message; no template changes it, and no data hold it.
 CONTENT = "\ue000content\ue001"
+ANSWER_MARK = "\ue002"  # stands for an answer within the template "thinking_off"
+NO_THINKING = "<think>\n\n</think>\n\n"  # Qwen3's block in front of an answer without thinking
+GENERATION_TAG = re.compile(r"\{%(-?\s*(?:end)?generation\s*-?)%\}")
 
 
 def packaged_template(name: str) -> str:
-    """The text of a template in this package: "chatml", "vicuna" or "image_parts"."""
+    """The text of a file in the folder chat_templates, such as "chatml"."""
     return (files("ms_resampler") / "chat_templates" / f"{name}.jinja").read_text()
 
 
@@ -30,16 +34,20 @@ class ChatFormat:
         self.special_tokens = tokenizer.special_tokens_map
         added = [token.content for token in tokenizer.added_tokens_decoder.values()]
         self.added_token = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
-        self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+        self.marks_answers = GENERATION_TAG.search(template) is not None
 
-    def render(self, messages: list[dict[str, Any]]) -> str:
+    def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
         """The text of a conversation. Raises ValueError with the template's reason if it refuses it."""
-        return self._render(messages, marks=False)[0]
+        return self._render(messages, marks=False, **variables)[0]
 
-    def _render(self, messages: list[dict[str, Any]], marks: bool) -> tuple[str, list[Span]]:
+    def _render(self, messages: list[dict[str, Any]], marks: bool, **variables: Any) -> tuple[str, list[Span]]:
         try:
             texts, spans = render_jinja_template(
-                [messages], chat_template=self.template, return_assistant_tokens_mask=marks, **self.special_tokens
+                [messages],
+                chat_template=self.template,
+                return_assistant_tokens_mask=marks,
+                **self.special_tokens,
+                **variables,
             )
         except (TemplateError, TypeError) as error:  # a template that knows texts only adds a list to a string
             raise ValueError(f"The chat template refuses the conversation: {error}") from error
@@ -69,6 +77,34 @@ class ChatFormat:
             spans.append((start, end + len(closing) if text.startswith(closing, end) else end))
             start = end + len(piece)
         return text, spans
+
+    def check_generation_prompt(self) -> str | None:
+        """None if answers are trained after the text after which they are asked for, else a sentence about it.
+
+        Compares, for both answers of a conversation, the prompt with the text in front of the answer; and looks
+        whether thinking that an answer brings is learned.
+        """
+        said = [
+            {"role": role, "content": [{"type": "text", "text": text}]}
+            for role, text in (("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2"))
+        ]
+        try:
+            text, spans = self.render_with_answers(said)
+            for number, (start, _) in zip((1, 3), spans, strict=True):
+                prompt = self.render(said[:number], add_generation_prompt=True)
+                if not text.startswith(prompt) or text[len(prompt) : start].strip():
+                    return (
+                        f"The chat template asks for an answer after {prompt[-40:]!r}, but an answer is trained after "
+                        f"{text[:start][-40:]!r}."
+                    )
+            thought = {"role": "assistant", "content": [{"type": "text", "text": "<think>\nT1\n</think>\n\nA1"}]}
+            text, spans = self.render_with_answers([said[0], thought])
+        except ValueError as error:
+            return f"The chat template cannot be trained on: {error}"
+        (start, end), *_ = spans
+        if "T1" not in text[start:end] or text[:start].rstrip().endswith("</think>"):
+            return "The chat template drops the thinking (<think> ... </think>) that an answer brings."
+        return None
 
     @cached_property
     def turn_ends(self) -> tuple[str, str]:
@@ -113,6 +149,26 @@ def end_of_answer(text: str, start: int, answer: str, following: str, is_last: b
     if end < start or not following or not text.startswith(following, end):
         raise ValueError(f"The chat template changes the answer {answer[:40]!r} so that it cannot be found again.")
     return end
+
+
+def thinking_off(template: str, tokenizer: Any) -> str:
+    """The template if answers are trained as they are asked for; else the one that is so with thinking off, if any."""
+    own = ChatFormat(template, tokenizer)
+    if own.check_generation_prompt() is None:
+        return template
+    said = [{"role": "user", "content": [{"type": "text", "text": "Q1"}]}]
+    try:
+        on, off = (own.render(said, add_generation_prompt=True, enable_thinking=on) for on in (True, False))
+        end = own.turn_ends[1]
+    except ValueError:
+        return template
+    on = on.rstrip().removesuffix("<think>") if on.rstrip().endswith("<think>") else on
+    block = off.removeprefix(on) if "</think>" in off.removeprefix(on) and off.startswith(on) else NO_THINKING
+    mended = packaged_template("thinking_off").rstrip("\n")
+    for name, value in {"MARK": ANSWER_MARK, "END": end, "NO_THINKING": block}.items():
+        mended = mended.replace(f"'{name}'", json.dumps(value, ensure_ascii=False))
+    mended = mended.replace("TEMPLATE", GENERATION_TAG.sub(r"{#\1#}", template.removesuffix("\n")))
+    return mended if ChatFormat(mended, tokenizer).check_generation_prompt() is None else template
 
 
 def image_aware(template: str, image_token: str, tokenizer: Any) -> str:

@@ -114,26 +114,26 @@ def token_grid(visual_tokens: int | Sequence[int] | None, patch_grid: tuple[int,
     Raises ValueError if the budget is larger than the patches or has no grid of at most 1:2 relative to them.
     """
     patches = patch_grid[0] * patch_grid[1]
-    visual_tokens = _plain(visual_tokens)
-    if visual_tokens is None:
+    budget: Any = _plain(visual_tokens)
+    if budget is None:
         return patch_grid
-    if isinstance(visual_tokens, int) and not isinstance(visual_tokens, bool):
-        _check_budget(visual_tokens, patch_grid)
-        grid = _nearest_grid(visual_tokens, patch_grid)
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        _check_budget(budget, patch_grid)
+        grid = _nearest_grid(budget, patch_grid)
         if grid is None:
             possible = [n for n in range(1, patches + 1) if _nearest_grid(n, patch_grid)]
-            near = sorted(sorted(possible, key=lambda n: abs(n - visual_tokens))[:3])
+            near = sorted(sorted(possible, key=lambda n: abs(n - budget))[:3])
             raise ValueError(
-                f"{visual_tokens} visual tokens cannot be laid out as a grid over {patch_grid[0]} x "
+                f"{budget} visual tokens cannot be laid out as a grid over {patch_grid[0]} x "
                 f"{patch_grid[1]} patches; use a count such as {', '.join(map(str, near))}, or give "
                 "the grid as (rows, columns)."
             )
         return grid
-    if not _is_grid(visual_tokens):
+    if not _is_grid(budget):
         raise ValueError(
-            f"Visual tokens are a count or a grid (rows, columns) of two positive integers, got {visual_tokens!r}."
+            f"Visual tokens are a count or a grid (rows, columns) of two positive integers, got {budget!r}."
         )
-    rows, columns = visual_tokens
+    rows, columns = budget
     _check_budget(rows * columns, patch_grid)
     return rows, columns
 
@@ -158,7 +158,7 @@ def _nearest_grid(count: int, patch_grid: tuple[int, int]) -> tuple[int, int] | 
 
 def _plain(value: Any) -> Any:
     """Numbers of numpy as Python's own, which are checked and saved alike; anything else as it is."""
-    if isinstance(value, np.generic | np.ndarray):
+    if isinstance(value, (np.generic, np.ndarray)):  # torch.compile knows no unions of types
         return value.tolist()
     if type(value) in (list, tuple):
         return type(value)(map(_plain, value))
@@ -167,21 +167,22 @@ def _plain(value: Any) -> Any:
 
 def _is_grid(value: Any) -> bool:
     """Whether a value is (rows, columns), two positive integers."""
-    numbers = isinstance(value, list | tuple) and len(value) == 2
+    numbers = isinstance(value, (list, tuple)) and len(value) == 2
     return numbers and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
 
 
-Config = TypeVar("Config", bound=type)
+ConfigClass = TypeVar("ConfigClass")
 
 
-def _accept_numpy(config: Config) -> Config:
+def _accept_numpy(config: ConfigClass) -> ConfigClass:
     """Makes a configuration class take numpy's numbers, wherever a field is set."""
-    checked_setattr = config.__setattr__
-    config.__setattr__ = lambda self, name, value: checked_setattr(self, name, _plain(value))
+    changed: Any = config
+    checked_setattr = changed.__setattr__
+    changed.__setattr__ = lambda self, name, value: checked_setattr(self, name, _plain(value))
     return config
 
 
-def _is_known(config: type, key: str) -> bool:
+def _is_known(config: Any, key: str) -> bool:
     """Whether a key is a field of a configuration, or transformers' own."""
     return key in config.__dataclass_fields__ or key.startswith("_") or key in _FOREIGN_KEYS
 
@@ -411,7 +412,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         if all(sigma is None for sigma in self.scope_sigmas):
             raise ValueError(
                 f"`ms_resampler` needs a scope that is not global, or all tokens would read the same; got "
-                f'`scope_sigmas` {list(self.scope_sigmas)}: use `projector_type="resampler"`.'
+                f'`scope_sigmas` {list(self.scope_sigmas or ())}: use `projector_type="resampler"`.'
             )
         given = "" if self.scope_heads is None else f"; `scope_heads` {list(self.scope_heads)} does not"
         if self.scope_heads is None:
@@ -550,6 +551,7 @@ class MSResamplerConfig(PretrainedConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens to drop in front of the patches."""
+        assert self.tower.prefix_tokens is not None  # checked when the configuration was made
         return self.tower.prefix_tokens
 
     @property

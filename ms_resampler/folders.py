@@ -1,28 +1,89 @@
-"""Where models are, and files and folders that are there whole or not at all."""
+"""Where models are, what their files are called, and files and folders that are there whole or not at all.
 
+This module imports nothing heavy, so that `ms-resampler demo` can start its page at once.
+"""
+
+import glob
+import json
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 PACKAGE = Path(__file__).resolve().parent
 EMBEDDED = PACKAGE / "checkpoints" / "tiny"
+WEIGHTS, INDEX, PROJECTOR = "model.safetensors", "model.safetensors.index.json", "projector.safetensors"
+LOCK = ".ms-resampler.lock"
 
 
-def model_or_embedded(model: str | None) -> str:
+def remote_code_files() -> list[Path]:
+    """The files that `trust_remote_code` loads: flat siblings that import nothing else of the package."""
+    return sorted(PACKAGE.glob("*_ms_resampler.py"))
+
+
+def model_or_embedded(model: str | Path | None) -> str:
     """A folder or repository as it is; None is the checkpoint in this package. Raises ValueError if it cannot be."""
-    folder = EMBEDDED if model is None else Path(model)
+    folder, model = EMBEDDED if model is None else Path(model), None if model is None else str(model)
     if (folder / "config.json").is_file():
         return str(folder)
     if model is None:
         raise ValueError("The embedded checkpoint is missing: make it with `make train-tiny`, or name a --model.")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{model!r} holds adapters, not a whole model: merge them first, `ms-resampler merge`.")
     if folder.is_dir():
         raise ValueError(f"There is no model in the folder {model!r}: it has no config.json.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise ValueError(f"{model!r} is neither a folder nor the name of a Hub repository.")
     return model
+
+
+def our_model(model: str | Path | None, revision: str | None = None) -> str:
+    """The same for a model of this package alone.
+
+    Raises ValueError, with what to do, for any other; OSError if a repository cannot be read.
+    """
+    if str(model).endswith(".gguf"):
+        raise ValueError(f"{model} is a language model: put a model together with `ms-resampler init --llm {model}`.")
+    place = model_or_embedded(model)
+    if Path(place).is_dir():
+        require_our_type(place, read_config(Path(place)))
+    else:
+        from transformers import PreTrainedConfig  # takes seconds, and most of this file is used without it
+
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
+        except OSError as error:
+            raise OSError(f"{place} cannot be loaded: {' '.join(str(error).split())}") from error
+        require_our_type(place, config)
+    return place
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. Raises ValueError if it is missing or damaged."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is no checkpoint: it has no config.json.") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: it is no JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} is damaged: it is no JSON object.")
+    return config
+
+
+def require_our_type(name: str, config: dict[str, Any]) -> None:
+    """Raises ValueError if a config.json is another model's than ours."""
+    kind = config.get("model_type")
+    if kind != "ms_resampler":
+        raise ValueError(
+            f"{name} is {f'a `{kind}` model' if kind else 'a model of unknown type'}, not one of this package: put one "
+            "together with `ms-resampler init`, or convert a LLaVA-style checkpoint with `ms-resampler convert`."
+        )
 
 
 def find_app() -> Path:
@@ -34,18 +95,27 @@ def find_app() -> Path:
 
 
 @contextmanager
+def temporary_folder(name: str, parent: Path | None = None) -> Iterator[Path]:
+    """A folder that is gone afterwards. Those that killed runs have left under the same name go first."""
+    parent = parent or Path(tempfile.gettempdir())
+    for lock in parent.glob(f"{glob.escape(name)}-????????/{LOCK}"):
+        with suppress(OSError), FileLock(lock, blocking=False):  # a running process holds its lock
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=parent) as place, FileLock(Path(place, LOCK)):
+        yield Path(place)
+
+
+@contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, which has its name only when all is written. Raises ValueError if there is one."""
     if out.exists():
         raise ValueError(f"{out} is there already: give a new folder, or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with temporary_folder(f".{out.name}", out.parent) as place:
+        partial = place / out.name
+        partial.mkdir()
         yield partial
-        partial.chmod(0o755)  # mkdtemp keeps others out
         partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

@@ -3,27 +3,29 @@
 "<image>What is this?" and a budget of 4  ->  "<image><image><image><image>What is this?"
 """
 
-import base64
-import contextlib
-import http.client
-import io
+import difflib
+import inspect
 import math
-import os
-import struct
-import urllib.error
-import urllib.request
-import warnings
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_processing_utils import get_size_dict
+from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.image_utils import ImageInput, get_image_size_for_max_height_width, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .configuration_ms_resampler import AUTO_MAP, token_grid
+from .messages_ms_resampler import TYPED, as_typed, understood_messages
+from .pictures_ms_resampler import is_rgb_array, open_picture
 
-URL_TIMEOUT_SECONDS = 20
+BACKENDS = "transformers.image_processing_backends"  # where image processors have their resizing and cropping from
+
+
+OPTIONS: dict[str, Any] = {"visual_tokens": 144, "padding_side": "left"}
 
 
 class MSResamplerImagesKwargs(ImagesKwargs, total=False):
@@ -34,7 +36,7 @@ class MSResamplerImagesKwargs(ImagesKwargs, total=False):
     visual_tokens: int | tuple[int, int] | list[int | tuple[int, int] | list[int] | None] | None
 
 
-class MSResamplerProcessingKwargs(ProcessingKwargs, total=False):
+class MSResamplerProcessorKwargs(ProcessingKwargs, total=False):
     """Options at call time."""
 
     images_kwargs: MSResamplerImagesKwargs
@@ -48,27 +50,29 @@ class MSResamplerProcessor(ProcessorMixin):
         visual_tokens: the default budget: a count, [rows, columns], or None for one token a patch.
         image_token: the placeholder in the text.
         max_pixels: images with more are refused before they are decoded.
+        padding_side: where the tokenizer pads; generation needs the left.
 
-    Raises ValueError if the tokenizer does not know the image token.
+    Raises ValueError if the tokenizer does not know the image token, or for an option that is not known.
     """
 
-    valid_processor_kwargs = MSResamplerProcessingKwargs
+    valid_processor_kwargs = MSResamplerProcessorKwargs
     text_kwargs = {"padding": True}
 
-    # Not keyword-only: transformers finds out what to save and load from the positional names.
+    # Not keyword-only: transformers finds out what to save and load from the positional names. Nor named, where a call
+    # can have them, too (OPTIONS): transformers has such names in `valid_processor_kwargs` alone.
     def __init__(
         self,
         image_processor=None,
         tokenizer=None,
         patch_size=14,
-        visual_tokens=144,
         image_token="<image>",
         max_pixels=100_000_000,
         chat_template=None,
+        **options,
     ):
+        _refuse_unknown(options, OPTIONS)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.patch_size = patch_size
-        self.visual_tokens = visual_tokens
         self.image_token = image_token
         self.max_pixels = max_pixels
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
@@ -78,10 +82,118 @@ class MSResamplerProcessor(ProcessorMixin):
                 f"The tokenizer does not know the image token {image_token!r}: add it with tokenizer.add_tokens("
                 f"[{image_token!r}], special_tokens=True), then resize the model's embeddings."
             )
+        _drop_typed_marks(tokenizer)
+        self._set(**OPTIONS | options)
+
+    def _set(self, visual_tokens: Any, padding_side: str) -> None:
+        self.visual_tokens = visual_tokens
+        self.tokenizer.padding_side = self.tokenizer.init_kwargs["padding_side"] = padding_side
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs: Any):
+        """As in transformers, but an option that nothing takes is refused with a ValueError."""
+        if not kwargs.get("return_unused_kwargs"):
+            _refuse_unknown(kwargs, {*inspect.signature(cls).parameters, *OPTIONS, *_loading_options(*args)})
+        # A side that the tokenizer's file names is some tokenizer's default: it counts if the caller names it.
+        options = {name: {**processor_dict, **kwargs}.get(name, default) for name, default in OPTIONS.items()}
+        made = super().from_args_and_dict(args, processor_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made)._set(**options)
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `processor_config.json` has."""
+        return super().to_dict() | {"visual_tokens": self.visual_tokens}
+
+    def __call__(
+        self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Model inputs of images and prompts, each with a placeholder for each of its images.
+
+        A start of text that a chat template has written is not written again by the tokenizer.
+        Raises ValueError for options that are not known, and for what `validate_inputs` refuses.
+        """
+        self._refuse_unknown_options({name: kwargs[name] for name in kwargs if name not in ("videos", "audio")})
+        if "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
+            written = self._start_of_text()
+            starts = tuple(filter(None, (self.tokenizer.bos_token, written)))
+            prompts = [text] if isinstance(text, str) else text or ()
+            if all(isinstance(prompt, str) for prompt in prompts) and any(p.startswith(starts) for p in prompts):
+                kwargs["add_special_tokens"] = False
+                text = [prompt if prompt.startswith(starts) else written + prompt for prompt in prompts]
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def _start_of_text(self) -> str:
+        """What the tokenizer writes in front of a text, such as "<s>" or "[gMASK]<sop>"."""
+        encoded = self.tokenizer("a", return_special_tokens_mask=True)
+        before = encoded["input_ids"][: encoded["special_tokens_mask"].index(0)]
+        return "".join(self.tokenizer.convert_ids_to_tokens(before))
+
+    def apply_chat_template(
+        self, conversation, chat_template=None, tools=None, documents=None, processor_kwargs=None, **kwargs: Any
+    ):
+        """The text of a conversation (or of each of several) or, with `tokenize`, its model inputs.
+
+        Messages have parts of text and images, in the forms of transformers and of OpenAI; an image token that
+        somebody has typed is text. Options of the processor go into `processor_kwargs`.
+        Raises ValueError for parts, keys and options that neither template nor processor understand.
+        """
+        template = self._resolve_chat_template(chat_template)
+        if not conversation:
+            raise ValueError("The conversation is empty.")
+        batched = not isinstance(conversation[0], Mapping)
+        chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
+        chats = [understood_messages(chat, template, self.image_token) for chat in chats]
+        for name, value in {"tools": tools, "documents": documents}.items():
+            if value and not _reads(template, name):
+                raise ValueError(f"The chat template does not read `{name}`; leave them out.")
+        processor_options, template_options = self._sorted_options(template, processor_kwargs, kwargs)
+        contents = [message.get("content") for chat in chats for message in chat]
+        sources = sum(
+            len(part) > 1 for parts in contents if isinstance(parts, list) for part in parts if "text" not in part
+        )
+        if sources and processor_options.get("images"):
+            raise ValueError(f"Images come in the messages ({sources} do) or in `processor_kwargs`, not in both.")
+        return super().apply_chat_template(
+            chats if batched else chats[0],
+            chat_template=chat_template,
+            tools=as_typed(tools, self.image_token),
+            documents=as_typed(documents, self.image_token),
+            processor_kwargs=processor_options,
+            **template_options,
+        )
+
+    def _sorted_options(
+        self, template: str, processor_kwargs: dict[str, Any] | None, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Options of the processor, and those of `apply_chat_template` and the template."""
+        own = inspect.signature(ProcessorMixin.apply_chat_template).parameters
+        for_template = {name: value for name, value in kwargs.items() if name in own or _reads(template, name)}
+        for_processor = {name: value for name, value in kwargs.items() if name not in for_template}
+        for_processor.pop("enable_thinking", None)  # servers switch thinking for every model; this one has none
+        options = (processor_kwargs or {}) | for_processor
+        self._refuse_unknown_options({name: value for name, value in options.items() if name != "images"})
+        return options, for_template
+
+    def _refuse_unknown_options(self, options: dict[str, Any]) -> None:
+        typed = self.valid_processor_kwargs.__annotations__
+        groups = {name: {*typed[name].__annotations__} for name in typed if name.endswith("_kwargs")}
+        groups["images_kwargs"] |= set(
+            getattr(getattr(self.image_processor, "valid_kwargs", None), "__annotations__", ())
+        )
+        groups["common_kwargs"] = set().union(*groups.values())
+        _refuse_unknown(options, {*typed, *groups, *groups["common_kwargs"]})
+        for name, known in groups.items():
+            _refuse_unknown(options.get(name) or {}, known)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of all that a call can return; those of images are the ones that are not the tokenizer's."""
+        return [*super().model_input_names, "token_grids"]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs: Any):
         """Opens every image (file, URL, base64, bytes, array, PIL) upright and in RGB, keeping any nesting."""
-        images = None if _is_empty(images) else _map_nested(images, self._open)
+        images, videos, audio = (None if _is_empty(given) else given for given in (images, videos, audio))
+        images = None if images is None else _map_nested(images, lambda image: open_picture(image, self.max_pixels))
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs: Any) -> None:
@@ -93,39 +205,28 @@ class MSResamplerProcessor(ProcessorMixin):
         groups = [isinstance(item, list) for item in images] if isinstance(images, list) else []
         if any(groups) and not all(groups):
             raise ValueError("Images are one flat list, or one list a prompt, not a mixture of the two.")
-        if any(groups) and text is not None and all(isinstance(prompt, str) for prompt in text):
-            self._check_groups(images, text)
+        nested = any(groups) and text is not None
+        if nested and len(groups) == len(text):
+            for number, (prompt, group) in enumerate(zip(text, images, strict=True), start=1):
+                if isinstance(prompt, str) and prompt.count(self.image_token) != len(group):
+                    raise ValueError(
+                        f"Prompt {number} has {prompt.count(self.image_token)} {self.image_token} placeholders, "
+                        f"but {len(group)} images were given for it."
+                    )
         super().validate_inputs(images=images, text=text, **kwargs)
-
-    def _check_groups(self, groups: list[list], text: list[str]) -> None:
-        if len(groups) != len(text):
+        if nested and len(groups) != len(text):
             raise ValueError(f"Got {len(groups)} lists of images for {len(text)} prompts; give one list a prompt.")
-        for number, (prompt, group) in enumerate(zip(text, groups, strict=True), start=1):
-            if prompt.count(self.image_token) != len(group):
-                raise ValueError(
-                    f"Prompt {number} has {prompt.count(self.image_token)} {self.image_token} placeholders, "
-                    f"but {len(group)} images were given for it."
-                )
 
     def _process_images(self, images, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         budgets = kwargs.pop("visual_tokens", None)
         inputs = self._look(make_flat_list_of_images(images), **kwargs)
         grids = self._token_grids(budgets, self._patch_grids(inputs))
-        if budgets is not None or self.visual_tokens is None:
-            inputs["token_grids"] = np.array(grids)
-        return inputs, [self.image_token * (rows * columns) for rows, columns in grids]
+        inputs["token_grids"] = np.array(grids)
+        return inputs, [self.replace_image_token(inputs, number) for number in range(len(grids))]
 
-    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
-        """Visual tokens of images of (height, width) pixels, found by processing blank ones (asked for by vLLM)."""
-        if image_sizes is None:
-            return MultiModalData()
-        budgets = kwargs.pop("visual_tokens", None)
-        blanks = (Image.new("RGB", (width, height)) for height, width in image_sizes)
-        patch_grids = [self._patch_grids(self._look([blank], **kwargs))[0] for blank in blanks]
-        return MultiModalData(
-            num_image_tokens=[rows * columns for rows, columns in self._token_grids(budgets, patch_grids)],
-            num_image_patches=[1] * len(patch_grids),
-        )
+    def replace_image_token(self, image_inputs: BatchFeature, image_idx: int, **kwargs: Any) -> str:
+        """What stands in the text for an image: its image tokens."""
+        return self.image_token * int(np.prod(image_inputs["token_grids"][image_idx]))
 
     def _look(self, images: list, **kwargs: Any) -> BatchFeature:
         """What the image processor makes of the images."""
@@ -161,78 +262,110 @@ class MSResamplerProcessor(ProcessorMixin):
         budgets = [self.visual_tokens if budget is None else budget for budget in budgets]
         return [token_grid(budget, patches) for budget, patches in zip(budgets, patch_grids, strict=True)]
 
-    def _open(self, source: Any) -> Any:
-        """An RGB image, upright. Raises ValueError if it is no image, damaged, or larger than `max_pixels`.
+    def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
+        """Visual tokens of images of (height, width) pixels, by arithmetic (asked for by vLLM)."""
+        if image_sizes is None:
+            return MultiModalData()
+        self._refuse_unknown_options(kwargs)
+        options = getattr(self, "images_kwargs", {}) | kwargs.pop("images_kwargs", {}) | kwargs
+        grids = self._token_grids(
+            options.get("visual_tokens"), [self._patches_of(size, options) for size in image_sizes]
+        )
+        return MultiModalData(
+            num_image_tokens=[rows * columns for rows, columns in grids], num_image_patches=[1] * len(grids)
+        )
 
-        Arrays and tensors of other forms than (height, width) or (height, width, 3 or 4) in 8 bits are left to the
-        image processor as they are; and so is what is RGB already, if no other axis could be taken for its channels.
-        """
-        if isinstance(source, np.ndarray):  # torch takes no negative strides, and warns of what it may not write to
-            source = np.require(source, requirements=["C_CONTIGUOUS", "WRITEABLE"])
-        if _is_rgb_array(source) and math.prod(source.shape[:2]) <= self.max_pixels:
-            return source
-        if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.shape[2:] in ((), (3,), (4,)):
-            source = Image.fromarray(source)
-        if isinstance(source, np.ndarray) or hasattr(source, "detach"):
-            return source
-        if not isinstance(source, (Image.Image, str, os.PathLike, bytes, bytearray)):
-            kind = type(source).__name__
-            raise ValueError(f"An image is a PIL image, an array, a path, a URL, base64 or bytes, got {kind}.")
-        try:
-            width, height, image = self._read(source)
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{_describe(source)} is not an image that can be read; use PNG or JPEG.") from error
-        except FileNotFoundError as error:
-            raise ValueError(f"There is no image file at {_describe(source)}.") from error
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{_describe(source)} is too large: {error}") from error
-        except (OSError, SyntaxError, ValueError, http.client.HTTPException) as error:
-            raise ValueError(f"{_describe(source)} could not be read as an image: {error}.") from error
-        if image is None:
-            raise ValueError(
-                f"{_describe(source)} has {width} x {height} = {width * height:,} pixels, more than the limit of "
-                f"{self.max_pixels:,}; scale it down first."
-            )
-        return image
+    def _patches_of(self, image_size: tuple[int, int], options: dict[str, Any]) -> tuple[int, int]:
+        """The patch grid of what the image processor makes of an image of (height, width) pixels."""
+        tool, (height, width) = self.image_processor, image_size
 
-    def _read(self, source: Any) -> tuple[int, int, Image.Image | None]:
-        """Width, height and, unless they are too much, the picture."""
-        file = None if isinstance(source, Image.Image) else _file_of(source)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is `max_pixels` that decides
-            with contextlib.nullcontext(source) if file is None else Image.open(file) as image:
-                if math.prod(image.size) > self.max_pixels:
-                    return *image.size, None
-                image.load()
-                with contextlib.suppress(SyntaxError, ValueError, struct.error):  # damaged EXIF data say nothing
-                    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies in any case
-                        image = ImageOps.exif_transpose(image)
-                return *image.size, to_rgb(image)
+        def option(name: str) -> Any:
+            return options.get(name, getattr(tool, name, None))
+
+        def size_of(name: str) -> Any:
+            size = option(name)
+            return size if hasattr(size, "get") else get_size_dict(size, default_to_square=option("default_to_square"))
+
+        if option("max_num_patches"):  # SigLIP 2: as many patches as it may have, in the image's proportions
+            side = option("patch_size")
+            if option("do_resize"):
+                resized = inspect.getmodule(type(tool)).get_image_size_for_max_num_patches
+                height, width = resized(height, width, side, option("max_num_patches"))
+            return height // side, width // side
+        if option("do_resize") and type(tool).__name__.startswith("ConvNext"):  # crops what it has resized, or warps
+            height = width = size_of("size")["shortest_edge"]
+        elif {type(tool).resize.__module__, type(tool).center_crop.__module__} != {BACKENDS}:
+            blank = Image.new("RGB", (width, height))  # a way of resizing of its own has to be seen
+            return self._patch_grids(self._look([blank], **{k: v for k, v in options.items() if k != "visual_tokens"}))[
+                0
+            ]
+        elif option("do_resize"):
+            height, width = _resized((height, width), size_of("size"))
+        if option("do_center_crop"):
+            height, width = (size_of("crop_size")[side] for side in ("height", "width"))
+        if option("do_pad") and option("pad_size"):
+            height, width = (size_of("pad_size")[side] for side in ("height", "width"))
+        return height // self.patch_size, width // self.patch_size
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB, itself if it is that: transparency over white, 16-bit and float greys scaled to 8 bits."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        top = 65535 if image.mode not in ("I", "F") or grey.max() > 255 else 255  # 32 bits do not tell their range
-        top = 1 if image.mode == "F" and grey.max() <= 1 else top
-        image = Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(paper, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _resized(image_size: tuple[int, int], size: Any) -> tuple[int, int]:
+    """(height, width) of an image after transformers' resizing to a `size` of any form."""
+    edge, longest = size.get("shortest_edge"), size.get("longest_edge")
+    if edge and longest:
+        return get_size_with_aspect_ratio(image_size, edge, longest)
+    if edge:
+        short, long = sorted(image_size)
+        other = int(edge * long / short)
+        return (other, edge) if image_size[0] > image_size[1] else (edge, other)
+    if size.get("max_height"):
+        return get_image_size_for_max_height_width(image_size, size["max_height"], size["max_width"])
+    return size["height"], size["width"]
 
 
-def _is_rgb_array(image: Any) -> bool:
-    """Whether it is (height, width, 3) in 8 bits, and neither side is so short that it could be taken for channels."""
-    is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8
-    return is_bytes and image.shape[2:] == (3,) and min(image.shape[:2]) > 4
+def _refuse_unknown(options: Collection[str], known: Collection[str]) -> None:
+    """Raises ValueError for an option that is not known, with the nearest name."""
+    for name in options:
+        if name not in known and not name.startswith("_"):
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
+            hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(sorted(known)) or 'none'}."
+            raise ValueError(f"`{name}` is not an option of the processor; {hint}")
+
+
+def _loading_options(image_processor: Any, tokenizer: Any) -> set[str]:
+    """What `from_pretrained` takes for the parts of a processor and for the Hub; servers give options of calls, too."""
+    hub = {"trust_remote_code", "code_revision", "use_fast", "backend", "return_unused_kwargs", "config", "dtype"}
+    side = {
+        "truncation_side",
+        "model_max_length",
+        "split_special_tokens",
+        "clean_up_tokenization_spaces",
+        "tokenizer_file",
+    }
+    tokens = {*tokenizer.SPECIAL_TOKENS_ATTRIBUTES, "extra_special_tokens", "add_bos_token", "add_eos_token"}
+    images = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})
+    calls = MSResamplerProcessorKwargs.__annotations__["text_kwargs"].__annotations__
+    return {*hub, *side, *tokens, *images, *calls, "auto_map", "processor_class"}
+
+
+def _drop_typed_marks(tokenizer: Any) -> None:
+    """Lets the tokenizer drop the mark of typed image tokens, after it has looked for special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer in Python reads the mark as a letter
+        return
+    normalizers, own = inspect.getmodule(type(backend)).normalizers, backend.normalizer
+    if own is None or TYPED in own.normalize_str(TYPED):
+        drop = normalizers.Replace(TYPED, "")
+        backend.normalizer = drop if own is None else normalizers.Sequence([drop, own])
+
+
+def _reads(template: str, name: str) -> bool:
+    """Whether a chat template reads a variable."""
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
 def _crop_to_reach(image: Any, reach: int | None) -> Any:
     """Drops ends that a centre crop drops anyway: to scale 1 x 5000 pixels by the short side takes gigabytes."""
-    if reach is None or not (isinstance(image, Image.Image) or _is_rgb_array(image)):
+    if reach is None or not (isinstance(image, Image.Image) or is_rgb_array(image)):
         return image
     width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
     short = min(width, height)
@@ -245,43 +378,14 @@ def _crop_to_reach(image: Any, reach: int | None) -> Any:
     return Image.fromarray(cropped) if isinstance(image, Image.Image) else cropped
 
 
-def _is_empty(images: Any) -> bool:
-    return images is None or (isinstance(images, (list, tuple)) and all(_is_empty(item) for item in images))
+def _is_empty(given: Any) -> bool:
+    if isinstance(given, np.ndarray):
+        return given.size == 0
+    return given is None or (isinstance(given, (list, tuple)) and all(_is_empty(item) for item in given))
 
 
 def _map_nested(items: Any, function) -> Any:
     return [_map_nested(item, function) for item in items] if isinstance(items, (list, tuple)) else function(items)
-
-
-def _file_of(source: str | os.PathLike | bytes | bytearray) -> Any:
-    """What PIL can open: a file's path, or the bytes behind a URL or a base64 string."""
-    if isinstance(source, (bytes, bytearray)):
-        return io.BytesIO(source)
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        return _download(source)
-    if isinstance(source, os.PathLike) or os.path.exists(source):
-        return source
-    try:
-        return io.BytesIO(base64.b64decode("".join(source.rpartition("base64,")[2].split()), validate=True))
-    except ValueError:
-        raise FileNotFoundError(source) from None
-
-
-def _download(url: str) -> io.BytesIO:
-    request = urllib.request.Request(url, headers={"User-Agent": "ms-resampler"})  # many sites refuse urllib's own
-    try:
-        with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as answer:
-            return io.BytesIO(answer.read())
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise
-
-
-def _describe(source: Any) -> str:
-    """How an error names an image: by its path, URL or text, or by its kind."""
-    if isinstance(source, (str, os.PathLike)):
-        return repr(str(source)[:80])
-    return f"The given {type(source).__name__}"
 
 
 MSResamplerProcessor.register_for_auto_class("AutoProcessor")

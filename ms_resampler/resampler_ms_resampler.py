@@ -36,14 +36,10 @@ class ScopeMaps:
     attentions_BSMN: Tensor
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of positions beside numbers of a dtype: never narrower than float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def centres(cells: int, like: Tensor) -> Tensor:
-    """Centres of equal cells that share out the unit interval, on the device of `like` and as wide or wider."""
-    return (torch.arange(cells, device=like.device, dtype=wide(like.dtype)) + 0.5) / cells
+    """Centres of equal cells that share the unit interval, on the device of `like`, in float32 or its wider dtype."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return (torch.arange(cells, device=like.device, dtype=dtype) + 0.5) / cells
 
 
 def check_patches(x_BNC: Tensor, patch_grid: Grid) -> None:
@@ -94,6 +90,8 @@ def spread(sigma: float | None, heads: int) -> tuple[Tensor, Tensor]:
 
 class ScopePrior(nn.Module):
     """The Gaussian prior: where around a token's anchor each head looks (offset), and how far (sigma); both learn."""
+
+    sigma: Tensor
 
     def __init__(self, config):
         super().__init__()

@@ -1,5 +1,68 @@
-"""`ms-resampler chat`."""
+"""`ms-resampler chat`: a question about one or several pictures, answered in the terminal."""
 
-from ms_resampler.chat import add_arguments, run
+import argparse
+import json
+from functools import partial
+from typing import Any
 
-__all__ = ["add_arguments", "run"]
+from .arguments import budget
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `chat`."""
+    parser.add_argument("question", help="what to ask")
+    parser.add_argument(
+        "--image", action="append", required=True, metavar="FILE", help="a picture; repeat it for several"
+    )
+    parser.add_argument("--model", help="folder or Hub repository (default: the embedded checkpoint)")
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
+    parser.add_argument(
+        "--visual-tokens",
+        type=budget,
+        metavar="N",
+        help="visual tokens a picture: a count such as 36, or a grid such as 4x9 (default: the model's own)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length limit of the answer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the bare answer")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answers; the words appear as they are found, unless JSON is asked for."""
+    from transformers.utils import logging
+
+    from ms_resampler.answers import ask
+    from ms_resampler.folders import model_or_embedded
+
+    logging.disable_progress_bar()
+    answer = ask(
+        arguments.question,
+        arguments.image,
+        arguments.model,
+        revision=arguments.revision,
+        visual_tokens=arguments.visual_tokens,
+        max_new_tokens=arguments.max_new_tokens,
+        scopes=arguments.json,
+        on_text=None if arguments.json else partial(print, end="", flush=True),
+    )
+    if arguments.json:
+        told = {"answer": answer.text, "model": model_or_embedded(arguments.model)}
+        told |= about_pictures(arguments.image, answer)
+        print(json.dumps(told | {"milliseconds": round(answer.milliseconds)}))
+    else:
+        print()
+    return 0
+
+
+def about_pictures(files: list[str], answer: Any) -> dict[str, Any]:
+    """Visual tokens, and mean weights by scope if there are scopes: of all pictures together, and of each."""
+    counts, together = answer.visual_tokens, sum(answer.visual_tokens)
+    images = [{"file": file, "visual_tokens": count} for file, count in zip(files, counts, strict=True)]
+    if answer.scope_weights is None:
+        return {"visual_tokens": together, "images": images}
+    means = dict.fromkeys(answer.scope_weights[0], 0.0)
+    for image, weights in zip(images, answer.scope_weights, strict=True):
+        image["scope_weights"] = {scope: round(weight, 4) for scope, weight in weights.items()}
+        for scope, weight in weights.items():
+            means[scope] += weight * image["visual_tokens"] / together
+    rounded = {scope: round(mean, 4) for scope, mean in means.items()}
+    return {"visual_tokens": together, "scope_weights": rounded, "images": images}

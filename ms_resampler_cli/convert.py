@@ -1,5 +1,62 @@
-"""`ms-resampler convert`."""
+"""`ms-resampler convert`: another checkpoint as a model folder of ours, or ours in transformers' LLaVA layout."""
 
-from ms_resampler.conversion.command import add_arguments, run
+import argparse
+from pathlib import Path
 
-__all__ = ["add_arguments", "run"]
+from .arguments import assignment
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `convert`."""
+    parser.add_argument("source", metavar="SOURCE", help="folder or Hub repository of the checkpoint")
+    parser.add_argument("out", type=Path, metavar="OUT", help="where to put the result: a new folder")
+    parser.add_argument("--projector", metavar="TYPE", help="another projector (default: the one that it has)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=assignment,
+        metavar="FIELD=VALUE",
+        help="a field of the new projector, its value as JSON: visual_tokens=144; repeatable",
+    )
+    parser.add_argument("--tower", metavar="ID", help="folder or repository of the tower that the checkpoint lacks")
+    parser.add_argument("--llm", metavar="ID", help="of the language model that it lacks")
+    parser.add_argument(
+        "--to",
+        choices=["llava", "projector"],
+        default="ours",
+        help="ours as transformers' LLaVA, if its projector is an MLP; or its projector alone",
+    )
+    after = parser.add_mutually_exclusive_group()
+    after.add_argument("--verify", action="store_true", help="run source and result on the same input, and compare")
+    after.add_argument("--dry-run", action="store_true", help="print what would become of every weight; write nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plans, shows or writes, and compares if asked to."""
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    from ms_resampler.conversion.comparison import largest_difference
+    from ms_resampler.conversion.convert import plan_conversion, write
+
+    if arguments.verify and arguments.to == "projector":
+        raise ValueError("A projector alone does not run: there is nothing to --verify.")
+    logging.set_verbosity_error()
+    plan = plan_conversion(
+        arguments.source,
+        to=arguments.to,
+        projector=dict(arguments.set) | ({"projector_type": arguments.projector} if arguments.projector else {}),
+        tower=arguments.tower,
+        llm=arguments.llm,
+    )
+    if arguments.dry_run:
+        print(f"{plan.table()}\nNothing was written (--dry-run).")
+        return 0
+    with tqdm(total=plan.bytes, unit="B", unit_scale=True, desc="Converting") as bar:
+        write(plan, arguments.out, bar.update)
+    print(plan.summary("written"))
+    if arguments.verify:
+        difference, scale = largest_difference(arguments.source, arguments.out)
+        print(f"Logits of source and result differ by at most {difference:.1e} (of {scale:.1e}).")
+    return 0

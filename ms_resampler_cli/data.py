@@ -1,5 +1,56 @@
-"""`ms-resampler data`."""
+"""`ms-resampler data check`: looks at every record of a data set, before hours of training."""
 
-from ms_resampler.training.data_check import add_arguments, run
+import argparse
+from pathlib import Path
 
-__all__ = ["add_arguments", "run"]
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `data`."""
+    check = parser.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
+        "check",
+        help="look at every record as training would, and show what is learned",
+        description="Looks at every record as training would: counts what is wrong, and shows what is learned.",
+    )
+    check.add_argument("source", help=".json, .jsonl, parquet or arrow, a folder of these, or a Hub repository")
+    check.add_argument("--model", help="folder or Hub repository of the model to train (default: the embedded one)")
+    check.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the source)")
+    check.add_argument("--split", default="train", help="of a table (default: %(default)s)")
+    check.add_argument("--streaming", action="store_true", help="read a table from the Hub without storing it")
+    check.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens a record may have (2048)")
+    check.add_argument("--truncate", action="store_true", help="cut what is longer, instead of counting it as wrong")
+    check.add_argument("--plain", action="store_true", help="images and caption alone, as in the stage align")
+    check.add_argument(
+        "--bad-records", choices=["fatal", "skip"], default="fatal", help="skip: training will leave them out"
+    )
+    check.add_argument("--examples", type=int, default=2, metavar="N", help="records to show (default: %(default)s)")
+    check.add_argument("--html", type=Path, metavar="FILE", help="show them on a page, too")
+    check.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the report and the examples; the exit code is 2 if training would stop at a record, or has none."""
+    if arguments.html is not None and not arguments.html.parent.is_dir():
+        raise ValueError(f"There is no folder {str(arguments.html.parent)!r} for the page.")
+    from ms_resampler.training.data_check import check_data
+    from ms_resampler.training.label_view import coloured_text, page
+
+    report = check_data(
+        arguments.source,
+        model=arguments.model,
+        images=arguments.images,
+        split=arguments.split,
+        streaming=arguments.streaming,
+        max_length=arguments.max_length,
+        truncate=arguments.truncate,
+        plain=arguments.plain,
+        bad_records=arguments.bad_records,
+        examples=arguments.examples,
+        workers=arguments.workers,
+    )
+    print(report)
+    for example in report.examples:
+        print(f"\n{coloured_text(example)}")
+    if arguments.html is not None:
+        arguments.html.write_text(page(arguments.source, str(report), report.examples), encoding="utf-8")
+        print(f"\nThe examples are in {arguments.html}.")
+    return 0 if report.trainable else 2

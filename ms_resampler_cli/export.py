@@ -1,5 +1,19 @@
 """`ms-resampler export`."""
 
-from ms_resampler.hub_upload.export import add_arguments, run
+import argparse
+from pathlib import Path
 
-__all__ = ["add_arguments", "run"]
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `export`."""
+    parser.add_argument("folder", type=Path, help="where to put it: a new folder")
+    parser.add_argument("--model", help="checkpoint folder (default: the embedded checkpoint)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Copies the checkpoint with its code, and prints how to load it."""
+    from ms_resampler.hub_upload.staging import export
+
+    export(arguments.folder, arguments.model)
+    print(f'AutoModelForImageTextToText.from_pretrained("{arguments.folder}", trust_remote_code=True)')
+    return 0

@@ -1,5 +1,21 @@
 """`ms-resampler pull`."""
 
-from ms_resampler.hub_upload.pull import add_arguments, run
+import argparse
+from pathlib import Path
 
-__all__ = ["add_arguments", "run"]
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `pull`."""
+    parser.add_argument("repository", metavar="ORG/NAME[@REVISION]", help="what to download (default revision: main)")
+    parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="a new folder (default: NAME)")
+    parser.add_argument(
+        "--allow-code", metavar="HASH", help="accept code of this SHA-256, which verify prints, beside ours"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Downloads a checkpoint, and keeps it if it is what it should be."""
+    from ms_resampler.hub_upload.check import pull
+
+    pull(arguments.repository, arguments.folder, allow_code=arguments.allow_code)
+    return 0

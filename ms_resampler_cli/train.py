@@ -1,5 +1,147 @@
-"""`ms-resampler train`."""
+"""`ms-resampler train`: runs a recipe on your model and data, or trains the embedded checkpoint again."""
 
-from ms_resampler.training.command import add_arguments, run
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
 
-__all__ = ["add_arguments", "run"]
+PARTS = ("tower", "projector", "llm", "embeddings")
+LAUNCHERS = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "zero2": "zero2.json", "zero3": "zero3.json"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `train`."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="its name: see --list")
+    parser.add_argument("--list", action="store_true", help="name the recipes, and stop")
+    parser.add_argument("--show", action="store_true", help="print the complete recipe with your changes, and stop")
+    parser.add_argument("--launcher", choices=LAUNCHERS, help="print the path of accelerate's settings, and stop")
+    parser.add_argument("--model", help="folder or Hub name of the model to train")
+    parser.add_argument("--data", help="conversations: .json, .jsonl, parquet or arrow, a folder or a Hub repository")
+    parser.add_argument("--images", type=Path, help="the folder that the data's image names start from")
+    parser.add_argument("--split", default="train", help="of a table (default: %(default)s)")
+    parser.add_argument("--streaming", action="store_true", help="read a table as it comes, without storing it")
+    parser.add_argument("--out", type=Path, help="where to work; the result is OUT/model (default: runs/RECIPE)")
+    parser.add_argument("--report-to", choices=["none", "trackio", "tensorboard"], default="none")
+    parser.add_argument("--device-batch-size", type=int, help="records on a device at a time (default: at most 16)")
+    add_recipe_changes(parser)
+    tiny = parser.add_argument_group("for the recipe tiny")
+    tiny.add_argument("--scenes", type=int, default=400, help="held-out scenes to evaluate on (default: 400)")
+    tiny.add_argument(
+        "--projector", metavar="KIND", help="train another projector, avg_pool say, in the embedded checkpoint"
+    )
+    tiny.add_argument("--embed", action="store_true", help="make the result the checkpoint in this package")
+
+
+def add_recipe_changes(parser: argparse.ArgumentParser) -> None:
+    """Declares the few fields of a recipe that the command line changes."""
+    changes = parser.add_argument_group("changes to the recipe")
+    changes.add_argument("--steps", type=int, help="instead of the recipe's epochs; for tiny, the most a stage")
+    changes.add_argument("--epochs", type=float)
+    changes.add_argument("--batch-size", type=int, help="records a step, over all devices")
+    changes.add_argument(
+        "--learning-rate",
+        nargs="+",
+        metavar="[PART=]RATE",
+        help=f"of all parts that learn, or of one of {', '.join(PARTS)}; `PART=frozen` freezes it",
+    )
+    changes.add_argument("--max-length", type=int, help="tokens of the longest record")
+    changes.add_argument(
+        "--truncate", action="store_true", default=None, help="cut what is longer, which is bad otherwise"
+    )
+    changes.add_argument("--shuffle-buffer", type=int, metavar="N", help="records of a stream shuffled at a time")
+    changes.add_argument("--save-steps", type=int, help="steps from one checkpoint to the next")
+    changes.add_argument("--workers", type=int, help="processes that prepare batches")
+    changes.add_argument("--bad-records", choices=["fatal", "skip"])
+    changes.add_argument("--no-bf16", dest="bf16", action="store_false", default=None, help="compute in float32")
+    changes.add_argument(
+        "--liger",
+        action="store_true",
+        default=None,
+        help="Liger's fused loss, which keeps no logits (needs a GPU, or Triton's interpreter)",
+    )
+    changes.add_argument("--seed", type=int)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what was asked for, or trains and prints where the result is."""
+    if arguments.launcher:
+        import ms_resampler
+
+        print(Path(ms_resampler.__file__).parent / "training" / "launchers" / LAUNCHERS[arguments.launcher])
+    elif arguments.list:
+        from ms_resampler.training.recipes import recipe_table
+
+        print(recipe_table())
+    elif arguments.recipe is None:
+        raise ValueError("Name a recipe; `ms-resampler train --list` shows them.")
+    elif arguments.recipe == "tiny":
+        run_tiny(arguments)
+    elif arguments.show:
+        print(json.dumps(dataclasses.asdict(changed_recipe(arguments)), indent=2))
+    else:
+        run_recipe(arguments)
+    return 0
+
+
+def changed_recipe(arguments: argparse.Namespace) -> Any:
+    """The recipe with the changes of the command line."""
+    from ms_resampler.training.recipes import Recipe, recipe_named
+
+    recipe = recipe_named(arguments.recipe)
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    changes = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    return dataclasses.replace(recipe, **changes, rates=changed_rates(recipe.rates, arguments.learning_rate or []))
+
+
+def changed_rates(rates: Any, changes: list[str]) -> Any:
+    """["1e-4", "tower=2e-6", "llm=frozen"]: all that learn at 1e-4, the tower, too, at its own rate, and no LLM."""
+    for change in changes:
+        part, _, value = change.rpartition("=")
+        try:
+            rate = None if value == "frozen" else float(value)
+        except ValueError:
+            raise ValueError(f"{change!r} is no learning rate: write 1e-4, projector=1e-4 or tower=frozen.") from None
+        if part and part not in PARTS:
+            raise ValueError(f"{part!r} is no part of a model: the parts are {', '.join(PARTS)}.")
+        chosen = [part] if part else [name for name, old in vars(rates).items() if old is not None]
+        rates = dataclasses.replace(rates, **dict.fromkeys(chosen, rate))
+    return rates
+
+
+def run_recipe(arguments: argparse.Namespace) -> None:
+    """Trains your model by a recipe."""
+    recipe = changed_recipe(arguments)
+    if missing := [name for name in ("model", "data") if getattr(arguments, name) is None]:
+        raise ValueError(f"The recipe {arguments.recipe} needs {' and '.join(f'--{name}' for name in missing)}.")
+    from ms_resampler.training.run import is_main_process, train
+
+    result = train(
+        recipe,
+        model=arguments.model,
+        data=arguments.data,
+        images=arguments.images,
+        out=arguments.out,
+        split=arguments.split,
+        streaming=arguments.streaming,
+        device_batch=arguments.device_batch_size,
+        report_to=arguments.report_to,
+    )
+    if is_main_process():
+        print(result)
+
+
+def run_tiny(arguments: argparse.Namespace) -> None:
+    """Trains the embedded checkpoint again, or another projector in it."""
+    for name in ("model", "data", "images", "learning_rate", "batch_size", "epochs"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"The recipe tiny makes its own model and data: it takes no --{name.replace('_', '-')}.")
+    options = {"scenes": arguments.scenes, "steps": arguments.steps, "seed": arguments.seed or 0}
+    if arguments.projector is None:
+        from ms_resampler.tiny.stages import train_tiny
+
+        train_tiny(arguments.out or "runs/tiny", embed=arguments.embed, **options)
+    else:
+        from ms_resampler.tiny.peer import train_tiny_projector
+
+        train_tiny_projector(arguments.projector, arguments.out, embed=arguments.embed, **options)

@@ -1,5 +1,19 @@
 """`ms-resampler verify`."""
 
-from ms_resampler.hub_upload.check import add_arguments, run
+import argparse
 
-__all__ = ["add_arguments", "run"]
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `verify`."""
+    parser.add_argument("repository", metavar="ORG/NAME[@REVISION]", help="what to check (default revision: main)")
+    parser.add_argument(
+        "--allow-code", metavar="HASH", help="accept code of this SHA-256, which verify prints, beside ours"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Says what a repository holds and whose code it runs, before anything of it is loaded."""
+    from ms_resampler.hub_upload.check import verify
+
+    verify(arguments.repository, allow_code=arguments.allow_code)
+    return 0

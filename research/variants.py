@@ -33,6 +33,8 @@ from ms_resampler.resampler_ms_resampler import (
     spread,
 )
 
+# What a change is mixed into is said by `variant`, and not to a type checker.
+Change: Any = object
 # What could be chosen beside today's fields, and what was chosen by default; the order is that of the stored results.
 DEFAULTS: dict[str, Any] = {
     "scope_prior": "gaussian",
@@ -134,10 +136,11 @@ def variant(fields: dict[str, Any]) -> type[nn.Module]:
 
 def has_gaussians(projector: nn.Module) -> bool:
     """Whether a projector with scopes looks through Gaussians, and not windows or nothing."""
-    return getattr(projector.layers[-1], "bias", gaussian_bias) is gaussian_bias
+    layers: Any = projector.layers
+    return getattr(layers[-1], "bias", gaussian_bias) is gaussian_bias
 
 
-class FixedPrior:
+class FixedPrior(Change):
     """Sigmas and offsets stay as configured."""
 
     def __init__(self, config):
@@ -145,7 +148,7 @@ class FixedPrior:
         fix(self, "log_scale", "offset")
 
 
-class AlikePrior:
+class AlikePrior(Change):
     """The heads of a scope start all alike, with the whole of it, and only their sigmas are learned."""
 
     def __init__(self, config):
@@ -214,7 +217,7 @@ class PriorLayer(ScopeLayer):
         self.prior = self.prior_class(config)
 
 
-class ReadPlainly:
+class ReadPlainly(Change):
     """Heads that score patches alike for all tokens, with a bias added to every score: no filtering by the axes."""
 
     def read(self, z_BMD, u_BND, patch_grid, token_grid, output_scopes):
@@ -249,7 +252,7 @@ class QueryHeadsLayer(BranchLayer):
     def fuse(self, o_BGhMd: Tensor, q_BGMD: Tensor) -> tuple[Tensor, Tensor]:
         o_BMD, q_BMD = merge_heads(o_BGhMd)[:, 0], q_BGMD[:, 0]
         g_BMS = self.gate(self.gate_norm(o_BMD + q_BMD)).softmax(dim=-1)
-        g_BMh = g_BMS.repeat_interleave(torch.tensor(self.scope_heads, device=g_BMS.device), dim=-1)
+        g_BMh = torch.cat([g.expand(-1, -1, n) for g, n in zip(g_BMS.split(1, -1), self.scope_heads, strict=True)], -1)
         o_BMhd = len(self.scope_heads) * g_BMh[..., None] * o_BMD.unflatten(-1, (self.heads, -1))
         return self.o_proj(o_BMhd.flatten(-2)) + q_BMD, g_BMS.mT
 
@@ -259,7 +262,7 @@ def mean_by_scope(attention_BhMN: Tensor, scope_heads: list[int]) -> Tensor:
     return torch.stack([heads.mean(dim=1) for heads in attention_BhMN.split(list(scope_heads), dim=1)], dim=1)
 
 
-class AttendPlainly:
+class AttendPlainly(Change):
     """Tokens with queries, with a bias added to every score. Keys and values are one set, or one for each scope."""
 
     key_sets = 1
@@ -283,7 +286,7 @@ class AttendPlainly:
         return o_BGhMd, self.mean_over_heads(scores.softmax(dim=-1))
 
 
-class SeparateKeys:
+class SeparateKeys(Change):
     """Every scope has keys and values of its own."""
 
     def __init__(self, config):
@@ -293,7 +296,7 @@ class SeparateKeys:
         self.k_proj, self.v_proj = (nn.Linear(width, width * self.key_sets) for _ in range(2))
 
 
-class StaticGate:
+class StaticGate(Change):
     """A learned weight for each scope, whatever the token."""
 
     def __init__(self, config):
@@ -320,7 +323,7 @@ class Logits(nn.Module):
         return self.logits.to(x_BMD.dtype).expand(*x_BMD.shape[:-1], -1)
 
 
-class WithoutCellMean:
+class WithoutCellMean(Change):
     """Tokens do not receive the mean of their cell."""
 
     def forward(self, z_BMD, u_BND, *others):
@@ -329,7 +332,7 @@ class WithoutCellMean:
         return super().forward(z_BMD, u_BND, *placed, nothing, patch_grid, token_grid, output_scopes)
 
 
-class WithoutNeighbours:
+class WithoutNeighbours(Change):
     """Patches do not see their neighbours."""
 
     def __init__(self, config, vision_width: int, text_width: int):
@@ -344,7 +347,7 @@ class Zero(nn.Module):
         return torch.zeros_like(x)
 
 
-class ContentQueries:
+class ContentQueries(Change):
     """Queries begin with the mean of the patches in their cell."""
 
     def first_tokens(self, anchors_M2: Tensor, token_grid: Grid, mean_BMD: Tensor) -> Tensor:

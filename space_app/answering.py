@@ -34,7 +34,6 @@ try:
 except ImportError:
     spaces = None
 
-PIXELS = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes")
 KEPT_PIXELS = 1024  # a side of a picture that is kept for its maps, which are shown smaller
 READINGS = 8  # what the projector made of the pictures of as many questions is kept for the next one about them
 
@@ -163,17 +162,18 @@ class Answerer:
         """Inputs without pixels on the model's device, its visual tokens, the maps of how they came about, and the
         milliseconds that this took; 0 if the pictures were read before, at the same budget.
         """
-        key = fingerprint(prompt.inputs)
+        text = self.processor.tokenizer.model_input_names
+        key = fingerprint({name: value for name, value in prompt.inputs.items() if name not in text})
         inputs = prompt.inputs.to(self.model.device, self.model.dtype)
         reading, milliseconds = self.readings.pop(key, None), 0.0
         if reading is None:
             started = time.perf_counter()
-            reading = self._read({name: inputs[name] for name in PIXELS if name in inputs}, prompt.pictures)
+            reading = self._read({name: inputs[name] for name in inputs if name not in text}, prompt.pictures)
             milliseconds = 1000 * (time.perf_counter() - started)
         self.readings[key] = reading
         while len(self.readings) > READINGS:
             self.readings.popitem(last=False)
-        return {name: inputs[name] for name in inputs if name not in PIXELS}, *reading, milliseconds
+        return {name: inputs[name] for name in inputs if name in text}, *reading, milliseconds
 
     def forget(self) -> None:
         """Drops what was kept of pictures: of everybody's, who will at worst wait a little longer."""
@@ -243,13 +243,12 @@ class Answerer:
             raise failures[0]
 
 
-def fingerprint(inputs: Any) -> bytes:
+def fingerprint(pixels: dict[str, torch.Tensor]) -> bytes:
     """Of pixels and budget: equal for equal ones."""
     digest = sha256()
-    for name in PIXELS:
-        if name in inputs:
-            digest.update(f"{name} {tuple(inputs[name].shape)}".encode())
-            digest.update(inputs[name].cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for name, value in sorted(pixels.items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.digest()
 
 

@@ -15,7 +15,7 @@ from tiny_runs import options_in, small
 from ms_resampler.training.collate import IGNORED
 from ms_resampler.training.liger import fuse_loss
 from ms_resampler.training.recipes import LearningRates, Recipe
-from ms_resampler.training.run import run_recipe
+from ms_resampler.training.run import train
 
 # name: language model, count of targets over all devices, whether bf16, whether only the projector learns
 CASES = {
@@ -58,4 +58,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in CASES:
         save_file(loss_and_gradients(name, fused=True), out / f"{name}.safetensors")
-    run_recipe(dataclasses.replace(recipe(), liger=True), options_in(start, out / "run", device_batch=2))
+    train(dataclasses.replace(recipe(), liger=True), **options_in(start, out / "run", device_batch=2))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import options_in, small
 
-from ms_resampler.training.run import run_recipe
+from ms_resampler.training.run import train
 
 
 def start_run(start: Path, out: Path, changes: dict, options: dict | None = None, **popen) -> subprocess.Popen:
@@ -54,6 +54,4 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     changes, options = map(json.loads, sys.argv[3:])
-    run_recipe(
-        small("instruct", **changes), options_in(Path(sys.argv[1]), Path(sys.argv[2]), device_batch=2, **options)
-    )
+    train(small("instruct", **changes), **options_in(Path(sys.argv[1]), Path(sys.argv[2]), device_batch=2, **options))

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from tiny_runs import options_in, small
 
 from ms_resampler.training.recipes import Adapters
-from ms_resampler.training.run import run_recipe
+from ms_resampler.training.run import train
 
 honest_init = PartialState.__init__
 
@@ -33,4 +33,4 @@ changes, options = map(json.loads, sys.argv[4:])
 if "adapters" in changes:
     changes["adapters"] = Adapters(**changes["adapters"])
 torch.set_num_threads(1)
-run_recipe(small(recipe, **changes), options_in(start, out, device_batch=2, **options))
+train(small(recipe, **changes), **options_in(start, out, device_batch=2, **options))

@@ -1,8 +1,10 @@
 """`ms-resampler init`: the parts arrive whole, the tokenizer and the template fit, and nothing is left half-written."""
 
+import json
 import subprocess
 import sys
 
+import gguf
 import pytest
 import tiny_models as tiny
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
 
+import ms_resampler
 from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.chat_format import ChatFormat, image_aware
 from ms_resampler_cli.main import main
@@ -245,18 +248,14 @@ MEASURED = """
 import sys
 from pathlib import Path
 import transformers.models.clip.modeling_clip, transformers.models.llama.modeling_llama
-from ms_resampler.assembly import Components, assemble
-from ms_resampler.folders import whole_folder
+from ms_resampler import init
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 before, (vision, llm, out) = peak(), sys.argv[1:]
-made = assemble(Components(vision, llm, {"hidden_size": 16, "num_attention_heads": 4, "visual_tokens": 4}))
-with whole_folder(Path(out)) as folder:
-    made.model.save_pretrained(folder)
-    made.processor.save_pretrained(folder)
+init(vision, llm, out, projector={"hidden_size": 16, "num_attention_heads": 4, "visual_tokens": 4})
 print(peak() - before)
 """
 
@@ -273,3 +272,97 @@ def test_memory_stays_near_one_copy_of_the_weights(parts, tmp_path):
     command = [sys.executable, "-c", MEASURED, parts["clip"], str(tmp_path / "big"), str(tmp_path / "model")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert weights < int(done.stdout) < 1.25 * weights
+
+
+def write_gguf(file, llm, tokenizer):
+    """A Llama of transformers' as llama.cpp's converter writes it, its matrices in blocks of eight bits."""
+    config, state = llm.config, llm.state_dict()
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(config.vocab_size)
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    special = tokenizer.added_tokens_encoder
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    kinds = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.NORMAL}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([kinds[token in special] for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    expected = {}
+    for name, tensor in state.items():
+        weight = tensor.float().numpy()
+        kind = gguf.GGMLQuantizationType.Q8_0 if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
+        stored = weight
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp turns pairs of neighbours, transformers halves
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            stored = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        blocks = gguf.quantize(stored, kind)
+        writer.add_tensor(names.get_name(name, (".weight",)), blocks, raw_dtype=kind)
+        expected[name] = torch.from_numpy(gguf.dequantize(gguf.quantize(weight, kind), kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def test_a_gguf_language_model_is_dequantised(parts, tmp_path, capsys):
+    save_llm(tmp_path / "llm", "qwen2", "llama")
+    llm = AutoModelForCausalLM.from_pretrained(tmp_path / "llm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llm")
+    expected = write_gguf(tmp_path / "tiny.gguf", llm, tokenizer)
+    assert init(parts | {"gguf": str(tmp_path / "tiny.gguf")}, tmp_path / "model", "clip", "gguf") == 0
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    for name, tensor in expected.items():
+        ours = "lm_head.weight" if name == "lm_head.weight" else name.replace("model.", "model.language_model.", 1)
+        assert_close(weights[ours][: len(tensor)], tensor.to(weights[ours].dtype), **EXACT)
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    words = "Which is older? The first."
+    assert processor.tokenizer(words)["input_ids"] == tokenizer(words)["input_ids"]
+    answer = ms_resampler.ask("What is it?", tiny.picture(), tmp_path / "model", max_new_tokens=3)
+    assert answer.visual_tokens == [4]
+    MSResamplerForConditionalGeneration.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "again")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    for length in (0, 4, 30, 1000, len(content) // 2, len(content) - 1000):
+        (tmp_path / "cut.gguf").write_bytes(content[:length])
+        assert init(parts | {"gguf": str(tmp_path / "cut.gguf")}, tmp_path / "none", "clip", "gguf") == 2
+        assert f"{tmp_path / 'cut.gguf'} cannot be loaded: " in capsys.readouterr().err.splitlines()[-1]
+    assert init(parts | {"gguf": str(tmp_path / "no.gguf")}, tmp_path / "none", "clip", "gguf") == 2
+    assert f"There is no file {tmp_path / 'no.gguf'}" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_python_makes_the_same_model_and_leaves_the_random_state(parts, tmp_path):
+    fields = {"visual_tokens": 4, "hidden_size": 16, "num_attention_heads": 4}
+    before = torch.get_rng_state()
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        made = ms_resampler.init(parts["clip"], parts["qwen2"], tmp_path / name, projector=fields, seed=seed)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert init(parts, tmp_path / "command") == 0
+    one, two, other, command = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "other", "command")
+    )
+    assert all(torch.equal(two[name], value) and torch.equal(command[name], value) for name, value in one.items())
+    changed = {name for name, value in one.items() if not torch.equal(other[name], value)}
+    assert changed
+    assert all(name.startswith("model.projector.") for name in changed)
+    saved = {name: value for name, value in made.model.state_dict().items() if name in other}
+    assert all(torch.equal(value, other[name]) for name, value in saved.items())
+
+
+def test_prefix_tokens_and_layers_are_options(parts, tmp_path):
+    more = ["--vision-prefix-tokens", "1", "--vision-feature-layer", "1", "-1"]
+    assert init(parts, tmp_path / "model", "clip", "qwen2", *more) == 0
+    config = MSResamplerForConditionalGeneration.from_pretrained(tmp_path / "model").config
+    assert (config.vision_prefix_tokens, config.vision_feature_layer) == (1, [1, -1])

@@ -1,12 +1,20 @@
 """generate(): every way of decoding against the plainest one, the whole text again for every token."""
 
+from pathlib import Path
+
 import pytest
 import tiny_models as tiny
 import torch
-from test_modeling import ragged_batch, ragged_rows
+from components import save_llm, save_tower
+from tiny_models import ragged_batch, ragged_rows
+from tiny_runs import make_start, options_in, small
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, StaticCache, pipeline
+
+from ms_resampler import TINY
+from ms_resampler.training.run import train
+from ms_resampler_cli.main import main
 
 NEW, END = 8, 2
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0}
@@ -222,7 +230,6 @@ def test_siglip2_patches_of_different_grids():
             text=["<image>a", "what is this? <image>"],
             visual_tokens=[4, (2, 3)],
             return_tensors="pt",
-            padding_side="left",
         )
     )
     together = answers(other, batch)
@@ -243,6 +250,86 @@ def test_scores_are_those_of_forward(model):
     with torch.no_grad():
         logits = model(**text).logits[:, prompt["input_ids"].shape[1] - 1 : -1]
     assert_close(torch.stack(out.logits, dim=1), logits, atol=1e-5, rtol=1e-5)
+
+
+# --- batches by the defaults: nobody sets a side
+
+
+QUESTIONS = [
+    [{"type": "image", "image": tiny.picture(0)}, {"type": "text", "text": "What is in the picture?"}],
+    [{"type": "text", "text": "Hi"}],
+    [{"type": "image", "image": tiny.picture(n)} for n in (1, 2)] + [{"type": "text", "text": "And now?"}],
+]
+
+
+def assert_a_batch_is_answered_as_one_at_a_time(model, processor):
+    """By `generate`, in every score of every token, and by the pipeline."""
+    conversations = [[{"role": "user", "content": content}] for content in QUESTIONS]
+    greedy = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3}
+
+    def ask(asked: list) -> tuple[list[str], torch.Tensor]:
+        inputs = processor.apply_chat_template(
+            asked, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        out = model.generate(**inputs, **greedy, return_dict_in_generate=True, output_logits=True)
+        texts = processor.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return texts, torch.stack(out.logits, dim=1)
+
+    alone = [ask([conversation]) for conversation in conversations]
+    texts, logits = ask(conversations)
+    assert texts == [text for (text,), _ in alone]
+    assert_close(logits, torch.cat([scores for _, scores in alone]), atol=1e-4, rtol=1e-4)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    pictured = [conversations[0], conversations[2]]  # the pipeline joins only inputs with the same keys
+    replies = pipe(pictured, batch_size=2, generate_kwargs=greedy, return_full_text=False)
+    assert [reply[0]["generated_text"] for reply in replies] == [texts[0], texts[2]]
+
+
+@pytest.mark.parametrize("text", tiny.LANGUAGE_MODELS)
+def test_batches_are_answered_as_one_at_a_time(text):
+    assert_a_batch_is_answered_as_one_at_a_time(tiny.tiny_model(text=text), tiny.tiny_processor())
+
+
+def made_by_init(folder: Path) -> Path:
+    parts = ["--vision", str(save_tower(folder / "tower")), "--llm", str(save_llm(folder / "llm", "llama_3", "llama"))]
+    small = ["--visual-tokens", "4", "--set", "hidden_size=16", "--set", "num_attention_heads=4"]
+    assert main(["init", *parts, *small, "--out", str(folder / "made")]) == 0
+    return folder / "made"
+
+
+def made_by_convert(folder: Path) -> Path:
+    made = made_by_init(folder)
+    settings = made / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"left"', '"right"'))  # as earlier code saved it
+    assert main(["convert", str(made), str(folder / "converted"), "--projector", "resampler"]) == 0
+    return folder / "converted"
+
+
+def made_by_train(folder: Path) -> Path:
+    train(small("instruct", steps=1, save_steps=1), **options_in(make_start(folder, records=4), folder / "run"))
+    return folder / "run" / "model"
+
+
+def made_by_export(folder: Path) -> Path:
+    assert main(["export", str(folder / "tiny")]) == 0
+    return folder / "tiny"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda _: TINY,
+        *(
+            pytest.param(m, marks=pytest.mark.slow)
+            for m in (made_by_init, made_by_convert, made_by_train, made_by_export)
+        ),
+    ],
+    ids=["embedded", "init", "convert", "train", "export"],
+)
+def test_batches_of_every_saved_folder_are_answered_as_one_at_a_time(make, tmp_path, capsys):
+    folder = make(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    assert_a_batch_is_answered_as_one_at_a_time(model, AutoProcessor.from_pretrained(folder))
 
 
 # --- torch.compile (the first call of a model is left to eager: there transformers installs its hooks, behind a lock)

@@ -6,7 +6,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from test_generation import answers, by_hand
-from test_modeling import ragged_batch
+from tiny_models import ragged_batch
 
 from ms_resampler import MSResamplerProjectorConfig
 from ms_resampler.projectors_ms_resampler import SCOPED_PROJECTORS, init_projector_weights

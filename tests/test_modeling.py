@@ -6,6 +6,7 @@ import pickle
 import pytest
 import tiny_models as tiny
 import torch
+from tiny_models import ragged_batch, ragged_rows
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
@@ -300,25 +301,6 @@ def test_every_attention_implementation_gives_the_same_logits(attention):
 
 
 # --- Texts and images together
-
-
-def ragged_rows() -> tuple[list[list[int]], torch.Tensor, torch.Tensor, list[slice]]:
-    """Four prompts with one, no, three and one images of different budgets, and each prompt's images."""
-    grids = torch.tensor([[2, 2], [1, 2], [2, 3], [1, 1], [2, 2]])
-    budget = [[tiny.IMAGE] * int(grid.prod()) for grid in grids]
-    text = tiny.words(3, 12, 2, 4, 1, 5, 8)
-    rows = [
-        text[0] + budget[0] + text[2],
-        text[1],
-        budget[1] + text[4] + budget[2] + text[3] + budget[3],
-        text[5] + budget[4] + text[6],
-    ]
-    return rows, tiny.pixels(5), grids, [slice(0, 1), slice(1, 1), slice(1, 4), slice(4, 5)]
-
-
-def ragged_batch(side: str = "left") -> dict[str, torch.Tensor]:
-    rows, images, grids, _ = ragged_rows()
-    return {**tiny.collate(rows, side), "pixel_values": images, "token_grids": grids}
 
 
 def model_and_batch(dtype: torch.dtype) -> tuple[MSResamplerForConditionalGeneration, dict[str, torch.Tensor]]:

@@ -1,9 +1,12 @@
 """The processor: one image token for every visual token, any picture, and a sentence for every mistake."""
 
 import base64
+import contextlib
+import inspect
 import io
 import json
 import os
+import re
 import struct
 import threading
 import tracemalloc
@@ -14,20 +17,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import IMAGE, np_pixels, picture, tiny_model, tiny_processor, tiny_tokenizer
 from transformers import (
     AutoProcessor,
+    AutoTokenizer,
     BitImageProcessorPil,
     CLIPImageProcessorPil,
     ConvNextImageProcessorPil,
+    EfficientNetImageProcessorPil,
+    MobileNetV2ImageProcessorPil,
     Siglip2ImageProcessorPil,
     SiglipImageProcessorPil,
     ViTImageProcessorPil,
 )
 
-from ms_resampler import MSResamplerProcessor, processing_ms_resampler
-from ms_resampler.processing_ms_resampler import to_rgb
+from ms_resampler import MSResamplerProcessor, pictures_ms_resampler, processing_ms_resampler
+from ms_resampler.pictures_ms_resampler import open_picture, to_rgb
 
 SIDE = {"height": 24, "width": 24}
 IMAGE_PROCESSORS = {
@@ -37,6 +45,10 @@ IMAGE_PROCESSORS = {
     "convnext": lambda: ConvNextImageProcessorPil(size={"shortest_edge": 24}),
     "dinov2": lambda: BitImageProcessorPil(size={"shortest_edge": 28}, crop_size=SIDE),
     "vit": lambda: ViTImageProcessorPil(size=SIDE),
+    "vit, sides of a range": lambda: ViTImageProcessorPil(size={"shortest_edge": 24, "longest_edge": 40}),
+    "large convnext": lambda: ConvNextImageProcessorPil(size={"shortest_edge": 384}),
+    "efficientnet": lambda: EfficientNetImageProcessorPil(size=SIDE),
+    "mobilenet": lambda: MobileNetV2ImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIDE),
 }
 SIZES = [(30, 40), (24, 24), (40, 30), (1, 1), (7, 13), (100, 60), (333, 200)]
 
@@ -46,7 +58,7 @@ def processor():
     return tiny_processor()
 
 
-@pytest.fixture(params=IMAGE_PROCESSORS)
+@pytest.fixture(params=["clip", "siglip", "siglip2", "convnext", "dinov2", "vit"])
 def any_processor(request):
     image_processor = IMAGE_PROCESSORS[request.param]()
     return MSResamplerProcessor(image_processor, tiny_tokenizer(), patch_size=4, visual_tokens=9)
@@ -58,6 +70,10 @@ def image_tokens(inputs) -> list[int]:
 
 def pixel_values(processor, source) -> torch.Tensor:
     return processor(images=[source], text="<image>", return_tensors="pt")["pixel_values"]
+
+
+def upright(source):
+    return open_picture(source, max_pixels=100_000_000)
 
 
 def as_file(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -108,11 +124,16 @@ def test_budgets_at_call_time(processor, budget, grids):
         assert torch.isfinite(tiny_model()(**inputs).logits).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"visual_tokens": None}])
-def test_the_default_budget_adds_no_input(processor, options):
-    inputs = processor(images=[picture()], text="<image>", **options)
-    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
-    assert image_tokens(inputs) == [4]
+@pytest.mark.parametrize("budget", [4, 9, (2, 3), [1, 6]])
+def test_a_budget_that_is_changed_later_changes_text_and_grids(processor, budget):
+    processor.visual_tokens = budget
+    inputs = processor(images=[picture()], text="<image>", return_tensors="pt")
+    assert (
+        set(inputs) == {"input_ids", "attention_mask", "pixel_values", "token_grids"} <= {*processor.model_input_names}
+    )
+    assert image_tokens(inputs) == inputs["token_grids"].prod(-1).tolist()
+    with torch.no_grad():
+        assert torch.isfinite(tiny_model()(**inputs).logits).all()
 
 
 def test_a_processor_without_a_budget_asks_for_one_token_a_patch():
@@ -128,7 +149,7 @@ def test_a_processor_without_a_budget_asks_for_one_token_a_patch():
         (37, "A budget of 37 visual tokens is impossible for 6 x 6 = 36 patches"),
         ((7, 6), "A budget of 42 visual tokens is impossible for 6 x 6 = 36 patches"),
         (0, "A budget of 0 visual tokens is impossible"),
-        ((0, 3), r"A grid of visual tokens is \(rows, columns\), two positive integers, got \(0, 3\)"),
+        ((0, 3), r"Visual tokens are a count or a grid \(rows, columns\) of two positive integers, got \(0, 3\)"),
         (31, "31 visual tokens cannot be laid out as a grid over 6 x 6 patches; use a count such as 28, 30, 32"),
         ([4, 4, 4], "Got 3 entries in `visual_tokens` for 1 images"),
     ],
@@ -172,15 +193,15 @@ def test_nested_images_are_counted_prompt_by_prompt(processor):
             processor(images=images, text=text)
 
 
-@pytest.mark.parametrize("images", [None, [], [[]], [[], []]])
-def test_no_image_is_the_same_in_every_form(processor, images):
-    inputs = processor(images=images, text=["a", "bc"], return_tensors="pt")
+@pytest.mark.parametrize("images", [None, [], [[]], [[], []], (), np.zeros((0, 8, 8, 3))])
+def test_nothing_is_the_same_in_every_form(processor, images):
+    inputs = processor(images=images, text=["a", "bc"], videos=images, audio=images, return_tensors="pt")
     assert set(inputs) == {"input_ids", "attention_mask"}
     assert inputs["input_ids"].shape == (2, 2)
 
 
 def test_images_need_no_text(processor):
-    assert set(processor(images=[picture()])) == {"pixel_values"}
+    assert set(processor(images=[picture()])) == {"pixel_values", "token_grids"}
     assert torch.equal(
         processor(images=picture(), return_tensors="pt")["pixel_values"], pixel_values(processor, picture())
     )
@@ -207,6 +228,103 @@ def test_inputs_that_make_no_sense(processor, inputs, sentence):
         processor(**inputs)
 
 
+MESSAGE = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "What?"}]}]
+ASK = {
+    "call": lambda processor, **options: processor(images=[picture()], text="<image>", **options),
+    "template": lambda processor, **options: processor.apply_chat_template(
+        MESSAGE, tokenize=True, return_dict=True, **options
+    ),
+    "template, text only": lambda processor, **options: processor.apply_chat_template(MESSAGE, **options),
+    "processor_kwargs": lambda processor, **options: processor.apply_chat_template(MESSAGE, processor_kwargs=options),
+    "counts": lambda processor, **options: processor._get_num_multimodal_tokens([(24, 24)], **options),
+}
+
+
+@pytest.mark.parametrize("way", ASK)
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"visual_token": 9}, "`visual_token` is not an option of the processor; did you mean `visual_tokens`?"),
+        ({"tiles": 9}, "`tiles` is not an option of the processor"),
+        ({"num_crops": 4}, "`num_crops` is not an option"),
+        (
+            {"images_kwargs": {"do_rezise": False}},
+            "`do_rezise` is not an option of the processor; did you mean `do_resi",
+        ),
+        (
+            {"text_kwargs": {"max_lenght": 3}},
+            "`max_lenght` is not an option of the processor; did you mean `max_length`",
+        ),
+        ({"images_kwargs": {"max_length": 3}}, "`max_length` is not an option"),
+        ({"videos_kwargs": {"tiles": 2}}, "`tiles` is not an option"),
+        ({"image_kwargs": {}}, "`image_kwargs` is not an option of the processor; did you mean `images_kwargs`?"),
+    ],
+    ids=str,
+)
+def test_unknown_options_are_refused_with_the_nearest_name(processor, way, options, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        ASK[way](processor, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "longest", "truncation": None, "padding_side": "right", "return_token_type_ids": False},
+        {"add_special_tokens": False, "return_mm_token_type_ids": True, "return_text_replacement_offsets": True},
+        {"images_kwargs": {"visual_tokens": 4}, "text_kwargs": {"padding": True}, "videos_kwargs": {}},
+        {"do_rescale": True, "resample": 2, "size": {"shortest_edge": 24}, "device": "cpu", "return_tensors": "np"},
+        {"do_sample_frames": False, "num_frames": 2, "videos_kwargs": {"fps": 2}, "audio_kwargs": {}},  # of no videos
+        {"common_kwargs": {"return_tensors": "pt"}, "sanitize_control_tokens": False},
+    ],
+    ids=str,
+)
+def test_the_options_of_transformers_are_known(processor, options):
+    assert image_tokens(processor(images=[picture()], text="<image>", **options)) == [4]
+
+
+def test_names_are_those_that_transformers_expects():
+    """An option of calls is no argument of the class, and their table has the name of the class."""
+    options = MSResamplerProcessor.valid_processor_kwargs
+    assert options is processing_ms_resampler.MSResamplerProcessorKwargs
+    named = {
+        *options.__annotations__,
+        *(name for group in options.__annotations__.values() for name in getattr(group, "__annotations__", ())),
+    }
+    assert {"visual_tokens", "padding_side", "images_kwargs"} < named
+    assert not named & set(inspect.signature(MSResamplerProcessor).parameters)
+
+
+def test_options_in_loading(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    for name, near in {"visual_token": "visual_tokens", "max_pixel": "max_pixels", "tiles": None}.items():
+        with pytest.raises(ValueError, match=f"`{name}` is not an option" + (f".* `{near}`" if near else "")):
+            AutoProcessor.from_pretrained(tmp_path, **{name: 4})
+    loaded = AutoProcessor.from_pretrained(
+        tmp_path, trust_remote_code=True, use_fast=True, do_rescale=False, model_max_length=99, visual_tokens=9
+    )
+    assert (loaded.image_processor.do_rescale, loaded.tokenizer.model_max_length, loaded.visual_tokens) == (
+        False,
+        99,
+        9,
+    )
+
+
+def test_batches_are_padded_on_the_left_unless_asked_otherwise(processor, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"
+    MSResamplerProcessor(processor.image_processor, tokenizer, patch_size=4).save_pretrained(tmp_path)
+    written = tmp_path / "tokenizer_config.json"
+    assert json.loads(written.read_text())["padding_side"] == "left"
+    assert AutoTokenizer.from_pretrained(tmp_path).padding_side == "left"
+    written.write_text(written.read_text().replace('"left"', '"right"'))  # a folder of earlier code
+    for options, side in (({}, "left"), ({"padding_side": "right"}, "right")):
+        loaded = AutoProcessor.from_pretrained(tmp_path, **options)
+        assert loaded.tokenizer.padding_side == side
+        mask = [[0, 1], [1, 1]] if side == "left" else [[1, 0], [1, 1]]
+        assert loaded(text=["a", "bc"])["attention_mask"] == mask
+    assert processor(text=["a", "bc"], padding_side="right")["attention_mask"] == [[1, 0], [1, 1]]
+
+
 def test_a_tokenizer_without_the_image_token():
     with pytest.raises(ValueError, match="does not know the image token '<picture>': add it with"):
         tiny_processor(image_token="<picture>")
@@ -229,17 +347,66 @@ def test_counts_are_those_of_every_image_processor(any_processor):
         assert whole["token_grids"].tolist() == [[1, 2]]
 
 
-@pytest.mark.parametrize("budget", [None, 9, (2, 3), [4, (1, 2), None, 6, 8, (3, 3), 2]], ids=str)
-def test_counts_that_servers_ask_for_are_those_of_processing(any_processor, budget):
-    counts = any_processor._get_num_multimodal_tokens(image_sizes=tuple(map(list, SIZES)), visual_tokens=budget)
-    budgets = budget if isinstance(budget, list) else [budget] * len(SIZES)
-    real = [
-        image_tokens(any_processor(images=[picture(0, size)], text="<image>", visual_tokens=[each]))[0]
-        for size, each in zip(SIZES, budgets, strict=True)
-    ]
-    assert counts["num_image_tokens"] == real
-    assert counts["num_image_patches"] == [1] * len(SIZES)
+sides = st.integers(1, 700)
+
+
+@settings(max_examples=300)
+@given(
+    kind=st.sampled_from(sorted(IMAGE_PROCESSORS)),
+    size=st.tuples(sides, sides),
+    budget=st.sampled_from([None, 1, 4, (1, 2)]),
+    options=st.sampled_from([{}, {}, {"do_center_crop": False}, {"size": {"height": 20, "width": 28}}]),
+)
+def test_counts_that_servers_ask_for_are_those_of_processing(kind, size, budget, options):
+    """Of any size; options only for image processors that take them, and pictures that may be scaled whole."""
+    assume(kind != "vit, sides of a range" or max(size) < 40 * min(size))  # it scales longer ones to no pixel at all
+    if "convnext" in kind or kind == "siglip2" or max(size) > 50 * min(size):
+        options = {}
+    processor = MSResamplerProcessor(IMAGE_PROCESSORS[kind](), tiny_tokenizer(), patch_size=4, visual_tokens=None)
+    try:
+        inputs = processor(images=[picture(0, size)], text="<image>", visual_tokens=budget, **options)
+        expected = image_tokens(inputs)
+    except ValueError as error:  # SigLIP 2 has grids of patches on which a budget cannot be laid
+        expected = str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "new", lambda *_: pytest.fail("a blank picture"))
+        try:
+            counts = processor._get_num_multimodal_tokens(image_sizes=[size], visual_tokens=budget, **options)
+            got = counts["num_image_tokens"]
+            assert counts["num_image_patches"] == [1]
+        except ValueError as error:
+            got = str(error)
+    assert got == expected
+
+
+def test_counts_of_a_list_of_budgets_and_of_huge_pictures(any_processor):
+    counts = any_processor._get_num_multimodal_tokens([(10_000, 10_000)] * 3, visual_tokens=[4, (1, 2), None])
+    assert counts["num_image_tokens"] == [4, 2, 9]
     assert "num_image_tokens" not in any_processor._get_num_multimodal_tokens()
+
+
+@pytest.mark.parametrize("budget", [None, 9, [1, (2, 3)]])
+def test_what_vllm_asks_of_a_processor(any_processor, budget, tmp_path):
+    """Its calls, as its backend for transformers' models makes them: placeholders alone, with pictures and offsets."""
+    any_processor.save_pretrained(tmp_path)
+    options = {} if budget is None else {"visual_tokens": budget}
+    processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True, tokenizer=tiny_tokenizer(), **options)
+    images = [picture(0, (31, 40)), picture(1, (50, 40))]
+    inputs = processor(
+        text=processor.image_token * 2, images=images, return_text_replacement_offsets=True,
+        return_mm_token_type_ids=True, return_tensors="pt", **options,
+    )  # fmt: skip
+    (offsets,) = inputs.pop("text_replacement_offsets")
+    counts = processor._get_num_multimodal_tokens(
+        image_sizes=[(image.height, image.width) for image in images], **options
+    )
+    tokens = [processor.tokenizer.encode(entry["replacement"], add_special_tokens=False) for entry in offsets]
+    assert tokens == [[IMAGE] * count for count in counts["num_image_tokens"]]
+    assert [entry["type"] for entry in offsets] == ["image", "image"]
+    assert inputs.pop("mm_token_type_ids").sum() == sum(counts["num_image_tokens"])
+    fields = {name: value for name, value in inputs.items() if name not in processor.tokenizer.model_input_names}
+    assert all(len(value) == sum(counts["num_image_patches"]) == 2 for value in fields.values())
+    assert inputs["token_grids"].prod(-1).tolist() == counts["num_image_tokens"]
 
 
 def test_one_token_a_patch_follows_the_proportions_of_siglip_2():
@@ -289,6 +456,13 @@ class Server(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/slow":
             self.server.closing.wait(30)
+            return
+        if self.path == "/endless":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the reader has gone
+                while not self.server.closing.is_set():
+                    self.wfile.write(bytes(2**16))
             return
         kind, body = {
             "/picture": ("image/png", as_file(picture(5))),
@@ -370,6 +544,16 @@ def test_chat_messages_bring_pictures_from_anywhere(processor, sources):
     assert image_tokens(inputs) == [2 * len(content)]
 
 
+@pytest.mark.parametrize(
+    ("limit", "value", "sentence"),
+    [("DOWNLOAD_BYTES", 10**6, "has more than 1,000,000 bytes"), ("DOWNLOAD_SECONDS", -1, "did not arrive within")],
+)
+def test_a_download_without_end_is_given_up(processor, server, monkeypatch, limit, value, sentence):
+    monkeypatch.setattr(pictures_ms_resampler, limit, value)
+    with pytest.raises(ValueError, match=f"'{server}/endless' could not be read as an image: it {sentence}"):
+        processor(images=[f"{server}/endless"], text="<image>")
+
+
 def test_a_grey_array_and_one_with_alpha_are_pictures(processor):
     values = np.asarray(picture(5))
     grey = pixel_values(processor, values[..., 0])
@@ -401,7 +585,7 @@ def test_a_grey_array_and_one_with_alpha_are_pictures(processor):
 def test_what_is_no_picture_gets_one_sentence(processor, tmp_path, monkeypatch, server, source, sentence):
     monkeypatch.chdir(tmp_path)
     if "slow" in str(source):
-        monkeypatch.setattr(processing_ms_resampler, "URL_TIMEOUT_SECONDS", 0.3)
+        monkeypatch.setattr(pictures_ms_resampler, "URL_TIMEOUT_SECONDS", 0.3)
     Path("text.png").write_text("not a picture")
     Path("empty.png").touch()
     Path("half.png").write_bytes(as_file(picture())[:500])
@@ -519,14 +703,14 @@ def test_every_mode_becomes_rgb(mode):
     ids=str,
 )
 def test_every_mode_survives_its_file(processor, name, options, expected):
-    opened = processor._open(as_file(MODES[name][0], **options))
+    opened = upright(as_file(MODES[name][0], **options))
     assert np.abs(np.asarray(opened).astype(int) - expected).max() <= 2
 
 
 @pytest.mark.parametrize("transparency", [1, bytes([255, 0])])
 def test_a_clear_palette_entry_is_white(processor, transparency):
     data = as_file(BLUE_IS_CLEAR, transparency=transparency)
-    assert np.asarray(processor._open(data)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    assert np.asarray(upright(data)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
 
 
 # How a scene is stored under an EXIF orientation: where its row 0 and column 0 lie (the EXIF standard's table).
@@ -545,18 +729,18 @@ STORED = {
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("options", [{"form": "PNG"}, {"form": "WEBP", "lossless": True}, {"form": "TIFF"}], ids=str)
 def test_pictures_are_turned_upright(processor, orientation, options):
-    upright = np.asarray(picture(2, (20, 30)))
+    expected = np.asarray(picture(2, (20, 30)))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](expected)))
     data = as_file(stored, exif=exif, **options)
-    assert np.array_equal(processor._open(data), upright)
-    assert np.array_equal(processor._open(Image.open(io.BytesIO(data))), upright)
+    assert np.array_equal(upright(data), expected)
+    assert np.array_equal(upright(Image.open(io.BytesIO(data))), expected)
 
 
 @pytest.mark.parametrize("exif", [b"garbage", b"Exif\0\0garbage!", b"Exif\0\0MM\0*", b"Exif\0\0"])
 def test_damaged_exif_data_do_not_spoil_a_picture(processor, exif):
-    assert np.array_equal(processor._open(as_file(picture(), exif=exif)), picture())
+    assert np.array_equal(upright(as_file(picture(), exif=exif)), picture())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 200)])
@@ -570,7 +754,7 @@ def test_extreme_proportions(any_processor, size):
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (24, 24), (31, 77)])
 def test_the_files_of_extreme_pictures_open(processor, size):
     for form in ("PNG", "BMP", "TIFF"):
-        assert np.array_equal(processor._open(as_file(picture(0, size), form)), picture(0, size))
+        assert np.array_equal(upright(as_file(picture(0, size), form)), picture(0, size))
 
 
 def test_a_long_picture_is_not_scaled_whole(processor):
@@ -602,11 +786,11 @@ def test_an_array_is_the_picture_that_it_holds(processor, size):
 def test_arrays_go_on_as_torch_takes_them(processor):
     """torchvision's image processors begin with `torch.from_numpy`."""
     array = np.array(picture(0, (30, 40)))
-    assert processor._open(array) is array
+    assert upright(array) is array
     locked = array.copy()
     locked.flags.writeable = False
     for odd in (locked, array[..., ::-1], array[::-1], np.moveaxis(array, 2, 0)[::-1] / np.float32(255)):
-        opened = processor._open(odd)
+        opened = upright(odd)
         assert torch.from_numpy(opened).is_contiguous()
         assert opened.flags.writeable
         np.testing.assert_array_equal(opened, odd)

@@ -17,7 +17,8 @@ from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import ms_resampler
 from ms_resampler.configuration_ms_resampler import AUTO_MAP
-from ms_resampler.hub_upload.staging import remote_code_files, stage_checkpoint
+from ms_resampler.folders import remote_code_files
+from ms_resampler.hub_upload.staging import stage_checkpoint
 from ms_resampler.projectors_ms_resampler import PROJECTORS
 
 CODE = remote_code_files()
@@ -26,8 +27,10 @@ ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"} | set(sys
 SIBLINGS = {
     "towers_ms_resampler": set(),
     "configuration_ms_resampler": {"towers_ms_resampler"},
+    "messages_ms_resampler": set(),
     "quantisation_ms_resampler": set(),
     "packing_ms_resampler": set(),
+    "pictures_ms_resampler": set(),
     "resampler_ms_resampler": set(),
     "branches_ms_resampler": {"resampler_ms_resampler"},
     "projectors_ms_resampler": {"branches_ms_resampler", "configuration_ms_resampler", "resampler_ms_resampler"},
@@ -39,7 +42,7 @@ SIBLINGS = {
         "resampler_ms_resampler",
         "towers_ms_resampler",
     },
-    "processing_ms_resampler": {"configuration_ms_resampler"},
+    "processing_ms_resampler": {"configuration_ms_resampler", "messages_ms_resampler", "pictures_ms_resampler"},
 }
 QUESTION = "What is this?"
 
@@ -191,8 +194,9 @@ def test_model_and_processor_each_bring_their_code(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "processor")
     everything = {file.stem for file in CODE}
-    assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - {"processing_ms_resampler"}}
-    alone = {"configuration_ms_resampler", "processing_ms_resampler", "towers_ms_resampler"}
+    of_processor = {f"{name}_ms_resampler" for name in ("messages", "pictures", "processing")}
+    assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - of_processor}
+    alone = of_processor | {"configuration_ms_resampler", "towers_ms_resampler"}
     assert set(code_in(tmp_path / "processor")) == {f"{stem}.py" for stem in alone}
 
 

@@ -236,3 +236,23 @@ def collate(rows: list[list[int]], side: str = "left", pad: int = 0) -> dict[str
 
 IMAGE = tiny_tokenizer().get_vocab()["<image>"]
 """The id of the image token."""
+
+
+def ragged_rows() -> tuple[list[list[int]], Tensor, Tensor, list[slice]]:
+    """Four prompts with one, no, three and one images of different budgets, and each prompt's images."""
+    grids = torch.tensor([[2, 2], [1, 2], [2, 3], [1, 1], [2, 2]])
+    budget = [[IMAGE] * int(grid.prod()) for grid in grids]
+    text = words(3, 12, 2, 4, 1, 5, 8)
+    rows = [
+        text[0] + budget[0] + text[2],
+        text[1],
+        budget[1] + text[4] + budget[2] + text[3] + budget[3],
+        text[5] + budget[4] + text[6],
+    ]
+    return rows, pixels(5), grids, [slice(0, 1), slice(1, 1), slice(1, 4), slice(4, 5)]
+
+
+def ragged_batch(side: str = "left") -> dict[str, Tensor]:
+    """The prompts of `ragged_rows`, padded on a side."""
+    rows, images, grids, _ = ragged_rows()
+    return {**collate(rows, side), "pixel_values": images, "token_grids": grids}

@@ -8,9 +8,8 @@ import pytest
 import torch
 from tiny_models import picture, tiny_model, tiny_processor
 
-from ms_resampler.training.options import RunOptions
 from ms_resampler.training.recipes import RECIPES, Recipe
-from ms_resampler.training.run import run_recipe
+from ms_resampler.training.run import train
 from ms_resampler.training.trainer import CheckedTrainer
 
 
@@ -61,19 +60,19 @@ def small(name: str, **changes) -> Recipe:
     return dataclasses.replace(RECIPES[name](), **sizes | changes)
 
 
-def options_in(folder: Path, out: Path, **changes) -> RunOptions:
-    """Where `make_start` has put things."""
+def options_in(folder: Path, out: Path, **changes) -> dict:
+    """The arguments of `train` for what `make_start` has made."""
     places = {
         "model": str(folder / "start"),
         "data": str(folder / "data.json"),
         "images": folder / "images",
         "out": out,
     }
-    return RunOptions(**places | changes)
+    return places | changes
 
 
-def run_interrupted(recipe: Recipe, options: RunOptions, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is stopped after `step` steps, and gone on with to its end."""
+def run_interrupted(recipe: Recipe, options: dict, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped after `step` steps, and resumed to its end."""
     honest = CheckedTrainer.training_step
 
     def training_step(self, model, inputs, *rest):
@@ -84,8 +83,8 @@ def run_interrupted(recipe: Recipe, options: RunOptions, step: int, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(CheckedTrainer, "training_step", training_step)
         with pytest.raises(KeyboardInterrupt):
-            run_recipe(recipe, options)
-    run_recipe(recipe, options)
+            train(recipe, **options)
+    train(recipe, **options)
 
 
 def losses_of(out: Path) -> list[float]:

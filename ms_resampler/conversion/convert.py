@@ -1,144 +1,68 @@
-"""The plan of a conversion, strict about every weight, and the conversion itself."""
+"""Converts checkpoints: others to ours, ours to transformers' LLaVA, and a projector out of ours."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
+from ..folders import read_config, require_our_type, whole_folder
+from .layouts import open_source
+from .mapping import Plan
+from .source import local_folder
+from .to_llava import plan_llava
+from .to_ours import plan_ours
+from .to_projector import plan_projector
+from .weights import write_weights
 
-from ..configuration_ms_resampler import token_grid
-from ..folders import whole_folder
-from ..projectors_ms_resampler import build_projector
-from .source import Source, empty_model
-from .tables import translate
-from .weights import Output, Weight, write_weights
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the plan: a source's name, ours, the shape, and what happens."""
-
-    source: str
-    target: str
-    shape: tuple[int, ...]
-    what: str
+Target = Literal["ours", "llava", "projector"]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to write, and the table that tells."""
+def plan_conversion(
+    source: str | Path,
+    *,
+    to: Target = "ours",
+    projector: dict[str, Any] | None = None,
+    tower: str | Path | None = None,
+    llm: str | Path | None = None,
+) -> Plan:
+    """What `convert` would do with every weight; reads all of the checkpoint but the weights themselves.
 
-    source: Source
-    outputs: list[Output]
-    rows: list[Row]
-
-
-def make_plan(source: Source) -> Plan:
-    """Finds a place for every weight. Raises ValueError, with their names, if one does not fit or is missing."""
-    token_grid(source.config.projector_config.visual_tokens, source.config.native_patch_grid)  # raises if impossible
-    wanted = wanted_weights(source)
-    outputs, rows, problems = {}, [], []
-    for weight, target in pairs(source):
-        place = wanted.get(target) if target else None
-        if target is None or place is None:
-            if target is not None and not may_be_left(source, target):
-                problems.append(f"{weight.key} has no place")
-            rows.append(Row(weight.key, "", weight.shape, "unused"))
-            continue
-        output = output_of(source, weight, target, place)
-        if output.shape != place:
-            problems.append(f"{weight.key} is {list(weight.shape)} instead of {list(place)}")
-        changed = target in source.transforms
-        rows.append(Row(weight.key, target, place, "changed" if changed else "as it is"))
-        outputs[target] = output
-    fresh = new_weights(source, wanted.keys() - outputs.keys())
-    problems += [f"{name} is missing" for name in sorted(wanted.keys() - outputs.keys() - fresh.keys())]
-    if problems:
-        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"The weights do not fit {source.layout} layout: {'; '.join(problems[:5])}{more}.")
-    dtype = next(iter(outputs.values())).dtype
-    for name, value in fresh.items():
-        outputs[name] = Output(name, tuple(value.shape), dtype, partial(torch.clone, value))
-        rows.append(Row("", name, tuple(value.shape), "new"))
-    return Plan(source, list(outputs.values()), rows)
+    Raises ValueError, with their names, if weights are missing or do not fit.
+    """
+    folder = local_folder(source)
+    if to == "ours":
+        names = [None if name is None else str(name) for name in (tower, llm)]
+        return plan_ours(open_source(folder, projector or {}, *names))
+    if projector or tower or llm:
+        raise ValueError(f"A conversion to {to!r} keeps the model as it is: it takes no other projector, tower or LLM.")
+    require_our_type(str(source), read_config(folder))
+    return plan_llava(folder) if to == "llava" else plan_projector(folder)
 
 
-def wanted_weights(source: Source) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that a file of the model holds: a tied head is not among them."""
-    shapes = {name: tuple(value.shape) for name, value in empty_model(source.config).state_dict().items()}
-    if source.config.text_config.tie_word_embeddings:
-        shapes.pop("lm_head.weight")
-    return shapes
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: Target = "ours",
+    projector: dict[str, Any] | None = None,
+    tower: str | Path | None = None,
+    llm: str | Path | None = None,
+    progress: Callable[[int], Any] = lambda _: None,
+) -> Plan:
+    """Converts a checkpoint, a folder or a Hub repository, into the new folder `out`; returns what the weights became.
+
+    `projector` are fields of another projector for ours; `tower` and `llm` are models that the checkpoint lacks.
+    `to="llava"` writes ours in transformers' LLaVA layout, `to="projector"` the projector alone. `progress` gets the
+    bytes of each weight as it is written; no more than a shard of the weights is in memory.
+
+    Raises ValueError if the folder exists or a weight does not fit, OSError if something cannot be read.
+    """
+    plan = plan_conversion(source, to=to, projector=projector, tower=tower, llm=llm)
+    write(plan, Path(out), progress)
+    return plan
 
 
-def pairs(source: Source) -> list[tuple[Weight, str | None]]:
-    """Every weight with our name for it, in the order of the files. Raises ValueError if a table does not know one."""
-    found = []
-    for weights, table in source.parts:
-        for weight in weights:
-            try:
-                found.append((weight, translate(weight.key, table)))
-            except KeyError as error:
-                raise ValueError(f"{weight.file} holds {weight.key}, which {source.layout} layout has not.") from error
-    return [(weight, None if replaced(source, target) else target) for weight, target in found]
-
-
-def replaced(source: Source, target: str | None) -> bool:
-    """Whether a weight belongs to a projector that another takes the place of."""
-    return target is not None and target.startswith("model.projector.") and not source.carried
-
-
-def may_be_left(source: Source, target: str) -> bool:
-    """Whether a weight may go unused: a tied head, a tower's pooler, and the gate that one scope has no use for."""
-    tied = target == "lm_head.weight" and source.config.text_config.tie_word_embeddings
-    return tied or ".vision_tower.pooler." in target or (bool(source.new) and ".gate" in target)
-
-
-def output_of(source: Source, weight: Weight, target: str, place: tuple[int, ...]) -> Output:
-    """What writes a weight: as it is, reshaped if an original keeps the same numbers in another shape, or changed."""
-    change = source.transforms.get(target)
-    if change is not None:
-        return Output(target, place, weight.dtype, lambda: change(weight.read()))
-    same = torch.Size(weight.shape).numel() == torch.Size(place).numel()
-    shape = place if same and target.startswith("model.projector.") else weight.shape
-    return Output(target, shape, weight.dtype, lambda: weight.read().reshape(shape))
-
-
-def new_weights(source: Source, missing: set[str]) -> dict[str, Tensor]:
-    """Weights that start here: those of a projector that is new, and those that upcycling adds."""
-    if not source.begins:
-        return {name: value for name, value in source.new.items() if name in missing}
-    projector = build_projector(source.config)
-    projector.apply(empty_model(source.config).model._init_weights)
-    state = {f"model.projector.{name}": value for name, value in projector.state_dict().items()}
-    return {name: value for name, value in state.items() if name in missing}
-
-
-def convert(plan: Plan, out: Path, progress: Callable[[int], Any]) -> None:
-    """Writes the model's folder, whole or not at all; no more than a shard of the weights is in memory."""
-    source = plan.source
+def write(plan: Plan, out: Path, progress: Callable[[int], Any] = lambda _: None) -> None:
+    """Writes the folder of a plan, whole or not at all."""
     with whole_folder(out) as folder:
-        model = empty_model(source.config)
-        model.config.save_pretrained(folder)
-        write_weights(plan.outputs, folder, progress)
-        source.generation.save_pretrained(folder)
-        source.processor.save_pretrained(folder)
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
-
-
-def table_text(plan: Plan) -> str:
-    """The plan to read: every weight, its old and its new name, and what happens to it."""
-    cells = [
-        (row.what, row.source or "-", row.target or "-", "x".join(map(str, row.shape)) or "1") for row in plan.rows
-    ]
-    widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(cell, widths, strict=True)).rstrip() for cell in cells]
-    counts = {what: sum(row.what == what for row in plan.rows) for what in ("as it is", "changed", "new", "unused")}
-    size = sum(output.bytes for output in plan.outputs)
-    summary = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    anew = "" if plan.source.carried else " Nothing of the old projector fits the new one, which starts at random."
-    return "\n".join([*lines, f"From {plan.source.layout} layout: {summary}; {size / 1e6:,.1f} MB to write.{anew}"])
+        plan.write_settings(folder)
+        write_weights(plan.outputs, folder, plan.name, progress)

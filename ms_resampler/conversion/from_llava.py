@@ -25,7 +25,7 @@ def open_llava(folder: Path, projector: dict[str, Any]) -> Source:
     tokenizer = load_tokenizer(str(folder))
     token = tokenizer.convert_ids_to_tokens(llava.image_token_id)
     fields, carried, begins = projector_start("mlp", projector)
-    components = Components("", "", fields, llava.vision_feature_layer, token)
+    components = Components("", "", fields, llava.vision_feature_layer, image_token=token)
     config = make_config(components, llava.vision_config, llava.text_config, llava.image_token_id)
     config.dtype = llava.dtype
     return Source(

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from ..assembly import Components, choose_template, load_tokenizer, make_config, tower_config_of
+from ..folders import read_config
 from ..projectors_ms_resampler import PROJECTORS, rename
-from .source import Source, add_image_token, generation_of, local_folder, make_processor, projector_start, read_config
+from .source import Source, add_image_token, generation_of, local_folder, make_processor, projector_start
 from .tables import LANGUAGE_MODEL, ORIGINAL, PROJECTOR_PREFIX, TOWER, with_projector_rows
 from .weights import Weight, list_weights
 

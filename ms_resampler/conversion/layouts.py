@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from ..folders import read_config
 from .from_honeybee import open_honeybee
 from .from_llava import open_llava
 from .from_original import ORIGINAL_MODELS, open_original
 from .from_ours import open_ours
-from .source import Source, read_config
+from .source import Source
 from .weights import list_weights
 
 

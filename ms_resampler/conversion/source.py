@@ -1,6 +1,5 @@
 """A checkpoint to convert: what it is and becomes, and what the layouts have in common."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,17 +40,6 @@ class Source:
     begins: bool = False
     transforms: Transforms = field(default_factory=dict)
     new: dict[str, Tensor] = field(default_factory=dict)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json. Raises ValueError if it is missing or damaged."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} is no checkpoint: it has no config.json.") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged: it is no JSON ({error}).") from error
-    return config
 
 
 def projector_start(old: str, asked: dict[str, Any]) -> tuple[dict[str, Any], bool, bool]:

@@ -1,6 +1,7 @@
 """Ours, with LLaVA's MLP, in transformers' LLaVA layout."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +9,31 @@ import torch
 from transformers import LlavaConfig, LlavaProcessor
 
 from ..configuration_ms_resampler import MSResamplerConfig
-from ..folders import whole_folder
 from ..modeling_ms_resampler import build_head
 from ..processing_ms_resampler import MSResamplerProcessor
+from .mapping import Plan, Row
 from .tables import TO_LLAVA, translate
-from .weights import Output, list_weights, write_weights
+from .weights import Output, list_weights
 
 
-def to_llava(folder: Path, out: Path) -> None:
-    """Writes the folder of a LlavaForConditionalGeneration that computes the same.
+def plan_llava(folder: Path) -> Plan:
+    """The folder of a LlavaForConditionalGeneration that computes the same.
 
     Raises ValueError if its architecture cannot hold the model.
     """
     config: Any = MSResamplerConfig.from_pretrained(folder)
     check_fits(config)
-    outputs = []
+    rows, outputs = [], []
     for weight in list_weights(folder):
         name = translate(weight.key, TO_LLAVA)
         assert name is not None
+        rows.append(Row(weight.key, name, weight.shape, "as it is"))
         outputs.append(Output(name, weight.shape, weight.dtype, weight.read))
+    return Plan("our", rows, outputs, partial(write_settings, folder, config))
+
+
+def write_settings(source: Path, config: Any, folder: Path) -> None:
+    """Writes LLaVA's configuration and processor, and the source's settings for generation."""
     llava = LlavaConfig(
         vision_config=config.vision_config,
         text_config=config.text_config,
@@ -38,13 +45,10 @@ def to_llava(folder: Path, out: Path) -> None:
         dtype=config.dtype,
     )
     llava.architectures = ["LlavaForConditionalGeneration"]
-    ours = MSResamplerProcessor.from_pretrained(folder)
-    with whole_folder(out) as partial:
-        write_weights(outputs, partial, lambda _: None)
-        llava.save_pretrained(partial)
-        llava_processor(ours, config).save_pretrained(partial)
-        if (folder / "generation_config.json").is_file():
-            shutil.copyfile(folder / "generation_config.json", partial / "generation_config.json")
+    llava.save_pretrained(folder)
+    llava_processor(MSResamplerProcessor.from_pretrained(source), config).save_pretrained(folder)
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
 
 
 def llava_processor(ours: MSResamplerProcessor, config: Any) -> LlavaProcessor:

@@ -107,25 +107,25 @@ class Output:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_weights(outputs: Sequence[Output], folder: Path, progress: Callable[[int], Any]) -> None:
-    """Writes shards and their index; no more than one shard is in memory."""
+def write_weights(outputs: Sequence[Output], folder: Path, name: str, progress: Callable[[int], Any]) -> None:
+    """Writes `name`.safetensors, or shards and their index; no more than one shard is in memory."""
     shards = list(shards_of(outputs))
-    names = ["model.safetensors"]
+    names = [f"{name}.safetensors"]
     if len(shards) > 1:
-        names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
+        names = [f"{name}-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    for file, shard in zip(names, shards, strict=True):
         tensors = {}
         for output in shard:
             tensors[output.key] = output.make().to(output.dtype).contiguous()
             assert tensors[output.key].shape == output.shape, output.key
             progress(output.bytes)
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        save_file(tensors, folder / file, metadata={"format": "pt"})
         del tensors
     if len(shards) > 1:
-        where = {output.key: name for name, shard in zip(names, shards, strict=True) for output in shard}
+        where = {output.key: file for file, shard in zip(names, shards, strict=True) for output in shard}
         total = sum(output.bytes for output in outputs)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def shards_of(outputs: Sequence[Output]) -> Iterator[list[Output]]:

@@ -1,21 +1,20 @@
-"""`ms-resampler card`: a checkpoint's model card, from its configuration, its weights and its results."""
+"""A checkpoint's model card, from its configuration, its weights and the record of its training."""
 
-import argparse
 import json
 import re
 from itertools import zip_longest
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from jinja2 import StrictUndefined, Template
+from yaml import YAMLError
 
 from ..configuration_ms_resampler import MSResamplerConfig
-from ..folders import write_whole
+from ..folders import PROJECTOR, write_whole
 from ..projectors_ms_resampler import PROJECTORS
-from ..tiny.evaluate import FamilyScore, markdown_table
-from ..tiny.scenes import COLOURS, SHAPES, WORDS
-from .staging import PROJECTOR, RECORD, tensor_elements, tensor_files
+from .staging import RECORD, tensor_elements, tensor_files
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 JINJA: dict[str, Any] = {
@@ -33,32 +32,6 @@ PARTS = {"vision_tower": "model.vision_tower.", "projector": "model.projector.",
 # Fields of the metadata that are made here; the others are the publisher's, and stay.
 MADE_FIELDS = ("library_name", "pipeline_tag", "model-index")
 TAGS = ["custom_code", "ms_resampler"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `card`."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint folder")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the card and the results disagree")
-    parser.add_argument("--title", help="what the model is called (default: as before, or after the folder)")
-    parser.add_argument("--license", help="licence of the weights, as the Hub abbreviates it: apache-2.0, mit, ...")
-    parser.add_argument(
-        "--base-model", action="append", metavar="REPO", help="what it was made from; repeat it for several"
-    )
-    parser.add_argument(
-        "--dataset", action="append", metavar="REPO", help="what it was trained on; repeat it for several"
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Writes or checks DIR/README.md."""
-    if arguments.check:
-        check_card(arguments.folder)
-        print(f"{arguments.folder / 'README.md'} agrees with the results.")
-        return 0
-    given = {"license": arguments.license, "base_model": arguments.base_model, "datasets": arguments.dataset}
-    write_card(arguments.folder, arguments.title, **{field: value for field, value in given.items() if value})
-    print(f"{arguments.folder / 'README.md'} is written.")
-    return 0
 
 
 def write_card(folder: Path, title: str | None = None, **metadata: Any) -> None:
@@ -174,19 +147,35 @@ def stage_row(stage: dict[str, Any]) -> list[str]:
 
 def scene_results(record: dict[str, Any]) -> dict[str, Any]:
     """The results on the scenes that this project draws, in words and as a table."""
-    scores, blind = ([FamilyScore(**row) for row in record[name]] for name in ("scores", "blind_scores"))
-    gains = {row.family: 100 * (row.mean - guess.mean) for row, guess in zip(scores, blind, strict=True)}
-    weakest = sorted(scores, key=lambda row: row.mean)[:3]
-    return {
+    rows = list(zip(record["scores"], record["blind_scores"], strict=True))
+    gains = {row["family"]: 100 * (row["mean"] - guess["mean"]) for row, guess in rows}
+    weakest = sorted(record["scores"], key=lambda row: row["mean"])[:3]
+    return record["vocabulary"] | {
         "clearly": CLEARLY,
         "learned": ", ".join(family for family, gain in gains.items() if gain >= CLEARLY) or "none",
         "not_learned": ", ".join(family for family, gain in gains.items() if gain < CLEARLY) or "none",
-        "weakest": ", ".join(f"{row.family} ({row.mean:.0%})" for row in weakest),
-        "table": markdown_table(scores, blind),
-        "shapes": SHAPES,
-        "words": WORDS,
-        "colours": COLOURS,
+        "weakest": ", ".join(f"{row['family']} ({row['mean']:.0%})" for row in weakest),
+        "table": results_table(record),
     }
+
+
+def results_table(record: dict[str, Any]) -> str:
+    """Accuracy by family beside the model that sees no image, in percent."""
+    scores, blind = record["scores"], record["blind_scores"]
+    lines = [
+        "| family | look | questions | accuracy | 95% interval | blind | above blind |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row, guess in zip(scores, blind, strict=True):
+        lines.append(
+            f"| {row['family']} | {row['group']} | {row['questions']} | {row['mean']:.1%} | {row['low']:.1%} to "
+            f"{row['high']:.1%} | {guess['mean']:.1%} | {100 * (row['mean'] - guess['mean']):+.1f} |"
+        )
+    mean, guess_mean = (fmean(row["mean"] for row in rows) for rows in (scores, blind))
+    lines.append(
+        f"| **mean of families** | | | **{mean:.1%}** | | {guess_mean:.1%} | {100 * (mean - guess_mean):+.1f} |"
+    )
+    return "\n".join(lines)
 
 
 def metadata_yaml(title: str, fields: dict[str, Any], record: dict[str, Any]) -> str:
@@ -211,18 +200,38 @@ def metadata_yaml(title: str, fields: dict[str, Any], record: dict[str, Any]) ->
 
 def kept_metadata(path: Path) -> dict[str, Any]:
     """The fields of a card that its publisher has set."""
-    metadata = (metadata_load(path) if path.is_file() else None) or {}
-    return {field: value for field, value in metadata.items() if field not in MADE_FIELDS}
+    return {field: value for field, value in read_metadata(path).items() if field not in MADE_FIELDS}
 
 
-def check_metadata(path: Path) -> None:
-    """Raises ValueError unless a card, of whatever origin, tells the Hub what it needs to know."""
-    metadata = metadata_load(path) or {}
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The fields of a card, of whatever origin; none where there is no card. Raises ValueError if they are no YAML."""
+    try:
+        return (metadata_load(path) if path.is_file() else None) or {}
+    except (ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path.name} is damaged: its metadata, between two lines of ---, are no YAML ({reason})."
+        ) from error
+
+
+def add_card(staged: Path, folder: Path, repo: str, projector_of: str | None = None) -> Path:
+    """Makes the card of a staged folder for its repository, unless `folder` brings one of another origin.
+
+    Raises ValueError if the card of `folder` does not agree with its results, or lacks what the Hub needs to know.
+    """
+    card = staged / "README.md"
+    if not card.is_file() or is_made_here(card):
+        if card.is_file():
+            check_card(folder)
+        metadata = {"base_model": projector_of, "base_model_relation": "adapter"} if projector_of else {}
+        card.write_text(render_card(staged, repo=repo, **metadata), encoding="utf-8")
+    found = read_metadata(card)
     wanted = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
-    missing = [f"{field}: {value}" for field, value in wanted.items() if metadata.get(field) != value]
-    missing += [] if metadata.get("license") else ["license: ..."]
+    missing = [f"{field}: {value}" for field, value in wanted.items() if found.get(field) != value]
+    missing += [] if found.get("license") else ["license: ..."]
     if missing:
-        raise ValueError(f"Nothing was sent. {path.name} lacks in its metadata: {', '.join(missing)}.")
+        raise ValueError(f"Nothing was sent. {card.name} lacks in its metadata: {', '.join(missing)}.")
+    return staged
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,120 +1,234 @@
-"""`ms-resampler verify`: what a repository holds, and whose code it runs, before anything of it is loaded."""
+"""Checks what is on the Hub: its files, whose code it runs, and what a stranger's process answers with it."""
 
-import argparse
+import glob
 import hashlib
-import json
-import tempfile
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
+from safetensors.torch import load_file
+from transformers.utils import logging
 
-from .client import check_repository_name, hub_errors, large_file_transfer, patiently
+from ..configuration_ms_resampler import MSResamplerConfig
+from ..folders import PROJECTOR, remote_code_files, temporary_folder
+from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from ..processing_ms_resampler import MSResamplerProcessor
+from .client import check_repository_name, hub_errors, patiently
+from .code import code_problem
 from .inspect import check_content, is_pickle
-from .plan import hashes_at, same_content, size
-from .staging import is_ours, remote_code_files
+from .plan import Plan, hashes_at, same_content, size
+from .staging import check_checkpoint, is_ours
+
+# One of each is there, or there is no processor.
+PROCESSOR_FILES = (
+    ("processor_config.json", "preprocessor_config.json"),
+    ("tokenizer.json", "tokenizer.model", "vocab.json"),
+)
+STRANGER = Path(__file__).parent / "stranger.py"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `verify`."""
-    parser.add_argument("repository", metavar="ORG/NAME[@REVISION]", help="what to check (default revision: main)")
+def verify(repository: str, *, allow_code: str | None = None) -> None:
+    """Downloads ORG/NAME[@REVISION] to a temporary folder and checks it; none of its code runs.
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Downloads the revision to a place of its own, checks it, and says what it found."""
-    with tempfile.TemporaryDirectory(prefix="ms-resampler-verify-") as place:
-        download_checked(arguments.repository, Path(place))
-    return 0
-
-
-def download_checked(repository: str, folder: Path) -> None:
-    """Downloads ORG/NAME[@REVISION] into a folder; files that are there already are not fetched again.
-
-    Prints the commit and the code's hash. Raises ValueError if a file should not be there, is not what the Hub says it
-    is, or if the configuration sends its readers to another repository for code.
+    Prints the commit and the hash of its code. Raises ValueError if a file should not be there, is missing or damaged,
+    is not what the Hub says it is, or names code of another repository; and if its code is neither this package's nor
+    that of the hash `allow_code`.
     """
+    with temporary_folder("ms-resampler-verify") as place:
+        download_checked(repository, place / "files", allow_code)
+
+
+def pull(repository: str, folder: Path | str | None = None, *, allow_code: str | None = None) -> Path:
+    """Downloads ORG/NAME[@REVISION] into a new folder (default: NAME), and keeps it if `verify` accepts it.
+
+    A download that was killed goes on where it stopped.
+    """
+    folder = Path(folder or repository.partition("@")[0].rpartition("/")[2])
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty; give a new folder.")
+    partial = folder.with_name(f"{folder.name}.partial")
+    download_checked(repository, partial, allow_code)
+    partial.replace(folder)
+    print(f"It is in {folder}.")
+    return folder
+
+
+def download_checked(repository: str, folder: Path, allow_code: str | None) -> None:
+    """Downloads a repository into a folder and checks it; files that are there already are not fetched again."""
     name, _, revision = repository.partition("@")
     check_repository_name(name)
-    with hub_errors(name):
+    with hub_errors(name, "read"):
         api = HfApi()
         commit = patiently(api.repo_info, name, revision=revision or "main").sha
         assert commit is not None
         hashes = hashes_at(api, name, commit)
         hashes.pop(".gitattributes", None)
-        check_names(name, hashes)
-        with large_file_transfer(api, name):
-            api.snapshot_download(name, revision=commit, local_dir=folder, allow_patterns=list(hashes))
+        strangers = [file for file in hashes if not is_ours(file)]
+        if strangers:
+            raise ValueError(
+                f"{name} holds what no checkpoint of ours does: {', '.join(strangers)}. Nothing was downloaded."
+            )
+        download(api, name, commit, hashes, local_dir=folder)
+    for file in folder.iterdir():
+        if file.name not in hashes:  # the client's notes, and what an earlier download of another revision has left
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
     check_files(name, folder, hashes)
-    check_code_references(name, folder)
+    check_checkpoint(folder, name)
+    if problem := code_problem(folder):
+        raise ValueError(f"{problem[0]} of {name} {problem[1]}.")
     total = sum((folder / file).stat().st_size for file in hashes)
     print(f"{name} at {commit}: {len(hashes)} files of {size(total)}, all with the hashes that the Hub has for them.")
-    print(compare_code(folder))
+    if check_code(name, folder, allow_code) and (problem := misfit(folder)):
+        raise ValueError(f"{problem[0]} of {name} {problem[1]}.")
 
 
-def check_names(name: str, files: Iterable[str]) -> None:
-    """Raises ValueError for files that no checkpoint of ours has."""
-    strangers = [file for file in files if not is_ours(file)]
-    if strangers:
-        raise ValueError(
-            f"{name} holds what no checkpoint of ours does: {', '.join(strangers)}. Nothing was downloaded."
-        )
+def download(api: HfApi, name: str, commit: str, files: Iterable[str], **place: Path) -> Path:
+    """Downloads files of a commit; after a transient failure what is missing is asked for again."""
+    patterns = [glob.escape(file) for file in files]
+    with hub_errors(name, "read"):
+        return Path(patiently(api.snapshot_download, name, revision=commit, allow_patterns=patterns, **place))
 
 
 def check_files(name: str, folder: Path, hashes: dict[str, str]) -> None:
     """Raises ValueError for files whose content is not the one of the hash, or not what the file's name says."""
-    different = [file for file, expected in hashes.items() if not same_content(folder / file, expected)]
+    received = {file: (folder / file).is_file() and same_content(folder / file, hashes[file]) for file in hashes}
+    different = [file for file, same in received.items() if not same]
     if different:
         raise ValueError(f"{', '.join(different)} of {name} came with another content than the Hub says: try again.")
     for file in hashes:
         if is_pickle(folder / file):
-            raise ValueError(f"{file} of {name} is a pickle, which can run code where it is opened.")
-        check_content(folder / file)
+            raise ValueError(f"{file} of {name} is a pickle or an archive, which can run code where it is opened.")
+        try:
+            check_content(folder / file)
+        except ValueError as error:
+            raise ValueError(f"{file} of {name} is damaged ({error}): it was published so.") from error
 
 
-def check_code_references(name: str, folder: Path) -> None:
-    """Raises ValueError unless every class that the configurations name is in the repository itself."""
-    for file in sorted(folder.glob("*config.json")):
-        for reference in code_references(json.loads(file.read_text(encoding="utf-8"))):
-            if "--" in reference:
-                raise ValueError(f"{file.name} of {name} sends its readers to another repository: {reference}.")
-            if not (folder / f"{reference.partition('.')[0]}.py").is_file():
-                raise ValueError(f"{file.name} of {name} names code that is not there: {reference}.")
+def misfit(folder: Path) -> tuple[str, str] | None:
+    """The file that does not make a model or a processor, and in words why; the package's own code is asked.
+
+    The weights are not read: the model is made on PyTorch's meta device.
+    """
+    for names in PROCESSOR_FILES:
+        if not any((folder / name).is_file() for name in names):
+            return names[0], "is missing"
+    try:
+        with quiet():
+            MSResamplerProcessor.from_pretrained(folder)
+            model: Any = MSResamplerForConditionalGeneration
+            if (folder / PROJECTOR).is_file():
+                with torch.device("meta"):
+                    model = model(MSResamplerConfig.from_pretrained(folder)).model
+                model.projector.load_state_dict(projector_state(folder / PROJECTOR), assign=True)
+                return None
+            if getattr(MSResamplerConfig.from_pretrained(folder), "quantization_config", None):
+                return None  # the names of its tensors are known to its quantizer alone
+            options: dict[str, Any] = {"device_map": {"": "meta"}, "output_loading_info": True}
+            _, found = model.from_pretrained(folder, ignore_mismatched_sizes=True, **options)
+    except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
+        return "config.json", f"and its files do not make a model ({' '.join(str(error).split())[:300]})"
+    wrong = [*sorted(found["missing_keys"]), *(name for name, *_ in sorted(found["mismatched_keys"]))]
+    if wrong:
+        return "config.json", f"asks for weights that are missing or of another size: {', '.join(wrong[:5])}"
+    return None
 
 
-def code_references(config: Any) -> Iterator[str]:
-    """Every class that an `auto_map` of a configuration names, however deep: "module.Class" or "repo--module.Class"."""
-    if isinstance(config, dict):
-        for key, value in config.items():
-            if key == "auto_map":
-                for named in value.values():
-                    yield from filter(None, named if isinstance(named, list) else [named])
-            else:
-                yield from code_references(value)
-    elif isinstance(config, list):
-        for value in config:
-            yield from code_references(value)
+def projector_state(file: Path) -> dict[str, torch.Tensor]:
+    """The weights of a projector, under the names they have in it."""
+    return {name.removeprefix("model.projector."): tensor for name, tensor in load_file(file).items()}
 
 
-def compare_code(folder: Path) -> str:
-    """One line on the repository's code beside this package's."""
-    ours = {file.name: file for file in remote_code_files()}
-    theirs = {file.name: file for file in folder.glob("*.py")}
-    told = f"Code: sha256 {code_hash(theirs.values())[:16]}, "
-    if code_hash(theirs.values()) == code_hash(ours.values()):
-        return told + "the same as this package's."
-    other = [name for name in sorted(ours | theirs) if not same(ours.get(name), theirs.get(name))]
-    return told + f"while this package's is {code_hash(ours.values())[:16]}; they differ in {', '.join(other)}."
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Transformers' reports and bars are not shown: what they say is read from its answers."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
-def same(one: Path | None, other: Path | None) -> bool:
-    """Whether two files are both there, with the same content."""
-    return one is not None and other is not None and one.read_bytes() == other.read_bytes()
+def check_code(name: str, folder: Path, allowed: str | None) -> bool:
+    """Prints one line on the repository's code beside this package's; returns whether they are the same.
+
+    Raises ValueError if they are not, unless `allowed` is the hash of the repository's (its first 16 digits, or more).
+    """
+    ours = {file.name: hash_of(file) for file in remote_code_files()}
+    theirs = {file.name: hash_of(file) for file in folder.glob("*.py")}
+    found = code_hash(theirs)
+    if theirs == ours:
+        print(f"Code: sha256 {found[:16]}, the same as this package's.")
+        return True
+    other = [file for file in sorted(ours | theirs) if ours.get(file) != theirs.get(file)]
+    told = f"while this package's is {code_hash(ours)[:16]}; they differ in {', '.join(other)}."
+    print(f"Code: sha256 {found[:16]}, {told}")
+    if not (allowed and len(allowed) >= 16 and found.startswith(allowed.lower())):
+        raise ValueError(
+            f"{name} runs code that is not this package's: read {', '.join(file for file in other if file in theirs)} "
+            f"on its page, and accept it with --allow-code {found}."
+        )
+    return False
 
 
-def code_hash(files: Iterable[Path]) -> str:
-    """SHA-256 of the names and contents of files."""
-    digest = hashlib.sha256()
-    for file in sorted(files, key=lambda file: file.name):
-        digest.update(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
+def hash_of(file: Path) -> str:
+    """SHA-256 of a file's content."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def code_hash(hashes: dict[str, str]) -> str:
+    """SHA-256 of the names and hashes of files."""
+    lines = "".join(f"{name}\0{hashes[name]}\n" for name in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def check_published(api: HfApi, plan: Plan, commit: str, home: Path, answer: bytes) -> None:
+    """Downloads a commit into an empty cache; compares its files and its logits with the staged ones, bit by bit."""
+    name = plan.remote.name
+    folder = download(api, name, commit, plan.sizes, cache_dir=home / "hub")
+    different = [file for file in plan.sizes if not same_bytes(folder / file, plan.staged / file)]
+    if different:
+        raise ValueError(f"{', '.join(different)} came back different from what was sent")
+    if answer_of_a_stranger(name, revision=commit, hf_home=home) != answer:
+        raise ValueError("loaded from there, it answers differently")
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    """Whether two files are there and equal."""
+    if not one.is_file() or one.stat().st_size != other.stat().st_size:
+        return False
+    with one.open("rb") as first, other.open("rb") as second:
+        return all(first.read(2**20) == block for block in iter(lambda: second.read(2**20), b""))
+
+
+def answer_of_a_stranger(checkpoint: str, *, revision: str = "", hf_home: Path | None = None) -> bytes:
+    """Loads a folder, or a repository out of a cache, in a process that has neither this package, nor the network.
+
+    Returns its logits and its answer through the Auto classes, as bytes. Raises ValueError with the process's last
+    words if the checkpoint cannot be loaded or does not answer.
+    """
+    with temporary_folder("ms-resampler-stranger") as place:
+        result, home = place / "result.safetensors", str(hf_home or place)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        done = subprocess.run(
+            [sys.executable, "-P", str(STRANGER), checkpoint, revision, str(result)],
+            env=kept | {"HF_HOME": home, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+            cwd=place,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise ValueError(f"It does not load without this package: {last}")
+        return result.read_bytes()

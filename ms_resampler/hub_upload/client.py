@@ -10,6 +10,7 @@ from typing import TypeVar
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, utils
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
@@ -19,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from tqdm.auto import tqdm
 
-from .redaction import redact, redacted
+from .secrets import redact, redacted
 
 Result = TypeVar("Result")
 WAITS = (1, 2, 4)  # seconds before each new try
@@ -28,7 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9]|[-_.](?=[A-Za-z0-9]))*")
 SENTENCES = {
     401: "The Hub does not accept the token (it is invalid or has expired): log in again with `hf auth login`.",
     402: "The Hub asks for a payment before it makes {name}.",
-    403: "The token in use may not write to {name}: ask its owner for the right, or log in as somebody who has it.",
+    403: "The token in use may not {act} {name}: ask its owner for the right, or log in as somebody who has it.",
     404: "The Hub knows no {name}, or the token in use may not see it.",
     409: "The Hub reports a conflict in {name}; run the command again.",
     412: "{name} has changed while this was running, and nothing was published: run the command again.",
@@ -48,13 +49,16 @@ def check_repository_name(name: str) -> None:
 
 
 @contextmanager
-def hub_errors(name: str) -> Iterator[None]:
-    """Turns whatever the client raises about a repository into a ValueError of one sentence, free of secrets."""
+def hub_errors(name: str, act: str = "write to") -> Iterator[None]:
+    """Turns whatever the client raises about a repository into a ValueError of one sentence, free of secrets.
+
+    `act` is what is being done with the repository: "write to" or "read".
+    """
     with redacted():
         try:
             yield
         except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled, RuntimeError, OSError) as error:
-            known = sentence(error, name)
+            known = sentence(error, name, act)
             if known is None:
                 raise
             close_progress_bars()
@@ -67,7 +71,7 @@ def close_progress_bars() -> None:
         bar.close()
 
 
-def sentence(error: BaseException | None, name: str) -> str | None:
+def sentence(error: BaseException | None, name: str, act: str) -> str | None:
     """What a person should know about an error; None if it is none of the Hub, the network or the disk."""
     if error is None:
         return None
@@ -77,16 +81,19 @@ def sentence(error: BaseException | None, name: str) -> str | None:
         return "HF_HUB_OFFLINE forbids every request to the Hub: unset it."
     if isinstance(error, RevisionNotFoundError):
         return f"{name} has no such revision."
+    if isinstance(error, GatedRepoError):
+        return f"{name} is read by those who have accepted its terms: accept them on its page, and log in."
     if isinstance(error, RepositoryNotFoundError):
         return SENTENCES[404].format(name=name)
     if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return status_sentence(error, name)
+        return status_sentence(error, name, act)
     if isinstance(error, httpx2.HTTPError):
         return f"The Hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}): check the network."
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "The disk is full: make room, or set TMPDIR and HF_HOME to a place that has some."
     if isinstance(error, RuntimeError | LocalEntryNotFoundError):  # the client wraps what stopped a transfer
-        return sentence(error.__cause__, name) or (f"The transfer failed: {error}" if is_transfer(error) else None)
+        failed = f"The {'download' if act == 'read' else 'upload'} failed: {error}" if is_transfer(error) else None
+        return sentence(error.__cause__, name, act) or failed
     return None
 
 
@@ -95,22 +102,22 @@ def is_transfer(error: BaseException) -> bool:
     return isinstance(error, LocalEntryNotFoundError) or "Error while uploading" in str(error) or "xet" in str(error)
 
 
-def status_sentence(error: HfHubHTTPError, name: str) -> str:
+def status_sentence(error: HfHubHTTPError, name: str, act: str) -> str:
     """What an answer of the Hub means, in its own words where there are none here."""
     status = error.response.status_code
     if status in SENTENCES:
-        return SENTENCES[status].format(name=name)
+        return SENTENCES[status].format(name=name, act=act)
     if status >= 500:
         return f"The Hub answers with an error of its own ({status}), after several tries: try again later."
     told = error.server_message or str(error).strip().partition("\n")[0]
     return f"The Hub refuses ({status}): {told}"
 
 
-def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed in a moment."""
+def is_transient(error: BaseException | None) -> bool:
+    """Whether the same request may succeed in a moment; the client wraps what stopped a download."""
     if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return error.response.status_code in (500, 502, 503, 504)
-    return isinstance(error, httpx2.TransportError)
+        return error.response.status_code in (408, 500, 502, 503, 504)
+    return isinstance(error, httpx2.TransportError) or (error is not None and is_transient(error.__cause__))
 
 
 def patiently(call: Callable[..., Result], *args: object, **kwargs: object) -> Result:
@@ -118,7 +125,7 @@ def patiently(call: Callable[..., Result], *args: object, **kwargs: object) -> R
     for wait in WAITS:
         try:
             return call(*args, **kwargs)
-        except (HfHubHTTPError, httpx2.TransportError) as error:
+        except (HfHubHTTPError, httpx2.TransportError, LocalEntryNotFoundError, RuntimeError) as error:
             if not is_transient(error):
                 raise
             time.sleep(wait)

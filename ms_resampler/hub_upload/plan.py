@@ -1,7 +1,7 @@
 """What a push would change: the staged files beside those of the repository."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -47,14 +47,14 @@ def look_at(api: HfApi, name: str, branch: str, kind: str = "model") -> Remote:
     return Remote(name, kind, True, about.private, has_branch, about.sha, hashes, tags)
 
 
-def as_visible_as(remote: Remote, public: bool) -> Remote:
-    """The repository, if it is or will be as public as was asked for.
+def as_visible_as(remote: Remote, private: bool) -> Remote:
+    """The repository, if it is or will be as private as was asked for.
 
     Raises ValueError if everybody would see what was to be private, or the other way round.
     """
     if not remote.exists or remote.private is None:
-        return replace(remote, private=not public)
-    if remote.private == public:
+        return replace(remote, private=private)
+    if remote.private != private:
         found, remedy = ("private", "leave out --public") if remote.private else ("public", "give --public")
         raise ValueError(f"{remote.name} exists and is {found}: {remedy}, or change it on its settings page.")
     return remote
@@ -77,9 +77,14 @@ def same_content(file: Path, remote_hash: str) -> bool:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a push does to each file; `left_out` stays on this machine, `kept` is none of ours in the repository."""
+    """What a push does with each file of the folder `staged`, and with those of the repository.
 
+    `left_out` stays on this machine; `kept` are files of the repository that do not come from here.
+    """
+
+    staged: Path
     remote: Remote
+    branch: str
     sizes: dict[str, int]
     states: dict[str, str]
     removed: list[str]
@@ -95,14 +100,17 @@ class Plan:
         return bool(self.to_send or self.removed)
 
 
-def make_plan(staged: Path, remote: Remote, may_remove: Callable[[str], bool], left_out: list[str]) -> Plan:
+def make_plan(
+    staged: Path, remote: Remote, branch: str, may_remove: Callable[[str], bool], left_out: Iterable[str] = ()
+) -> Plan:
     """Compares a staged folder with a repository, of whose other files those that `may_remove` are removed."""
     files = {str(file.relative_to(staged)): file for file in sorted(staged.rglob("*")) if file.is_file()}
     states = {name: state_of(file, remote.hashes.get(name)) for name, file in files.items()}
     others = [name for name in remote.hashes if name not in files and name != ".gitattributes"]
     removed = [name for name in others if may_remove(name)]
     kept = [name for name in others if not may_remove(name)]
-    return Plan(remote, {name: file.stat().st_size for name, file in files.items()}, states, removed, kept, left_out)
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    return Plan(staged, remote, branch, sizes, states, removed, kept, list(left_out))
 
 
 def state_of(file: Path, remote_hash: str | None) -> str:
@@ -112,11 +120,11 @@ def state_of(file: Path, remote_hash: str | None) -> str:
     return "same" if same_content(file, remote_hash) else "changed"
 
 
-def describe(plan: Plan, branch: str) -> str:
+def describe(plan: Plan) -> str:
     """The plan as lines to read before anything is sent."""
     remote = plan.remote
     state = "new repository" if not remote.exists else f"at {(remote.head or '')[:8]}"
-    lines = [f"{remote.name} ({'private' if remote.private else 'public'}, {state}), branch {branch}:"]
+    lines = [f"{remote.name} ({'private' if remote.private else 'public'}, {state}), branch {plan.branch}:"]
     lines += [f"  {state:8s} {size(plan.sizes[name]):>9s}  {name}" for name, state in plan.states.items()]
     lines += [f"  {'remove':8s} {'':>9s}  {name}" for name in plan.removed]
     lines += [f"  {'kept':8s} {'':>9s}  {name} (not from here)" for name in plan.kept]

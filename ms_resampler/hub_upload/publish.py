@@ -1,33 +1,40 @@
-"""One commit, then what proves it, then its tag: a repository is never left half-published."""
+"""One commit and its tag: a repository is never left half-published."""
 
 import re
+import sys
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from .client import WAITS, is_transient, large_file_transfer, patiently
+from .client import WAITS, hub_errors, is_transient, large_file_transfer, patiently, sentence
 from .plan import Plan, Remote, hashes_at, same_content
-from .verification import answer_of_a_stranger
+from .secrets import redact
 
 
-def publish(
-    api: HfApi, plan: Plan, staged: Path, branch: str, message: str, *, create_pr: bool = False
-) -> tuple[str, str | None]:
-    """Makes the repository and branch if there are none, and one commit; returns it, and the pull request's address.
+class Published(NamedTuple):
+    """A commit, and the address of the pull request that proposes it, if one does."""
+
+    commit: str
+    pull_request: str | None = None
+
+
+def publish(api: HfApi, plan: Plan, message: str, *, create_pr: bool = False) -> Published:
+    """Makes the repository and branch if there are none, and one commit.
 
     The commit builds on the state that the plan was made for, and is refused if that is not the state any more.
     """
-    remote = plan.remote
+    remote, branch = plan.remote, plan.branch
     parent = remote.head if remote.exists else create(api, remote)
     if not remote.has_branch or (not remote.exists and branch != "main"):
         patiently(api.create_branch, remote.name, branch=branch, revision=parent, repo_type=remote.kind, exist_ok=True)
     if parent and not plan.changes:
-        return parent, None
-    additions = [CommitOperationAdd(name, str(staged / name)) for name in plan.to_send]
+        return Published(parent)
+    additions = [CommitOperationAdd(name, str(plan.staged / name)) for name in plan.to_send]
     where: dict[str, Any] = {"repo_type": remote.kind, "revision": branch, "create_pr": create_pr}
     with large_file_transfer(api, remote.name, remote.kind):
         api.preupload_lfs_files(remote.name, additions, **where)
@@ -35,8 +42,14 @@ def publish(
     options = where | {"commit_message": message, "parent_commit": parent}
     if create_pr:
         made = api.create_commit(remote.name, operations, **options)
-        return made.oid, made.pr_url
-    return commit_once(api, plan, staged, operations, options), None
+        return Published(made.oid, made.pr_url)
+    try:
+        return Published(commit_once(api, plan, operations, options))
+    except (HfHubHTTPError, httpx2.TransportError) as error:
+        if not is_transient(error):
+            raise
+        known = redact(f"{sentence(error, remote.name, 'write to')} The commit may have been made all the same")
+        raise ValueError(f"{known}: run the command again, which looks first.") from None
 
 
 def create(api: HfApi, remote: Remote) -> str | None:
@@ -54,7 +67,7 @@ def head_of(api: HfApi, remote: Remote, revision: str) -> str | None:
     return patiently(api.repo_info, remote.name, repo_type=remote.kind, revision=revision).sha
 
 
-def commit_once(api: HfApi, plan: Plan, staged: Path, operations: list, options: dict[str, Any]) -> str:
+def commit_once(api: HfApi, plan: Plan, operations: list[Any], options: dict[str, Any]) -> str:
     """Commits; after a failure in transit it looks whether the commit was made before it tries again."""
     remote = plan.remote
     for wait in WAITS:
@@ -64,38 +77,17 @@ def commit_once(api: HfApi, plan: Plan, staged: Path, operations: list, options:
             if not is_transient(error):
                 raise
         time.sleep(wait)
-        head = head_of(api, remote, options["revision"])
-        if head and head != options["parent_commit"] and is_published(api, plan, staged, head):
+        head = head_of(api, remote, plan.branch)
+        if head and head != options["parent_commit"] and is_published(api, plan, head):
             return head
     return api.create_commit(remote.name, operations, **options).oid
 
 
-def is_published(api: HfApi, plan: Plan, staged: Path, commit: str) -> bool:
+def is_published(api: HfApi, plan: Plan, commit: str) -> bool:
     """Whether a commit holds every staged file, and none that was to be removed."""
     hashes = hashes_at(api, plan.remote.name, commit, plan.remote.kind)
-    whole = all(name in hashes and same_content(staged / name, hashes[name]) for name in plan.states)
+    whole = all(name in hashes and same_content(plan.staged / name, hashes[name]) for name in plan.states)
     return whole and not set(plan.removed) & set(hashes)
-
-
-def check_published(api: HfApi, name: str, commit: str, staged: Path, home: Path, answer: bytes) -> None:
-    """Downloads a commit into an empty cache; compares its files and its logits with the staged ones, bit by bit."""
-    names = [file.name for file in staged.iterdir()]
-    problem = f"{name} has the commit {commit[:8]}, without a tag"
-    with large_file_transfer(api, name):
-        folder = Path(api.snapshot_download(name, revision=commit, cache_dir=home / "hub", allow_patterns=names))
-    different = [name for name in names if not same_bytes(folder / name, staged / name)]
-    if different:
-        raise ValueError(f"{problem}: {', '.join(different)} came back different from what was sent.")
-    if answer_of_a_stranger(name, revision=commit, hf_home=home) != answer:
-        raise ValueError(f"{problem}: loaded from there, it answers differently.")
-
-
-def same_bytes(one: Path, other: Path) -> bool:
-    """Whether two files are there and equal."""
-    if not one.is_file() or one.stat().st_size != other.stat().st_size:
-        return False
-    with one.open("rb") as first, other.open("rb") as second:
-        return all(first.read(2**20) == block for block in iter(lambda: second.read(2**20), b""))
 
 
 def choose_tag(plan: Plan, wanted: str | None) -> str:
@@ -111,6 +103,19 @@ def choose_tag(plan: Plan, wanted: str | None) -> str:
     here = [name for name, commit in tags.items() if unchanged and commit == plan.remote.head]
     numbers = [int(name[1:]) for name in tags if re.fullmatch(r"v\d+", name)]
     return here[0] if here else f"v{max(numbers, default=0) + 1}"
+
+
+@contextmanager
+def standing(name: str, stands: str, remedy: str) -> Iterator[None]:
+    """Whatever fails after a commit leaves it where it is: the error says what stands, and how to go on."""
+    try:
+        with hub_errors(name):
+            yield
+    except KeyboardInterrupt:
+        print(f"{stands}. The commit stands: {remedy}.", file=sys.stderr)
+        raise
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{stands}: {str(error).rstrip('.')}. The commit stands: {remedy}.") from error
 
 
 def set_tag(api: HfApi, name: str, tag: str, commit: str) -> None:

@@ -1,10 +1,8 @@
-"""`ms-resampler push-space`: publishes the demo of a published checkpoint as a Space."""
+"""Publishes the demo of a published checkpoint as a Space."""
 
-import argparse
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,79 +13,76 @@ from typing import Any
 from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.repocard import metadata_save
 
-from ..folders import find_app
+from ..folders import find_app, temporary_folder
 from .client import check_repository_name, hub_errors, patiently
-from .inspect import check_content, check_sizes
+from .inspect import inspect_files, refuse_links
 from .plan import as_visible_as, describe, look_at, make_plan
-from .publish import create, publish
-from .secret_scan import check_secrets
+from .publish import create, publish, standing
 
 APP_FILES = ("*.py", "*.css", "*.js", "*.html", "requirements.txt", "README.md", "examples/*")
 ERRORS = ("NO_APP_FILE", "CONFIG_ERROR", "BUILD_ERROR", "RUNTIME_ERROR", "DELETING", "STOPPED", "PAUSED")
 SECONDS_BETWEEN_LOOKS = 5
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `push-space`."""
-    parser.add_argument("name", metavar="ORG/SPACE", help="Space to publish to; made if there is none")
-    parser.add_argument("--model", required=True, metavar="ORG/NAME", help="published checkpoint that it shows")
-    parser.add_argument("--model-revision", default="main", metavar="TAG", help="its tag, branch or commit")
-    parser.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
-    parser.add_argument("--dry-run", action="store_true", help="show the plan, and send nothing")
-    parser.add_argument("--message", default="Publish the demo", help="what the commit says")
-    parser.add_argument("--timeout", type=int, default=1800, help="seconds to wait until it runs (default: 1800)")
+def push_space(
+    name: str,
+    model: str,
+    *,
+    model_revision: str = "main",
+    private: bool = True,
+    dry_run: bool = False,
+    message: str = "Publish the demo",
+    timeout: int = 1800,
+) -> str | None:
+    """Publishes the demo for one commit of a published model, waits until it runs, and returns its address.
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Stages the app for one commit of the model, publishes it, and waits until it runs."""
-    name, model = arguments.name, arguments.model
+    A dry run prints what it would do and returns None. `timeout` is in seconds. Raises ValueError if the model cannot
+    be seen, if something must not leave this machine, or if the Space does not start.
+    """
     check_repository_name(name)
     check_repository_name(model)
     api = HfApi()
     with hub_errors(model):
-        if not arguments.dry_run:
+        if not dry_run:
             patiently(api.whoami)
-        about = patiently(api.model_info, model, revision=arguments.model_revision)
-    with hub_errors(name), tempfile.TemporaryDirectory(prefix="ms-resampler-space-") as place:
-        staged = Path(place)
-        stage_space(find_app().parent, staged, about)
-        remote = as_visible_as(look_at(api, name, "main", "space"), arguments.public)
-        plan = make_plan(staged, remote, lambda file: not file.startswith("."), [])
-        print(describe(plan, "main"), flush=True)
-        if arguments.dry_run:
+        about = patiently(api.model_info, model, revision=model_revision)
+    with hub_errors(name), temporary_folder("ms-resampler-space") as place:
+        staged = stage_space(find_app().parent, place / "staged", about)
+        remote = as_visible_as(look_at(api, name, "main", "space"), private)
+        plan = make_plan(staged, remote, "main", lambda file: not file.startswith("."))
+        print(describe(plan), flush=True)
+        if dry_run:
             print(f"\n{(staged / 'README.md').read_text(encoding='utf-8')}\nNothing was sent (--dry-run).")
-            return 0
+            return None
         if not remote.exists:
             create(api, remote)
             plan = replace(plan, remote=look_at(api, name, "main", "space"))
         set_variables(api, name, {"MODEL_ID": model, "MODEL_REVISION": str(about.sha)})
-        commit, _ = publish(api, plan, staged, "main", arguments.message)
+        commit = publish(api, plan, message).commit
         if about.private:
             print(f"{model} is private: give the Space a secret HF_TOKEN that may read it, on its settings page.")
-        wait_until_running(api, name, commit, arguments.timeout)
-        print(f"Running: {api.endpoint}/spaces/{name}")
-    return 0
+        address = f"{api.endpoint}/spaces/{name}"
+        wait_until_running(api, name, commit, timeout)
+        print(f"Running: {address}")
+        return address
 
 
-def stage_space(app: Path, staged: Path, model: Any) -> None:
+def stage_space(app: Path, staged: Path, model: Any) -> Path:
     """Copies the app, pins what it needs, and writes for which commit of which model it is.
 
     `model` is the Hub's account of a model's revision. Raises ValueError for what must not leave this machine.
     """
     files = sorted({file for pattern in APP_FILES for file in app.glob(pattern) if file.is_file()})
-    links = [file.name for file in files if file.is_symlink()]
-    if links:
-        raise ValueError(f"Nothing was sent. {', '.join(links)}: a link to another place: put the file itself there.")
+    refuse_links(files)
+    inspect_files(files)
     for file in files:
-        check_content(file)
-        check_secrets(file)
         target = staged / file.relative_to(app)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
-    check_sizes(files)
     requirements = (app / "requirements.txt").read_text(encoding="utf-8").splitlines()
     (staged / "requirements.txt").write_text("".join(f"{line}\n" for line in pinned(requirements)))
     metadata_save(staged / "README.md", front_matter(metadata_load(staged / "README.md") or {}, model))
+    return staged
 
 
 def pinned(requirements: Iterable[str]) -> list[str]:
@@ -133,7 +128,8 @@ def wait_until_running(api: HfApi, name: str, commit: str, timeout: int) -> None
     """Waits until a Space runs a commit, and prints its stages. Raises ValueError if it fails, or takes too long."""
     end, before = time.monotonic() + timeout, None
     while time.monotonic() < end:
-        runtime = patiently(api.get_space_runtime, name)
+        with standing(name, f"{name} is published", "look at its page to see whether it runs"):
+            runtime = patiently(api.get_space_runtime, name)
         if runtime.stage != before:
             print(f"  {runtime.stage}", flush=True)
         before = runtime.stage

@@ -1,18 +1,22 @@
-"""Stages a checkpoint: weights, configuration, processor and the code that runs them, in one fresh folder."""
+"""Stages a checkpoint: weights, configuration, processor and the code that runs them, in one new folder."""
 
 import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-PACKAGE = Path(__file__).parent.parent
-WEIGHTS, INDEX, PROJECTOR = "model.safetensors", "model.safetensors.index.json", "projector.safetensors"
+from ..folders import INDEX, PROJECTOR, WEIGHTS, model_or_embedded, read_config, remote_code_files, require_our_type
+from .personal import clean_json, read_json
+
 RECORD = "training_record.json"
 
 # The only files that leave a folder. Code is never taken from the folder: the package's is the only copy.
@@ -24,39 +28,19 @@ ALLOWED = (
 )  # fmt: skip
 
 
-def remote_code_files() -> list[Path]:
-    """The files that `trust_remote_code` loads: flat siblings that import nothing else of the package."""
-    return sorted(PACKAGE.glob("*_ms_resampler.py"))
-
-
-def is_allowed(name: str) -> bool:
-    """Whether a file of this name may leave a folder."""
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in ALLOWED)
-
-
-def allowed_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that may leave it."""
-    return [file for file in sorted(folder.iterdir()) if is_allowed(file.name) and file.is_file()]
-
-
-def is_ours(name: str) -> bool:
-    """Whether a file of this name, in a repository, is one that staging puts there."""
-    return is_allowed(name) or name in {file.name for file in remote_code_files()}
-
-
-def is_loaded(name: str) -> bool:
-    """Whether a file of this name is read when a repository is loaded, and misleads if it is an old one."""
-    return is_ours(name) and not fnmatch(name, "*.png") and name not in ("LICENSE", "README.md")
+def export(folder: str | Path, model: str | Path | None = None) -> Path:
+    """Copies a checkpoint folder (default: the embedded one) and its code into a new folder, which loads anywhere."""
+    return stage_checkpoint(Path(model_or_embedded(model)), Path(folder))
 
 
 def stage_checkpoint(
     source: Path, target: Path, *, max_shard_size: str | None = None, projector_only: bool = False
-) -> list[str]:
-    """Copies what may be published of `source`, and the remote code, into `target`; returns the file names.
+) -> Path:
+    """Copies what may be published of `source`, and the remote code, into `target`, and returns that.
 
-    The weights are copied as they are, or written anew: in shards of at most `max_shard_size` ("5GB"), or those of
-    the projector alone, as `projector.safetensors`. Raises ValueError if `source` is no checkpoint or `target` holds
-    files already.
+    The weights are copied as they are, or rewritten: in shards of at most `max_shard_size` ("5GB"), or those of the
+    projector alone, as `projector.safetensors`. Raises ValueError if `source` is not a checkpoint or `target` is not
+    empty.
     """
     check_checkpoint(source)
     if target.exists() and any(target.iterdir()):
@@ -66,57 +50,116 @@ def stage_checkpoint(
     for file in [*allowed_files(source), *remote_code_files()]:
         if not (rewrite and (file.suffix == ".safetensors" or file.name == INDEX)):
             shutil.copyfile(file, target / file.name)
-    if (target / RECORD).is_file():
-        hide_folders(target / RECORD)
+    for file in target.glob("*.json"):
+        if file.name not in (INDEX, "tokenizer.json", "vocab.json"):
+            clean_json(file, record=file.name == RECORD)
     if projector_only:
         write_projector(source, target / PROJECTOR)
     elif max_shard_size is not None:
         write_shards(source, target, max_shard_size)
-    return sorted(file.name for file in target.iterdir())
+    return target
 
 
-def hide_folders(record: Path) -> None:
-    """Takes the folders of this machine out of a record: "/home/ada/data/a.json" becomes "a.json"."""
-    text = record.read_text(encoding="utf-8")
-    shown = re.sub(r'(?<=")(?:/|~/|[A-Za-z]:\\\\)[^"\n]*?([^/\\"\n]+)[/\\]*(?=")', r"\1", text)
-    if shown != text:
-        record.write_text(shown, encoding="utf-8")
+def is_allowed(name: str) -> bool:
+    """Whether a file of this name may leave a folder."""
+    return not {"/", "\\"} & set(name) and any(fnmatch(name, pattern) for pattern in ALLOWED)
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Raises ValueError unless a folder holds one whole checkpoint of ours, by its own account."""
+def allowed_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that may leave it."""
+    return [file for file in sorted(folder.iterdir()) if is_allowed(file.name) and file.is_file()]
+
+
+def left_out(folder: Path) -> list[str]:
+    """What is in the folder and is not staged, for the publisher to see."""
+    code = {file.name: file for file in remote_code_files()}
+    left = []
+    for file in sorted(set(folder.iterdir()) - set(allowed_files(folder))):
+        if file.name not in code:
+            left.append(f"{file.name}/" if file.is_dir() else file.name)
+        elif file.read_bytes() != code[file.name].read_bytes():
+            left.append(f"{file.name} (the package's own goes in its place)")
+    return left
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of this name, in a repository, is one that staging puts there."""
+    return is_allowed(name) or name in {file.name for file in remote_code_files()}
+
+
+def is_loaded(name: str) -> bool:
+    """Whether a file of this name is read when a repository is loaded, so that an outdated one has to go."""
+    return is_ours(name) and not fnmatch(name, "*.png") and name not in ("LICENSE", "README.md")
+
+
+def check_checkpoint(folder: Path, name: str | None = None) -> None:
+    """Raises ValueError unless a folder, shown as `name`, holds one whole checkpoint of ours, by its own account."""
+    shown = name or folder
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a checkpoint folder: it has no config.json.")
-    if not (folder / INDEX).is_file():
-        return
-    if (folder / WEIGHTS).is_file():
-        raise ValueError(f"{folder} holds both {WEIGHTS} and shards with an index: remove the ones that are not meant.")
-    missing = sorted({file.name for file in tensor_files(folder).values() if not file.is_file()})
-    if missing:
-        raise ValueError(f"{folder} is not complete: {INDEX} names {', '.join(missing)}, which is not there.")
+        raise ValueError(f"{shown} is not a checkpoint folder: it has no config.json.")
+    require_our_type(str(shown), read_config(folder))
+    sets = [file for file in (WEIGHTS, INDEX, PROJECTOR) if (folder / file).is_file()]
+    if not sets:
+        raise ValueError(f"{shown} has no weights: neither {WEIGHTS} nor {INDEX}.")
+    if len(sets) > 1:
+        what = " and ".join(sets).replace(INDEX, "shards with an index")
+        raise ValueError(f"{shown} holds both {what}: remove the ones that are not meant.")
+    try:
+        files = tensor_files(folder)
+    except ValueError as error:
+        raise ValueError(f"{shown} is not complete: {error}") from error
+    for file in sorted(set(files.values())):
+        if not file.is_file():
+            raise ValueError(f"{shown} is not complete: {INDEX} names {file.name}, which is not there.")
+        with open_weights(file) as weights:
+            lacking = {tensor for tensor, where in files.items() if where == file} - set(weights.keys())
+        if lacking:
+            raise ValueError(
+                f"{shown} is not complete: {INDEX} says that {min(lacking)} is in {file.name}, and it is not."
+            )
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Name of every tensor of a checkpoint -> the file it is in."""
+    """Name of every tensor of a checkpoint -> the file it is in, which is one of the folder's own."""
     if (folder / INDEX).is_file():
-        names = json.loads((folder / INDEX).read_text())["weight_map"]
+        index = read_json(folder / INDEX)
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{INDEX} has no weight_map, which names the file of every tensor.")
+        outside = [name for name in names.values() if not (is_allowed(name) and name.endswith(".safetensors"))]
+        if outside:
+            raise ValueError(f"{INDEX} names {outside[0]!r}, which is no safetensors file of the same folder.")
         return {tensor: folder / name for tensor, name in names.items()}
     file = next((folder / name for name in (WEIGHTS, PROJECTOR) if (folder / name).is_file()), None)
     if file is None:
         raise ValueError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}.")
-    with safe_open(file, "pt") as weights:
+    with open_weights(file) as weights:
         return dict.fromkeys(weights.keys(), file)
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """A file of weights, read lazily. Raises ValueError unless its header describes exactly the bytes that follow."""
+    try:
+        opened = safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file.name} is damaged ({error}): save the checkpoint again.") from error
+    with opened as weights:
+        yield weights
 
 
 def write_shards(source: Path, target: Path, max_shard_size: str) -> None:
     """Writes the weights of `source` to `target`, one shard in memory at a time."""
     files = tensor_files(source)
-    split = split_state_dict_into_shards_factory(
-        {name: tensor_size(file, name) for name, file in files.items()},
-        get_storage_size=lambda size: size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
+    try:
+        split = split_state_dict_into_shards_factory(
+            {name: tensor_size(file, name) for name, file in files.items()},
+            get_storage_size=lambda size: size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ValueError(f"{max_shard_size!r} is not the size of a shard, which is written as 5GB: {error}") from error
     for shard, names in split.filename_to_tensors.items():
         write_tensors({name: files[name] for name in names}, target / shard)
     if split.is_sharded:
@@ -126,7 +169,7 @@ def write_shards(source: Path, target: Path, max_shard_size: str) -> None:
 
 def tensor_size(file: Path, name: str) -> int:
     """Bytes of a tensor in a file, without reading it: its type is "F32", "BF16", "F8_E4M3", "BOOL" or the like."""
-    with safe_open(file, "pt") as weights:
+    with open_weights(file) as weights:
         tensor = weights.get_slice(name)
         bits = re.search(r"\d+", tensor.get_dtype())
         return math.prod(tensor.get_shape()) * (int(bits[0]) // 8 if bits else 1)
@@ -134,7 +177,7 @@ def tensor_size(file: Path, name: str) -> int:
 
 def tensor_elements(file: Path, name: str) -> int:
     """Numbers in a tensor in a file, without reading them."""
-    with safe_open(file, "pt") as weights:
+    with open_weights(file) as weights:
         return math.prod(weights.get_slice(name).get_shape())
 
 
@@ -150,6 +193,6 @@ def write_tensors(files: dict[str, Path], path: Path) -> None:
     """Copies tensors, given with the file that each is in, into one file."""
     tensors = {}
     for name, file in files.items():
-        with safe_open(file, "pt") as weights:
+        with open_weights(file) as weights:
             tensors[name] = weights.get_tensor(name)
     save_file(tensors, path, metadata={"format": "pt"})

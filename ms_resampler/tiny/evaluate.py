@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..training.collate import images_of, messages_of
+from ..training.conversations import images_of, messages_of
 from .scenes import FAMILIES, Question, Scene, ask, make_record, make_scene, scene_rng, score
 
 MAX_ANSWER_TOKENS = 96
@@ -69,7 +69,7 @@ def answer(model: Any, processor: Any, records: list[dict[str, Any]]) -> list[st
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"images": images if any(images) else None, "padding_side": "left"},
+        processor_kwargs={"images": images if any(images) else None},
     ).to(model.device)
     output = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
     return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -81,21 +81,3 @@ def bootstrap_interval(scores: np.ndarray, resamples: int = 2000, seed: int = 0)
     means = scores[rng.integers(len(scores), size=(resamples, len(scores)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
-
-
-def markdown_table(rows: list[FamilyScore], blind: list[FamilyScore]) -> str:
-    """Accuracy by family beside the model that sees no image, in percent."""
-    lines = [
-        "| family | look | questions | accuracy | 95% interval | blind | above blind |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row, guess in zip(rows, blind, strict=True):
-        lines.append(
-            f"| {row.family} | {row.group} | {row.questions} | {row.mean:.1%} | {row.low:.1%} to {row.high:.1%} "
-            f"| {guess.mean:.1%} | {100 * (row.mean - guess.mean):+.1f} |"
-        )
-    mean, guess_mean = (float(np.mean([row.mean for row in table])) for table in (rows, blind))
-    lines.append(
-        f"| **mean of families** | | | **{mean:.1%}** | | {guess_mean:.1%} | {100 * (mean - guess_mean):+.1f} |"
-    )
-    return "\n".join(lines)

@@ -1,9 +1,8 @@
-"""The run of `ms-resampler train tiny --projector KIND`: another projector in the embedded checkpoint, to compare with.
+"""Another projector in the embedded checkpoint, to compare with.
 
 Tower and language model stay as they are, so that the projector alone is all there is to keep.
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -13,16 +12,15 @@ from transformers import AutoProcessor
 
 from .. import TINY
 from ..configuration_ms_resampler import MSResamplerConfig
-from ..hub_upload.staging import PROJECTOR, RECORD, write_projector
+from ..folders import PROJECTOR
+from ..hub_upload.card import results_table
+from ..hub_upload.staging import RECORD, write_projector
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..projectors_ms_resampler import PROJECTORS
 from ..training.collate import ConversationCollator
-from ..training.recipes import Stage
 from .curriculum import SceneConversations
-from .evaluate import FamilyScore, markdown_table
-from .record import training_record
-from .stages import evaluate_once, stage_of
-from .train import train
+from .evaluate import FamilyScore
+from .stages import Stage, check_numbers, evaluate_once, run_stage, stage_of, training_record
 
 # The MLP keeps every patch: it has no 36 tokens.
 KINDS = ("resampler", *(kind for kind in PROJECTORS if kind != "mlp"))
@@ -43,23 +41,37 @@ def tiny_peer(steps: int = 1000) -> Stage:
     )
 
 
-def run_peer(arguments: argparse.Namespace) -> None:
-    """Trains (going on where a killed run stopped), evaluates, and leaves `OUT/model`, ready to load."""
-    if arguments.projector not in KINDS:
-        raise ValueError(f"The projector cannot be {arguments.projector!r} here: choose one of {', '.join(KINDS)}.")
-    out = arguments.out or Path("runs") / f"tiny_{arguments.projector}"
-    stage, target = stage_of(tiny_peer, arguments), out / "model"
-    model, processor = with_new_projector(arguments.projector, stage.seed), AutoProcessor.from_pretrained(TINY)
-    train(stage, model, processor, out / stage.name)
+def train_tiny_projector(
+    kind: str,
+    out: str | Path | None = None,
+    *,
+    steps: int | None = None,
+    scenes: int = 400,
+    seed: int = 0,
+    embed: bool = False,
+) -> Path:
+    """Trains another projector in the embedded checkpoint, or resumes the run that was stopped in `out`.
+
+    The arguments are those of `train_tiny`; `embed` puts the projector alone into this package. Returns the folder of
+    the result, `out`/model. Raises ValueError if `kind` is none of KINDS.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"The projector cannot be {kind!r} here: choose one of {', '.join(KINDS)}.")
+    check_numbers(steps=steps, scenes=scenes)
+    out = Path(out or Path("runs") / f"tiny_{kind}")
+    stage, target = stage_of(tiny_peer, steps, seed), out / "model"
+    model, processor = with_new_projector(kind, seed), AutoProcessor.from_pretrained(TINY)
+    run_stage(stage, model, processor, out / stage.name)
     model.save_pretrained(target)
     processor.save_pretrained(target)
-    scores = evaluate_once(model, processor, out / "scores.json", arguments.scenes, blind=False)
+    scores = evaluate_once(model, processor, out / "scores.json", scenes, blind=False)
     blind_scores = [FamilyScore(**row) for row in json.loads((Path(TINY) / RECORD).read_text())["blind_scores"]]
     record = training_record((stage,), model, out, scores, blind_scores)
     (target / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    print(markdown_table(scores, blind_scores))
-    if arguments.embed:
-        embed_projector(target, Path(TINY).with_name(f"tiny_{arguments.projector}"))
+    print(results_table(record))
+    if embed:
+        embed_projector(target, Path(TINY).with_name(f"tiny_{kind}"))
+    return target
 
 
 def with_new_projector(kind: str, seed: int) -> MSResamplerForConditionalGeneration:

@@ -1,55 +1,184 @@
-"""The run of `ms-resampler train tiny`: trains the embedded default, measures it beside a blind one."""
+"""The embedded checkpoint's training: its stages, and the run that makes, measures and records it."""
 
-import argparse
 import dataclasses
+import hashlib
 import json
+import platform
 import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
 from .. import TINY
-from ..hub_upload.card import write_card
+from ..hub_upload.card import results_table, write_card
 from ..hub_upload.staging import allowed_files
-from ..training.recipes import Stage, tiny_blind, tiny_look, tiny_read
-from .curriculum import Looking
-from .evaluate import FamilyScore, evaluate_scenes, markdown_table
+from ..training.collate import ConversationCollator
+from ..training.trainer import CheckedTrainer, JsonlLog, keep_freed_memory, last_checkpoint
+from .curriculum import Looking, PlacesCollator, SceneConversations, ScenePlaces
+from .evaluate import FamilyScore, evaluate_scenes
 from .model import assemble_tiny
-from .record import plot_curves, training_record
-from .train import train
+from .scenes import COLOURS, SHAPES, WORDS
 
 
-def run_tiny(arguments: argparse.Namespace) -> None:
-    """Trains (going on where a killed run stopped), evaluates, and leaves `OUT/model`, ready to load."""
-    look, read, blind = (stage_of(make, arguments) for make in (tiny_look, tiny_read, tiny_blind))
-    out = arguments.out or Path("runs/tiny")
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the embedded checkpoint's training; `dataclasses.replace` makes another.
+
+    `dataset(records)` gives that many training records, `collator(processor)` makes batches of them. The learning
+    rate rises over `warmup_steps`, stays, and falls to zero over the last `cooldown_steps`.
+    """
+
+    name: str
+    dataset: Callable[[int], Dataset]
+    collator: Callable[[Any], Callable]
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    cooldown_steps: int
+    weight_decay: float = 0.02
+    save_steps: int = 100
+    workers: int = 1
+    seed: int = 0
+
+
+def tiny_look(steps: int = 700) -> Stage:
+    """Tower and projector learn to see what is at each place, from random weights."""
+    return Stage(
+        name="look",
+        dataset=ScenePlaces,
+        collator=PlacesCollator,
+        steps=steps,
+        batch_size=64,
+        learning_rate=2e-3,
+        warmup_steps=min(50, steps),
+        cooldown_steps=steps // 2,
+    )
+
+
+def tiny_read(steps: int = 2400) -> Stage:
+    """The whole model learns to transcribe and index scenes, then to answer questions about them."""
+    drills = min(600, steps // 3) * 32
+    return Stage(
+        name="read",
+        dataset=lambda records: SceneConversations(records, drills, turns=10),
+        collator=lambda processor: ConversationCollator(processor, max_length=1024),
+        steps=steps,
+        batch_size=32,
+        learning_rate=1e-3,
+        warmup_steps=min(100, steps),
+        cooldown_steps=int(0.4 * steps),
+    )
+
+
+def tiny_blind(steps: int = 600) -> Stage:
+    """The same language model without images, which shows what can be had by guessing."""
+    return Stage(
+        name="blind",
+        dataset=lambda records: SceneConversations(records, drills=0, turns=10, blind=True),
+        collator=lambda processor: ConversationCollator(processor, max_length=1024),
+        steps=steps,
+        batch_size=32,
+        learning_rate=1e-3,
+        warmup_steps=min(50, steps),
+        cooldown_steps=steps // 2,
+    )
+
+
+def train_tiny(
+    out: str | Path = "runs/tiny", *, steps: int | None = None, scenes: int = 400, seed: int = 0, embed: bool = False
+) -> Path:
+    """Trains the embedded checkpoint from random weights, or resumes the run that was stopped in `out`.
+
+    A stage takes `steps` steps at most; the result and a model that sees no image are measured on `scenes` held-out
+    scenes. `embed` puts the result into this package. Returns the folder of the result, `out`/model.
+    """
+    check_numbers(steps=steps, scenes=scenes)
+    out = Path(out)
+    look, read, blind = (stage_of(make, steps, seed) for make in (tiny_look, tiny_read, tiny_blind))
     target = out / "model"
 
-    model, processor = assemble_tiny(arguments.seed or 0)
-    train(look, Looking(model.model), processor, out / "look")
-    train(read, model, processor, out / "read")
+    model, processor = assemble_tiny(seed)
+    run_stage(look, Looking(model.model), processor, out / "look")
+    run_stage(read, model, processor, out / "read")
     model.save_pretrained(target)
     processor.save_pretrained(target)
-    scores = evaluate_once(model, processor, out / "scores.json", arguments.scenes, blind=False)
+    scores = evaluate_once(model, processor, out / "scores.json", scenes, blind=False)
 
-    guesser, _ = assemble_tiny(arguments.seed or 0)
-    train(blind, guesser, processor, out / "blind")
-    blind_scores = evaluate_once(guesser, processor, out / "blind_scores.json", arguments.scenes, blind=True)
+    guesser, _ = assemble_tiny(seed)
+    run_stage(blind, guesser, processor, out / "blind")
+    blind_scores = evaluate_once(guesser, processor, out / "blind_scores.json", scenes, blind=True)
 
     record = training_record((look, read, blind), model, out, scores, blind_scores)
     (target / "training_record.json").write_text(json.dumps(record, indent=2) + "\n")
     plot_curves(out, target / "curves.png")
     write_card(target, "MS-Resampler tiny")
-    print(markdown_table(scores, blind_scores))
-    if arguments.embed:
-        embed(target)
+    print(results_table(record))
+    if embed:
+        put_into_package(target)
+    return target
 
 
-def stage_of(make: Any, arguments: argparse.Namespace) -> Stage:
-    """A stage of the recipe with the command line's seed, and no more steps than it allows."""
-    stage = make()
-    if arguments.steps is not None:
-        stage = make(min(stage.steps, arguments.steps))
-    return dataclasses.replace(stage, seed=arguments.seed or 0)
+def check_numbers(**numbers: int | None) -> None:
+    """Raises ValueError for a number that is less than 1; None is left out."""
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"The number of {name} must be at least 1, got {value}.")
+
+
+def stage_of(make: Callable[..., Stage], steps: int | None, seed: int) -> Stage:
+    """A stage with a seed, and no more than `steps` steps."""
+    stage = make() if steps is None else make(min(make().steps, steps))
+    return dataclasses.replace(stage, seed=seed)
+
+
+def run_stage(stage: Stage, model: nn.Module, processor: Any, folder: Path) -> None:
+    """Trains `model` in place by a stage, in `folder`; resumes from the last checkpoint there, if there is one."""
+    keep_freed_memory()
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = CheckedTrainer(
+        model=model,
+        args=training_arguments(stage, folder),
+        train_dataset=stage.dataset(stage.steps * stage.batch_size),
+        data_collator=stage.collator(processor),
+        processing_class=processor,
+        callbacks=[JsonlLog(folder / "log.jsonl")],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+
+
+def training_arguments(stage: Stage, folder: Path) -> TrainingArguments:
+    """The stage in the Trainer's words."""
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
+        weight_decay=stage.weight_decay,
+        adam_beta2=0.98,
+        warmup_steps=stage.warmup_steps,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": stage.cooldown_steps},
+        bf16=on_gpu or "AVX512" in torch.backends.cpu.get_cpu_capability(),  # elsewhere it is 30 times slower
+        use_cpu=not on_gpu,
+        dataloader_num_workers=stage.workers,
+        dataloader_pin_memory=on_gpu,
+        train_sampling_strategy="sequential",  # the order of the records is the curriculum
+        remove_unused_columns=False,
+        save_steps=stage.save_steps,
+        save_total_limit=2,
+        logging_steps=25,
+        report_to="none",
+        seed=stage.seed,
+    )
 
 
 def evaluate_once(model: Any, processor: Any, path: Path, scenes: int, blind: bool) -> list[FamilyScore]:
@@ -61,7 +190,79 @@ def evaluate_once(model: Any, processor: Any, path: Path, scenes: int, blind: bo
     return [FamilyScore(**row) for row in json.loads(path.read_text())]
 
 
-def embed(folder: Path) -> None:
+def training_record(
+    stages: Sequence[Stage],
+    model: Any,
+    folder: Path,
+    scores: list[FamilyScore],
+    blind_scores: list[FamilyScore],
+) -> dict[str, Any]:
+    """Stages, data, versions, time and results, as plain JSON values."""
+    return {
+        "stages": [describe_stage(stage, folder / stage.name) for stage in stages],
+        "parameters": {
+            name: sum(parameter.numel() for parameter in part.parameters())
+            for name, part in model.model.named_children()
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "threads": torch.get_num_threads(),
+        "scores": [dataclasses.asdict(row) for row in scores],
+        "blind_scores": [dataclasses.asdict(row) for row in blind_scores],
+        "vocabulary": {"shapes": list(SHAPES), "words": list(WORDS), "colours": list(COLOURS)},
+    }
+
+
+def describe_stage(stage: Stage, folder: Path) -> dict[str, Any]:
+    """The stage's numbers, a fingerprint of its data, and the seconds of its longest uninterrupted stretch."""
+    numbers = {name: value for name, value in vars(stage).items() if not callable(value)}
+    seconds = [row["train_runtime"] for row in read_log(folder) if "train_runtime" in row]
+    return {
+        **numbers,
+        "data_sha256": data_hash(stage.dataset(stage.steps * stage.batch_size)),
+        "seconds": max(seconds, default=None),
+    }
+
+
+def data_hash(dataset: Any, samples: int = 64) -> str:
+    """A fingerprint of the training data: SHA-256 over evenly spaced records, pictures included."""
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    for index in range(0, len(dataset), max(1, len(dataset) // samples)):
+        record = dataset[index]
+        image = record.pop("image")
+        digest.update(json.dumps(record).encode() + (image.tobytes() if image else b""))
+    return digest.hexdigest()
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's log.jsonl; a step whose loss was logged again after a resume counts once, the last time."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row for row in rows if "loss" in row}
+    return [*losses.values(), *(row for row in rows if "loss" not in row)]
+
+
+def plot_curves(folder: Path, path: Path) -> None:
+    """The loss of every stage against its steps, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    for name, colour in (("look", "#E69F00"), ("read", "#0072B2"), ("blind", "#999999")):
+        rows = [row for row in read_log(folder / name) if "loss" in row]
+        axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color=colour, label=name)
+    axes.set(xlabel="optimiser step", ylabel="loss (nats)", yscale="log")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def put_into_package(folder: Path) -> None:
     """Replaces the checkpoint in this package; its code stays where it is, one folder up."""
     old = Path(TINY)
     fresh = old.with_name("tiny.new")

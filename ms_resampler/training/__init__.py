@@ -1,1 +1,1 @@
-"""Training: scenes and conversations as data, recipes, and the run itself."""
+"""Training: data of conversations, recipes, runs, and what a run will take."""

@@ -1,46 +1,27 @@
-r"""Conversations about images, in LLaVA's format, as batches with labels on the answers only.
+"""Conversations about images as batches, with labels on the answers only."""
 
-A record is `{"id": ..., "image": PIL image, path or bytes (or a list), "conversations": [{"from": "human" | "gpt",
-"value": "<image>\nWhat is this?"}, ...]}`; `<image>` marks where an image goes.
-"""
-
+import copy
+import json
+import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..chat_format import ChatFormat, Span
-from .records import epoch_order, open_records
-
-__all__ = [
-    "IGNORED",
-    "BadRecord",
-    "ConversationCollator",
-    "epoch_order",
-    "errors_of_workers",
-    "images_of",
-    "messages_of",
-    "open_records",
-]
+from ..chat_format import ChatFormat, Span, thinking_off
+from .conversations import BadRecord, Conversation, conversation_of, name_of, naming
+from .order import Budget
 
 IGNORED = -100
 WORKER_ERROR = re.compile(r"in DataLoader worker process .*^[\w.]*(BadRecord|ValueError|OSError): (.+)", re.M | re.S)
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-
-
-class BadRecord(ValueError):
-    """A record that cannot be learned from; `kind` says in a word or two why, the message in a sentence."""
-
-    def __init__(self, kind: str, record: dict[str, Any], why: str):
-        super().__init__(f"Record {record.get('id')} {why}")
-        self.kind = kind
 
 
 @contextmanager
@@ -53,56 +34,6 @@ def errors_of_workers() -> Iterator[None]:
         if told is None:
             raise
         raise ValueError(told[2].strip()) from error
-
-
-def messages_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    r"""A record's conversation as chat messages. Raises BadRecord if it has another form, or images do not fit.
-
-    "<image>\nWhat?" -> [{"type": "image"}, {"type": "text", "text": "What?"}]
-    """
-    messages: list[dict[str, Any]] = []
-    for turn in turns_of(record):
-        content: list[dict[str, str]] = []
-        for number, text in enumerate(turn["value"].split("<image>")):
-            content += [{"type": "image"}] if number else []
-            content += [{"type": "text", "text": text.strip("\n")}] if text.strip("\n") else []
-        messages.append({"role": ROLES[turn["from"]], "content": content})
-    check_images(record, messages)
-    return messages
-
-
-def turns_of(record: dict[str, Any]) -> list[dict[str, str]]:
-    """A record's turns, each of a known role with a text. Raises BadRecord."""
-    turns = record.get("conversations")
-    if not isinstance(turns, (list, tuple)) or not turns:
-        raise BadRecord("no conversation", record, "has no `conversations`, a list of turns.")
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise BadRecord("malformed turn", record, f"has no text in turn {number}: a turn is `from` and `value`.")
-        if turn.get("from") not in ROLES:
-            known = ", ".join(ROLES)
-            raise BadRecord("unknown role", record, f"has a turn {number} of {turn.get('from')!r}; known are {known}.")
-        if ROLES[turn["from"]] == "assistant" and not turn["value"].strip():
-            raise BadRecord("empty answer", record, f"has an empty answer in turn {number}.")
-    return list(turns)
-
-
-def check_images(record: dict[str, Any], messages: list[dict[str, Any]]) -> None:
-    """Raises BadRecord if there are not as many images as placeholders, or an answer holds one."""
-    shown = [message["role"] for message in messages for part in message["content"] if part["type"] == "image"]
-    images = len(images_of(record))
-    if len(shown) != images:
-        raise BadRecord("image count", record, f"has {len(shown)} <image> placeholders, but {images} images.")
-    if "assistant" in shown:
-        raise BadRecord("image in an answer", record, "has an <image> in an answer, which only speaks.")
-
-
-def images_of(record: dict[str, Any]) -> list[Any]:
-    """A record's images, as a list."""
-    images = record.get("image")
-    if images is None:
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 class ConversationCollator:
@@ -128,62 +59,70 @@ class ConversationCollator:
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         self.cut = {}
-        rows = [self.encode(record) for record in records]
+        return self.join([self.encode(record) for record in records])
+
+    def join(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Encoded records as one batch, padded on the right."""
         fills = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORED}
         batch = {name: pad_sequence([row.pop(name) for row in rows], True, fill) for name, fill in fills.items()}
         images = dict.fromkeys(name for row in rows for name in row)
         return batch | {name: torch.cat([row[name] for row in rows if name in row]) for name in images}
 
     def encode(self, record: dict[str, Any]) -> dict[str, Tensor]:
-        """One record: `input_ids`, `attention_mask` and `labels` (L,), and the image processor's (images, ...)."""
-        render = self._render_plain if self.plain else self._render_chat
-        text, spans = render(record, messages_of(record))
-        row = self._process(record, text)
-        spans = moved(spans, row.pop("text_replacement_offsets"))
-        is_learned = torch.from_numpy(learned_tokens(row.pop("offset_mapping")[0], spans))
-        ids, learned = self._fit(record, torch.tensor(row.pop("input_ids")[0]), is_learned)
-        if not learned.any():
-            raise BadRecord("nothing to learn", record, "has no answer to learn from.")
-        row.pop("attention_mask")
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "labels": ids.masked_fill(~learned, IGNORED),
-            **{name: torch.from_numpy(np.stack(values)) for name, values in row.items()},
-        }
+        """One record: `input_ids`, `attention_mask` and `labels` (L,), and the image processor's (images, ...).
 
-    def _render_chat(self, record: dict[str, Any], messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+        Raises BadRecord, whatever is wrong with the record.
+        """
+        with naming(record):
+            conversation = conversation_of(record, self.processor.image_token)
+            render = self._render_plain if self.plain else self._render_chat
+            text, spans = render(record, conversation)
+            row = self._process(record, text, conversation.images)
+            spans = moved(spans, row.pop("text_replacement_offsets"))
+            is_learned = torch.from_numpy(learned_tokens(row.pop("offset_mapping")[0], spans))
+            ids, learned = self._fit(record, torch.tensor(row.pop("input_ids")[0]), is_learned)
+            if not learned.any():
+                raise BadRecord("nothing to learn", record, "has no answer to learn from.")
+            row.pop("attention_mask")
+            return {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "labels": ids.masked_fill(~learned, IGNORED),
+                **{name: torch.from_numpy(np.stack(values)) for name, values in row.items()},
+            }
+
+    def _render_chat(self, record: dict[str, Any], conversation: Conversation) -> tuple[str, list[Span]]:
         try:
-            return self.chat_format.render_with_answers(messages)
+            return self.chat_format.render_with_answers(conversation.messages)
         except ValueError as error:
             raise BadRecord("chat template", record, f"does not fit the chat template: {error}") from error
 
-    def _render_plain(self, record: dict[str, Any], messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
-        answers = [part["text"] for m in messages if m["role"] == "assistant" for part in m["content"]]
-        images = self.processor.image_token * len(images_of(record))
+    def _render_plain(self, record: dict[str, Any], conversation: Conversation) -> tuple[str, list[Span]]:
+        answers = [
+            "".join(part["text"] for part in message["content"])
+            for message in conversation.messages
+            if message["role"] == "assistant"
+        ]
+        images = self.processor.image_token * len(conversation.images)
         if len(answers) != 1 or not images:
-            why = f"needs images and one caption to be plain, and has {len(images_of(record))} and {len(answers)}."
+            why = f"needs images and one caption to be plain, and has {len(conversation.images)} and {len(answers)}."
             raise BadRecord("not plain", record, why)
         text = f"{images}{answers[0].strip()}\n"
         return text, [(len(images), len(text))]
 
-    def _process(self, record: dict[str, Any], text: str) -> dict[str, Any]:
+    def _process(self, record: dict[str, Any], text: str, images: list[Any]) -> dict[str, Any]:
         """What the processor makes of a record's text and images, as it does for `generate`."""
-        images, bos = images_of(record), self.processor.tokenizer.bos_token
         if text.count(token := self.processor.image_token) != len(images):
-            raise BadRecord(
-                "image count", record, f"has {text.count(token)} {token} in its text, but {len(images)} images."
-            )
+            why = f"has {text.count(token)} {token} in its text, but {len(images)} images."
+            raise BadRecord("image count", record, why)
         for image in images:
-            if isinstance(image, Path) and not image.is_file():
+            if isinstance(image, Path) and not os.path.isfile(image):
                 raise BadRecord("missing image", record, f"has no image at {image}.")
         try:
             return dict(
                 self.processor(
                     text=[text],
                     images=[images] if images else None,
-                    # as transformers has it: a template writes the start of the text itself, or the tokenizer does
-                    add_special_tokens=not (bos and text.startswith(bos)),
                     return_offsets_mapping=True,
                     return_text_replacement_offsets=True,
                 )
@@ -200,7 +139,7 @@ class ConversationCollator:
         if (ids[self.max_length :] == self.processor.image_token_id).any():
             why = f"has images beyond token {self.max_length} of its {len(ids)}, which cannot be cut."
             raise BadRecord("too long", record, why)
-        self.cut[str(record.get("id"))] = f"has {len(ids)} tokens, of which {self.max_length} stay."
+        self.cut[name_of(record)] = f"has {len(ids)} tokens, of which {self.max_length} stay."
         return ids[: self.max_length], learned[: self.max_length]
 
 
@@ -224,3 +163,75 @@ def learned_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray
     before = characters.cumsum()  # learned characters in front of each place
     width = np.where((ends == starts) & (starts > 0), 1, 0)
     return before[ends + width] > before[starts]
+
+
+def mend_template(processor: Any) -> str | None:
+    """Sees to it that answers are trained after the text after which they are asked for; returns a sentence about it.
+
+    Where a chat template makes them differ (thinking before an answer), the processor's is replaced by the same with
+    thinking off, if that mends it. Returns None if there is nothing to say.
+    """
+    template, tokenizer = processor.chat_template, processor.tokenizer
+    problem = None if template is None else ChatFormat(template, tokenizer).check_generation_prompt()
+    if problem is None:
+        return None
+    processor.chat_template = thinking_off(template, tokenizer)
+    if processor.chat_template == template:
+        return f"What is trained is not what is asked: {problem} Give the processor another chat template."
+    return f"The chat template is taken with thinking off, and so saved: {problem}"
+
+
+class BatchMaker:
+    """Collates (record, budget) pairs of one step into model inputs, labels, and `record_ids`.
+
+    `collator(processor)` makes inputs and labels of records, and raises ValueError, with its id, for a bad one.
+    `bad_records` "skip" leaves these out. Which were left out, and which were cut, is written into skipped.jsonl and
+    cut.jsonl in `folder`, one JSON object a line.
+
+    A batch without any image gets one more row, a blank picture without labels, whose gradient is zero: tower and
+    projector then run in every process at every step, as sharded training requires.
+    """
+
+    def __init__(self, collator: Callable[[Any], ConversationCollator], processor: Any, bad_records: str, folder: Path):
+        self.collator = collator
+        self.processor = processor
+        self.bad_records = bad_records
+        self.folder = folder
+
+    def __call__(self, samples: Sequence[tuple[dict[str, Any], Budget | None]]) -> dict[str, Any]:
+        budget = samples[0][1]
+        assert all(other == budget for _, other in samples), "a batch crosses from one step into the next"
+        collate = self.collator(self._processor(budget))
+        rows, ids = [], []
+        for record, _ in samples:
+            try:
+                rows.append(collate.encode(record))
+            except BadRecord as error:
+                if self.bad_records == "fatal":
+                    raise
+                self._note("skipped", name_of(record), str(error))
+            else:
+                ids.append(name_of(record))
+        if not any("pixel_values" in row for row in rows):
+            rows.append(collate.encode(blank_record()))
+            rows[-1]["labels"][:] = IGNORED
+        for record_id, why in collate.cut.items():
+            self._note("cut", record_id, why)
+        return collate.join(rows) | {"record_ids": ids}
+
+    def _processor(self, budget: Budget | None) -> Any:
+        if budget is None:
+            return self.processor
+        processor = copy.copy(self.processor)
+        processor.images_kwargs = {"visual_tokens": budget}
+        return processor
+
+    def _note(self, what: str, record_id: str, why: str) -> None:
+        with (self.folder / f"{what}.jsonl").open("a") as file:
+            file.write(json.dumps({"id": record_id, "why": why}) + "\n")
+
+
+def blank_record() -> dict[str, Any]:
+    """A white picture, and an answer that is not to be learned."""
+    said = [{"from": "human", "value": "<image>\n"}, {"from": "gpt", "value": "."}]
+    return {"id": "blank", "image": Image.new("RGB", (64, 64), "white"), "conversations": said}

@@ -1,6 +1,5 @@
-"""`ms-resampler data check`: every record of a data set through the collator, before hours of training."""
+"""`check_data`: every record of a data set through the collator, before hours of training."""
 
-import argparse
 import copy
 import os
 from collections import Counter, defaultdict
@@ -14,10 +13,12 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..folders import model_or_embedded
+from ..folders import our_model
 from ..processing_ms_resampler import MSResamplerProcessor
-from .collate import IGNORED, BadRecord, ConversationCollator, errors_of_workers, images_of, open_records
-from .label_view import Example, coloured_text, example_of, page
+from .collate import IGNORED, ConversationCollator, errors_of_workers, mend_template
+from .conversations import BadRecord, images_of, name_of
+from .label_view import Example, example_of
+from .records import open_records
 
 BINS = 8  # of the histogram of lengths
 NAMED = 5  # ids printed of each problem
@@ -28,7 +29,7 @@ class Verdict:
     """What came of a record: how long it is, or (`problem`) why it cannot be learned from."""
 
     record_id: str
-    images: int
+    images: int = 0
     tokens: int = 0
     learned: int = 0
     problem: str | None = None
@@ -56,54 +57,63 @@ class Examiner:
         if problem.kind == "too long" and self.collator.truncate:
             with suppress(BadRecord):
                 return replace(self._good(record, self.collator), cut=True)
-        return Verdict(str(record["id"]), len(images_of(record)), problem=problem.kind, why=str(problem))
+        return Verdict(name_of(record), problem=problem.kind, why=str(problem))
 
     def _good(self, record: dict[str, Any], collator: ConversationCollator) -> Verdict:
         labels = collator.encode(record)["labels"]
-        return Verdict(str(record["id"]), len(images_of(record)), len(labels), int((labels != IGNORED).sum()))
+        return Verdict(name_of(record), len(images_of(record)), len(labels), int((labels != IGNORED).sum()))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `data`."""
-    check = parser.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
-        "check",
-        help="look at every record as training would, and show what is learned",
-        description="Looks at every record as training would: counts what is wrong, and shows what is learned.",
-    )
-    check.add_argument("source", help=".json, .jsonl, parquet or arrow, a folder of these, or a Hub repository")
-    check.add_argument("--model", help="folder or Hub repository of the model to train (default: the embedded one)")
-    check.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the source)")
-    check.add_argument("--split", default="train", help="of a table (default: %(default)s)")
-    check.add_argument("--streaming", action="store_true", help="read a table from the Hub without storing it")
-    check.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens a record may have (2048)")
-    check.add_argument("--truncate", action="store_true", help="cut what is longer, instead of counting it as wrong")
-    check.add_argument("--plain", action="store_true", help="images and caption alone, as in the stage align")
-    check.add_argument(
-        "--bad-records", choices=["fatal", "skip"], default="fatal", help="skip: training will leave them out"
-    )
-    check.add_argument("--examples", type=int, default=2, metavar="N", help="records to show (default: %(default)s)")
-    check.add_argument("--html", type=Path, metavar="FILE", help="show them on a page, too")
-    check.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all)")
+@dataclass(frozen=True)
+class DataReport:
+    """What came of every record of a data set, and the first good ones as they are trained on: `str(report)` tells."""
+
+    verdicts: list[Verdict]
+    examples: list[Example]
+    bad_records: str
+    note: str | None = None  # on the chat template
+
+    @property
+    def trainable(self) -> bool:
+        """Whether training would go through: there is a good record, and no bad one unless these are skipped."""
+        good = [verdict for verdict in self.verdicts if verdict.problem is None]
+        return bool(good) and (len(good) == len(self.verdicts) or self.bad_records == "skip")
+
+    def __str__(self) -> str:
+        return "\n".join([describe(self.verdicts, self.bad_records), *filter(None, [self.note])])
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Prints the report and the examples; the exit code is 2 if training would stop at a record, or has none."""
-    if arguments.html is not None and not arguments.html.parent.is_dir():
-        raise ValueError(f"There is no folder {str(arguments.html.parent)!r} for the page.")
-    processor = MSResamplerProcessor.from_pretrained(model_or_embedded(arguments.model))
-    collator = ConversationCollator(processor, arguments.max_length, arguments.plain, arguments.truncate)
-    records = open_records(arguments.source, arguments.images, arguments.split, arguments.streaming)
-    verdicts = list(examine_all(records, Examiner(collator), arguments.workers))
-    good = [verdict for verdict in verdicts if verdict.problem is None]
-    report = describe(verdicts, arguments.bad_records)
-    examples = list(first_examples(records, collator, arguments.examples)) if good else []
-    print(report)
-    for example in examples:
-        print(f"\n{coloured_text(example)}")
-    if arguments.html is not None:
-        arguments.html.write_text(page(f"{arguments.source}", report, examples), encoding="utf-8")
-        print(f"\nThe examples are in {arguments.html}.")
-    return 0 if good and (len(good) == len(verdicts) or arguments.bad_records == "skip") else 2
+def check_data(
+    data: str | Path,
+    *,
+    model: str | Path | None = None,
+    images: str | Path | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    max_length: int = 2048,
+    truncate: bool = False,
+    plain: bool = False,
+    bad_records: str = "fatal",
+    examples: int = 2,
+    workers: int | None = None,
+) -> DataReport:
+    """Looks at every record of a data set as training would.
+
+    `data`, `images`, `split` and `streaming` are what `open_records` takes, `model` the one to train (default: the
+    embedded one), `max_length`, `truncate` and `bad_records` ("fatal" or "skip") those of the recipe; `plain` is for
+    recipes of plain captions. `examples` good records are kept to be shown. `workers` processes do it (default: one a
+    core). Raises ValueError or OSError if the data cannot be read or the model is none of this package.
+    """
+    for name, value, least in (("max_length", max_length, 1), ("examples", examples, 0), ("workers", workers, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    processor = MSResamplerProcessor.from_pretrained(our_model(model))
+    note = None if plain else mend_template(processor)
+    collator = ConversationCollator(processor, max_length, plain, truncate)
+    records = open_records(data, images, split, streaming)
+    workers = (os.cpu_count() or 1) if workers is None else workers
+    verdicts = list(examine_all(records, Examiner(collator), workers))
+    return DataReport(verdicts, list(first_examples(records, collator, examples)), bad_records, note)
 
 
 def examine_all(records: Any, examiner: Examiner, workers: int) -> Iterator[Verdict]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ..processing_ms_resampler import to_rgb
-from .collate import IGNORED, ConversationCollator, images_of
+from ..pictures_ms_resampler import open_picture
+from .collate import IGNORED, ConversationCollator
+from .conversations import images_of, name_of
 
 GREEN, GREY, PLAIN = "\x1b[30;42m", "\x1b[90m", "\x1b[0m"
 THUMBNAIL_PIXELS = 280
@@ -53,7 +54,8 @@ def example_of(record: dict[str, Any], collator: ConversationCollator) -> Exampl
     row = collator.encode(record)
     learned = (row["labels"] != IGNORED).tolist()
     pieces = pieces_of(row["input_ids"].tolist(), learned, collator.processor)
-    return Example(str(record["id"]), images_of(record), pieces)
+    images = [open_picture(image, collator.processor.max_pixels) for image in images_of(record)]
+    return Example(name_of(record), images, pieces)
 
 
 def pieces_of(ids: Sequence[int], learned: Sequence[bool], processor: Any) -> list[Piece]:
@@ -153,11 +155,7 @@ def piece_html(piece: Piece) -> str:
 
 def data_uri(image: Any) -> str:
     """A small copy of a picture, as the address of itself."""
-    if isinstance(image, Image.Image):
-        small = to_rgb(image)
-    else:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            small = to_rgb(ImageOps.exif_transpose(opened))
+    small = image.copy() if isinstance(image, Image.Image) else Image.fromarray(image)
     small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     stored = io.BytesIO()
     small.save(stored, "JPEG", quality=85)

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..towers_ms_resampler import flatten_patches, pair
 from .adapters import add_adapters
-from .parameters import count_parameters, freeze, set_precision
+from .parameters import count_parameters, eval_frozen, freeze, frozen_parts, set_precision
 from .recipes import Recipe
 
 NF4_BYTES = 4.127 / 8  # a weight in four bits, with its share of the twice quantized scales
@@ -128,7 +128,9 @@ def step_sizes(config: Any, recipe: Recipe, shape: BatchShape, launcher: str) ->
     parts, (layer, rest) = count_parameters(whole), unit_sizes(model)
     with FakeTensorMode():
         imagine_on_cpu(model)
-        activations = trace(model.train(), recipe, shape)
+        model.train()
+        eval_frozen(frozen_parts(model))
+        activations = trace(model, recipe, shape)
     return Sizes(parts, activations, layer, rest)
 
 

@@ -1,6 +1,5 @@
-"""`ms-resampler merge`: adapters folded into the weights of the model that they were trained on."""
+"""`merge`: adapters folded into the weights of the model that they were trained on."""
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -13,18 +12,30 @@ from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import four_bit_config
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `merge`."""
-    parser.add_argument("run", type=Path, help="folder of a run with adapters (or its folder `adapter`)")
-    parser.add_argument("out", type=Path, help="where to put the whole model: a new folder")
-    parser.add_argument("--model", help="the model that the run started from, if it has moved since")
+def merge(run: str | Path, out: str | Path, model: str | None = None) -> None:
+    """Writes the model that a run with adapters trained, the adapters folded in, to the new folder `out`.
 
+    `run` is the run's folder, or the adapters' in it; `model` is where the model that the run began with is now, if it
+    has moved. Raises ValueError if there are no adapters, if that model is not there, or if `out` exists.
+    """
+    from peft import PeftModel
 
-def run(arguments: argparse.Namespace) -> int:
-    """Merges, and prints how to load the result."""
-    merge(adapter_folder(arguments.run), arguments.out, arguments.model)
-    print(f'AutoModelForImageTextToText.from_pretrained("{arguments.out}", trust_remote_code=True)')
-    return 0
+    adapter, out = adapter_folder(Path(run)), Path(out)
+    if out.exists():
+        raise ValueError(f"{out} exists already; give a new folder.")
+    start = model or json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    try:
+        start = model_or_embedded(start)
+    except ValueError as error:
+        raise ValueError("The model that these adapters were trained on is not there: name it, --model.") from error
+    whole = as_trained(start, json.loads((adapter / "training_record.json").read_text())["recipe"])
+    dtype = whole.dtype
+    # Added in float32: in bfloat16 the sum would lose a third of the adapters' digits.
+    merged = PeftModel.from_pretrained(whole.float(), str(adapter)).merge_and_unload().to(dtype)
+    with whole_folder(out) as folder:
+        merged.save_pretrained(folder)
+        AutoProcessor.from_pretrained(adapter).save_pretrained(folder)
+        shutil.copyfile(adapter / "training_record.json", folder / "training_record.json")
 
 
 def adapter_folder(run: Path) -> Path:
@@ -46,27 +57,3 @@ def as_trained(start: str, recipe: dict[str, Any]) -> Any:
         device_map="cpu" if four_bits else None,
     )
     return model.dequantize() if four_bits else model
-
-
-def merge(adapter: Path, out: Path, model: str | None = None) -> None:
-    """Writes the model of `adapter`, with its own parts and the adapters folded in, to the new folder `out`.
-
-    Raises ValueError if `out` exists, or if the model that the adapters belong to is not where it was.
-    """
-    from peft import PeftModel
-
-    if out.exists():
-        raise ValueError(f"{out} exists already; give a new folder.")
-    start = model or json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    try:
-        start = model_or_embedded(start)
-    except ValueError as error:
-        raise ValueError("The model that these adapters were trained on is not there: name it, --model.") from error
-    whole = as_trained(start, json.loads((adapter / "training_record.json").read_text())["recipe"])
-    dtype = whole.dtype
-    # Added in float32: in bfloat16 the sum would lose a third of the adapters' digits.
-    merged = PeftModel.from_pretrained(whole.float(), str(adapter)).merge_and_unload().to(dtype)
-    with whole_folder(out) as folder:
-        merged.save_pretrained(folder)
-        AutoProcessor.from_pretrained(adapter).save_pretrained(folder)
-        shutil.copyfile(adapter / "training_record.json", folder / "training_record.json")

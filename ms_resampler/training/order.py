@@ -13,11 +13,11 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ..configuration_ms_resampler import token_grid
-from .collate import epoch_order
 from .recipes import Recipe
 from .records import StreamedRecords
 
 Budget = int | tuple[int, int]
+POOL = 50  # batches whose records are sorted by length together: more is more alike, and less shuffled
 
 
 class Schedule(Dataset):
@@ -122,3 +122,28 @@ def check_budgets(recipe: Recipe, config: Any) -> None:
     """Raises ValueError, with the model's own reason, if the model cannot make one of the recipe's budgets."""
     for budget in recipe.token_budgets:
         token_grid(budget, config.native_patch_grid)
+
+
+def epoch_order(
+    records: Any, batch_size: int, seed: int, epoch: int, grouped: bool = False, begun: int = 0
+) -> Sequence[int]:
+    """The order of the records in an epoch: shuffled, a function of seed and epoch alone.
+
+    `grouped` makes every run of `batch_size` records alike in modality (with images, or text only) and length, but for
+    the rests at both ends. `begun` is how many records of the first batch the epoch before has filled already.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(records))
+    if not grouped:
+        return order.tolist()
+    first, order = np.split(order, [-begun % batch_size])
+    lengths, groups, rest = records.lengths(), [], []
+    for has_image in (True, False):
+        alike = order[records.modality[order] == has_image]
+        whole = len(alike) // batch_size * batch_size
+        rest.append(alike[whole:])
+        for pool in np.split(alike[:whole], range(POOL * batch_size, whole, POOL * batch_size)):
+            by_length = pool[np.argsort(lengths[pool], kind="stable")]
+            groups += list(by_length.reshape(-1, batch_size))
+    generator.shuffle(groups)
+    return np.concatenate([first, *groups, *rest]).tolist()

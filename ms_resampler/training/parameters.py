@@ -1,11 +1,16 @@
 """Which parameters learn, at which rate, in which precision."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import set_seed
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .recipes import LearningRates
+from .adapters import add_adapters
+from .liger import fuse_loss
+from .recipes import LearningRates, Recipe
 
 _PREFIXES = {
     "tower": ("model.vision_tower.",),
@@ -29,6 +34,43 @@ def freeze(model: nn.Module, rates: LearningRates) -> None:
     """Switches gradients on in the parts with a learning rate, off in the others."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(getattr(rates, part_of(name)) is not None)
+
+
+def frozen_parts(model: nn.Module) -> list[nn.Module]:
+    """The largest modules of which no parameter learns; `freeze` comes first."""
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return [part for child in model.children() for part in frozen_parts(child)]
+    return [model] if any(True for _ in model.parameters()) else []
+
+
+def eval_frozen(parts: list[nn.Module]) -> None:
+    """Puts frozen parts into the mode that they are used in: no dropout, and no batch statistics that move.
+
+    transformers checkpoints activations in training mode only; frozen layers through which gradients flow (the
+    language model's, while the projector learns) are checkpointed here.
+    """
+    for part in parts:
+        part.eval()
+        for layer in part.modules():
+            if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing:
+                layer.forward = partial(checkpointed, layer)
+
+
+def checkpointed(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """The output of a layer, whose activations are computed again in the backward; no cache could be filled twice."""
+    kwargs |= {name: None for name in ("past_key_values", "layer_past") if name in kwargs}
+    return layer._gradient_checkpointing_func(partial(type(layer).forward, layer, **kwargs), *args)
+
+
+def prepare(model: Any, recipe: Recipe) -> Any:
+    """The model with frozen parts, fused loss and adapters as the recipe has them, in the precision that it came in."""
+    freeze(model, recipe.rates)
+    if recipe.liger:
+        fuse_loss(model)
+    if recipe.adapters is None:
+        return model
+    set_seed(recipe.seed)  # adapters start at random
+    return add_adapters(model, recipe.adapters, recipe.rates)
 
 
 def set_precision(model: nn.Module, frozen: torch.dtype) -> None:

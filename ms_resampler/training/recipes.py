@@ -1,17 +1,9 @@
-"""Recipes: functions that return complete training runs.
+"""Recipes: functions that return complete training runs, listed by name in `RECIPES`."""
 
-`Recipe` trains any model on conversations; `RECIPES` names the functions that make one. `Stage` and the functions
-from `tiny_look` on make the embedded checkpoint, whose data and curriculum are part of the recipe.
-"""
-
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-from torch.utils.data import Dataset
-
-from ..tiny.curriculum import PlacesCollator, SceneConversations, ScenePlaces
-from .collate import ConversationCollator
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -32,6 +24,14 @@ class Adapters:
     alpha: int = 256
     dropout: float = 0.05
     four_bits: bool = False
+
+
+# The least value of a recipe's whole numbers.
+LEAST = {
+    **dict.fromkeys(("batch_size", "steps", "max_length", "shuffle_buffer", "largest_device_batch"), 1),
+    **dict.fromkeys(("save_steps", "kept_checkpoints", "logging_steps"), 1),
+    **dict.fromkeys(("workers", "seed"), 0),
+}
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,16 @@ class Recipe:
                 raise ValueError(f"The learning rate of the {part} must lie between 0 and 1, got {rate}.")
         if self.adapters and (self.rates.embeddings or not self.rates.llm):
             raise ValueError("Adapters train at the rate of `llm`, and the embeddings stay frozen: set these two so.")
-        for name in ("steps", "batch_size", "shuffle_buffer"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"The recipe's {name} must be at least 1, got {value}.")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"The recipe's {name} must be at least {least}, got {value}.")
+        for name in ("epochs", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"The recipe's {name} must be above 0, got {getattr(self, name)}.")
+        for name in ("warmup_ratio", "weight_decay", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"The recipe's {name} must be at least 0 and below 1, got {getattr(self, name)}.")
 
     @property
     def four_bits(self) -> bool:
@@ -187,66 +194,24 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stage of the embedded checkpoint's training; `dataclasses.replace` makes another.
-
-    `dataset(records)` gives that many training records, `collator(processor)` makes batches of them. The learning
-    rate rises over `warmup_steps`, stays, and falls to zero over the last `cooldown_steps`.
-    """
-
-    name: str
-    dataset: Callable[[int], Dataset]
-    collator: Callable[[Any], Callable]
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int
-    cooldown_steps: int
-    weight_decay: float = 0.02
-    save_steps: int = 100
-    workers: int = 1
-    seed: int = 0
+def recipe_named(recipe: str | Recipe) -> Recipe:
+    """The recipe of a name in `RECIPES`; a recipe is itself. Raises ValueError for an unknown name."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ValueError(f"There is no recipe {recipe!r}: choose one of {', '.join(RECIPES)}.")
+    return RECIPES[recipe]()
 
 
-def tiny_look(steps: int = 700) -> Stage:
-    """Tower and projector learn to see what is at each place, from random weights."""
-    return Stage(
-        name="look",
-        dataset=ScenePlaces,
-        collator=PlacesCollator,
-        steps=steps,
-        batch_size=64,
-        learning_rate=2e-3,
-        warmup_steps=min(50, steps),
-        cooldown_steps=steps // 2,
-    )
+def recipe_table() -> str:
+    """The recipes, one a line: name, batch size, learning rates and source."""
+    rows = [f"{'recipe':24}{'batch':>6}  {'learning rates':46}source"]
+    for make in RECIPES.values():
+        recipe = make()
+        rows.append(f"{recipe.name:24}{recipe.batch_size:>6}  {rates_text(recipe.rates):46}{recipe.source}")
+    return "\n".join([*rows, f"{'tiny':24}{'':>6}  {'':46}the checkpoint in this package, from random weights"])
 
 
-def tiny_read(steps: int = 2400) -> Stage:
-    """The whole model learns to transcribe and index scenes, then to answer questions about them."""
-    drills = min(600, steps // 3) * 32
-    return Stage(
-        name="read",
-        dataset=lambda records: SceneConversations(records, drills, turns=10),
-        collator=lambda processor: ConversationCollator(processor, max_length=1024),
-        steps=steps,
-        batch_size=32,
-        learning_rate=1e-3,
-        warmup_steps=min(100, steps),
-        cooldown_steps=int(0.4 * steps),
-    )
-
-
-def tiny_blind(steps: int = 600) -> Stage:
-    """The same language model without images, which shows what can be had by guessing."""
-    return Stage(
-        name="blind",
-        dataset=lambda records: SceneConversations(records, drills=0, turns=10, blind=True),
-        collator=lambda processor: ConversationCollator(processor, max_length=1024),
-        steps=steps,
-        batch_size=32,
-        learning_rate=1e-3,
-        warmup_steps=min(50, steps),
-        cooldown_steps=steps // 2,
-    )
+def rates_text(rates: LearningRates) -> str:
+    """The learning rates of the parts that learn: "projector 0.001, llm 2e-05"."""
+    return ", ".join(f"{part} {rate:g}" for part, rate in vars(rates).items() if rate)

@@ -1,15 +1,21 @@
-"""Opens training data: LLaVA's JSON and JSON lines, and tables that `datasets` reads, here or on the Hub.
+"""Opens training data: JSON and JSON lines, and tables that `datasets` reads, here or on the Hub.
 
-Whatever they are, a record comes out in LLaVA's form (training/data.py) with its images as paths or bytes: they are
-opened when a batch is made, so that one that cannot be is known by its record's id.
+A record comes out as it is stored, with an id and the folder of its images: it is looked into when a batch is made
+(conversations.py), so that a bad one is known by its id.
 """
 
+import atexit
 import codecs
+import gzip
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +23,35 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
+from .conversations import BadRecord, messages_in
+
 CHUNK_BYTES = 1 << 20
 CHARACTERS_A_TOKEN, TOKENS_AN_IMAGE = 4, 144  # for lengths, which need only be right in proportion
 READ_TOGETHER = 32  # rows of a stream
-POOL = 50  # batches whose records are sorted by length together: more is more alike, and less shuffled
 BETWEEN = re.compile("[\\s,\ufeff]*")  # the mark of UTF-8, too, which some editors put in front
+LINE = re.compile(r"[^\r\n]*")
+# The start of a list, or of an object in which it comes after fields of one value each: {"version": "1.0", "data": [
+START = re.compile(
+    r'\[|\{(?:\s*"\w+"\s*:\s*(?:"[^"]*"|[\w.+-]+)\s*,)*\s*"(?:data|records|examples|samples|rows)"\s*:\s*\['
+)
+LINES = (".jsonl", ".ndjson")
 
 
 def open_records(
     source: str | Path, images: str | Path | None = None, split: str = "train", streaming: bool = False
 ) -> "JsonRecords | TableRecords | StreamedRecords":
-    """The records of a .json or .jsonl file, of a folder or file of parquet or arrow tables, or of a Hub repository.
+    """The records of a .json, .jsonl or .ndjson file, packed by gzip or not, of a folder or file of parquet or arrow
+    tables, or of a Hub repository.
 
     `images` is the folder that image paths are relative to: by default the one that the file is in. `split` and
-    `streaming` are for tables; a stream has no length. Raises ValueError or OSError if the source cannot be read or
-    names an image outside of the folder.
+    `streaming` are for tables; a stream has no length. Raises ValueError or OSError if the source cannot be read; what
+    is wrong with a record is found when a batch is made of it.
     """
     path = Path(source)
     folder = Path(images) if images is not None else path if path.is_dir() else path.parent
     if images is not None and not folder.is_dir():
         raise ValueError(f"There is no folder of images {str(images)!r}.")
-    if path.suffix in (".json", ".jsonl") and not path.is_dir():
+    if names_json(path) and not path.is_dir():
         if streaming:
             raise ValueError(f"{source} is read record by record as it is: leave streaming to tables.")
         return JsonRecords(path, folder)
@@ -71,7 +85,7 @@ class JsonRecords(CountedRecords):
     """
 
     def __init__(self, path: Path, images: Path):
-        self.path = path
+        self.path = in_utf8(path)
         self.images = images
         places: list[tuple[int, int]] = []
         self._describe(self._scan(places))
@@ -89,7 +103,12 @@ class JsonRecords(CountedRecords):
         start, end = self._places[index].tolist()
         with self.path.open("rb") as file:
             file.seek(start)
-            return as_record(json.loads(file.read(end - start)), range(1, len(self) + 1)[index], self.images)
+            text = file.read(end - start).decode("utf-8", "surrogateescape")
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            row = NoJson(reason(error))
+        return as_record(row, range(1, len(self) + 1)[index], self.images)
 
 
 class TableRecords(CountedRecords):
@@ -146,43 +165,68 @@ def open_table(source: str, split: str, streaming: bool) -> Any:
     import datasets  # not everybody's data need it
 
     path = Path(source)
-    if (path / "state.json").is_file():
-        table = datasets.load_from_disk(source)
-        return table.to_iterable_dataset() if streaming else table
     if (path / "dataset_dict.json").is_file():
         return open_table(str(path / split), split, streaming)
-    if path.is_file():
-        kind = path.suffix.removeprefix(".")
-        if kind not in ("parquet", "arrow"):
-            raise ValueError(f"{source} is of no kind that is read here: .json, .jsonl, .parquet or .arrow.")
-        return datasets.load_dataset(kind, data_files=source, split="train", streaming=streaming)
-    if not path.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    kind = path.suffix.removeprefix(".").lower()
+    if path.is_file() and kind not in ("parquet", "arrow"):
+        kinds = ".json, .jsonl or .ndjson (also with .gz), .parquet or .arrow"
+        raise ValueError(f"{source} is of no kind that is read here: {kinds}.")
+    if not path.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise ValueError(f"{source!r} is neither a file or folder nor the name of a Hub repository.")
-    return datasets.load_dataset(source, split=split, streaming=streaming)
+    try:
+        if (path / "state.json").is_file():
+            table = datasets.load_from_disk(source)
+            return table.to_iterable_dataset() if streaming else table
+        if path.is_file():
+            return datasets.load_dataset(kind, data_files=source, split="train", streaming=streaming)
+        return datasets.load_dataset(source, split=split, streaming=streaming)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        why = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(f"{source} cannot be read as a table: {why}") from error
 
 
-def scan_json(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+@dataclass(frozen=True)
+class NoJson:
+    """Stands for a line of a file that is no JSON, and says why."""
+
+    why: str
+
+
+def scan_json(path: Path) -> Iterator[tuple[int, int, Any]]:
     """The byte range and the value of each record of a JSON list, or of JSON objects one after the other (lines).
 
-    Raises ValueError, with the number of the record, if the file is damaged.
+    A list may be the field `data` of one object. For a line that is no JSON comes a NoJson, for the lines after it may
+    be good. Raises ValueError, with the number of the record, if a list is damaged or the file is no JSON.
     """
-    text, offset, number, in_list, closed = "", 0, 0, False, False  # `offset` is that of the text in hand, in bytes
-    for chunk in text_chunks(path):
+    text, offset, number = "", 0, 0  # `offset` is that of the text in hand, in bytes
+    in_list = in_object = closed = False
+    chunks = text_chunks(path)
+    for chunk in chunks:
         text, done = text + chunk, 0
         while (place := BETWEEN.match(text, done).end()) < len(text):  # type: ignore[union-attr]
-            if (number, in_list, text[place]) == (0, False, "[") or (in_list and text[place] == "]"):
-                in_list, closed = not in_list, in_list
-                offset, done = offset + bytes_of(text[done : place + 1]), place + 1
+            head = START.match(text, place) if number == 0 and not in_list else None
+            if head or (in_list and text[place] == "]"):
+                end = head.end() if head else place + 1
+                in_list, closed, in_object = not in_list, in_list, in_object or text[place] == "{"
+                offset, done = offset + bytes_of(text[done:end]), end
+                if closed and in_object:
+                    check_rest(path, text[end:] + "".join(chunks))
+                    return
                 continue
             try:
                 record, end = json.JSONDecoder().raw_decode(text, place)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 if chunk and may_go_on(error, len(text)):
                     break
-                raise ValueError(f"{path} is no JSON in record {number + 1}: {error.msg}.") from error
+                if in_list or closed or (number == 0 and not names_json(path, LINES)):
+                    raise ValueError(f"{path} is no JSON in record {number + 1}: {reason(error)}.") from error
+                end = LINE.match(text, place).end()  # type: ignore[union-attr]
+                if chunk and end == len(text):
+                    break
+                record = NoJson(reason(error))
             number += 1
-            if closed or not isinstance(record, dict):
-                raise ValueError(f"{path} is no list of JSON objects, nor lines of them: see record {number}.")
+            if closed:
+                raise ValueError(f"{path} has more after the end of its list: see record {number}.")
             start = offset + bytes_of(text[done:place])
             offset, done = start + bytes_of(text[place:end]), end
             yield start, offset, record
@@ -191,16 +235,23 @@ def scan_json(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
         raise ValueError(f"{path} ends in the middle, after record {number}: its list is not closed.")
 
 
+def check_rest(path: Path, text: str) -> None:
+    """Raises ValueError if an object goes on after its list of records with another list of records, or not as JSON."""
+    try:
+        fields = json.loads("{" + text.lstrip("\ufeff\r\n\t ,"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON after its list: {reason(error)}.") from error
+    if others := [name for name, value in fields.items() if isinstance(value, list) and dict in map(type, value)]:
+        raise ValueError(f"{path} has another list, {others[0]!r}: put each into a file of its own.")
+
+
 def text_chunks(path: Path) -> Iterator[str]:
-    """The text of a file, piece by piece, and "" at its end. Raises ValueError if it is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    """The text of a UTF-8 file, piece by piece, and "" at its end; other bytes are kept, to be refused in a record."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     with path.open("rb") as file:
         while True:
             chunk = file.read(CHUNK_BYTES)
-            try:
-                text = decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} is not UTF-8 text, near byte {file.tell()}.") from error
+            text = decoder.decode(chunk, final=not chunk)
             if text or not chunk:
                 yield text
             if not chunk:
@@ -209,76 +260,85 @@ def text_chunks(path: Path) -> Iterator[str]:
 
 def bytes_of(text: str) -> int:
     """How many bytes a text has in the file."""
-    return len(text.encode())
+    return len(text.encode("utf-8", "surrogateescape"))
 
 
-def may_go_on(error: json.JSONDecodeError, length: int) -> bool:
+def may_go_on(error: Exception, length: int) -> bool:
     """Whether a text may be the beginning of JSON: one that only breaks off fails at its end, or in a string."""
+    if not isinstance(error, json.JSONDecodeError):  # numbers of too many digits, brackets too deep
+        return False
     return error.pos >= length - 16 or error.msg.startswith("Unterminated string")
 
 
-def as_record(row: dict[str, Any], number: int | str, folder: Path) -> dict[str, Any]:
-    """A row in LLaVA's form: `messages` become `conversations`, image paths are in the folder, every row has an id."""
-    record = row | {"id": f"number {number}" if row.get("id") is None else row["id"]}
-    if record.get("conversations") is None and isinstance(record.get("messages"), (list, tuple)):
-        record["conversations"] = [turn_of(message) for message in record.pop("messages")]
-    images = record.pop("images", None) or record.get("image")
-    images = images if isinstance(images, (list, tuple)) else [images]
-    record["image"] = [located(image, folder, record["id"]) for image in images if image] or None
-    return record
+def reason(error: Exception) -> str:
+    """Why a text is no JSON that is read here."""
+    if isinstance(error, RecursionError):
+        return "its brackets are too deep"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def turn_of(message: Any) -> Any:
-    """A chat message as a turn; what is none stays as it is, to be refused with its record's id."""
-    if not isinstance(message, dict):
-        return message
-    said = message.get("content")
-    if isinstance(said, (list, tuple)) and all(isinstance(part, dict) for part in said):
-        said = "".join("<image>" if part.get("type") == "image" else part.get("text") or "" for part in said)
-    return {"from": message.get("role"), "value": said}
+def names_json(path: Path, endings: tuple[str, ...] = (".json", *LINES)) -> bool:
+    """Whether a file's name has one of these endings, packed by gzip or not."""
+    return path.name.lower().removesuffix(".gz").endswith(endings)
 
 
-def located(image: Any, folder: Path, record_id: Any) -> Any:
-    """An image's path in the folder, or its bytes. Raises ValueError for a path that leads out of the folder."""
-    if isinstance(image, dict):  # as `datasets` stores one
-        image = image.get("bytes") or image.get("path")
-    if not isinstance(image, str):
-        return image
-    path = folder / image
-    if "://" in image or not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
-        raise ValueError(f"Record {record_id} names the image {image!r}: a path must stay within the folder of images.")
-    return path
+def in_utf8(path: Path) -> Path:
+    """The file itself, or a copy of what gzip has packed or is UTF-16, that goes when the process ends."""
+    with path.open("rb") as file:
+        opened: Any = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    try:
+        with opened(path, "rb") as file:
+            encoding = encoding_of(file.read(4))
+        if opened is open and encoding == "utf-8":
+            return path
+        folder = Path(tempfile.mkdtemp(prefix="ms-resampler-data-"))
+        atexit.register(remove_own, folder, os.getpid())
+        copy, errors = folder / path.name, "surrogateescape" if encoding == "utf-8" else "strict"
+        with (
+            opened(path, "rt", encoding=encoding, errors=errors, newline="") as source,
+            copy.open("w", encoding="utf-8", errors="surrogateescape", newline="") as target,
+        ):
+            shutil.copyfileobj(source, target, CHUNK_BYTES)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} cannot be unpacked: {error}.") from error
+    except UnicodeError as error:
+        raise ValueError(f"{path} is no whole text in {encoding.upper()}: {error}.") from error
+    return copy
+
+
+def encoding_of(start: bytes) -> str:
+    """The encoding of JSON that starts with these four bytes: Latin letters and brackets are ASCII in all of them."""
+    if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if start[:1] == b"\0":
+        return "utf-16-be"
+    return "utf-16-le" if start[1:2] == b"\0" else "utf-8"
+
+
+def remove_own(folder: Path, process: int) -> None:
+    """Removes a folder, but for forks of the process that made it."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def as_record(row: Any, number: int | str, folder: Path) -> dict[str, Any]:
+    """A row with an id, and with the folder that its paths start from; what is no row is left to be refused."""
+    if isinstance(row, dict):
+        return row | {"id": f"number {number}" if row.get("id") is None else row["id"], "folder": folder}
+    record = {"id": f"number {number}"}
+    why = f"is no JSON: {row.why}." if isinstance(row, NoJson) else "is no JSON object."
+    return record | {"problem": BadRecord("no JSON", record, why)}
 
 
 def describe(record: dict[str, Any]) -> tuple[int, bool]:
-    """About how many tokens a record has, and whether it shows an image; of a malformed one, what can be told."""
-    turns = record.get("conversations")
-    values = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    texts = [value for value in values if isinstance(value, str)]
-    images = sum(text.count("<image>") for text in texts)
-    return sum(map(len, texts)) // CHARACTERS_A_TOKEN + images * TOKENS_AN_IMAGE, images > 0
-
-
-def epoch_order(
-    records: Any, batch_size: int, seed: int, epoch: int, grouped: bool = False, begun: int = 0
-) -> Sequence[int]:
-    """The order of the records in an epoch: shuffled, a function of seed and epoch alone.
-
-    `grouped` makes every run of `batch_size` records alike in modality (with images, or text only) and length, but for
-    the rests at both ends. `begun` is how many records of the first batch the epoch before has filled already.
-    """
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(records))
-    if not grouped:
-        return order.tolist()
-    first, order = np.split(order, [-begun % batch_size])
-    lengths, groups, rest = records.lengths(), [], []
-    for has_image in (True, False):
-        alike = order[records.modality[order] == has_image]
-        whole = len(alike) // batch_size * batch_size
-        rest.append(alike[whole:])
-        for pool in np.split(alike[:whole], range(POOL * batch_size, whole, POOL * batch_size)):
-            by_length = pool[np.argsort(lengths[pool], kind="stable")]
-            groups += list(by_length.reshape(-1, batch_size))
-    generator.shuffle(groups)
-    return np.concatenate([first, *groups, *rest]).tolist()
+    """About how many tokens a record has, and whether it shows an image; of a bad one, nothing and none."""
+    try:
+        messages = messages_in(record)
+    except Exception:  # training will say what is wrong with it
+        return 0, False
+    parts = [part for message in messages for part in message["content"]]
+    images = sum(part["type"] == "image" for part in parts)
+    characters = sum(len(part["text"]) for part in parts if part["type"] == "text")
+    return characters // CHARACTERS_A_TOKEN + images * TOKENS_AN_IMAGE, images > 0

@@ -1,4 +1,4 @@
-"""A recipe's run: model and data in, RUN/model (or RUN/adapter) and its record out."""
+"""`train`: model and data in, OUT/model (or OUT/adapter) and the run's record out."""
 
 import importlib.util
 import os
@@ -11,105 +11,123 @@ import torch
 from transformers import AutoProcessor, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from ..folders import our_model
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
-from ..tiny.train import keep_freed_memory
 from .adapters import four_bit_config
-from .batches import BatchMaker
-from .collate import ConversationCollator, errors_of_workers, open_records
-from .options import RunOptions
+from .collate import BatchMaker, ConversationCollator, errors_of_workers, mend_template
+from .journal import Journal, open_journal
 from .order import Schedule, StreamSchedule, check_budgets
-from .parameters import count_parameters, set_precision
-from .preparation import prepare
-from .recipes import Recipe
-from .record import RunRecord, open_record
-from .records import StreamedRecords
-from .trainer import CheckedTrainer, JsonlLog, last_checkpoint, sync, writing
+from .parameters import count_parameters, prepare, set_precision
+from .recipes import Recipe, rates_text, recipe_named
+from .records import StreamedRecords, open_records
+from .trainer import CheckedTrainer, JsonlLog, keep_freed_memory, last_checkpoint, sync, writing
 
 
-def run_recipe(recipe: Recipe, options: RunOptions) -> Path:
-    """Trains, or goes on where a run in `options.out` was stopped; returns the folder of the result.
+def train(
+    recipe: Recipe | str,
+    *,
+    model: str | Path,
+    data: str | Path,
+    images: str | Path | None = None,
+    out: str | Path | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    device_batch: int | None = None,
+    report_to: str = "none",
+) -> Path:
+    """Trains a model on conversations, or resumes the run that was stopped in `out`.
 
-    Raises ValueError if the recipe does not fit the model, the data or the hardware, or if `options.out` holds a run
-    that was started otherwise.
+    `recipe` is a Recipe or the name of one, `model` a folder or Hub name, `data` what `open_records` opens (with
+    `images`, `split` and `streaming`), `out` the folder of the run (default: runs/NAME OF THE RECIPE), `device_batch`
+    the records on a device at a time, `report_to` "none", "tensorboard" or "trackio". Launched by accelerate, every
+    process calls it.
+
+    Returns the folder of the result: `out`/model, or `out`/adapter of a recipe with adapters. Raises ValueError if
+    the recipe does not fit the model, the data or the hardware, or if `out` holds a run that was started otherwise.
     """
-    result = options.out / ("adapter" if recipe.adapters else "model")
-    check_packages(recipe, options)
-    processor = AutoProcessor.from_pretrained(options.model)
-    if options.streaming:
+    recipe = recipe_named(recipe)
+    check_packages(recipe, report_to)
+    model, data, out = our_model(model), str(data), Path(out or Path("runs") / recipe.name)
+    result = out / ("adapter" if recipe.adapters else "model")
+    processor = AutoProcessor.from_pretrained(model)
+    note = mend_template(processor) if recipe.text == "chat" else None
+    if streaming:
         recipe = replace(recipe, group_by_modality=False)
-    schedule = open_schedule(recipe, options)
-    arguments = training_arguments(recipe, options, schedule.steps)  # before the model: ZeRO-3 shards as it loads
-    record = open_record(recipe, options, schedule)
+    device_batch, accumulation = share_batch(recipe, process_count(), device_batch)
+    records = open_records(data, images, split, streaming)
+    if isinstance(records, StreamedRecords):
+        schedule: Schedule = StreamSchedule(records, recipe, process_count(), device_batch)
+    else:
+        schedule = Schedule(records, recipe)
+    # before the model is loaded: ZeRO-3 shards it as it loads
+    arguments = training_arguments(recipe, out, schedule.steps, device_batch, accumulation, report_to)
+    writes = is_main_process()
+    journal = open_journal(recipe, model=model, data=data, split=split, schedule=schedule, out=out, writes=writes)
     if result.exists():
         return result
-    model, dtype = load_model(recipe, options.model)
-    check_budgets(recipe, model.config)
-    use_cache = getattr(model.config, "use_cache", None)
-    record.note(parameters=count_parameters(model))
+    learner, dtype = load_model(recipe, model)
+    check_budgets(recipe, learner.config)
+    use_cache = getattr(learner.config, "use_cache", None)
+    journal.note(parameters=count_parameters(learner))
     keep_freed_memory()
+    collator = partial(
+        ConversationCollator,
+        max_length=recipe.max_length,
+        plain=recipe.text == "plain",
+        truncate=recipe.truncate,
+    )
     trainer = CheckedTrainer(
-        model=model,
+        model=learner,
         rates=recipe.rates,
         args=arguments,
         train_dataset=schedule,
-        data_collator=BatchMaker(
-            partial(
-                ConversationCollator,
-                max_length=recipe.max_length,
-                plain=recipe.text == "plain",
-                truncate=recipe.truncate,
-            ),
-            processor,
-            recipe.bad_records,
-            options.out,
-        ),
+        data_collator=BatchMaker(collator, processor, recipe.bad_records, out),
         processing_class=processor,
-        callbacks=[JsonlLog(options.out / "log.jsonl", schedule.epochs)],
+        callbacks=[JsonlLog(out / "log.jsonl", schedule.epochs)],
     )
-    if options.writes:
-        print(summary(recipe, schedule, last_checkpoint(options.out)))
-    model.config.use_cache = use_cache  # the Trainer switches it off, and would save it so
+    if writes:
+        print(summary(recipe, schedule, last_checkpoint(out)), *filter(None, [note]), sep="\n")
+    learner.config.use_cache = use_cache  # the Trainer switches it off, and would save it so
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
         raise ValueError("accelerate shards (FSDP) on accelerators only, and finds none: launch with ddp.")
     with errors_of_workers():
-        trainer.train(resume_from_checkpoint=last_checkpoint(options.out))
-    record.finish(trainer)
-    save_result(trainer, dtype, record, result)
-    if options.writes:
-        print("".join(f"{sentence}\n" for sentence in record.losses()), end="")
+        trainer.train(resume_from_checkpoint=last_checkpoint(out))
+    journal.finish(trainer)
+    save_result(trainer, dtype, journal, result)
+    if writes:
+        print("".join(f"{sentence}\n" for sentence in journal.left_out()), end="")
     return result
 
 
-def open_schedule(recipe: Recipe, options: RunOptions) -> Schedule:
-    """The data of a run in the order of training. Raises ValueError if a stream is to be read without `steps`."""
-    records = open_records(options.data, options.images, options.split, options.streaming)
-    if isinstance(records, StreamedRecords):
-        device_batch, _ = share_batch(recipe, options.devices, options.device_batch)
-        return StreamSchedule(records, recipe, options.devices, device_batch)
-    return Schedule(records, recipe)
+def process_count() -> int:
+    """How many processes train together, each on a device."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def summary(recipe: Recipe, schedule: Schedule, checkpoint: str | None) -> str:
     """What is about to be run, in a line or two."""
-    rates = ", ".join(f"{part} {rate:g}" for part, rate in vars(recipe.rates).items() if rate)
-    lines = [
-        f"{recipe.name}: {schedule.steps:,} steps of {recipe.batch_size} records, {schedule}; learning rates: {rates}."
-    ]
-    lines += schedule.notes()
-    return "\n".join([*lines, f"Going on from {checkpoint}."] if checkpoint else lines)
+    size = f"{schedule.steps:,} steps of {recipe.batch_size} records, {schedule}"
+    lines = [f"{recipe.name}: {size}; learning rates: {rates_text(recipe.rates)}.", *schedule.notes()]
+    return "\n".join([*lines, f"Resuming from {checkpoint}."] if checkpoint else lines)
 
 
-def training_arguments(recipe: Recipe, options: RunOptions, steps: int) -> TrainingArguments:
-    """The recipe in the Trainer's words, for the devices that are there. Raises ValueError if they do not fit."""
+def training_arguments(
+    recipe: Recipe, out: Path, steps: int, device_batch: int, accumulation: int, report_to: str
+) -> TrainingArguments:
+    """The recipe in the Trainer's words. Raises ValueError if one process would leave GPUs idle."""
     on_gpu = torch.cuda.is_available()
-    if options.devices == 1 and torch.cuda.device_count() > 1:
+    if process_count() == 1 and torch.cuda.device_count() > 1:
         raise ValueError(
             f"There are {torch.cuda.device_count()} GPUs here: start the run through `accelerate launch` to use all of "
             "them, or set CUDA_VISIBLE_DEVICES=0 to use one."
         )
-    device_batch, accumulation = share_batch(recipe, options.devices, options.device_batch)
     return TrainingArguments(
-        output_dir=str(options.out),
+        output_dir=str(out),
         max_steps=steps,
         per_device_train_batch_size=device_batch,
         gradient_accumulation_steps=accumulation,
@@ -132,7 +150,7 @@ def training_arguments(recipe: Recipe, options: RunOptions, steps: int) -> Train
         save_total_limit=recipe.kept_checkpoints,
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,  # the trainer stops there
-        report_to=options.report_to,
+        report_to=report_to,
         project="ms-resampler",
         trackio_static_space_id=False,  # trackio stays on this machine
         seed=recipe.seed,
@@ -157,10 +175,10 @@ def share_batch(recipe: Recipe, devices: int, device_batch: int | None) -> tuple
     return device_batch, share // device_batch
 
 
-def check_packages(recipe: Recipe, options: RunOptions) -> None:
+def check_packages(recipe: Recipe, report_to: str) -> None:
     """Raises ValueError if a package that was asked for is missing."""
     wanted = {"peft": recipe.adapters is not None, "liger_kernel": recipe.liger, "bitsandbytes": recipe.four_bits}
-    wanted[options.report_to] = options.report_to != "none"
+    wanted[report_to] = report_to != "none"
     for package, is_wanted in wanted.items():
         if is_wanted and importlib.util.find_spec(package) is None:
             raise ValueError(f"This run needs the package {package}: pip install {package.replace('_', '-')}.")
@@ -186,7 +204,7 @@ def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
     return model, dtype
 
 
-def save_result(trainer: CheckedTrainer, dtype: torch.dtype, record: RunRecord, target: Path) -> None:
+def save_result(trainer: CheckedTrainer, dtype: torch.dtype, journal: Journal, target: Path) -> None:
     """Writes weights, processor, code and record, once, under another name first; all processes take part."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.should_save:
@@ -195,7 +213,7 @@ def save_result(trainer: CheckedTrainer, dtype: torch.dtype, record: RunRecord, 
         with writing("The result", unfinished):
             save_weights(trainer.accelerator.unwrap_model(trainer.model), state, dtype, unfinished)
             trainer.processing_class.save_pretrained(unfinished)
-            record.write(unfinished / "training_record.json")
+            journal.write(unfinished / "training_record.json")
             sync(unfinished)
         unfinished.rename(target)
     trainer.accelerator.wait_for_everyone()

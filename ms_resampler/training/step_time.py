@@ -1,23 +1,26 @@
 """A few steps of training with random weights: how long they take, and the memory that they take at most."""
 
+import json
 import platform
 import statistics
+import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
-from ..timing import milliseconds, peak_memory
-from ..tiny.train import keep_freed_memory
 from ..towers_ms_resampler import pair
 from .adapters import four_bit_config
 from .memory import BatchShape
-from .parameters import parameter_groups, set_precision
-from .preparation import prepare
+from .parameters import eval_frozen, frozen_parts, parameter_groups, prepare, set_precision
 from .recipes import Recipe
+from .trainer import keep_freed_memory
 
 WARM_UP, TIMED = 2, 3  # steps, batches; the moments of Adam are there from the second step on
 
@@ -31,10 +34,11 @@ class Measurement:
     peak_bytes: int
 
 
-def measure(config: Any, recipe: Recipe, shape: BatchShape, accumulation: int) -> Measurement:
+def measure_step(config: Any, recipe: Recipe, shape: BatchShape, accumulation: int) -> Measurement:
     """Runs forward, backward and optimiser on random batches, on the device that is here."""
     keep_freed_memory()  # as a run does
     model = random_model(config, recipe).to("cuda" if torch.cuda.is_available() else "cpu").train()
+    eval_frozen(frozen_parts(model))
     groups = parameter_groups(model, recipe.rates, recipe.weight_decay)
     optimiser = torch.optim.AdamW(groups, fused=True)
 
@@ -98,3 +102,37 @@ def update(model: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe) -
     nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
     optimiser.step()
     optimiser.zero_grad()
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """How long a run takes, the device's queue included, but for what was in it before."""
+    wait_for_device()
+    start = time.perf_counter()
+    run()
+    wait_for_device()
+    return 1000 * (time.perf_counter() - start)
+
+
+def wait_for_device() -> None:
+    """Returns when a GPU, if there is one, has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """The bytes that tensors of a run take at most, beside what was there before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(
+            activities=cpu, profile_memory=True, on_trace_ready=lambda profile: profile.export_chrome_trace(str(trace))
+        ):
+            run()
+        rows = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    first = min(rows, key=lambda row: row["ts"])["args"]
+    return max(row["args"]["Total Allocated"] for row in rows) - (first["Total Allocated"] - first["Bytes"])

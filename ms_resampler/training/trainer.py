@@ -1,9 +1,11 @@
 """transformers' Trainer with checkpoints that are whole or absent, a rate a part, and an eye on every loss."""
 
+import ctypes
 import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from .parameters import parameter_groups
+from .parameters import eval_frozen, frozen_parts, parameter_groups
 from .recipes import LearningRates
 
 UNFINISHED = "unfinished"  # the folder in which a checkpoint is written
@@ -50,6 +52,7 @@ class CheckedTrainer(Trainer):
     def __init__(self, *args: Any, rates: LearningRates | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.rates = rates
+        self.frozen = frozen_parts(self.model)
         self.ids_of_step: list[str] = []
         if self.is_fsdp_enabled and self.args.bf16:  # else gradients are added up in bfloat16
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -69,6 +72,15 @@ class CheckedTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._stop_unless_finite(loss, "loss")
         return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss, with what is frozen as it is when the model is used; 0 for a step whose records are all bad."""
+        eval_frozen(self.frozen)
+        if num_items_in_batch is not None:
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
@@ -138,3 +150,13 @@ def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to the end: the Trainer writes its state last."""
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def keep_freed_memory() -> None:
+    """Asks glibc to keep freed memory for reuse: page faults otherwise cost a run on a CPU most of its time."""
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt's options in <malloc.h>
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for option, value in ((trim_threshold, 2**31 - 1), (top_pad, 2**28), (mmap_max, 0)):
+                libc.mallopt(option, value)

@@ -1,6 +1,6 @@
 """Peak memory and time of `ms-resampler convert` on a checkpoint of LLaVA-1.5-7B's shapes in bfloat16.
 
-    python research/benchmarks/conversion_memory.py           needs 28 GB of disk in the temporary folder (TMPDIR)
+    python -m research.benchmarks.conversion_memory           needs 28 GB of disk in the temporary folder (TMPDIR)
 
 The weights are made up, in files of 5 GB as on the Hub; the conversion runs in a process of its own.
 """
@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ms_resampler.timing import machine
+from ..timing import machine
 
 # Linux counts the most memory that a process has had since it began to run its own program in VmHWM.
 CONVERSION = """
@@ -55,14 +55,15 @@ def make_checkpoint(folder: Path, layers: int) -> int:
     )
     with torch.device("meta"):
         state = LlavaForConditionalGeneration(config).state_dict()
-    noise, files, size = torch.randn(2**20).bfloat16() / 50, [{}], 0
+    noise, size = torch.randn(2**20).bfloat16() / 50, 0
+    files: list[dict[str, torch.Size]] = [{}]
     for name, value in state.items():
         if size + 2 * value.numel() > FILE_BYTES:
             files.append({})
             size = 0
         files[-1][name] = value.shape
         size += 2 * value.numel()
-    where = {}
+    where: dict[str, str] = {}
     for number, shapes in enumerate(files):
         name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         tensors = {

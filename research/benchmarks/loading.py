@@ -1,6 +1,6 @@
 """Time and peak memory of `from_pretrained` against transformers' own llava: CLIP-L/14-336 and Qwen2.5-0.5B's shapes.
 
-    python research/benchmarks/loading.py                     needs 3.5 GB of disk in the temporary folder (TMPDIR)
+    python -m research.benchmarks.loading                     needs 3.5 GB of disk in the temporary folder (TMPDIR)
 
 Random weights in bfloat16. Every load is a process of its own, the two models in turn; the clock starts when Python has
 imported torch and transformers, and for ours the package, which is counted apart. The peak is Linux's count of the
@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from model import QWEN, TOWER, make_models, shapes
 from transformers import PreTrainedModel, Qwen2Config
 
 from ms_resampler.folders import write_whole
-from ms_resampler.timing import in_turn, machine, markdown_table, spread
+
+from ..timing import in_turn, machine, markdown_table, spread
+from .model import QWEN, TOWER, make_models, shapes
 
 LOAD = """
 import json, sys, time

@@ -1,11 +1,11 @@
 """The whole model against LLaVA, the same tower and language model in both: CLIP-L/14-336 and Qwen2.5-0.5B's shapes.
 
-    python research/benchmarks/model.py      one image, budgets of 576, 144, 64 and 36 visual tokens
-    python research/benchmarks/model.py --images 2 4 8 --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
-    python research/benchmarks/model.py --llm 7b --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
-    python research/benchmarks/model.py --packed --budgets 144 36      on a CPU
-    python research/benchmarks/model.py --graphs --budgets 144 36      on a GPU
-    python research/benchmarks/model.py --compile --budgets 144 36      and compiled there
+    python -m research.benchmarks.model      one image, budgets of 576, 144, 64 and 36 visual tokens
+    python -m research.benchmarks.model --images 2 4 8 --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
+    python -m research.benchmarks.model --llm 7b --budgets 144 36 --repeats 3 --new-tokens 0 --requests 0
+    python -m research.benchmarks.model --packed --budgets 144 36      on a CPU
+    python -m research.benchmarks.model --graphs --budgets 144 36      on a GPU
+    python -m research.benchmarks.model --compile --budgets 144 36      and compiled there
 
 Weights are random: times do not depend on them. On a GPU, if there is one, in bfloat16, elsewhere in float32. `--llm
 7b` has the shapes of Vicuna-7B; without a GPU with one layer's weights (0.8 GB in float32, far more than any
@@ -57,19 +57,10 @@ from ms_resampler.folders import write_whole
 from ms_resampler.packing_ms_resampler import PackedLinear, pack_linears
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
-from ms_resampler.timing import (
-    count_macs,
-    in_turn,
-    interleaved,
-    machine,
-    markdown_table,
-    peak_memory,
-    rates,
-    spread,
-    times_as_long,
-    wait_for_device,
-)
 from ms_resampler.towers_ms_resampler import make_layers_skippable
+from ms_resampler.training.step_time import peak_memory, wait_for_device
+
+from ..timing import count_macs, in_turn, interleaved, machine, markdown_table, rates, spread, times_as_long
 
 DEVICE, DTYPE = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
 CACHE = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("past_key_values", "cache"))
@@ -145,13 +136,13 @@ def repeat_layer(language_model: PreTrainedModel, config: PreTrainedConfig) -> N
     language_model.config.num_hidden_layers = config.num_hidden_layers
 
 
-def make_prompt(model: PreTrainedModel, images: int, visual_tokens: int, requests: int = 1) -> dict[str, Tensor]:
+def make_prompt(model: PreTrainedModel, images: int, visual_tokens: int, requests: int = 1) -> dict[str, Any]:
     """Requests of images, each with its placeholders, and words after them."""
     side = model.config.vision_config.image_size
     placeholders = torch.full((requests, images * visual_tokens), model.config.image_token_id)
     ids = torch.cat([placeholders, torch.randint(10, 1000, (requests, WORDS))], dim=1).to(DEVICE)
     pixels = torch.randn(requests * images, 3, side, side, dtype=model.dtype, device=DEVICE)
-    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    prompt: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     if isinstance(model, MSResamplerForConditionalGeneration):
         grid = round(visual_tokens**0.5)
         prompt["token_grids"] = [(grid, grid)] * (requests * images)  # a list, which torch.compile wants
@@ -299,7 +290,7 @@ def measure_prompts(
     runs = {name: make(*model, images, 1 + new_tokens) for name, model in names.items()}
     peaks = {name: peak_memory(run) for name, run in runs.items()}  # warms up, too
     times = in_turn({name: partial(token_times, run) for name, run in runs.items()}, repeats)
-    macs = {name: prompt_macs(*model, images) for name, model in names.items()}
+    macs = {name: prompt_macs(model, tokens, images) for name, (model, tokens) in names.items()}
     mac_rate, byte_rate = speed
     return {
         name: {

@@ -1,6 +1,6 @@
 """The processor's images a second against LlavaProcessor's, with one image processor and one tokenizer for both.
 
-    python research/benchmarks/preprocessing.py
+    python -m research.benchmarks.preprocessing
 
 Pictures of three sizes, as PIL images, as JPEG files and as arrays, one or eight a call, with a chat-length prompt for
 each; medians of interleaved repeats. Both give tensors for CLIP-L/14-336: 576 image tokens a picture in LLaVA, 144 in
@@ -13,6 +13,7 @@ import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,7 +22,8 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokeni
 
 from ms_resampler import MSResamplerProcessor
 from ms_resampler.folders import write_whole
-from ms_resampler.timing import interleaved, machine, spread
+
+from ..timing import interleaved, machine, spread
 
 SIZES = ((336, 336), (640, 480), (1920, 1080))
 KINDS = ("PIL", "JPEG", "array")
@@ -38,7 +40,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", extra_special_tokens=["<image>"])
 
 
-def make_processors() -> dict[str, LlavaProcessor | MSResamplerProcessor]:
+def make_processors() -> dict[str, Any]:
     images = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     strategy = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     return {
@@ -53,11 +55,9 @@ def make_pictures(kind: str, size: tuple[int, int], count: int, folder: Path) ->
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         picture = coarse.resize(size, Image.Resampling.BICUBIC)
-        if kind == "JPEG":
-            path = folder / f"{size[0]}x{size[1]}_{number}.jpg"
-            picture.save(path, quality=90)
-            picture = str(path)
-        pictures.append(np.asarray(picture) if kind == "array" else picture)
+        path = folder / f"{size[0]}x{size[1]}_{number}.jpg"
+        picture.save(path, quality=90)
+        pictures.append({"PIL": picture, "JPEG": str(path), "array": np.asarray(picture)}[kind])
     return pictures
 
 

@@ -1,6 +1,6 @@
 """The forms of the Gaussian prior side by side: taken by rows and columns, as appended channels, or a bias on scores.
 
-    python research/benchmarks/prior_form.py            576 x 1024 -> 144 -> 4096, float32 and bfloat16, batch 1 and 8
+    python -m research.benchmarks.prior_form            576 x 1024 -> 144 -> 4096, float32 and bfloat16, batch 1 and 8
 
 Prints one markdown table: median milliseconds over interleaved repeats (and their spread), relative to one global
 scope without a prior in the same run, and the error of the output against float64. `--patches` and `--tokens` are
@@ -10,15 +10,17 @@ sides of squares.
 import argparse
 import statistics
 from functools import partial
+from typing import Any
 
 import torch
 
 from ms_resampler.projectors_ms_resampler import SCOPED_PROJECTORS, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
-from ms_resampler.timing import interleaved, machine
-from research.variants import configuration
 
-FORMS = {
+from ..timing import interleaved, machine
+from ..variants import configuration
+
+FORMS: dict[str, dict[str, Any]] = {
     "one global scope with queries": {"projector_type": "resampler", "scope_prior": "none"},
     "three, rows and columns": {},
     "three, bias": {"prior_form": "bias"},

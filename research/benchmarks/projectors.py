@@ -1,11 +1,11 @@
 """Every projector side by side, at its published sizes: 24 x 24 patches of 1024 channels -> 144 tokens -> width 4096.
 
-    python research/benchmarks/projectors.py   float32, batch 1, forward: all projectors
-    python research/benchmarks/projectors.py --suite --json costs.json --plot costs.png   budgets, batches, dtypes
-    python research/benchmarks/projectors.py --tokens 64 --batch 8 --dtype bfloat16 --backward --projectors mqt
-    python research/benchmarks/projectors.py --packed --batch 1 8 32   packed weights, on a CPU
-    python research/benchmarks/projectors.py --graphs --dtype bfloat16 --batch 1 8 32   as CUDA graphs, on a GPU
-    python research/benchmarks/projectors.py --compile --graphs --dtype bfloat16 --projectors mlp   and compiled
+    python -m research.benchmarks.projectors   float32, batch 1, forward: all projectors
+    python -m research.benchmarks.projectors --suite --json costs.json --plot costs.png   budgets, batches, dtypes
+    python -m research.benchmarks.projectors --tokens 64 --batch 8 --dtype bfloat16 --backward --projectors mqt
+    python -m research.benchmarks.projectors --packed --batch 1 8 32   packed weights, on a CPU
+    python -m research.benchmarks.projectors --graphs --dtype bfloat16 --batch 1 8 32   as CUDA graphs, on a GPU
+    python -m research.benchmarks.projectors --compile --graphs --dtype bfloat16 --projectors mlp   and compiled
 
 Every combination is a setting of its own, and prints one markdown table: parameters, multiply-accumulates of the run,
 median milliseconds over interleaved repeats (and their spread), relative to our single-scope and multi-scope
@@ -36,18 +36,10 @@ from ms_resampler.folders import write_whole
 from ms_resampler.packing_ms_resampler import pack_linears
 from ms_resampler.projectors_ms_resampler import build_projector, init_projector_weights
 from ms_resampler.resampler_ms_resampler import init_resampler_weights
-from ms_resampler.timing import (
-    count_macs,
-    in_turn,
-    machine,
-    markdown_table,
-    milliseconds,
-    peak_memory,
-    rates,
-    spread,
-    times_as_long,
-)
-from research.variants import configuration
+from ms_resampler.training.step_time import milliseconds, peak_memory
+
+from ..timing import count_macs, in_turn, machine, markdown_table, rates, spread, times_as_long
+from ..variants import configuration
 
 GRID, TOKENS, TEXT_WIDTH = 24, 144, 4096
 SWEPT = {"tokens": "visual tokens", "batch": "images", "grid": "patches a side"}  # what the plot has lines over
@@ -169,13 +161,15 @@ def make_run(name: str, setting: Setting, device: str = DEVICE) -> tuple[nn.Modu
         pack_linears(projector)
         if any(type(part) is nn.Linear for part in projector.modules()):
             raise SystemExit(f"--packed: there are no packed weights for {setting.dtype} on this processor.")
-    patch_grid, token_grid = (setting.grid, setting.grid), tuple(config.projector_config.visual_tokens)
+    patch_grid = (setting.grid, setting.grid)
+    token_grid = patch_grid if name == "mlp" else setting.token_grid
     project = torch.compile(projector, dynamic=False) if setting.compiled else projector
+    projector.train(setting.backward)
 
     def run() -> None:
         projector.zero_grad()
         with torch.set_grad_enabled(setting.backward):
-            y = project.train(setting.backward)(x_BNC, patch_grid, token_grid)
+            y = project(x_BNC, patch_grid, token_grid)
         if setting.backward:
             (y[0] if isinstance(y, tuple) else y).sum().backward()
 
@@ -305,7 +299,7 @@ def draw_bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
 def draw_lines(axis: Any, rows_by_value: dict[int, list[dict[str, Any]]], label: str) -> None:
     """A line for every projector that was measured at each value, of ours and of those that ours are compared with."""
     medians = [{row["projector"]: statistics.median(row["ms"]) for row in rows} for rows in rows_by_value.values()]
-    colours = [*plt.get_cmap("tab10").colors, "black"]
+    colours = [*(plt.get_cmap("tab10")(number) for number in range(10)), "black"]
     for colour, name in zip(colours, [*OURS, *RIVALS], strict=True):
         if all(name in some for some in medians):
             style = {"linewidth": 2.5, "linestyle": "-"} if is_ours(name) else {"linewidth": 1, "linestyle": "--"}

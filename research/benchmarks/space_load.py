@@ -1,7 +1,7 @@
 """How the Space bears a crowd: start-up, many users at once, and memory over many conversations.
 
-    python research/benchmarks/space_load.py                  20 users for 60 seconds, then twice 200 conversations
-    python research/benchmarks/space_load.py --users 3 --seconds 5 --conversations 10
+    python -m research.benchmarks.space_load                  20 users for 60 seconds, then twice 200 conversations
+    python -m research.benchmarks.space_load --users 3 --seconds 5 --conversations 10
 
 Serves the app as `ms-resampler demo` does, with a second model to compare with. Users ask through the API; where there
 are two models, every fourth question goes to both of them, as from the Compare page. Every answer is held against the
@@ -27,9 +27,10 @@ from pathlib import Path
 import httpx
 from gradio_client import Client, handle_file
 
-from ms_resampler.timing import machine
+from ms_resampler.demo import loadable_pair
+from ms_resampler.folders import find_app
 
-from ..folders import find_app, loadable_pair
+from ..timing import machine
 
 EXAMPLES = find_app().parent / "examples"
 SCENES = json.loads((EXAMPLES / "examples.json").read_text())["scenes"]
@@ -138,7 +139,7 @@ def crowd(
         return ask(client, *question) == expected[question]
 
     def use(user: int) -> list[tuple[float, bool]]:
-        found = []
+        found: list[tuple[float, bool]] = []
         with closing(connect(address)) as client:
             together.wait()
             deadline = time.monotonic() + seconds

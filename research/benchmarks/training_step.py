@@ -1,7 +1,7 @@
 """A step of training the whole model: LLaVA's MLP on all patches, one global scope, three scopes; tower frozen.
 
-    python research/benchmarks/training_step.py      stage 1 (align) and stage 2 (instruct), 144 visual tokens
-    python research/benchmarks/training_step.py --stages align --records 2 --visual-tokens 36
+    python -m research.benchmarks.training_step      stage 1 (align) and stage 2 (instruct), 144 visual tokens
+    python -m research.benchmarks.training_step --stages align --records 2 --visual-tokens 36
 
 CLIP-L/14-336 and Qwen2.5-0.5B's shapes, random weights, in float32 or on a GPU as training does it (what is frozen in
 bfloat16, the rest under autocast), a batch of records of one image and 64 words; tower
@@ -19,25 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import DEVICE, DTYPE, QWEN, TOWER, WORDS, make_projector, shapes
-from torch import nn
 from transformers import PreTrainedModel, Qwen2Config
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
 from ms_resampler.folders import write_whole
-from ms_resampler.timing import (
-    in_turn,
-    machine,
-    markdown_table,
-    milliseconds,
-    peak_memory,
-    spread,
-    times_as_long,
-)
 from ms_resampler.training.memory import BatchShape
 from ms_resampler.training.parameters import freeze, parameter_groups, set_precision
 from ms_resampler.training.recipes import RECIPES, Recipe
-from ms_resampler.training.step_time import backward, update
+from ms_resampler.training.step_time import backward, milliseconds, peak_memory, update
+
+from ..timing import in_turn, machine, markdown_table, spread, times_as_long
+from .model import DEVICE, DTYPE, QWEN, TOWER, WORDS, make_projector, shapes
 
 PROJECTORS = ("mlp", "resampler", "ms_resampler")
 
@@ -65,7 +57,7 @@ def make_models(parts: dict, visual_tokens: int) -> dict[str, PreTrainedModel]:
 class SharedOptimiser:
     """AdamW for what a model trains of its own, and one, the same for all models, for what they share."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, shared: torch.optim.Optimizer | None):
+    def __init__(self, model: Any, recipe: Recipe, shared: torch.optim.Optimizer | None):
         groups = parameter_groups(model, recipe.rates, recipe.weight_decay)
         ids = {id(parameter) for parameter in model.model.projector.parameters()}
         own = [group for group in groups if id(group["params"][0]) in ids]

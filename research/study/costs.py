@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from ms_resampler.timing import count_macs, interleaved, machine, times_as_long
-
+from ..timing import count_macs, interleaved, machine, times_as_long
 from .data import CHANNELS, GRID, PATCHES
 from .plan import BASELINE, REFERENCE, Study, make_projector, make_run
 

@@ -12,11 +12,11 @@ from .run import head_sigmas
 from .statistics import GROUPS
 
 FIGURES = {
-    "accuracy": "Score against budget, by group of questions; bars are 95% intervals, grey lines the other projectors; "
-    "points are moved sideways to be told apart.",
-    "sigmas": "Learned sigmas in token pitches, by scope: a dot for each head and seed, a line where it began.",
-    "trust": "How much the tokens that answer a family's questions trust each scope, mean over seeds.",
-    "maps": "Where the token over a thing looked in each scope, on held-out scenes: its cell is framed.",
+    "accuracy": "Score against token budget, by group of questions. Bars are 95% intervals, grey lines the other "
+    "projectors; points are shifted sideways so that they do not overlap.",
+    "sigmas": "Learned sigmas in token pitches, by scope: a dot for each head and seed, a line at the initial value.",
+    "trust": "Fusion weight of each scope in the tokens that answer a family's questions, mean over seeds.",
+    "maps": "Attention of the token over a thing (its cell is framed), by scope, on test scenes.",
 }
 # Okabe and Ito's palette, which colour-blind people can tell apart.
 COLOURS = {

@@ -1,4 +1,4 @@
-"""The report: `study.md` and its figures, made of stored results alone, so that it can be checked against them."""
+"""The report, `study.md` and its figures, made from stored results alone, so that it can be checked against them."""
 
 from collections import Counter
 from itertools import product
@@ -8,48 +8,49 @@ import numpy as np
 from PIL import Image
 
 from ms_resampler.folders import write_whole
-from ms_resampler.timing import markdown_table
 
+from ..timing import markdown_table
 from .figures import FIGURES, draw_figures
 from .plan import ABLATIONS, AMID_PAPER, BASELINE, CELLS, ELASTIC, LEARNED, LOCAL, MARGINS, OURS, REFERENCE, RELATIVES
-from .results import ENOUGH_SEEDS, Results, fingerprint, load
+from .results import ABOUT, ENOUGH_SEEDS, RUNS, Results, fingerprint, load, results_folder
 from .statistics import GROUPS, Difference, Estimate, corrected
 
 ONE_POINT = 0.01
-MARGINS_EXPLAINED = """The centres of things lie in 3 x 3 places, one at most in each. So with 9 tokens, and with no
-other budget here, a window of TokenPacker, or a cell of ours, is such a place, and a token tells of little but one
-thing. What is that worth? The same scenes again, amid paper, on 16 x 16 patches with 16 tokens, so that cells are as
-large as those of 9 tokens above: with all paper to the right and below, cells are the places, and with two patches of
-it on every side each place lies across four cells. (Then all 16 cells hold a part of the scene, otherwise nine do: that
-differs, too.) Learning rates are those of above."""
+MARGINS_EXPLAINED = """In these scenes the centres of things lie on a 3 x 3 grid of places, at most one in each. With 9
+tokens each of TokenPacker's windows, and each of our cells, is exactly one place. To measure what that is worth, the
+same scenes are put on a blank page of 16 x 16 patches and read with 16 tokens, so that cells have the same size: once
+with cells on the places, and once shifted by two patches, so that each place is spread over four cells. (A second
+difference: all 16 cells then hold part of the scene, instead of nine.) Learning rates are those above."""
 PRELIMINARY = (
-    "\n\n**Preliminary: the tables of scores are over {seeds}.** Seeds differ by about as much as neighbours in these "
-    "tables do, so conclusions wait for five."
+    "\n\n**Preliminary: the score tables cover {seeds}.** Seeds differ by about as much as neighbouring rows do, so "
+    "conclusions need five."
 )
+EXCLUDES_ZERO = "In all tables * marks a group in which the 95% interval of the difference excludes zero."
 
 
 def write_report(folder: Path) -> None:
-    """Writes `FOLDER/study.md` and `FOLDER/study/*.png` from the results in `FOLDER/study`."""
-    results = load(folder / "study")
+    """Writes `FOLDER/study.md` and `FOLDER/study/*.png` from the stored results."""
+    results = load(results_folder(folder))
+    (folder / "study").mkdir(exist_ok=True)
     draw_figures(results, folder / "study", results_hash(folder))
     write_whole(folder / "study.md", report_text(results))
 
 
 def check_report(folder: Path) -> None:
     """Raises ValueError if the report or a figure is not that of the stored results."""
-    if not (folder / "study.md").exists() or (folder / "study.md").read_text(encoding="utf-8") != report_text(
-        load(folder / "study")
-    ):
-        raise ValueError(f"{folder / 'study.md'} is not the report of the results beside it: write it again.")
+    stored, page = results_folder(folder), folder / "study.md"
+    if not page.exists() or page.read_text(encoding="utf-8") != report_text(load(stored)):
+        raise ValueError(f"{page} is not the report of the results in {stored}: write it again.")
     for name in FIGURES:
         path = folder / "study" / f"{name}.png"
         if not path.exists() or drawn_from(path) != results_hash(folder):
-            raise ValueError(f"{path} was not drawn from the results beside it: write the report again.")
+            raise ValueError(f"{path} was not drawn from the results in {stored}: write the report again.")
 
 
 def results_hash(folder: Path) -> str:
     """A hash of the stored results, which the figures carry."""
-    return fingerprint(folder / "study" / "study.json", folder / "study" / "runs.jsonl")
+    stored = results_folder(folder)
+    return fingerprint(stored / ABOUT, stored / RUNS)
 
 
 def drawn_from(path: Path) -> str | None:
@@ -63,11 +64,7 @@ def report_text(results: Results) -> str:
     sections = [introduction(results)]
     for tokens in results.budgets:
         sections += [f"## {tokens} tokens", main_table(results, tokens), verdict(results, tokens)]
-        sections += [
-            f"`{OURS}` minus each of the others, in points:",
-            differences_table("minus", rivals(results, tokens)),
-        ]
-    sections += ["## Figures", *(f"![{caption}](study/{name}.png)\n\n{caption}" for name, caption in FIGURES.items())]
+    sections += ["## Figures", *(f"![{name}](study/{name}.png)\n\n{caption}" for name, caption in FIGURES.items())]
     ablations = [ablation_table(results, base) for base in RELATIVES if results.ablations(base)]
     if ablations:
         sections += [f"## Ablations, {results.middle} tokens", *ablations]
@@ -88,33 +85,30 @@ def introduction(results: Results) -> str:
     rates = ", ".join(f"{rate:g}" for rate in study["learning_rates"])
     return f"""# Does multi-scope resampling win?
 
-The claim: at a fixed budget of tokens, several resamplers, each with a spatial scope of its own and adaptively fused,
-beat one global resampler. It would be refuted by a single-scope resampler, global *or local*, that is as good on every
-task at equal or lower cost. Average pooling and TokenPacker are the other peers to beat. This page is made by
-`ms-resampler study` from the results in [study/](study), whatever they say.{preliminary}
+The claim: at a fixed token budget, several resamplers, each with its own spatial scope, fused adaptively, beat one
+global resampler. A single-scope resampler, global *or local*, that is as good on every task at equal or lower cost
+would refute it. `python -m research.study` writes this page from the stored results.{preliminary}
 
-**Conditions.** A small, controlled setting: {data["train_scenes"]:,} scenes of one to nine handwritten digits, shapes
-and words on 12 x 12 patches. A ConvNeXt tower has learned to name what is under each patch and is frozen; codes of
-their places are added to its features, as those of a ViT carry them. A reader of two layers, which stands in for the
-language model, has learned its questions on descriptions in words. Neither ever met a projector. For each run a fresh
-projector and a copy of that reader are trained together for {study["steps"]} steps of {study["batch_size"]} pictures
-with eight questions each. Every projector has the same choice of learning rates
-({rates}), by validation scores at {results.middle} tokens (`{LOCAL}`, which is `{OURS}` with one scope, takes
-the rate of `{OURS}`), and a width that gives it about the parameters of `{BASELINE}`, where it has a width (the
-perceivers are as wide as what they read or write). The digits of the test were seen by neither tower, reader nor
-projector.
+**Setting.** {data["train_scenes"]:,} synthetic scenes of one to nine handwritten digits, shapes and words, on 12 x 12
+patches. The vision tower is a frozen ConvNeXt, trained to name what is under each patch, with position codes added to
+its features. A two-layer reader, pretrained on textual descriptions of scenes, stands in for the language model. Each
+run trains a new projector and a copy of the reader for {study["steps"]} steps of {study["batch_size"]} images with
+eight questions each. Every projector chooses among the same learning rates ({rates}) by validation score at
+{results.middle} tokens (`{LOCAL}`, which is `{OURS}` with one scope, uses that of `{OURS}`). Widths are set so that
+parameter counts match `{BASELINE}`, where a projector has a free width. Test scenes use digits that no part was
+trained on.
 
-**Scores.** On {data["test_scenes"]} held-out scenes: questions that need a local (read, colour, shape), regional
-(presence, where, relation, compare) or global look (count, count of a colour, majority), exact answers; and *dense*:
-the share of patches whose name and colour can be read back from the tokens. Groups are means of their families; overall
-is the mean of the four groups. Intervals are 95% bootstrap intervals over pictures and seeds; differences are paired,
-by seed and picture; p-values are t-tests over seeds, adjusted for their number in each table (Benjamini and Hochberg);
-d is Cohen's, over three seeds or more. Where tower and reader were trained more than once, or runs made on several
-kinds of machine, runs are compared with those of the same only ([how it was made](#how-it-was-made)): a table of scores
-is over the seeds that all its rows share, a difference over all that its two sides share. Our own design was chosen by
-looking at scores of these pictures, with two of the seeds ([log](log.md)), those of the peers are as published: that
-speaks for us. So differences have a column of the {data["validation_scenes"]} *validation* pictures, too, of other
-digits again, which chose nothing but learning rates: overall, with its 95% t-interval over seeds."""
+**Scores** on {data["test_scenes"]} test scenes: exact answers to questions that need a local (read, colour, shape),
+regional (presence, where, relation, compare) or global view (count, count of a colour, majority), and *dense*, the
+share of patches whose name and colour can be predicted from the tokens. Overall is the mean of the four groups.
+Intervals are 95% bootstrap intervals over images and seeds. Differences are in percentage points, paired by seed and
+image, with runs of the same tower, reader and kind of machine ([how it was made](#how-it-was-made)). p-values are
+t-tests over seeds, adjusted within each table (Benjamini and Hochberg); d is Cohen's d. {EXCLUDES_ZERO}
+
+**Validation.** The design of `{OURS}` was chosen by looking at test scores of two of the seeds
+([log](../research/log.md)), which favours it over peers built as published. So differences are also given on
+{data["validation_scenes"]} validation scenes, which chose nothing but learning rates: overall, with a 95% t-interval
+over seeds."""
 
 
 def percent(estimate: Estimate, column: int) -> str:
@@ -124,9 +118,19 @@ def percent(estimate: Estimate, column: int) -> str:
 
 
 def signed(difference: Difference, column: int) -> str:
-    """A difference in points and its interval: "+1.2 (+0.3 to +2.0)"."""
+    """A difference in percentage points and its interval: "+1.2 (+0.3 to +2.0)"."""
     parts = (difference.estimate.mean_G, difference.estimate.low_G, difference.estimate.high_G)
     return signed_interval(*(part[column] for part in parts))
+
+
+def starred(estimate: Estimate, column: int) -> str:
+    """A difference in percentage points, with a star where its interval excludes zero: "+1.2*"."""
+    return f"{100 * estimate.mean_G[column]:+.1f}{'*' if excludes_zero(estimate, column) else ''}"
+
+
+def excludes_zero(estimate: Estimate, column: int) -> bool:
+    """Whether the interval of a difference lies on one side of zero."""
+    return bool(estimate.low_G[column] > 0 or estimate.high_G[column] < 0)
 
 
 def signed_interval(mean: float, low: float, high: float) -> str:
@@ -135,30 +139,41 @@ def signed_interval(mean: float, low: float, high: float) -> str:
     return f"{100 * mean:+.1f}{interval}"
 
 
+def p_value(p: float) -> str:
+    """An adjusted p-value."""
+    return "<0.001" if p < 0.0005 else number(p, 3)
+
+
 def number(value: float, digits: int) -> str:
     """A number, or a dash where there is none."""
     return "–" if np.isnan(value) else f"{value:.{digits}f}"
 
 
 def main_table(results: Results, tokens: str) -> str:
-    """Scores of all projectors at a budget, the best first; the MLP keeps all patches, whatever the budget."""
-    contenders = results.contenders(tokens)
-    scored, seeds = results.estimates(*contenders), len(results.blocks(*contenders))
-    rows = [
-        [
-            f"{arm} (144 tokens)" if arm in REFERENCE else f"**{arm}**" if arm == OURS else arm,
-            f"{results.parameters(arm, count) / 1000:.0f}",
-            f"{results.rates[arm]:g}",
-            str(seeds),
-            percent(estimate, -1),
-            *(f"{100 * estimate.mean_G[column]:.1f}" for column in range(len(GROUPS))),
-        ]
-        for (arm, _, count), estimate in sorted(scored.items(), key=lambda item: -item[1].mean_G[-1])
-    ]
-    head = ["projector", "thousand parameters", "learning rate", "seeds", "overall", *GROUPS]
-    return markdown_table(head, rows) + left_out(
-        [arm for arm in results.arms(tokens) if (arm, "fixed", tokens) not in scored]
-    )
+    """All projectors at a budget, the best first: our score minus theirs, and scores, with stars of differences.
+
+    The MLP keeps all patches, whatever the budget, and is not compared.
+    """
+    contenders, found = results.contenders(tokens), rivals(results, tokens)
+    adjusted = dict(zip(found, corrected([difference.p for difference in found.values()]), strict=True))
+    rows = []
+    for (arm, _, _), estimate in sorted(results.estimates(*contenders).items(), key=lambda item: -item[1].mean_G[-1]):
+        compared, stars = [str(len(results.blocks(*contenders))), "–", "–", "–"], [""] * len(GROUPS)
+        if arm in found:
+            difference = found[arm]
+            compared = [
+                str(difference.seeds),
+                signed(difference, -1),
+                p_value(adjusted[arm]),
+                signed_interval(*difference.validation),
+            ]
+            stars = ["*" if excludes_zero(difference.estimate, column) else "" for column in range(len(GROUPS))]
+        scores = [f"{100 * mean:.1f}{star}" for mean, star in zip(estimate.mean_G, stars, strict=False)]
+        name = f"{arm} (144 tokens)" if arm in REFERENCE else f"**{arm}**" if arm == OURS else arm
+        rows.append([name, *compared, f"{100 * estimate.mean_G[-1]:.1f}", *scores])
+    head = ["projector", "seeds", f"`{OURS}` minus it", "p", "validation", "overall", *GROUPS]
+    scored = {arm for arm, _, _ in contenders}
+    return markdown_table(head, rows) + left_out([arm for arm in results.arms(tokens) if arm not in scored])
 
 
 def rivals(results: Results, tokens: str) -> dict[str, Difference]:
@@ -177,10 +192,10 @@ def differences_table(title: str, found: dict[str, Difference]) -> str:
             arm,
             str(difference.seeds),
             signed(difference, -1),
-            "<0.001" if p < 0.0005 else number(p, 3),
+            p_value(p),
             number(difference.effect, 1),
             signed_interval(*difference.validation),
-            *(signed(difference, column) for column in range(len(GROUPS))),
+            *(starred(difference.estimate, column) for column in range(len(GROUPS))),
         ]
         for (arm, difference), p in zip(found.items(), adjusted, strict=True)
     ]
@@ -194,9 +209,7 @@ def verdict(results: Results, tokens: str) -> str:
     behind = [other for other, difference in found.items() if difference.estimate.high_G[-1] < 0]
     tested = [other for other in ahead if found[other].seeds > 1]
     confirmed = sum(found[other].validation[1] > 0 for other in tested)
-    confirmation = (
-        f"Of those it leads, {confirmed} are behind on validation pictures, too, zero excluded. " if tested else ""
-    )
+    confirmation = f" (on validation scenes {confirmed} of these)" if tested else ""
     open_ = [other for other in found if other not in (*ahead, *behind)]
     worse = [
         f"{other} ({GROUPS[column]}, {100 * difference.estimate.mean_G[column]:+.1f})"
@@ -205,9 +218,9 @@ def verdict(results: Results, tokens: str) -> str:
         if difference.estimate.mean_G[column] < -ONE_POINT
     ]
     return (
-        f"At {tokens} tokens `{OURS}` is ahead of {len(ahead)} of {len(found)} with an interval that excludes zero "
-        f"({listed(ahead)}), behind {len(behind)} ({listed(behind)}), and not told apart from {len(open_)} "
-        f"({listed(open_)}). {confirmation}More than a point behind in a group: {listed(worse)}."
+        f"`{OURS}` is better than {len(ahead)} of {len(found)}, with an interval that excludes zero{confirmation}. "
+        f"Worse than: {listed(behind)}. Undecided: {listed(open_)}. More than one percentage point behind in a group: "
+        f"{listed(worse)}."
     )
 
 
@@ -217,7 +230,7 @@ def listed(names: list[str]) -> str:
 
 
 def ablation_table(results: Results, base: str) -> str:
-    """Each change to a design, minus that; its relatives among the projectors, too."""
+    """Each change to a design minus that design, with its relatives among the projectors."""
     default = (base, "fixed", results.middle)
     relatives = [arm for arm in results.arms(results.middle) if arm in RELATIVES[base]]
     keys = {arm: (arm, "fixed", results.middle) for arm in (*relatives, *results.ablations(base))}
@@ -225,12 +238,12 @@ def ablation_table(results: Results, base: str) -> str:
     labels = {arm: arm.removesuffix(LEARNED) if arm in ABLATIONS else arm for arm in keys}
     table_of_changes = differences_table("change", {labels[arm]: difference for arm, difference in found.items()})
     table_of_changes += left_out([labels[arm] for arm in keys if arm not in found])
-    return f"Each change to `{base}`, minus that, in points:\n\n{table_of_changes}"
+    return f"Each change to `{base}`, minus that design:\n\n{table_of_changes}"
 
 
 def left_out(arms: list[str]) -> str:
     """A note below a table, if any arms are missing in it."""
-    return f"\n\nLeft out, because too few seeds are shared yet: {listed(arms)}." if arms else ""
+    return f"\n\nLeft out (too few shared seeds): {listed(arms)}." if arms else ""
 
 
 def elastic_table(results: Results) -> str:
@@ -248,7 +261,7 @@ def elastic_table(results: Results) -> str:
 
 
 def margin_tables(results: Results) -> str:
-    """Scores amid paper by margin, our differences, and what they change by; nothing before seeds have all of them."""
+    """Scores on blank pages by margin, our differences, and their change; nothing until seeds have all of them."""
     pairs = {name: [(arm, name, str(CELLS)) for arm in AMID_PAPER] for name in MARGINS}
     keys = [key for pair in pairs.values() for key in pair]
     if not results.comparable(*keys):
@@ -258,28 +271,32 @@ def margin_tables(results: Results) -> str:
         for (arm, name, _), estimate in results.estimates(*keys).items()
     ]
     found = {f"{AMID_PAPER[1]}, cells {name}": results.difference(*pair) for name, pair in pairs.items()}
-    found["what that changes by"] = results.change(*pairs.values())
+    found["change"] = results.change(*pairs.values())
     scores = markdown_table(["cells", "projector", "overall", *GROUPS], rows)
-    return f"{scores}\n\n`{OURS}` minus the other, in points:\n\n{differences_table('minus', found)}"
+    return f"{scores}\n\n`{OURS}` minus the other:\n\n{differences_table('minus', found)}"
 
 
 def cost_table(results: Results) -> str:
-    """Multiply-accumulates and times, as ratios to the single-scope resampler in the same run."""
+    """Sizes, learning rates, multiply-accumulates, and times as ratios to the single-scope resampler."""
     costs = results.costs
+    budgets = {arm: count for arm, _, count in results.contenders(results.middle)}
+    arms = {shown: shown.removesuffix(" (144 tokens)") for shown in costs["projectors"]}
     rows = [
         [
-            arm,
+            shown,
+            f"{results.parameters(arms[shown], budgets[arms[shown]]) / 1000:.0f}" if arms[shown] in budgets else "–",
+            f"{results.rates[arms[shown]]:g}",
             f"{cost['macs'] / 1e6:.1f}",
-            *(f"{cost[key]:.2f}" for key in ("forward", "backward", "forward_x", "backward_x")),
+            f"{cost['forward_x']:.2f}",
+            f"{cost['backward_x']:.2f}",
         ]
-        for arm, cost in costs["projectors"].items()
+        for shown, cost in costs["projectors"].items()
     ]
-    head = ["projector", "million MACs an image", "forward, ms", "and backward, ms", "forward, x", "and backward, x"]
+    head = ["projector", "thousand parameters", "learning rate", "million MACs an image", "forward", "with backward"]
     return (
-        f"Of the projectors alone, {results.middle} tokens, batch {results.study['batch_size']}, medians of "
-        f"repeats in turn; x is relative to `{BASELINE}` in the same round. {costs['machine']}. At these small sizes "
-        "overheads weigh more than at published ones, which `python research/benchmarks/projectors.py` measures.\n\n"
-        + markdown_table(head, rows)
+        f"Projectors alone, {results.middle} tokens, batch {results.study['batch_size']}, median times relative "
+        f"to `{BASELINE}` in the same round. {costs['machine']}. At the published sizes overheads weigh less: "
+        "[performance](performance.md#projectors).\n\n" + markdown_table(head, rows)
     )
 
 
@@ -290,10 +307,10 @@ def how_it_was_made(results: Results) -> str:
     options = "" if results.study["ablations"] else " --no-ablations"
     return f"""## How it was made
 
-    ms-resampler study --seeds {results.study["seeds"]}{options} --report docs
+    python -m research.study --seeds {results.study["seeds"]}{options} --report docs
 
-{len(results.runs)} runs, {hours:.1f} hours of training on one core. `ms-resampler study --check docs` holds this page
-against the stored results.
+{len(results.runs)} runs, {hours:.1f} hours of training on one core. `python -m research.study --check docs` checks this
+page against the stored results.
 
 {markdown_table(["made with", "runs", "seeds of `" + OURS + "`"], rows)}"""
 

@@ -5,6 +5,7 @@ within blocks only, so that results of several machines can stand in one study.
 """
 
 import dataclasses
+import gzip
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -15,14 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from ms_resampler.folders import copy_whole, write_whole
-from ms_resampler.timing import machine
+from ms_resampler.folders import copy_whole, whole_file, write_whole
 
+from ..timing import machine
 from .data import TOWER, DataSettings, data_folder
 from .plan import ABLATIONS, MARGINS, OURS, PEERS, REFERENCE, Run, Study, changed_by
 from .reader import READER
 from .statistics import Difference, Estimate, difference, estimate, score_matrix
 
+ROOT = Path(__file__).resolve().parents[2]
+REPORT, RESULTS = ROOT / "docs", ROOT / "research" / "results"  # of this repository
+RUNS, ABOUT = "runs.jsonl.gz", "study.json"
 ENOUGH_SEEDS = 5
 Block = tuple[str, int]  # what a run was made with, and its seed
 Key = tuple[str, str, str]  # an arm, how it is trained (see `mode_of`), and the tokens it is asked for
@@ -173,21 +177,28 @@ def compact(result: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(small))
 
 
+def results_folder(report: Path) -> Path:
+    """Where the results behind a report are stored: in `study/` beside it, but for this repository's own."""
+    return RESULTS if report.resolve() == REPORT else report / "study"
+
+
 def save(results: Results, folder: Path, out: Path) -> None:
-    """Writes `study.json` and `runs.jsonl` into a folder, and copies the tower and the reader of OUT beside them."""
+    """Writes settings and runs into a folder, and copies the tower and the reader of OUT beside them."""
     for name in (TOWER, READER):
         copy_whole(data_folder(out, DataSettings(**results.study["data"])) / name, folder / name)
     about = {"study": results.study, "rates": results.rates, "costs": results.costs}
-    write_whole(folder / "runs.jsonl", "".join(json.dumps(run) + "\n" for run in results.runs))
-    write_whole(folder / "study.json", json.dumps(about, indent=2) + "\n")
+    lines = "".join(json.dumps(run) + "\n" for run in results.runs)
+    with whole_file(folder / RUNS) as fresh:
+        fresh.write_bytes(gzip.compress(lines.encode(), mtime=0))  # the same bytes for the same runs
+    write_whole(folder / ABOUT, json.dumps(about, indent=2) + "\n")
 
 
 def load(folder: Path) -> Results:
     """Reads what `save` wrote. Raises ValueError if it is not there, or was written by another version."""
-    if not (folder / "study.json").exists():
-        raise ValueError(f"There are no results of a study in {folder}: run `ms-resampler study` first.")
-    lines = (folder / "runs.jsonl").read_text().splitlines()
-    about, runs = json.loads((folder / "study.json").read_text()), [json.loads(line) for line in lines]
+    if not (folder / ABOUT).exists():
+        raise ValueError(f"There are no results of a study in {folder}: run `python -m research.study` first.")
+    lines = gzip.decompress((folder / RUNS).read_bytes()).splitlines()
+    about, runs = json.loads((folder / ABOUT).read_text()), [json.loads(line) for line in lines]
     current = about.keys() == {"study", "rates", "costs"} and all("made_with" in run for run in runs)
     current = current and all(run["run"].keys() <= {field.name for field in dataclasses.fields(Run)} for run in runs)
     if not (current and all("forward_x" in cost for cost in about["costs"]["projectors"].values())):
@@ -196,12 +207,10 @@ def load(folder: Path) -> Results:
 
 
 def adopt(folder: Path, out: Path) -> int:
-    """Puts what is stored in a folder, if anything, into OUT: tower, reader and results; returns how many results.
+    """Puts what is stored in a folder into OUT: tower, reader and results; returns how many results.
 
     Raises ValueError if OUT holds another tower or reader: no result of its runs could be paired with those stored.
     """
-    if not (folder / "study.json").exists():
-        return 0
     stored = load(folder)
     target = data_folder(out, DataSettings(**stored.study["data"]))
     for name in (TOWER, READER):
@@ -234,5 +243,6 @@ def made_with(folder: Path) -> str:
 
 
 def fingerprint(*files: Path) -> str:
-    """A hash of what is in some files."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    """A hash of what is in some files; of a compressed one, of what it holds."""
+    contents = (path.read_bytes() if path.suffix != ".gz" else gzip.decompress(path.read_bytes()) for path in files)
+    return hashlib.sha256(b"".join(contents)).hexdigest()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ms_resampler.branches_ms_resampler import cell_centres, split_heads
 from ms_resampler.folders import write_whole
 from ms_resampler.resampler_ms_resampler import ScopeMaps
-from ms_resampler.tiny.train import keep_freed_memory
+from ms_resampler.training.trainer import keep_freed_memory
 
 from ..variants import has_gaussians
 from .data import GRID, LABELS, STUDY_FAMILIES, Optimiser, Split, StudyData, amid_paper, prepare_data

@@ -36,10 +36,11 @@ from transformers import (
     LlavaProcessor,
 )
 
-from ms_resampler.assembly import Components, assemble
-from ms_resampler.conversion.convert import make_plan
-from ms_resampler.conversion.layouts import open_source
+import ms_resampler
+from ms_resampler.conversion.comparison import largest_difference
+from ms_resampler.conversion.convert import plan_conversion
 from ms_resampler.conversion.tables import LLAVA, translate
+from ms_resampler.folders import remote_code_files
 from ms_resampler.projectors_ms_resampler import PROJECTORS, rename
 from ms_resampler_cli.main import main
 
@@ -343,11 +344,11 @@ def test_a_projector_alone_goes_out_and_in(room, tmp_path, capsys):
     save_tower(tmp_path / "tower")
     save_llm(tmp_path / "llm", **({} if room else {"vocab_size": len(qwen_tokenizer())}))
     fields = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 16, "visual_tokens": 4}
-    made = assemble(Components(str(tmp_path / "tower"), str(tmp_path / "llm"), fields))
+    made = ms_resampler.init(tmp_path / "tower", tmp_path / "llm", tmp_path / "whole", projector=fields)
     loud(made.model.model.projector)
     made.model.save_pretrained(tmp_path / "whole")
-    made.processor.save_pretrained(tmp_path / "whole")
     assert convert(tmp_path / "whole", tmp_path / "alone", "--to", "projector") == 0
+    assert {file.name for file in (tmp_path / "alone").glob("*.py")} == {file.name for file in remote_code_files()}
     size = sum(file.stat().st_size for file in (tmp_path / "alone").glob("*.safetensors"))
     assert size < 0.5 * (tmp_path / "whole" / "model.safetensors").stat().st_size
     assert convert(tmp_path / "alone", tmp_path / "again") == 2
@@ -357,6 +358,8 @@ def test_a_projector_alone_goes_out_and_in(room, tmp_path, capsys):
     torch.testing.assert_close(logits(tmp_path / "again"), logits(tmp_path / "whole"), rtol=0, atol=0)
     assert convert(tmp_path / "alone", tmp_path / "third", *models, "--verify") == 2
     assert "holds a projector alone, which does not run: there is nothing to compare" in capsys.readouterr().err
+    assert convert(tmp_path / "whole", tmp_path / "fourth", "--to", "projector", "--verify") == 2
+    assert not (tmp_path / "fourth").exists()
     save_llm(tmp_path / "other", hidden_size=64)
     assert convert(tmp_path / "alone", tmp_path / "no", "--tower", tmp_path / "tower", "--llm", tmp_path / "other") == 2
     assert "The weights do not fit" in capsys.readouterr().err
@@ -435,19 +438,60 @@ def test_a_dry_run_shows_every_weight_and_writes_nothing(llava, tmp_path, capsys
     assert list(tmp_path.iterdir()) == []
 
 
+def test_python_converts_as_the_command_does(llava, tmp_path):
+    """There and back; the plan that is returned tells of every weight, and progress adds up to their size."""
+    written = []
+    plan = ms_resampler.convert(llava, tmp_path / "ours", progress=written.append)
+    assert {row.what for row in plan.rows} == {"as it is"}
+    assert sum(written) == plan.bytes == sum(row.bytes for row in plan.outputs)
+    difference, largest = largest_difference(llava, tmp_path / "ours")
+    assert difference == 0 < largest
+    ms_resampler.convert(tmp_path / "ours", tmp_path / "back", to="llava")
+    torch.testing.assert_close(logits(tmp_path / "back"), logits(llava), rtol=0, atol=0)
+    ms_resampler.convert(
+        llava, tmp_path / "pooled", projector={"projector_type": "avg_pool", "visual_tokens": 4}, tower=None
+    )
+    with pytest.raises(ValueError, match="their projectors differ"):
+        largest_difference(llava, tmp_path / "pooled")
+
+
+@pytest.mark.parametrize("to", ["llava", "projector"])
+def test_what_a_target_does_not_take_is_refused(llava, to, tmp_path, capsys):
+    """No option is dropped: a dry run writes nothing, and another projector, tower or language model is refused."""
+    ours = tmp_path / "ours"
+    ms_resampler.convert(llava, ours)
+    for more in (["--projector", "avg_pool"], ["--set", "visual_tokens=4"], ["--llm", ours], ["--tower", ours]):
+        assert convert(ours, tmp_path / "out", "--to", to, *more) == 2
+        assert f"A conversion to '{to}' keeps the model as it is" in capsys.readouterr().err
+    assert convert(ours, tmp_path / "out", "--to", to, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in load_file(ours / "model.safetensors"))
+    assert convert(llava, tmp_path / "out", "--to", to) == 2
+    assert "is a `llava` model, not one of this package" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [ours]
+    with pytest.raises(SystemExit):
+        convert(ours, tmp_path / "out", "--dry-run", "--verify")
+
+
+def test_prefix_tokens_stay_with_another_projector(tmp_path):
+    """The tower's tokens in front of the patches are the model's, whatever reads the patches."""
+    tiny_model(vision_prefix_tokens=1, vision_feature_layer=-1).save_pretrained(tmp_path / "ours")
+    tiny_processor().save_pretrained(tmp_path / "ours")
+    ms_resampler.convert(tmp_path / "ours", tmp_path / "out", projector={"projector_type": "avg_pool"})
+    config = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").config
+    assert (config.vision_prefix_tokens, config.vision_feature_layer) == (1, -1)
+
+
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_half_written_result(llava, tmp_path):
     """Killed between two weights; run again it is whole."""
     script = f"""
-import os, signal, sys
-from ms_resampler.conversion import command, convert as module
+import os, signal, ms_resampler
 def progress(count, seen=[0]):
     seen[0] += 1
     if seen[0] == 40:
         os.kill(os.getpid(), signal.SIGKILL)
-from pathlib import Path
-from ms_resampler.conversion.layouts import open_source
-module.convert(module.make_plan(open_source(Path({str(llava)!r}), {{}}, None, None)), Path("out"), progress)
+ms_resampler.convert({str(llava)!r}, "out", progress=progress)
 """
     killed = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -508,8 +552,7 @@ def test_a_model_that_llava_cannot_hold_is_refused(tmp_path, capsys):
 
 def test_memory_stays_near_a_shard(llava, tmp_path, monkeypatch):
     """Weights are read when their shard is written, and not before."""
-    plan = make_plan(open_source(llava, {}, None, None))
-    assert all(output.make.__closure__ for output in plan.outputs)
+    assert all(output.make.__closure__ for output in plan_conversion(llava).outputs)
     monkeypatch.setattr("ms_resampler.conversion.weights.SHARD_BYTES", 50_000)
     assert convert(llava, tmp_path / "out") == 0
     files = sorted((tmp_path / "out").glob("*.safetensors"))

@@ -20,10 +20,10 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model, tiny_processor
 
+from ms_resampler.folders import remote_code_files
+from ms_resampler.hub_upload import check, plan, publish, push
 from ms_resampler.hub_upload import inspect as content
-from ms_resampler.hub_upload import plan, publish, push, secret_scan
-from ms_resampler.hub_upload.redaction import redact, redacted
-from ms_resampler.hub_upload.staging import remote_code_files
+from ms_resampler.hub_upload.secrets import redact, redacted
 from ms_resampler_cli.main import main
 
 NAME = "acme/tiny"
@@ -54,7 +54,7 @@ def token(hub, monkeypatch):
 @pytest.fixture
 def unverified(monkeypatch):
     """Leaves out the two processes of strangers, which take most of the time; the slow tests have them."""
-    for module in (push, publish):
+    for module in (push, check):
         monkeypatch.setattr(module, "answer_of_a_stranger", lambda *args, **kwargs: b"the same")
 
 
@@ -261,16 +261,34 @@ REFUSED = {
         lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}'),
         r"holds both model\.safetensors and shards",
     ),
+    "a hard link": (
+        lambda folder: os.link(folder / "config.json", folder / "LICENSE"),
+        r"LICENSE, config\.json: a hard",
+    ),
+    "code of another repository": (
+        lambda folder: (folder / "tokenizer_config.json").write_text('{"auto_map": [null, "evil/repo--x.Y"]}'),
+        r"tokenizer_config\.json sends its readers to another repository: evil/repo--x\.Y",
+    ),
+    "a missing weight": (
+        lambda folder: save_file({"model.other": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"}),
+        r"config\.json asks for weights that are missing or of another size: ",
+    ),
+    "NaN": (
+        lambda folder: save_file({"a": torch.full([1], torch.nan)}, folder / "model.safetensors"),
+        r"model\.safetensors is damaged \(a has numbers that are not finite\)",
+    ),
+    "a plain language model": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2"}'),
+        r"is a `qwen2` model, not one of this package: put one together with `ms-resampler init`",
+    ),
     "no checkpoint": (lambda folder: (folder / "config.json").unlink(), r"it has no config\.json"),
     "no metadata": (
         lambda folder: (folder / "README.md").write_text("# A model\n"),
         r"README\.md lacks in its metadata: library_name: transformers, pipeline_tag: .+, license: \.\.\.",
     ),
-    "an unknown key": (
-        lambda folder: (folder / "config.json").write_text(
-            (folder / "config.json").read_text().replace('"query_grid"', '"query_gird"')
-        ),
-        r"query_gird",
+    "metadata that are no YAML": (
+        lambda folder: (folder / "README.md").write_text("---\nlicense: [mit\n---\n# A model\n"),
+        r"README\.md is damaged: its metadata, between two lines of ---, are no YAML",
     ),
 }
 
@@ -286,18 +304,28 @@ def test_what_must_not_leave_is_refused_by_name(case, hub, token, folder, unveri
     assert (changed(hub), hub.repos) == ([], {})
 
 
+def test_a_message_with_a_secret_is_refused(hub, token, folder, capsys):
+    assert main(["push", str(folder), NAME, "--message", f"by {HUB_TOKEN}"]) == 2
+    assert error(capsys) == "Nothing was sent. The message looks like a secret: give another --message."
+    assert hub.requests == []
+
+
+def test_personal_data_is_cleaned_or_named(hub, token, folder, unverified, capsys):
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"made_by": "/home/ada/work/run.py"}))
+    (folder / "LICENSE").write_text("Free for all.\nAsk ada@example.org.\n")
+    assert main(["push", str(folder), NAME]) == 0
+    assert "Whoever may read it sees LICENSE, line 2: an e-mail address." in capsys.readouterr().out
+    file = hub.model(NAME).files("v1")["generation_config.json"]
+    assert json.loads(hub.objects.path(file.sha256).read_text())["made_by"] == "run.py"
+
+
 def test_the_token_in_use_is_found_whatever_its_form(hub, folder, unverified, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "an-unusual-token")
     hub.users["an-unusual-token"] = hub.users[hub.add_user("acme")]
     (folder / "LICENSE").write_text("Ask me: an-unusual-token.")
     assert main(["push", str(folder), NAME]) == 2
     assert "LICENSE holds a Hugging Face token" in error(capsys)
-
-
-def test_a_token_across_two_blocks_is_found(tmp_path):
-    (tmp_path / "file").write_bytes(b"x" * 90 + HUB_TOKEN.encode() + b"x")
-    assert secret_scan.holds_token(tmp_path / "file", block=100)
-    assert not secret_scan.holds_token(Path(__file__).with_name("conftest.py"), block=100)
 
 
 def test_oversized_files_are_refused(hub, token, folder, unverified, capsys, monkeypatch):
@@ -314,7 +342,7 @@ def test_weights_whose_length_begins_like_a_pickle_are_none(tmp_path):
             break
     else:
         pytest.fail("no such length was met")
-    content.check_folder(tmp_path, [tmp_path / "a.safetensors"])
+    content.inspect_files([tmp_path / "a.safetensors"])
 
 
 # What goes wrong on the way
@@ -354,7 +382,7 @@ def test_a_bad_name_is_refused_before_anything(name, hub, token, folder, capsys)
         (["--tag", "v 1"], "--tag 'v 1' is no name for git"),
         (["--revision", "../x"], "--revision '../x' is no name for git"),
         (["--tag", "v1", "--create-pr"], "A pull request gets no tag"),
-        (["--max-shard-size", "much"], "not supported"),
+        (["--max-shard-size", "much"], "--max-shard-size 'much' is no size: give one like"),
     ],
 )
 def test_bad_options_are_refused(arguments, sentence, hub, token, folder, capsys):
@@ -370,10 +398,10 @@ def test_somebody_else_was_faster(hub, token, folder, unverified, capsys):
     before = plan.look_at(api, NAME, "main")
     theirs = api.create_commit(NAME, [CommitOperationAdd("notes.txt", b"theirs")], commit_message="theirs").oid
     (folder / "generation_config.json").write_text("{}")
-    mine = plan.make_plan(folder, before, lambda name: False, [])
+    mine = plan.make_plan(folder, before, "main", lambda name: False)
     sentence = r"^acme/tiny has changed while this was running, and nothing was published"
     with pytest.raises(ValueError, match=sentence), push.hub_errors(NAME):
-        publish.publish(api, mine, folder, "main", "mine")
+        publish.publish(api, mine, "mine")
     assert repo.branches["main"] == theirs
 
 
@@ -409,8 +437,9 @@ def test_an_answer_that_gets_lost_makes_no_second_commit(path, hub, token, folde
 def test_a_failure_on_the_way_publishes_nothing(fault, sentence, hub, token, folder, unverified, impatient, capsys):
     hub.fault(method="PUT|POST", times=99, **fault)
     assert main(["push", str(folder), NAME]) == 2
-    assert re.match(sentence, error(capsys))
-    repo = hub.model(NAME)
+    said, repo = error(capsys), hub.model(NAME)
+    assert re.match(sentence, said)
+    assert ("The commit may have been made all the same: run the command again" in said) == ("commit" in fault["path"])
     assert (len(repo.history("main")), repo.tags) == (1, {})
     hub.faults.clear()
     hub.requests.clear()
@@ -461,6 +490,48 @@ def test_what_comes_back_different_gets_no_tag(hub, token, folder, unverified, c
     assert main(["push", str(folder), NAME]) == 2
     assert re.search(r"without a tag: generation_config\.json came back different from what was sent", error(capsys))
     assert hub.model(NAME).tags == {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ({"method": "POST", "path": "/tag/", "status": 500}, r"an error of its own \(500\)"),
+        ({"method": "POST", "path": "/tag/", "received": 0}, r"cannot be reached \(\w+\): check the network"),
+        ({"method": "GET", "path": "/object/", "status": 403}, r"may not read acme/tiny"),
+    ],
+)
+def test_a_failure_after_the_commit_says_that_it_stands(
+    fault, reason, hub, token, folder, unverified, impatient, capsys
+):
+    hub.fault(times=99, **fault)
+    assert main(["push", str(folder), NAME]) == 2
+    repo, said = hub.model(NAME), error(capsys)
+    head = repo.branches["main"]
+    assert (len(repo.history("main")), repo.tags) == (2, {})
+    assert re.match(rf"acme/tiny has the commit {head[:8]}, without a tag: .*{reason}.*\. The commit stands: ", said)
+    assert f"`hf repos tag create acme/tiny v1 --revision {head}`" in said
+    hub.faults.clear()
+    hub.requests.clear()
+    assert main(["push", str(folder), NAME]) == 0  # what the sentence proposes
+    assert repo.tags == {"v1": head} == {"v1": repo.branches["main"]}
+    assert hub.sent("PUT") == hub.sent("POST", "/commit/") == []
+
+
+def test_an_interruption_after_the_commit_says_that_it_stands(hub, token, folder, unverified, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "answer_of_a_stranger", interrupted)
+    assert main(["push", str(folder), NAME]) == 130
+    head = hub.model(NAME).branches["main"]
+    assert f"acme/tiny has the commit {head[:8]}, without a tag. The commit stands: " in capsys.readouterr().err
+
+
+def test_a_download_that_fails_once_is_repeated(hub, token, folder, unverified, impatient):
+    hub.fault(method="GET", path="/object/", status=500)
+    hub.fault(method="HEAD", path="/resolve/", status=500)
+    assert main(["push", str(folder), NAME]) == 0
+    assert list(hub.model(NAME).tags) == ["v1"]
 
 
 def test_a_server_without_xet_gets_its_files_by_lfs(hub, token, folder, unverified, monkeypatch):
@@ -633,9 +704,7 @@ save_file({name: tensor.clone() for name, tensor in model.state_dict().items()},
 @pytest.mark.slow
 def test_a_folder_that_does_not_load_is_not_sent(hub, token, folder, capsys):
     broken = load_file(folder / "model.safetensors")
-    broken["model.projector.output_proj.weight"] = torch.full_like(
-        broken["model.projector.output_proj.weight"], torch.nan
-    )
+    broken["model.language_model.norm.weight"].fill_(3e38)
     save_file(broken, folder / "model.safetensors", {"format": "pt"})
     assert main(["push", str(folder), NAME]) == 2
     assert "It does not load without this package: the logits are not finite" in error(capsys)

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 
+from ms_resampler import demo
 from ms_resampler.hub_upload import space as push_space
-from ms_resampler_cli import demo
 from ms_resampler_cli.main import main
 
 SPACE, MODEL = "acme/demo", "acme/tiny"

@@ -1,11 +1,10 @@
 """Staging: exactly the allowed files and the package's own code, in a fresh folder."""
 
-import json
-
 import pytest
 from tiny_models import tiny_model, tiny_processor
 
-from ms_resampler.hub_upload.staging import remote_code_files, stage_checkpoint
+from ms_resampler.folders import remote_code_files
+from ms_resampler.hub_upload.staging import stage_checkpoint
 
 
 @pytest.fixture
@@ -20,20 +19,12 @@ def test_only_allowed_files_and_the_code_of_the_package_are_staged(checkpoint, t
     (checkpoint / ".env").write_text("HF_TOKEN=secret")
     (checkpoint / "training_args.bin").write_bytes(b"pickle")
     (checkpoint / "modeling_ms_resampler.py").write_text("raise SystemExit('old code')")
-    names = stage_checkpoint(checkpoint, tmp_path / "staged")
-    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= set(names)
-    assert not {".env", "training_args.bin"} & set(names)
+    names = {file.name for file in stage_checkpoint(checkpoint, tmp_path / "staged").iterdir()}
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= names
+    assert not {".env", "training_args.bin"} & names
     for file in remote_code_files():
         assert (tmp_path / "staged" / file.name).read_bytes() == file.read_bytes()
     assert {name for name in names if name.endswith(".py")} == {file.name for file in remote_code_files()}
-
-
-def test_folders_of_this_machine_are_taken_out_of_the_record(checkpoint, tmp_path):
-    record = {"model": "/home/ada/models/base/", "data": {"source": "~/data/a.json", "url": "https://a.b/c"}, "n": 1}
-    (checkpoint / "training_record.json").write_text(json.dumps(record))
-    stage_checkpoint(checkpoint, tmp_path / "staged")
-    staged = json.loads((tmp_path / "staged" / "training_record.json").read_text())
-    assert staged == {"model": "base", "data": {"source": "a.json", "url": "https://a.b/c"}, "n": 1}
 
 
 def test_a_folder_in_use_and_a_folder_without_a_model_are_refused(checkpoint, tmp_path):

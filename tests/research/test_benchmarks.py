@@ -7,8 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from loading import table as loading_table
-from model import (
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, Qwen2Config
+
+from ms_resampler.training.recipes import RECIPES
+from ms_resampler.training.step_time import milliseconds
+from research.benchmarks.loading import table as loading_table
+from research.benchmarks.model import (
     QWEN,
     TOWER,
     VICUNA,
@@ -24,22 +30,29 @@ from model import (
     uncounted_placeholders,
     weight_bytes,
 )
-from model import prompt_table as model_table
-from preprocessing import measure as measure_preprocessing
-from prior_form import FORMS, error
-from prior_form import main as measure_prior_forms
-from projectors import PUBLISHED, SUITE, Setting, along, arguments, chosen, cost, draw, measure, summary, table
-from projectors import make_run as make_projector_run
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
-from training_step import PROJECTORS, make_steps
-from training_step import make_models as make_training_models
-from training_step import measure as measure_training
-from training_step import table as training_table
-from transformers import LlamaConfig, Qwen2Config
-
-from ms_resampler.timing import LEAST, count_macs, in_turn, milliseconds, rates
-from ms_resampler.training.recipes import RECIPES
+from research.benchmarks.model import prompt_table as model_table
+from research.benchmarks.preprocessing import measure as measure_preprocessing
+from research.benchmarks.prior_form import FORMS, error
+from research.benchmarks.prior_form import main as measure_prior_forms
+from research.benchmarks.projectors import (
+    PUBLISHED,
+    SUITE,
+    Setting,
+    along,
+    arguments,
+    chosen,
+    cost,
+    draw,
+    measure,
+    summary,
+    table,
+)
+from research.benchmarks.projectors import make_run as make_projector_run
+from research.benchmarks.training_step import PROJECTORS, make_steps
+from research.benchmarks.training_step import make_models as make_training_models
+from research.benchmarks.training_step import measure as measure_training
+from research.benchmarks.training_step import table as training_table
+from research.timing import LEAST, count_macs, in_turn, rates
 
 # Parameters and multiply-accumulates in millions, counted on the originals at 576 x 1024 -> 144 -> 4096. Tables of
 # positions that are never trained are not counted here: 256 x 1024 in mqt, 144 x 4096 in qwen_resampler.
@@ -77,9 +90,10 @@ def test_operations_are_those_of_the_batch_and_of_its_gradients():
     assert count_macs(lambda: conv(x).sum().backward()) == 3 * 25 * 9 * 8
 
 
+@pytest.mark.slow
 def test_projectors_are_measured_in_turn(tmp_path, monkeypatch):
     assert set(PUBLISHED) >= set(ORIGINALS)
-    monkeypatch.setattr("projectors.rates", lambda dtype: (1e9, 1e9))
+    monkeypatch.setattr("research.benchmarks.projectors.rates", lambda dtype: (1e9, 1e9))
     names = ["resampler", "ms_resampler, learned queries", "ms_resampler, branches", "ms_resampler"]
     settings = [Setting(grid=4, tokens=tokens, batch=2, backward=True) for tokens in (4, 1)]
     results = [{"setting": vars(setting), "rows": measure(setting, names, repeats=2)} for setting in settings]
@@ -127,12 +141,13 @@ def test_the_suite_has_what_performance_is_about():
 
 @pytest.mark.parametrize(("half", "left"), [(True, 16), (False, 13)])
 def test_the_suite_leaves_out_half_precision_where_it_is_emulated(half, left, monkeypatch):
-    monkeypatch.setattr("projectors.HALF", half)
+    monkeypatch.setattr("research.benchmarks.projectors.HALF", half)
     settings = [setting for _, setting in chosen(Namespace(suite=True))]
     assert len(settings) == left
     assert ("bfloat16" in {setting.dtype for setting in settings}) == half
 
 
+@pytest.mark.slow
 def test_every_projector_of_the_suite_can_do_what_is_asked_of_it():
     asked = {(name, setting.grid, setting.tokens) for names, setting in SUITE for name in names}
     for name, grid, tokens in asked:
@@ -143,7 +158,7 @@ def test_every_projector_of_the_suite_can_do_what_is_asked_of_it():
 def test_packed_projectors_are_measured_where_it_is_asked_for(monkeypatch):
     asked = ["projectors.py", "--packed", "--tokens", "4", "--grid", "4", "--projectors", "ms_resampler"]
     monkeypatch.setattr("sys.argv", asked)
-    monkeypatch.setattr("projectors.DEVICE", "cpu")
+    monkeypatch.setattr("research.benchmarks.projectors.DEVICE", "cpu")
     ((_, setting),) = chosen(arguments())
     assert setting == Setting(grid=4, tokens=4, packed=True)
     assert str(setting).endswith("forward, packed")
@@ -180,11 +195,11 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("ms_resampler.timing.time", clock)
+    monkeypatch.setattr("time.perf_counter", clock.perf_counter)
     return clock
 
 
-def test_a_run_that_takes_long_is_repeated_a_few_times_and_every_round_is_in_turn(clock):
+def test_slow_runs_are_repeated_less_and_every_round_is_in_turn(clock):
     order = []
 
     def run(name: str, seconds: float) -> str:
@@ -198,7 +213,7 @@ def test_a_run_that_takes_long_is_repeated_a_few_times_and_every_round_is_in_tur
     assert order == ["quick", "slow"] * LEAST + ["quick"] * 2
 
 
-def test_a_run_is_timed_with_its_own_queue_and_without_what_was_queued_before(clock, monkeypatch):
+def test_a_run_is_timed_without_what_was_queued_before(clock, monkeypatch):
     queued = [5.0]  # seconds of work that a GPU has not done yet
 
     def synchronize() -> None:
@@ -210,6 +225,7 @@ def test_a_run_is_timed_with_its_own_queue_and_without_what_was_queued_before(cl
     assert milliseconds(lambda: queued.append(2.0)) == 2000
 
 
+@pytest.mark.slow
 def test_the_floor_is_what_this_machine_can_do():
     macs, bytes_moved = rates(torch.float32)
     assert 1e8 < macs < 1e15
@@ -275,6 +291,7 @@ def test_packed_models_and_layers_of_the_same_weights_answer_alike():
     assert {id(weight) for weight in first.parameters()} == {id(weight) for weight in second.parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_is_recorded_says_what_generate_does(tiny_parts, compiled, monkeypatch):
     """Token for token, a second time too; compiled as one graph of the prompt and one of a token."""
@@ -291,6 +308,7 @@ def test_what_is_recorded_says_what_generate_does(tiny_parts, compiled, monkeypa
         assert graphs.frame_count == (2 * number if compiled else 0)
 
 
+@pytest.mark.slow
 def test_all_forms_of_the_prior_are_measured_and_right(monkeypatch, capsys):
     x, grids = torch.randn(1, 24, 1024), ((4, 6), (2, 3))
     assert all(error(form, torch.float32, x, grids) < 2e-5 for form in FORMS)
@@ -364,7 +382,7 @@ def test_a_model_is_measured_up_to_the_first_token_and_after_it(tiny_parts):
 def test_the_time_of_every_token_is_noted(tiny_parts, monkeypatch):
     (model, visual_tokens), *_ = contenders(*make_models(tiny_parts), [4]).values()
     run, seconds = make_run(model, visual_tokens, images=1, new_tokens=3), iter([1.0, 3.0, 3.5, 4.5])
-    monkeypatch.setattr("model.time.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("research.benchmarks.model.time.perf_counter", lambda: next(seconds))
     assert token_times(run) == [2000.0, 2500.0, 3500.0]
 
 

@@ -1,7 +1,7 @@
 """The study: what every run shares, fair conditions, statistics against scipy's and plain ones, and its report."""
 
-import argparse
 import dataclasses
+import gzip
 import json
 import os
 import re
@@ -20,9 +20,16 @@ from scipy import stats
 from ms_resampler.branches_ms_resampler import cell_centres, sincos_positions
 from ms_resampler.tiny.curriculum import ALL_NAMES
 from ms_resampler.tiny.scenes import COLOURS
-from ms_resampler_cli.main import main
-from research.study import command
-from research.study.command import add_arguments, all_runs, best_rates, finished_runs, perform_study, study_of
+from research.study.__main__ import main
+from research.study.conduct import (
+    all_runs,
+    best_rates,
+    comparable_here,
+    conduct,
+    finished_runs,
+    perform_study,
+    seeds_of_elsewhere,
+)
 from research.study.data import (
     CHANNELS,
     GRID,
@@ -70,7 +77,7 @@ from research.study.report import (
     rivals,
     write_report,
 )
-from research.study.results import Results, adopt, collect, compact, load, result_path, run_of, save
+from research.study.results import REPORT, RESULTS, Results, adopt, collect, compact, load, result_path, run_of, save
 from research.study.run import last_attention, patches_right, perform
 from research.study.statistics import (
     GROUPS,
@@ -83,7 +90,6 @@ from research.study.statistics import (
     score_matrix,
 )
 
-DOCS = Path(__file__).parent.parent.parent / "docs"
 RATES = dict.fromkeys((*PEERS, *REFERENCE), 2e-3)
 SMALL = Study(
     arms=(OURS, BASELINE, WITH_QUERIES, "avg_pool", "token_packer", "mlp"),
@@ -216,7 +222,8 @@ def test_the_attention_that_is_kept_is_what_the_answer_reads():
     with last_attention(reader) as attention:
         reader(y_BMD, torch.randint(1, 50, (2, 3, 6)))
     torch.testing.assert_close(attention(), torch.full((2, 3, 4), 0.25))
-    assert not block.q_proj._forward_hooks
+    reader(y_BMD[:1], torch.randint(1, 50, (1, 5, 6)))
+    assert attention().shape == (2, 3, 4), "what is read later is kept, too"
 
 
 def test_patches_right_are_a_share_of_those_there_or_said_to_be():
@@ -232,6 +239,7 @@ def test_patches_right_are_a_share_of_those_there_or_said_to_be():
 # --- Plan -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_widths_make_parameters_comparable_where_there_is_a_width():
     counts = {arm: count_parameters(make_run(Study(), arm, [16], 0, 0).projector) for arm in PEERS}
     without_a_width = {"avg_pool", "pixel_shuffle", "ldp_v2", "mqt", "saep"}
@@ -288,7 +296,7 @@ def test_a_result_is_known_by_all_that_decides_it():
     ],
 )
 def test_what_cannot_be_studied_is_said_before_anything_is_trained(line, sentence, tmp_path, capsys):
-    assert main(["study", *shlex.split(line), "--out", str(tmp_path / "out")]) == 2
+    assert main([*shlex.split(line), "--out", str(tmp_path / "out")]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -427,7 +435,7 @@ def test_the_report_is_made_of_the_results_and_checked_against_them(studied, tmp
     about = {"machine": "a machine", "projectors": dict.fromkeys(SMALL.arms, costs)}
     save(collect(SMALL, rates, about, results), tmp_path / "study", out)
     write_report(tmp_path)
-    assert main(["study", "--check", str(tmp_path)]) == 0
+    assert main(["--check", str(tmp_path)]) == 0
     text = (tmp_path / "study.md").read_text()
     assert all(arm in text for arm in SMALL.arms)
     for base in (OURS, WITH_QUERIES):
@@ -438,20 +446,20 @@ def test_the_report_is_made_of_the_results_and_checked_against_them(studied, tmp
 
     shutil.copytree(tmp_path, other := tmp_path / "other", ignore=shutil.ignore_patterns("other"))
     (other / "study.md").write_text(text.replace("overall", "0verall", 1))
-    with pytest.raises(ValueError, match="is not the report of the results beside it"):
+    with pytest.raises(ValueError, match="is not the report of the results in"):
         check_report(other)
     stored = other / "study" / "study.json"
     stored.write_text(stored.read_text() + "\n")
     (other / "study.md").write_text(text)
     capsys.readouterr()
-    assert main(["study", "--check", str(other)]) == 2
-    assert "was not drawn from the results beside it" in capsys.readouterr().err
+    assert main(["--check", str(other)]) == 2
+    assert "was not drawn from the results in" in capsys.readouterr().err
     stored.write_text(stored.read_text().replace("forward_x", "forward_times"))
     with pytest.raises(ValueError, match="was stored by another version of the study"):
         load(other / "study")
 
 
-def test_the_learning_rate_is_the_best_on_validation_whatever_the_test_says():
+def test_the_learning_rate_is_chosen_by_validation_alone():
     def result(arm, rate, score, letter):
         test = {**dict.fromkeys(STUDY_FAMILIES, letter), "dense": "00"}
         return {"run": {"arm": arm, "learning_rate": rate}, "validation": {"16": score}, "test": {"16": test}}
@@ -463,14 +471,20 @@ def test_the_learning_rate_is_the_best_on_validation_whatever_the_test_says():
     assert best_rates(Study(arms=(OURS, LOCAL)), swept) == {OURS: 1e-3, LOCAL: 1e-3}
 
 
-def test_the_command_line_changes_the_study(tmp_path):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
+def test_the_command_line_changes_the_study(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("research.study.conduct.conduct", lambda *args, **options: asked.append((*args, options)))
     line = "--quick --projectors mqt mlp --budgets 36 --seeds 3 --learning-rates .1 .2 --steps 9 --scenes 50"
-    study = study_of(parser.parse_args(shlex.split(line)))
-    assert (study.arms, study.budgets, study.seeds) == ((OURS, BASELINE, "mqt", "mlp"), (36,), 3)
-    assert (study.learning_rates, study.steps, study.data.train_scenes) == ((0.1, 0.2), 9, 50)
-    assert study_of(parser.parse_args([])) == Study()
+    assert main([*shlex.split(line), "--out", str(tmp_path), "--workers", "2"]) == 0
+    assert main(["--finished", "--report", str(tmp_path)]) == 0
+    assert main(["--no-ablations"]) == 0
+    (changed, *places), (default, *elsewhere), (short, *_) = asked
+    assert (changed.arms, changed.budgets, changed.seeds) == ((OURS, BASELINE, "mqt", "mlp"), (36,), 3)
+    assert (changed.learning_rates, changed.steps, changed.data.train_scenes) == ((0.1, 0.2), 9, 50)
+    assert places == [tmp_path, None, 2, {"train": True}]
+    assert default == Study()
+    assert elsewhere == [Path("runs/study"), tmp_path, None, {"train": False}]
+    assert short == dataclasses.replace(Study(), ablations=False)
 
 
 def test_a_result_of_an_early_version_is_refused(tmp_path):
@@ -483,15 +497,15 @@ def test_a_result_of_an_early_version_is_refused(tmp_path):
 
 def test_a_study_goes_on_from_the_stored_results(tmp_path):
     """Every run of theirs is found under the name that the plan has for it today, with their tower and reader."""
-    stored = load(DOCS / "study")
-    assert adopt(DOCS / "study", tmp_path) == len(stored.runs)
+    stored = load(RESULTS)
+    assert adopt(RESULTS, tmp_path) == len(stored.runs)
     study = Study(seeds=stored.study["seeds"])
     planned = all_runs(study, stored.rates)
     kept = {path.name for path in (tmp_path / "runs").iterdir()}
     assert kept == {result_path(tmp_path, run).name for run in planned} & kept
     assert len(kept) == len(stored.runs)
     for name in ("tower.safetensors", "reader.safetensors"):
-        assert (data_folder(tmp_path, study.data) / name).read_bytes() == (DOCS / "study" / name).read_bytes()
+        assert (data_folder(tmp_path, study.data) / name).read_bytes() == (RESULTS / name).read_bytes()
 
 
 def test_stored_results_do_not_go_on_with_another_tower(tmp_path):
@@ -499,13 +513,14 @@ def test_stored_results_do_not_go_on_with_another_tower(tmp_path):
     tower.parent.mkdir()
     tower.write_bytes(b"another")
     with pytest.raises(ValueError, match=r"is not the one stored in .*: work in a new folder \(--out\)"):
-        adopt(DOCS / "study", tmp_path)
+        adopt(RESULTS, tmp_path)
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_the_stored_report_is_that_of_the_stored_results():
-    check_report(DOCS)
-    results = load(DOCS / "study")
+    check_report(REPORT)
+    results = load(RESULTS)
     assert isinstance(results, Results)
     assert len(report_text(results)) > 5_000
 
@@ -559,31 +574,28 @@ def test_what_is_finished_is_found_before_the_rest_is_done(studied, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_finished_is_reported_and_nothing_stored_is_lost(studied, tmp_path, monkeypatch, capsys):
+def test_what_is_finished_is_reported_and_nothing_stored_is_lost(studied, tmp_path, monkeypatch):
+    monkeypatch.setattr("research.study.costs.REPEATS", 1)
     out, _, results = studied
     shutil.copytree(out, cut := tmp_path / "out")
-    monkeypatch.setattr(command, "study_of", lambda arguments: SMALL)
-    line = ["study", "--finished", "--out", str(cut), "--report", str(tmp_path / "docs")]
-    assert main(line) == 0  # of a study that was killed before its first report, too
-    stored = (tmp_path / "docs" / "study" / "runs.jsonl").read_bytes()
-    assert stored.count(b"\n") == len({json.dumps(result["run"]) for result in results})
-    assert main(["study", "--check", str(tmp_path / "docs")]) == 0
+    docs = tmp_path / "docs"
+    conduct(SMALL, cut, docs, train=False)  # of a study that was killed before its first report, too
+    stored = (docs / "study" / "runs.jsonl.gz").read_bytes()
+    assert len(gzip.decompress(stored).splitlines()) == len({json.dumps(result["run"]) for result in results})
+    assert main(["--check", str(docs)]) == 0
 
-    monkeypatch.setattr(command, "study_of", lambda arguments: dataclasses.replace(SMALL, seeds=1))
-    assert main(line) == 2
-    assert re.search(
-        r"holds \d+ results that this study does not ask for, .* seed 1: .*--seeds 2", capsys.readouterr().err
-    )
-    assert (tmp_path / "docs" / "study" / "runs.jsonl").read_bytes() == stored
+    smaller = dataclasses.replace(SMALL, seeds=1)
+    with pytest.raises(ValueError, match=r"holds \d+ results that this study does not ask for, .* seed 1: .*--seeds 2"):
+        conduct(smaller, cut, docs, train=False)
+    assert (docs / "study" / "runs.jsonl.gz").read_bytes() == stored
 
-    assert main(line[:4]) == 0  # in OUT itself, which keeps every run, another study may take the report's place
+    conduct(smaller, cut, train=False)  # in OUT itself, which keeps every run, another study may replace the report
 
-    monkeypatch.setattr(command, "study_of", lambda arguments: SMALL)
     result_path(cut, sweep_runs(SMALL)[0]).unlink()
-    assert main([*line[:-1], str(tmp_path / "other")]) == 2
-    assert "1 runs of the choice of learning rates are missing" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="1 runs of the choice of learning rates are missing"):
+        conduct(SMALL, cut, tmp_path / "other", train=False)
     with pytest.raises(SystemExit):
-        main([*line, "--check", str(tmp_path / "docs")])
+        main(["--finished", "--check", str(docs)])
 
 
 def test_what_nothing_here_compares_with_is_not_run(tmp_path, capsys):
@@ -596,8 +608,8 @@ def test_what_nothing_here_compares_with_is_not_run(tmp_path, capsys):
     for run in ours:
         if run.name in done:
             result_path(tmp_path, run).write_text(json.dumps({"made_with": done[run.name]}))
-    assert command.seeds_of_elsewhere(runs, tmp_path, "here") == {0}
-    kept = command.comparable_here(runs, tmp_path, {0})
+    assert seeds_of_elsewhere(runs, tmp_path, "here") == {0}
+    kept = comparable_here(runs, tmp_path, {0})
     assert kept == [run for run in runs if run.seed or run.arm == OURS]
     assert f"Left out: {len(runs) - len(kept)} runs of seeds 0, whose" in capsys.readouterr().out
 
@@ -609,7 +621,7 @@ def test_elastic_weights_that_share_no_seed_with_fixed_ones_are_named():
     runs = [*elastic, scored("mqt", "here", 0, "10"), scored("avg_pool", "there", 0, "10")]
     text = elastic_table(Results({"budgets": [16]}, dict.fromkeys(("mqt", "avg_pool"), 1e-3), {}, runs))
     assert re.findall(r"^\| (\w+) \| 16 ", text, flags=re.MULTILINE) == ["mqt"]
-    assert text.endswith("Left out, because too few seeds are shared yet: avg_pool at 16 tokens.")
+    assert text.endswith("Left out (too few shared seeds): avg_pool at 16 tokens.")
 
 
 def test_scores_amid_paper_stand_apart():
@@ -634,8 +646,8 @@ def test_scores_amid_paper_stand_apart():
     ]
     assert [(title, local.split()[0]) for title, _, _, _, _, _, local, *_ in rows[-3:]] == [
         ("token_packer, cells on the places", "-50.0"),
-        ("token_packer, cells across them", "+100.0"),
-        ("what that changes by", "+150.0"),
+        ("token_packer, cells across them", "+100.0*"),
+        ("change", "+150.0*"),
     ]
     assert margin_tables(dataclasses.replace(results, runs=runs[:5])) == ""
 
@@ -660,10 +672,10 @@ def test_a_table_leaves_out_what_shares_no_seed_with_the_default():
     assert list(rivals(results, "16")) == ["saep", WITH_QUERIES]  # the strongest first
     table = ablation_table(results, OURS)
     assert re.findall(r"^\| ([\w ,]+) \| 1 ", table, flags=re.MULTILINE) == [WITH_QUERIES, "two scopes"]
-    assert table.endswith("Left out, because too few seeds are shared yet: mean fusion.")
+    assert table.endswith("Left out (too few shared seeds): mean fusion.")
     table = ablation_table(results, WITH_QUERIES)
     assert re.findall(r"^\| ([\w ,]+) \| 1 ", table, flags=re.MULTILINE) == [OURS]
-    assert table.endswith("Left out, because too few seeds are shared yet: two scopes.")
+    assert table.endswith("Left out (too few shared seeds): two scopes.")
 
 
 def test_what_has_few_seeds_does_not_take_those_of_a_table_of_five():

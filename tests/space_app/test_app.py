@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from ms_resampler import TINY
-from ms_resampler_cli.demo import PEER
+from ms_resampler.demo import PEER
 
 import answering  # isort: skip (space_server made it importable)
 import app
@@ -587,3 +587,10 @@ def test_a_model_that_cannot_be_loaded_is_named_in_a_sentence(cut, sentence, tmp
     assert str(exit.value).startswith(f"{tmp_path} cannot be loaded: ")
     assert sentence in str(exit.value)
     assert "\n" not in str(exit.value)
+
+
+def test_an_image_token_that_a_visitor_types_is_text():
+    answerer, picture = space_server.make_answerer(), tiny_models.picture()
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What does <image> mean?"}]
+    prompt = answerer.prepare([{"role": "user", "content": content}], [picture], settings.Settings())
+    assert (prompt.inputs["input_ids"] == tiny_models.IMAGE).sum() == 4

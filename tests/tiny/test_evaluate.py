@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_models import picture, tiny_model, tiny_processor
 
-from ms_resampler.tiny.evaluate import FamilyScore, answer, bootstrap_interval, evaluate_scenes, markdown_table
+from ms_resampler.tiny.evaluate import answer, bootstrap_interval, evaluate_scenes
 from ms_resampler.tiny.scenes import FAMILIES, ask, make_scene, scene_rng
 
 
@@ -78,9 +78,3 @@ def test_the_bootstrap_interval_covers_the_mean_and_shrinks():
     assert low < few.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * few.std() / 50**0.5, rel=0.1)
     assert many_high - many_low < 0.2 * (high - low)
-
-
-def test_the_table_shows_both_models():
-    row, guess = FamilyScore("read", "local", 10, 0.9, 0.8, 1.0), FamilyScore("read", "local", 10, 0.25, 0.1, 0.4)
-    table = markdown_table([row], [guess])
-    assert "| read | local | 10 | 90.0% | 80.0% to 100.0% | 25.0% | +65.0 |" in table

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from ms_resampler import TINY
+from ms_resampler import TINY, demo
 from ms_resampler.tiny.peer import KINDS, embed_projector, with_new_projector
-from ms_resampler_cli import demo
 from ms_resampler_cli import main as cli
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.training.adapters import add_adapters
 from ms_resampler.training.recipes import RECIPES, Adapters, LearningRates
-from ms_resampler.training.run import run_recipe
+from ms_resampler.training.run import train
 from ms_resampler_cli import main as cli
 
 # peft asks a model of transformers by a name that is on its way out.
@@ -34,7 +34,7 @@ def lora():
 @pytest.fixture(scope="module")
 def trained(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    run_recipe(lora(), options_in(start, out))
+    train(lora(), **options_in(start, out))
     return out
 
 
@@ -45,7 +45,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("text", ["qwen2", "llama", "phi3", "gemma2"])
-def test_adapters_sit_in_every_matrix_of_the_language_model_and_nowhere_else(text):
+def test_adapters_are_in_every_matrix_of_the_language_model_alone(text):
     model = add_adapters(tiny_model(text=text), Adapters(rank=2), LearningRates(projector=1e-3, llm=1e-4))
     adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
     layers = model.base_model.model.model.language_model.layers

@@ -81,15 +81,36 @@ def test_learning_rates_are_changed_for_all_or_for_a_part(changes, rates, capsys
         (["align", "--learning-rate", "projector=frozen"], "Every part of the model is frozen"),
         (["align", "--learning-rate", "3"], "The learning rate of the projector must lie between 0 and 1, got 3.0."),
         (["align", "--steps", "0"], "The recipe's steps must be at least 1, got 0."),
+        (["align", "--epochs", "-1"], "The recipe's epochs must be above 0, got -1.0."),
+        (["align", "--epochs", "nan"], "The recipe's epochs must be above 0, got nan."),
+        (["align", "--batch-size", "0"], "The recipe's batch_size must be at least 1, got 0."),
+        (["align", "--max-length", "-2"], "The recipe's max_length must be at least 1, got -2."),
+        (["align", "--workers", "-1"], "The recipe's workers must be at least 0, got -1."),
+        (["align", "--save-steps", "0"], "The recipe's save_steps must be at least 1, got 0."),
+        (["align", "--seed", "-1"], "The recipe's seed must be at least 0, got -1."),
+        (["align", "--learning-rate", "nan"], "must lie between 0 and 1, got nan."),
+        (["tiny", "--steps", "0"], "The number of steps must be at least 1, got 0."),
+        (["tiny", "--scenes", "0"], "The number of scenes must be at least 1, got 0."),
+        (["missing"], "There is no recipe 'missing': choose one of align, instruct"),
         (["instruct_lora", "--learning-rate", "embeddings=1e-5"], "the embeddings stay frozen"),
         (["tiny", "--data", "d.json"], "The recipe tiny makes its own model and data: it takes no --data."),
     ],
 )
 def test_what_is_wrong_is_one_sentence(arguments, sentence, capsys):
-    assert cli.main(["train", *arguments, *(["--show"] if len(arguments) == 3 else [])]) == 2
+    assert cli.main(["train", *arguments, *(["--show"] if len(arguments) == 3 and arguments[0] != "tiny" else [])]) == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["train align --data d.json", "data check d.json", "plan align"])
+def test_a_language_model_alone_is_not_trained(command, tmp_path, capsys):
+    llm = save_llm(tmp_path / "qwen2")
+    capsys.readouterr()
+    assert cli.main([*command.split(), "--model", str(llm)]) == 2
+    told = capsys.readouterr().err
+    assert f"{llm} is a `qwen2` model, not one of this package: put one together with `ms-resampler init`" in told
+    assert told.count("\n") == 1
 
 
 def test_fields_that_contradict_each_other_are_refused():
@@ -121,7 +142,7 @@ def test_a_package_that_is_missing_is_named_before_anything_is_read(monkeypatch,
 
 
 @pytest.mark.slow
-def test_two_commands_make_a_model_of_a_tower_and_a_language_model_that_answers(tmp_path, capfd):
+def test_two_commands_make_a_model_that_answers(tmp_path, capfd):
     make_start(tmp_path, records=12)
     rows = [row for row in json.loads((tmp_path / "data.json").read_text()) if "image" in row]
     (tmp_path / "captions.json").write_text(json.dumps(rows))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from components import TOKENIZERS
-from test_labels import HARD, RECORD, VICUNA, processor_of
+from labelled_records import HARD, RECORD, VICUNA, processor_of
 from tiny_models import picture, tiny_model, tiny_processor
 
-from ms_resampler.training import collate as data
+from ms_resampler.training import collate, conversations, records
 from ms_resampler.training.collate import IGNORED, ConversationCollator
 from ms_resampler.training.label_view import coloured_text, example_of, page
 from ms_resampler_cli.main import main
@@ -113,6 +113,9 @@ def test_only_the_first_ids_are_printed(folder, model, capsys):
         ("data.json", ["--html", "/no/such/folder/page.html"], "There is no folder '/no/such/folder' for the page"),
         ("data.json", ["--images", "/no/such/folder"], "There is no folder of images"),
         ("data.json", ["--model", "tests"], "it has no config.json"),
+        ("data.json", ["--max-length", "0"], "max_length must be at least 1, got 0."),
+        ("data.json", ["--workers", "-1"], "workers must be at least 0, got -1."),
+        ("data.json", ["--examples", "-1"], "examples must be at least 0, got -1."),
     ],
 )
 def test_bad_input_is_a_sentence(folder, model, source, more, sentence, capsys):
@@ -127,17 +130,16 @@ def test_bad_input_is_a_sentence(folder, model, source, more, sentence, capsys):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("streaming", [[], ["--streaming"]])
-def test_a_path_that_escapes_from_a_table_is_a_sentence(folder, model, capsys, workers, streaming):
+def test_a_path_that_escapes_is_a_bad_record_of_a_table(folder, model, capsys, workers, streaming):
     import datasets
 
     rows = [row("fine"), row("escape", image="../whole.png")]
     datasets.Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
-    capsys.readouterr()
     source = ["data", "check", str(folder / "rows.parquet"), "--model", model, "--workers", workers]
     assert main([*source, *streaming]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "Record escape names the image '../whole.png': a path must stay within" in last
-    assert last.startswith("ms-resampler data: ")
+    printed = capsys.readouterr().out
+    assert "2 records, 1 of them good." in printed
+    assert "Record escape names the image '../whole.png': a path must stay within" in printed
 
 
 # --- The pictures of the labels
@@ -209,4 +211,5 @@ def test_the_python_of_the_page_runs_as_printed(capsys):
 
 def test_the_page_lists_every_kind_of_problem():
     table = "".join(re.findall(r"^\| `.*? \|", DOCUMENT.read_text(), re.M))
-    assert set(re.findall("`(.*?)`", table)) == set(re.findall(r'BadRecord\("(.*?)"', Path(data.__file__).read_text()))
+    code = "".join(Path(module.__file__).read_text() for module in (collate, conversations, records))
+    assert set(re.findall("`(.*?)`", table)) == set(re.findall(r'BadRecord\(\s*"(.*?)"', code))

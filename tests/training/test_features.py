@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from test_modeling import ragged_batch
+from tiny_models import ragged_batch
 from torch.testing import assert_close
 
 from ms_resampler import MSResamplerForConditionalGeneration, MSResamplerModel
@@ -64,7 +64,7 @@ def test_loss_is_the_cross_entropy_of_the_next_words():
     assert_close(outputs.loss.double(), torch.stack(by_hand).mean(), **CLOSE)
 
 
-def test_loss_over_accumulated_batches_is_divided_by_the_number_it_is_given():
+def test_accumulated_loss_is_divided_by_the_number_it_is_given():
     """What Trainer passes with gradient accumulation."""
     model, batch = tiny.tiny_model(), labelled_batch()
     count = int((batch["labels"][:, 1:] != -100).sum())

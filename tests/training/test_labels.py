@@ -7,38 +7,21 @@ import pytest
 import torch
 from components import CHATML, LLAMA_2, LLAMA_3, TOKENIZERS
 from jinja2 import Environment
+from labelled_records import HARD, RECORD, UNMARKED_VICUNA, VICUNA, processor_of
 from tiny_models import picture, tiny_processor
 
 from ms_resampler import TINY, MSResamplerProcessor
 from ms_resampler.chat_format import ChatFormat, image_aware, packaged_template
 from ms_resampler.tiny.curriculum import SceneConversations
-from ms_resampler.training.collate import IGNORED, BadRecord, ConversationCollator, learned_tokens, messages_of
+from ms_resampler.training.collate import IGNORED, ConversationCollator, learned_tokens
+from ms_resampler.training.conversations import BadRecord, messages_of
 
-VICUNA = packaged_template("vicuna")
-UNMARKED_VICUNA = re.sub(r"\{%-? (end)?generation -?%\}", "", VICUNA)
 GREETING = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
 
 
-def turns(*said):
-    return [{"from": who, "value": value} for who, value in said]
-
-
-HARD = "Zwei Katzen 🐈🐈, 猫  auf\n\nder Matte\tnaïve </answer>"
-RECORD = {
-    "id": "dialogue",
-    "image": [picture(0), picture(1), picture(2)],
-    "conversations": [
-        {"from": "human", "value": "<image>\n<image>\nWhich is older? 🐈"},
-        {"from": "gpt", "value": "The first."},
-        {"from": "human", "value": "And <image>\nthis?"},
-        {"from": "gpt", "value": HARD},
-        {"from": "human", "value": "The first."},
-        {"from": "gpt", "value": "The first."},
-    ],
-}
 ASKED = ["<image>\n<image>\nWhich is older? 🐈", "And <image>\nthis?", "The first."]
 SAID = ["The first.", HARD, "The first."]
 
@@ -66,15 +49,6 @@ FORMATS = {
     ),
     "Llama 2": ("llama_2", LLAMA_2, layout("<s>[INST] {asked} [/INST] ¦{said} </s>¦")),
 }
-
-
-def processor_of(name: str, template: str) -> MSResamplerProcessor:
-    tokenizer = TOKENIZERS[name]()
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    template = image_aware(template, "<image>", tokenizer)
-    small = tiny_processor()
-    return MSResamplerProcessor(small.image_processor, tokenizer, 4, 4, chat_template=template)
 
 
 @pytest.fixture(params=FORMATS)
@@ -166,6 +140,7 @@ def test_rows_of_a_batch_are_those_of_single_records(case):
     processor, _ = case
     short = {"id": "text", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Its dust."}]}
     collator = ConversationCollator(processor, max_length=2000)
+    assert "pixel_values" not in collator([short])
     batch = collator([short, RECORD])
     for row, record in enumerate((short, RECORD)):
         alone = collator([record])
@@ -251,21 +226,6 @@ def test_tokens_of_spans(offsets, spans, learned):
     assert learned_tokens(offsets, spans).tolist() == [bool(one) for one in learned]
 
 
-def test_a_typed_image_token_is_no_image():
-    tokenizer = TOKENIZERS["qwen2"]()
-    tokenizer.add_tokens(["<pic>"], special_tokens=True)
-    template = image_aware(CHATML, "<pic>", tokenizer)
-    processor = MSResamplerProcessor(
-        tiny_processor().image_processor, tokenizer, 4, 4, image_token="<pic>", chat_template=template
-    )
-    record = {"id": "p", "conversations": turns(("human", "What is <pic>?"), ("gpt", "A token."))}
-    with pytest.raises(BadRecord, match="Record p has 1 <pic> in its text, but 0 images"):
-        ConversationCollator(processor, max_length=500)([record])
-    shown = {"id": "p", "image": picture(), "conversations": turns(("human", "<image>\nWhat?"), ("gpt", "A cat."))}
-    batch = ConversationCollator(processor, max_length=500)([shown])
-    assert (batch["input_ids"] == processor.image_token_id).sum() == 4
-
-
 @pytest.mark.parametrize("lacking", ["pad_token", "chat_template"])
 def test_a_processor_that_cannot_make_batches_is_refused(lacking):
     processor = tiny_processor()
@@ -326,41 +286,3 @@ def test_plain_is_image_and_caption(name):
 def test_plain_needs_images_and_one_caption(record):
     with pytest.raises(BadRecord, match="needs images and one caption to be plain"):
         ConversationCollator(tiny_processor(), max_length=500, plain=True)([record])
-
-
-# --- Bad records
-
-
-GOOD = turns(("human", "<image>\nWhat?"), ("gpt", "A cat."))
-
-
-@pytest.mark.parametrize(
-    ("changes", "kind", "sentence"),
-    [
-        ({"conversations": None}, "no conversation", "has no `conversations`"),
-        ({"conversations": []}, "no conversation", "has no `conversations`"),
-        ({"conversations": ["Hi"]}, "malformed turn", "has no text in turn 1"),
-        ({"conversations": [{"from": "human"}]}, "malformed turn", "has no text in turn 1"),
-        ({"conversations": turns(("alien", "Hi"))}, "unknown role", "has a turn 1 of 'alien'; known are human"),
-        ({"conversations": turns(("human", "<image>"), ("gpt", " \n"))}, "empty answer", "an empty answer in turn 2"),
-        ({"conversations": turns(("human", "<image>"))}, "nothing to learn", "no answer to learn from"),
-        ({"conversations": turns(("human", "?"), ("gpt", "<image>"))}, "image in an answer", "an <image> in an answer"),
-        ({"image": None}, "image count", "has 1 <image> placeholders, but 0 images"),
-        ({"image": [picture(), picture()]}, "image count", "has 1 <image> placeholders, but 2 images"),
-        ({"image": "MISSING"}, "missing image", "has no image at "),
-        ({"image": "TEXT"}, "unreadable image", "is not an image that can be read"),
-        ({"image": "HALF"}, "unreadable image", "could not be read as an image"),
-        ({"image": b"abc"}, "unreadable image", "is not an image that can be read"),
-    ],
-)
-def test_bad_records_are_named_and_sorted(tmp_path, changes, kind, sentence):
-    (tmp_path / "text.png").write_text("not a picture")
-    picture(0, (200, 200)).save(tmp_path / "whole.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
-    files = {"MISSING": "missing.png", "TEXT": "text.png", "HALF": "half.png"}
-    if isinstance(changes.get("image"), str):
-        changes = {"image": tmp_path / files[changes["image"]]}
-    record = {"id": "n7", "image": picture(), "conversations": GOOD} | changes
-    with pytest.raises(BadRecord, match=f"^Record n7 .*{re.escape(sentence)}") as error:
-        ConversationCollator(tiny_processor(), max_length=500)([record])
-    assert error.value.kind == kind

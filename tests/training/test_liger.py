@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
+import interpreted_liger
 import pytest
 import torch
 from interpreted_liger import CASES, batch, loss_and_gradients, recipe
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ms_resampler.training.collate import IGNORED
 from ms_resampler.training.liger import fuse_loss
-from ms_resampler.training.run import run_recipe
+from ms_resampler.training.run import train
 
 
 def plain_torch(weight, hidden, targets, cap):
@@ -59,7 +59,7 @@ def interpreted(tmp_path_factory):
     """A data set, and what the kernel made of the cases and of a run."""
     start, out = make_start(tmp_path_factory.mktemp("start"), records=4), tmp_path_factory.mktemp("liger")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(Path(__file__).with_name("interpreted_liger.py")), str(start), str(out)]
+    command = [sys.executable, interpreted_liger.__file__, str(start), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return start, out
@@ -85,7 +85,7 @@ def test_the_kernels_loss_and_gradients_are_the_plain_ones(case, interpreted):
 @needs_the_kernel
 def test_a_run_with_the_kernel_learns_what_one_without_learns(interpreted, tmp_path):
     start, out = interpreted
-    run_recipe(recipe(), options_in(start, tmp_path, device_batch=2))
+    train(recipe(), **options_in(start, tmp_path, device_batch=2))
     torch.testing.assert_close(losses_of(out / "run"), losses_of(tmp_path), rtol=1e-5, atol=0)
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (out / "run", tmp_path))
     assert ours.keys() == theirs.keys()

@@ -18,12 +18,12 @@ from tiny_runs import losses_of, make_shards, make_start, options_in, small
 from transformers import AutoModelForImageTextToText
 
 from ms_resampler.training.recipes import Adapters
-from ms_resampler.training.run import run_recipe
+from ms_resampler.training.run import train
 from ms_resampler_cli import main as cli
 
 CHANGES = {"batch_size": 8, "steps": 6, "save_steps": 3, "token_budgets": [1, 4, 9]}
 ADAPTERS = {"rank": 4, "alpha": 8, "dropout": 0.0}
-SCRIPT = Path(__file__).with_name("launched_run.py")
+SCRIPT = Path(__file__).parent.parent / "launched_run.py"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def start(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    run_recipe(small("instruct", **CHANGES), options_in(start, out))
+    train(small("instruct", **CHANGES), **options_in(start, out))
     return out
 
 
@@ -83,7 +83,7 @@ def assert_two_learn_what_one_learns(configuration, start, folder, recipe, **cha
     launch(configuration, start, folder / "two", recipe, **changes)
     if "adapters" in changes:
         changes["adapters"] = Adapters(**changes["adapters"])
-    run_recipe(small(recipe, **CHANGES | changes), options_in(start, folder / "one"))
+    train(small(recipe, **CHANGES | changes), **options_in(start, folder / "one"))
     torch.testing.assert_close(losses_of(folder / "two"), losses_of(folder / "one"), rtol=1e-4, atol=0)
     assert_close_weights(folder / "two", folder / "one", rtol=1e-3, atol=2e-5)
 
@@ -124,7 +124,7 @@ def test_two_processes_learn_what_one_learns(name, start, alone, tmp_path, capsy
 def test_two_processes_share_a_stream_as_two_workers_do(start, tmp_path, capsys):
     ddp, shards = launcher("ddp", capsys), make_shards(start, tmp_path / "shards", 2)
     options = {"data": str(shards), "streaming": True}
-    run_recipe(small("instruct", workers=2, **CHANGES), options_in(start, tmp_path / "one", device_batch=2, **options))
+    train(small("instruct", workers=2, **CHANGES), **options_in(start, tmp_path / "one", device_batch=2, **options))
     launch(ddp, start, tmp_path / "two", options=options)
     torch.testing.assert_close(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-4, atol=0)
     assert_close_weights(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=2e-5)
@@ -161,7 +161,7 @@ def test_deepspeeds_files_leave_to_the_recipe_what_is_the_recipes(name, stage, c
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_launch_files_are_accelerates_own_and_leave_the_precision_to_the_recipe(name, capsys):
+def test_launch_files_leave_the_precision_to_the_recipe(name, capsys):
     configuration = load_config_from_file(launcher(name, capsys))
     assert configuration.mixed_precision == "no"
     assert configuration.distributed_type == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.training.adapters import four_bit_config
 from ms_resampler.training.recipes import Adapters, LearningRates
-from ms_resampler.training.run import load_model, run_recipe
+from ms_resampler.training.run import load_model, train
 from ms_resampler_cli import main as cli
 
 # peft asks a model of transformers by a name that is on its way out.
@@ -46,7 +46,7 @@ def quantized(start):
 @pytest.fixture(scope="module")
 def trained(start, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    run_recipe(qlora(), options_in(start, out))
+    train(qlora(), **options_in(start, out))
     return out
 
 
@@ -142,12 +142,12 @@ def test_it_learns_as_lora_does_on_the_dequantized_weights(start, quantized, tmp
     AutoProcessor.from_pretrained(start / "start").save_pretrained(tmp_path / "start")
     adapters = Adapters(rank=4, alpha=8, dropout=0.0)
     plain = dataclasses.replace(qlora(), adapters=adapters)
-    run_recipe(plain, options_in(start, tmp_path / "lora", model=str(tmp_path / "start")))
-    run_recipe(
+    train(plain, **options_in(start, tmp_path / "lora", model=str(tmp_path / "start")))
+    train(
         dataclasses.replace(plain, adapters=dataclasses.replace(adapters, four_bits=True)),
-        options_in(start, tmp_path / "qlora"),
+        **options_in(start, tmp_path / "qlora"),
     )
-    run_recipe(plain, options_in(start, tmp_path / "unquantized"))
+    train(plain, **options_in(start, tmp_path / "unquantized"))
     ours, theirs, whole = (torch.tensor(losses_of(tmp_path / run)) for run in ("qlora", "lora", "unquantized"))
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
@@ -168,7 +168,7 @@ def test_a_checkpoint_in_bfloat16_trains_in_bf16_and_is_merged_in_it(start, tmp_
         tmp_path / "start"
     )
     AutoProcessor.from_pretrained(start / "start").save_pretrained(tmp_path / "start")
-    run_recipe(qlora(bf16=True), options_in(start, tmp_path / "run", model=str(tmp_path / "start")))
+    train(qlora(bf16=True), **options_in(start, tmp_path / "run", model=str(tmp_path / "start")))
     assert cli.main(["merge", str(tmp_path / "run"), str(tmp_path / "whole")]) == 0
     assert {value.dtype for value in load_file(tmp_path / "whole" / "model.safetensors").values()} == {torch.bfloat16}
     losses = losses_of(tmp_path / "run")

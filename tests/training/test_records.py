@@ -1,17 +1,25 @@
 """Opening training data: JSON, JSON lines, tables; paths that stay inside; and the order of an epoch."""
 
+import gzip
 import io
 import json
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from labelled_records import turns
 from tiny_models import np_pixels, picture, tiny_processor
 from torch.utils.data import DataLoader
 
 from ms_resampler.training import records as module
-from ms_resampler.training.collate import ConversationCollator, epoch_order, open_records
+from ms_resampler.training.collate import ConversationCollator
+from ms_resampler.training.conversations import BadRecord, conversation_of, images_of
+from ms_resampler.training.order import epoch_order
+from ms_resampler.training.records import open_records
 
 
 def rows_of(count: int = 7) -> list[dict]:
@@ -42,8 +50,7 @@ def save(path, rows, form):
 
 
 def expected(row, folder):
-    images = row.get("image") or []
-    return row | {"image": [folder / name for name in ([images] if isinstance(images, str) else images)] or None}
+    return row | {"folder": folder}
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100, 1 << 20])
@@ -82,24 +89,103 @@ def test_the_file_is_not_held_in_memory(tmp_path):
         ('[{"id": 1}, {"id": ]', "no JSON in record 2"),
         ('[{"id": 1}, {"id": 2', "no JSON in record 2"),
         ('[{"id": 1}', "ends in the middle, after record 1"),
-        ('{"id": 1}\n{"id" 2}\n' + '{"id": 3}\n' * 50, "no JSON in record 2"),
         ('{"id": "1\n"}', "no JSON in record 1"),
-        ('{"id": 1}\n[2]', "no list of JSON objects, nor lines of them: see record 2"),
-        ('[{"id": 1}] {"id": 2}', "no list of JSON objects, nor lines of them: see record 2"),
-        (b'[{"id": "\xff"}]', "is not UTF-8 text, near byte 13"),
-        ('[{"id": "ü'.encode()[:-1], "is not UTF-8 text, near byte 10"),
-        ('[{"id": 5, "image": "../secret.png"}]', "Record 5 names the image '../secret.png'"),
-        ('[{"id": 5, "image": ["a.png", "/etc/passwd"]}]', "Record 5 names the image '/etc/passwd'"),
-        ('[{"id": 5, "image": "a/../../b.png"}]', "a path must stay within the folder"),
-        ('[{"id": 5, "image": "https://example.com/a.png"}]', "a path must stay within the folder"),
-        ('[{"image": "../data.json/../../a.png"}]', "Record number 1 names the image"),
+        ("[" * 100_000, "no JSON in record 1: its brackets are too deep"),
+        ('[{"id": ' + "1" * 5000 + "}]", "no JSON in record 1: Exceeds the limit"),
+        ('[{"id": 1}] {"id": 2}', "has more after the end of its list: see record 2"),
+        ('{"data": [{"id": 1}], "version": 1', "no JSON after its list"),
+        ('{"data": [{"id": 1}], "test": [{"id": 2}]}', "has another list, 'test'"),
+        (b"\x1f\x8b rest", "cannot be unpacked"),
+        ("\ufeff[]".encode("utf-16")[:-1], "is no whole text in UTF-16"),
     ],
 )
-def test_damaged_files_and_paths_that_escape_are_named(tmp_path, text, sentence):
+def test_damaged_files_are_named(tmp_path, text, sentence):
     path = tmp_path / "data.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=sentence.replace("[", r"\[")):
         open_records(path)
+
+
+def packed(text):
+    return gzip.compress(text.encode())
+
+
+ROWS = rows_of(3)
+LIST, LINES = json.dumps(ROWS, ensure_ascii=False), "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+FILES = {
+    "UTF-16": ("data.json", ("\ufeff" + LIST).encode("utf-16-le")),
+    "UTF-16, big-endian": ("data.jsonl", ("\ufeff" + LINES).encode("utf-16-be")),
+    "UTF-16 without a mark": ("data.json", LIST.encode("utf-16-le")),
+    "UTF-32": ("data.json", LIST.encode("utf-32")),
+    "ndjson": ("data.ndjson", LINES),
+    "jsonl.gz": ("data.jsonl.gz", packed(LINES)),
+    "json.gz in UTF-16": ("data.json.gz", gzip.compress(LIST.encode("utf-16"))),
+    "packed without a name": ("data.json", packed(LIST)),
+    "upper case": ("DATA.JSON", LIST),
+    "lines in a .json": ("data.json", LINES),
+    "a list in a .jsonl": ("data.jsonl", LIST),
+    "carriage returns": ("data.jsonl", LINES.replace("\n", "\r")),
+    "Windows": ("data.jsonl", LINES.replace("\n", "\r\n") + "\r\n"),
+    "in an object": ("data.json", f'{{"data": {LIST}}}'),
+    "in an object, with more": (
+        "data.json",
+        f'{{"v": "1.0", "n": 3,\n"data": {LIST}, "info": {{"by": ["me"]}} }}\n',
+    ),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.parametrize("form", FILES)
+def test_files_are_read_as_people_have_them(form, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    name, stored = FILES[form]
+    (tmp_path / name).write_bytes(stored if isinstance(stored, bytes) else stored.encode())
+    records = open_records(tmp_path / name)
+    assert [records[index] for index in range(len(records))] == [expected(row, tmp_path) for row in ROWS]
+    assert records.modality.tolist() == [False, True, True]
+
+
+def problems_of(path):
+    """The sentence about each record, None for a good one."""
+    records, found = open_records(path), []
+    for index in range(len(records)):
+        try:
+            found.append(conversation_of(records[index]) and None)
+        except BadRecord as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_line_that_is_no_record_is_a_bad_record(tmp_path):
+    good = [json.dumps(rows_of(1)[0]), json.dumps(rows_of(1)[0])]
+    bad = ['{"id": 1', '{"id" 2}', "[" * 99_999, '{"id": ' + "9" * 5000 + "}", "5", "null", '["a"]', '"a"', "}{"]
+    for number, line in enumerate(bad):
+        (tmp_path / f"{number}.jsonl").write_text("\n".join([good[0], line, good[1]]))
+        before, problem, after = problems_of(tmp_path / f"{number}.jsonl")
+        assert before is after is None
+        assert problem.startswith("Record number 2 is no JSON")
+
+
+def test_latin_1_says_how_to_convert_it(tmp_path):
+    rows = [row | {"id": f"r{n}"} for n, row in enumerate([rows_of(1)[0], {"conversations": turns(("gpt", "ok"))}])]
+    text = json.dumps(rows, ensure_ascii=False).replace("🐈", "").encode("latin-1")
+    (tmp_path / "data.json").write_bytes(text)
+    problem, fine = problems_of(tmp_path / "data.json")
+    assert problem.startswith("Record r0 has a character that is none")
+    assert "iconv -f LATIN1 -t UTF-8" in problem
+    assert fine is None
+
+
+@pytest.mark.slow
+def test_a_copy_of_a_packed_file_goes_with_the_process(tmp_path):
+    (tmp_path / "data.jsonl.gz").write_bytes(packed(LINES))
+    code = (
+        f"from ms_resampler.training.records import open_records; open_records({str(tmp_path / 'data.jsonl.gz')!r})[0]"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    (tmp_path / "tmp").mkdir()
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "data.jsonl.gz")], env=environment, check=True)
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_an_error_early_in_a_large_file_does_not_read_it_to_the_end(tmp_path, monkeypatch):
@@ -115,14 +201,18 @@ def test_an_error_early_in_a_large_file_does_not_read_it_to_the_end(tmp_path, mo
     [
         ("missing.json", None, "No such file"),
         ("notes.txt", None, "is of no kind that is read here"),
+        ("damaged.parquet", None, "damaged.parquet cannot be read as a table: "),
+        ("empty", None, "empty cannot be read as a table: "),
         ("no such place", None, "neither a file or folder nor the name of a Hub repository"),
         ("data.json", "nowhere", "There is no folder of images"),
     ],
 )
 def test_sources_that_are_none(tmp_path, source, images, sentence):
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "empty").mkdir()
     save(tmp_path / "data.json", rows_of(), "list")
-    source = tmp_path / source if "." in source else source
+    source = source if " " in source else tmp_path / source
     with pytest.raises((ValueError, OSError), match=sentence):
         open_records(source, images)
 
@@ -173,11 +263,11 @@ def test_tables_give_the_same_records(table, kind):
     for record, row in zip((records[index] for index in range(len(rows))), rows, strict=True):
         assert record["id"] == row["id"]
         assert record["conversations"] == row["conversations"]
-        assert record["image"] == ([image["bytes"] for image in row["images"]] or None)
+        assert images_of(record) == [image["bytes"] for image in row["images"]]
     batch = ConversationCollator(tiny_processor(), max_length=2000)([records[2]])
     pixels = tiny_processor().image_processor([picture(0), picture(1)])["pixel_values"]
     assert torch.equal(batch["pixel_values"], torch.tensor(np.array(pixels)))
-    with pytest.raises(ValueError, match="Record r4 cannot be read"):
+    with pytest.raises(BadRecord, match="Record r4 cannot be read"):
         ConversationCollator(tiny_processor(), max_length=2000)([records[4]])
 
 
@@ -188,31 +278,8 @@ def test_streams_give_every_record_once(table, workers):
     loaded = list(DataLoader(stream, batch_size=None, num_workers=workers))
     assert sorted(record["id"] for record in loaded) == [row["id"] for row in rows]
     by_id = {record["id"]: record for record in loaded}
-    assert by_id["r2"]["image"] == [image["bytes"] for image in rows[2]["images"]]
+    assert images_of(by_id["r2"]) == [image["bytes"] for image in rows[2]["images"]]
     assert by_id["r2"]["conversations"] == rows[2]["conversations"]
-
-
-def test_chat_messages_become_turns(tmp_path):
-    parts = [{"type": "image"}, {"type": "text", "text": "What?"}, {"type": "image"}]
-    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]
-    messages += ["broken", {"role": "user", "content": ["broken"]}]
-    (tmp_path / "data.jsonl").write_text(json.dumps({"id": None, "messages": messages, "images": ["a.png", "b.png"]}))
-    assert open_records(tmp_path / "data.jsonl")[0] == {
-        "id": "number 1",
-        "image": [tmp_path / "a.png", tmp_path / "b.png"],
-        "conversations": [
-            {"from": "user", "value": "<image>What?<image>"},
-            {"from": "assistant", "value": "A cat."},
-            "broken",
-            {"from": "user", "value": ["broken"]},
-        ],
-    }
-
-
-def test_paths_may_wander_inside_the_folder(tmp_path):
-    names = ["a/../b.png", str(tmp_path / "a" / "b.png"), "..png"]
-    save(tmp_path / "data.json", [{"image": names}], "list")
-    assert open_records(tmp_path / "data.json")[0]["image"] == [tmp_path / name for name in names]
 
 
 def test_pictures_of_paths_are_those_of_the_files(tmp_path):

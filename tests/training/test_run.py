@@ -10,18 +10,22 @@ from functools import partial
 import pytest
 import torch
 from killed_runs import assert_same_weights, finish, kill_at, start_run, weights
+from labelled_records import THINKING, turns
 from tiny_models import tiny_model, tiny_processor
-from tiny_runs import losses_of, make_start, options_in, small
+from tiny_runs import losses_of, make_start, options_in, run_interrupted, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings
 
 from ms_resampler import MSResamplerForConditionalGeneration
+from ms_resampler.chat_format import ChatFormat, image_aware
 from ms_resampler.training import run
-from ms_resampler.training.batches import BatchMaker
-from ms_resampler.training.collate import IGNORED, ConversationCollator, open_records
+from ms_resampler.training.collate import IGNORED, BatchMaker, ConversationCollator
+from ms_resampler.training.data_check import check_data
 from ms_resampler.training.order import Schedule
 from ms_resampler.training.parameters import count_parameters, freeze, parameter_groups, part_of
 from ms_resampler.training.recipes import LearningRates
-from ms_resampler.training.run import run_recipe, share_batch
+from ms_resampler.training.records import open_records
+from ms_resampler.training.run import share_batch, train
 from ms_resampler.training.trainer import CheckedTrainer, last_checkpoint
 
 
@@ -47,12 +51,49 @@ def changed_parts(before, after):
 def test_the_parts_with_a_rate_learn_and_no_other(recipe, rates, learning, start, tmp_path):
     recipe = small(recipe, steps=2)
     recipe = dataclasses.replace(recipe, rates=dataclasses.replace(recipe.rates, **rates))
-    result = run_recipe(recipe, options_in(start, tmp_path))
+    result = train(recipe, **options_in(start, tmp_path))
     assert changed_parts(weights(start / "start"), weights(result)) == learning
 
 
-def test_the_result_loads_through_the_auto_classes_and_differs_in_weights_alone(start, tmp_path):
-    result = run_recipe(small("instruct", steps=1), options_in(start, tmp_path))
+PARTS = ("tower", "projector", "llm", "embeddings")
+
+
+@pytest.mark.parametrize("frozen", PARTS)
+def test_what_is_frozen_keeps_every_tensor_and_buffer(frozen, start, tmp_path, monkeypatch):
+    """Batch statistics, too, in a run that is stopped and resumed."""
+    plain_init = ConvNextEmbeddings.__init__
+
+    def init_with_batch_norm(self, config):
+        plain_init(self, config)
+        self.layernorm = torch.nn.BatchNorm2d(config.hidden_sizes[0])
+
+    monkeypatch.setattr(ConvNextEmbeddings, "__init__", init_with_batch_norm)
+    tiny_model("convnext", "qwen2").save_pretrained(tmp_path / "start")
+    tiny_processor("convnext").save_pretrained(tmp_path / "start")
+    rates = LearningRates(**{part: None if part == frozen else 1e-3 for part in PARTS})
+    options = options_in(start, tmp_path / "run", model=str(tmp_path / "start"))
+    run_interrupted(small("instruct", rates=rates), options, 2, monkeypatch)
+    before, after = weights(tmp_path / "start"), weights(tmp_path / "run" / "model")
+    assert changed_parts(before, after) == {*PARTS} - {frozen}
+    statistics = "model.vision_tower.embeddings.layernorm.running_mean"
+    assert torch.equal(before[statistics], after[statistics]) == (frozen == "tower")
+
+
+def test_dropout_is_off_in_what_is_frozen(start, tmp_path):
+    """Through layers whose activations are checkpointed, too."""
+    runs = []
+    for rate in (0.0, 0.5):
+        folder = tmp_path / str(rate)
+        dropout = {"attention_dropout": rate}
+        tiny_model("clip_vision_model", "qwen2", tower_changes=dropout, text_changes=dropout).save_pretrained(folder)
+        tiny_processor().save_pretrained(folder)
+        train(small("align", steps=2), **options_in(start, folder / "run", model=str(folder)))
+        runs.append(weights(folder / "run" / "model"))
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_the_result_loads_anywhere_and_differs_in_weights_alone(start, tmp_path):
+    result = train(small("instruct", steps=1), **options_in(start, tmp_path))
     model = AutoModelForImageTextToText.from_pretrained(result)
     trained = weights(result)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in trained.items())
@@ -69,8 +110,8 @@ def test_a_start_in_bfloat16_trains_in_float32_and_comes_back_in_bfloat16(bf16, 
         tmp_path / "start"
     )
     AutoProcessor.from_pretrained(start / "start").save_pretrained(tmp_path / "start")
-    options = dataclasses.replace(options_in(start, tmp_path / "run"), model=str(tmp_path / "start"))
-    result = run_recipe(small("align", steps=1, save_steps=1, bf16=bf16), options)
+    options = options_in(start, tmp_path / "run", model=str(tmp_path / "start"))
+    result = train(small("align", steps=1, save_steps=1, bf16=bf16), **options)
     kept = weights(tmp_path / "run" / "checkpoint-1")
     assert {part_of(name) for name, value in kept.items() if value.dtype == torch.float32} == (
         {"projector"} if bf16 else {part_of(name) for name in kept}
@@ -82,8 +123,8 @@ def test_a_tied_head_is_saved_once_and_comes_back_tied(start, tmp_path):
     tied = tiny_model(text="qwen2", text_changes={"max_position_embeddings": 512, "tie_word_embeddings": True})
     tied.save_pretrained(tmp_path / "start")
     AutoProcessor.from_pretrained(start / "start").save_pretrained(tmp_path / "start")
-    options = dataclasses.replace(options_in(start, tmp_path / "run"), model=str(tmp_path / "start"))
-    result = run_recipe(small("instruct", steps=2), options)
+    options = options_in(start, tmp_path / "run", model=str(tmp_path / "start"))
+    result = train(small("instruct", steps=2), **options)
     assert weights(result).keys() == weights(tmp_path / "start").keys()
     model = AutoModelForImageTextToText.from_pretrained(result)
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -116,8 +157,8 @@ def test_groups_have_their_rates_and_decay_matrices_alone():
 
 
 def test_a_step_is_the_same_however_it_is_cut_into_batches(start, tmp_path):
-    whole = run_recipe(small("instruct", steps=3), options_in(start, tmp_path / "whole", device_batch=4))
-    parts = run_recipe(small("instruct", steps=3), options_in(start, tmp_path / "parts", device_batch=1))
+    whole = train(small("instruct", steps=3), **options_in(start, tmp_path / "whole", device_batch=4))
+    parts = train(small("instruct", steps=3), **options_in(start, tmp_path / "parts", device_batch=1))
     torch.testing.assert_close(losses_of(tmp_path / "parts"), losses_of(tmp_path / "whole"), rtol=1e-5, atol=0)
     ours, theirs = weights(parts), weights(whole)
     for name in ours:
@@ -157,16 +198,14 @@ def batch_maker(start, tmp_path, recipe, bad_records="fatal"):
     return BatchMaker(partial(ConversationCollator, max_length=recipe.max_length), processor, bad_records, tmp_path)
 
 
-@pytest.mark.parametrize(("budget", "grid"), [(None, None), (9, [3, 3]), ((1, 6), [1, 6])])
+@pytest.mark.parametrize(("budget", "grid"), [(None, [2, 2]), (9, [3, 3]), ((1, 6), [1, 6])])
 def test_a_batch_has_the_budget_of_its_step(budget, grid, start, tmp_path):
     records = open_records(str(start / "data.json"), start / "images")
     batch = batch_maker(start, tmp_path, small("elastic"))([(records[0], budget), (records[1], budget)])
     image = tiny_processor().image_token_id
-    assert (batch["input_ids"] == image).sum(-1).tolist() == [4 if grid is None else grid[0] * grid[1]] * 2
+    assert (batch["input_ids"] == image).sum(-1).tolist() == [grid[0] * grid[1]] * 2
     assert batch["record_ids"] == ["r0", "r1"]
-    assert ("token_grids" in batch) == (grid is not None)
-    if grid:
-        assert batch["token_grids"].tolist() == [grid, grid]
+    assert batch["token_grids"].tolist() == [grid, grid]
 
 
 def test_text_alone_goes_through_the_projector_and_teaches_it_nothing(start, tmp_path):
@@ -191,33 +230,64 @@ def bad_data(start, folder):
     rows[1]["image"] = "none.png"
     rows[2]["conversations"][1]["value"] = "x" * 600
     (folder / "data.json").write_text(json.dumps(rows))
-    return dataclasses.replace(options_in(start, folder / "run"), data=str(folder / "data.json"))
+    return options_in(start, folder / "run", data=str(folder / "data.json"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_records_stop_a_run_or_are_counted_and_named(workers, start, tmp_path):
     options = bad_data(start, tmp_path)
     with pytest.raises(ValueError, match=r"^Record r[012] .*\.$"):
-        run_recipe(small("instruct", steps=6, workers=workers), options)
-    options = dataclasses.replace(options, out=tmp_path / "skipping")
-    result = run_recipe(small("instruct", steps=6, bad_records="skip", workers=workers), options)
+        train(small("instruct", steps=6, workers=workers), **options)
+    options = options | {"out": tmp_path / "skipping"}
+    result = train(small("instruct", steps=6, bad_records="skip", workers=workers), **options)
     skipped = json.loads((result / "training_record.json").read_text())["skipped"]
     assert skipped["records"] == 3
     assert skipped["first"].keys() == {"r0", "r1", "r2"}
     assert "tokens" in skipped["first"]["r2"]
 
 
+def test_a_step_of_bad_records_alone_changes_nothing_and_goes_by(start, tmp_path):
+    rows = [{"id": f"b{number}", "conversations": "nothing"} for number in range(8)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    options = options_in(start, tmp_path / "run", data=str(tmp_path / "data.json"))
+    result = train(small("instruct", steps=2, bad_records="skip"), **options)
+    assert changed_parts(weights(start / "start"), weights(result)) == set()
+    assert json.loads((result / "training_record.json").read_text())["skipped"]["records"] == 8
+
+
+def test_a_thinking_template_is_mended_and_saved_so(start, tmp_path, capsys):
+    model = tmp_path / "thinker"
+    shutil.copytree(start / "start", model)
+    tokenizer = AutoProcessor.from_pretrained(model).tokenizer
+    template = image_aware(THINKING, "<image>", tokenizer)
+    (model / "chat_template.jinja").write_text(template)
+    thought = "<think>\nhm\n</think>\n\nyes"
+    rows = [{"id": "t", "conversations": turns(("human", "Q"), ("gpt", thought), ("human", "R"), ("gpt", "no"))}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+
+    report = check_data(tmp_path / "data.json", model=model, workers=0)
+    assert "The chat template is taken with thinking off" in str(report)
+    learned = ["".join(piece.text for piece in report.examples[0].pieces if piece.learned)]
+    assert learned == [f"{thought}<|im_end|>no<|im_end|>"]
+    options = options_in(start, tmp_path / "run", model=str(model), data=str(tmp_path / "data.json"))
+    result = train(small("instruct", steps=1), **options)
+    assert "The chat template is taken with thinking off" in capsys.readouterr().out
+    saved = ChatFormat(AutoProcessor.from_pretrained(result).chat_template, tokenizer)
+    assert saved.check_generation_prompt() is None
+    assert ChatFormat(template, tokenizer).check_generation_prompt() is not None
+
+
 def test_records_that_are_cut_are_counted_and_the_rest_of_them_is_learned(start, tmp_path, capsys):
     options = bad_data(start, tmp_path)
     recipe = small("instruct", steps=6, bad_records="skip", truncate=True)
-    record = json.loads((run_recipe(recipe, options) / "training_record.json").read_text())
+    record = json.loads((train(recipe, **options) / "training_record.json").read_text())
     assert record["skipped"]["first"].keys() == {"r0", "r1"}
     assert record["cut"]["records"] == 1
     assert re.fullmatch(r"has 6\d\d tokens, of which 512 stay\.", record["cut"]["first"]["r2"])
     told = capsys.readouterr().out
-    assert f"Records skipped, for they cannot be learned from ({options.out}/skipped.jsonl): 2." in told
-    assert f"Records cut, for they are longer than the recipe takes ({options.out}/cut.jsonl): 1." in told
-    records = open_records(options.data, start / "images")
+    assert f"Bad records skipped: 2 ({options['out']}/skipped.jsonl says why)." in told
+    assert f"Records cut to the recipe's length: 1 (named in {options['out']}/cut.jsonl)." in told
+    records = open_records(options["data"], start / "images")
     batch = BatchMaker(
         partial(ConversationCollator, max_length=512, truncate=True),
         AutoProcessor.from_pretrained(start / "start"),
@@ -243,7 +313,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_records(poison, start,
 
     monkeypatch.setattr(CheckedTrainer, "compute_loss", compute_loss)
     with pytest.raises(ValueError, match=f"The {poison} of step 3 is not finite") as stopped:
-        run_recipe(small("align", save_steps=1), options_in(start, tmp_path, device_batch=2))
+        train(small("align", save_steps=1), **options_in(start, tmp_path, device_batch=2))
     for name in seen[5]:
         assert f"{name}" in str(stopped.value)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
@@ -251,16 +321,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_records(poison, start,
 
 
 def test_a_run_is_not_gone_on_with_by_another_recipe_or_other_data(start, tmp_path):
-    run_recipe(small("align", steps=1), options_in(start, tmp_path))
+    train(small("align", steps=1), **options_in(start, tmp_path))
     with pytest.raises(ValueError, match="started with another batch_size, seed: give a new --out"):
-        run_recipe(small("align", steps=1, batch_size=2, seed=3), options_in(start, tmp_path))
+        train(small("align", steps=1, batch_size=2, seed=3), **options_in(start, tmp_path))
     (tmp_path / "other.json").write_text((start / "data.json").read_text() + " ")
-    other = dataclasses.replace(options_in(start, tmp_path), data=str(tmp_path / "other.json"))
+    other = options_in(start, tmp_path, data=str(tmp_path / "other.json"))
     with pytest.raises(ValueError, match="started with another data"):
-        run_recipe(small("align", steps=1), other)
+        train(small("align", steps=1), **other)
 
 
-def test_a_result_that_cannot_be_written_leaves_no_half_and_comes_with_the_next_try(start, tmp_path, monkeypatch):
+def test_a_result_that_cannot_be_written_comes_with_the_next_try(start, tmp_path, monkeypatch):
     def fail(trained, state, dtype, folder):
         folder.mkdir()
         raise RuntimeError("No space left on device")
@@ -268,17 +338,17 @@ def test_a_result_that_cannot_be_written_leaves_no_half_and_comes_with_the_next_
     with monkeypatch.context() as patch:
         patch.setattr(run, "save_weights", fail)
         with pytest.raises(OSError, match=r"The result could not be written \(No space left on device\)"):
-            run_recipe(small("align", steps=2), options_in(start, tmp_path))
+            train(small("align", steps=2), **options_in(start, tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "log.jsonl", "record.json"]
-    assert run_recipe(small("align", steps=2), options_in(start, tmp_path)) == tmp_path / "model"
+    assert train(small("align", steps=2), **options_in(start, tmp_path)) == tmp_path / "model"
     assert weights(tmp_path / "model").keys() == weights(start / "start").keys()
 
 
 def test_data_without_records_are_refused(start, tmp_path):
     (tmp_path / "data.json").write_text("[]")
-    options = dataclasses.replace(options_in(start, tmp_path / "run"), data=str(tmp_path / "data.json"))
+    options = options_in(start, tmp_path / "run", data=str(tmp_path / "data.json"))
     with pytest.raises(ValueError, match="The data hold no records"):
-        run_recipe(small("align"), options)
+        train(small("align"), **options)
 
 
 CHANGES = {"steps": 12, "save_steps": 3, "token_budgets": [1, 4, 9]}
@@ -307,7 +377,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(start, 
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(start, unbroken, tmp_path):
+def test_a_run_killed_in_a_checkpoint_resumes_from_the_one_before(start, unbroken, tmp_path):
     out = tmp_path / "run"
     kill_at(start_run(start, out, CHANGES), out, lambda: last_checkpoint(out) and (out / "unfinished").exists())
     (out / "unfinished" / "checkpoint-99").mkdir(parents=True, exist_ok=True)  # the kill may have come too late

@@ -1,6 +1,5 @@
 """Training on a stream: who reads what, exact resume, bad records, and what a stream cannot do."""
 
-import dataclasses
 import json
 
 import pytest
@@ -8,9 +7,9 @@ from killed_runs import assert_same_weights, finish, kill_at, start_run
 from tiny_runs import losses_of, make_shards, make_start, options_in, small
 from torch.utils.data import DataLoader, get_worker_info
 
-from ms_resampler.training.collate import open_records
 from ms_resampler.training.order import StreamSchedule
-from ms_resampler.training.run import run_recipe
+from ms_resampler.training.records import open_records
+from ms_resampler.training.run import train
 from ms_resampler_cli import main as cli
 
 
@@ -43,7 +42,7 @@ def test_all_parts_together_read_every_record_once(shards, devices, workers, sta
     assert ids != [f"r{number}" for number in range(24)]
 
 
-def test_the_order_follows_from_the_seed_and_starts_anew_when_the_stream_ends(start, shards):
+def test_the_order_follows_from_the_seed_and_starts_anew_at_the_end(start, shards):
     schedule = schedule_of(start, shards, workers=2)
     ids = ids_of(schedule, range(48))
     assert sorted(ids[:24]) == sorted(ids[24:])
@@ -87,9 +86,9 @@ def test_a_stream_from_the_hub(start, shards, hub, monkeypatch, tmp_path):
     schedule = schedule_of(start, "ada/data", devices=2)
     assert ids_of(schedule, range(24)) == ids_of(schedule_of(start, shards, devices=2), range(24))
     options = options_in(start, tmp_path, data="ada/data", streaming=True)
-    run_recipe(small("instruct", steps=2), options)
+    train(small("instruct", steps=2), **options)
     with pytest.raises(ValueError, match="Bad split: validation"):
-        run_recipe(small("instruct", steps=2), dataclasses.replace(options, split="validation"))
+        train(small("instruct", steps=2), **options | {"split": "validation"})
 
 
 def test_bad_records_of_a_stream_are_counted_and_named(start, tmp_path):
@@ -101,9 +100,9 @@ def test_bad_records_of_a_stream_are_counted_and_named(start, tmp_path):
     file.write_text("\n".join(map(json.dumps, rows)))
     options = options_in(start, tmp_path / "run", data=str(source), streaming=True)
     with pytest.raises(ValueError, match=r"Record r[05] has "):
-        run_recipe(small("instruct", steps=6), options)
-    options = dataclasses.replace(options, out=tmp_path / "skipping")
-    result = run_recipe(small("instruct", steps=6, bad_records="skip"), options)
+        train(small("instruct", steps=6), **options)
+    options = options | {"out": tmp_path / "skipping"}
+    result = train(small("instruct", steps=6, bad_records="skip"), **options)
     record = json.loads((result / "training_record.json").read_text())
     assert record["skipped"]["first"].keys() == {"r0", "r5"}
     assert record["data"]["parts"] == 1
@@ -130,9 +129,9 @@ def test_a_run_over_a_stream_that_is_killed_ends_with_the_same_weights(start, sh
 
 def test_a_stream_that_was_shared_out_otherwise_is_not_gone_on_with(start, shards, tmp_path):
     options = options_in(start, tmp_path, data=str(shards), streaming=True, device_batch=2)
-    run_recipe(small("instruct", steps=1), options)
+    train(small("instruct", steps=1), **options)
     with pytest.raises(ValueError, match="another device batch size"):
-        run_recipe(small("instruct", steps=1), dataclasses.replace(options, device_batch=4))
+        train(small("instruct", steps=1), **options | {"device_batch": 4})
 
 
 @pytest.mark.parametrize(

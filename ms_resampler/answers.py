@@ -1,0 +1,129 @@
+"""Questions about pictures, answered by a model."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import TextStreamer
+
+from .folders import our_model
+from .modeling_ms_resampler import MSResamplerForConditionalGeneration
+from .processing_ms_resampler import MSResamplerProcessor
+
+Picture = str | Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and how the model read the pictures, one entry a picture.
+
+    visual_tokens: M of each picture. scope_weights: how much each scope counts, by its name, on average over the
+    picture's visual tokens; None unless asked for. milliseconds: from the loaded model to the whole answer.
+    """
+
+    text: str
+    visual_tokens: list[int]
+    scope_weights: list[dict[str, float]] | None
+    milliseconds: float
+
+
+class PieceStreamer(TextStreamer):
+    """Hands the pieces of an answer to a function."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], object]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.on_text(text)
+
+
+def load(
+    model: str | Path | None = None, revision: str | None = None
+) -> tuple[MSResamplerForConditionalGeneration, MSResamplerProcessor]:
+    """Model and processor by this package's code, on the GPU if there is one, else with weights packed for the CPU.
+
+    `model` is a folder or a Hub repository; None is the embedded checkpoint. Raises ValueError if it is another
+    kind of model, OSError if it cannot be loaded.
+    """
+    name = our_model(model, revision)
+    try:
+        processor = MSResamplerProcessor.from_pretrained(name, revision=revision)
+        loaded: Any = MSResamplerForConditionalGeneration.from_pretrained(name, revision=revision, dtype="auto")
+    except SafetensorError as error:
+        raise OSError(f"The weights of {name} are damaged or not complete ({error}): copy them again.") from error
+    return loaded.eval().to("cuda" if torch.cuda.is_available() else "cpu").pack_weights(), processor
+
+
+@torch.inference_mode()
+def ask(
+    question: str,
+    pictures: Picture | Sequence[Picture],
+    model: str | Path | MSResamplerForConditionalGeneration | None = None,
+    processor: MSResamplerProcessor | None = None,
+    *,
+    revision: str | None = None,
+    visual_tokens: int | tuple[int, int] | None = None,
+    max_new_tokens: int = 256,
+    scopes: bool = False,
+    on_text: Callable[[str], object] | None = None,
+) -> Answer:
+    """The likeliest answer to a question about pictures.
+
+    A picture is a file, a URL or an image of PIL's. `model` is loaded as `load` does, or is a loaded one beside its
+    processor. `visual_tokens` of each picture are a count or a grid; None is the model's own budget. `scopes=True`
+    adds the weights of the scopes, if the projector has scopes. `on_text` gets the pieces of the answer as they come.
+
+    Raises ValueError if a picture or a budget is impossible, OSError if the model cannot be loaded.
+    """
+    pictures = [pictures] if isinstance(pictures, Picture) else list(pictures)
+    if not question.strip():
+        raise ValueError("The question is empty.")
+    if max_new_tokens < 1:
+        raise ValueError("The length limit, max_new_tokens, must be at least 1.")
+    content = [{"type": "image", "image": checked(picture)} for picture in pictures]
+    if model is None or isinstance(model, str | Path):
+        model, processor = load(model, revision)
+    if processor is None:
+        raise ValueError("A loaded model needs its processor, too: ask(question, pictures, model, processor).")
+    started = time.perf_counter()
+    projector: Any = model.config.projector_config
+    scopes = scopes and bool(pictures) and projector.num_scopes > 0
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={} if visual_tokens is None else {"visual_tokens": visual_tokens},
+    ).to(model.device, model.dtype)
+    if pictures:
+        pixels = {key: inputs.pop(key) for key in list(inputs) if key not in processor.tokenizer.model_input_names}
+        images: Any = model.get_image_features(**pixels, output_scopes=scopes, return_dict=True)
+        inputs["mm_encoder_outputs"] = {"image": images}
+    streamer = on_text and PieceStreamer(processor.tokenizer, on_text)
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    text = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    read = [len(tokens) for tokens in images.pooler_output] if pictures else []
+    weights = scope_means(projector.scope_names, images.scope_weights) if scopes else None
+    return Answer(text, read, weights, 1000 * (time.perf_counter() - started))
+
+
+def checked(picture: Picture) -> Picture:
+    """A picture as it is. Raises ValueError if it is a file that is not there."""
+    if isinstance(picture, Image.Image) or str(picture).startswith(("http://", "https://")):
+        return picture
+    if not Path(picture).is_file():
+        raise ValueError(f"There is no picture file {str(picture)!r}.")
+    return Path(picture)
+
+
+def scope_means(names: list[str], weights: list[Tensor]) -> list[dict[str, float]]:
+    """Mean fusion weights by scope, from the weights (S, M) of every image."""
+    return [dict(zip(names, weights_SM.float().mean(dim=-1).tolist(), strict=True)) for weights_SM in weights]

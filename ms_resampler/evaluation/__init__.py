@@ -1,0 +1,19 @@
+"""Evaluation: the public benchmarks by their published protocols, and suites of one's own. See docs/evaluation.md."""
+
+from .report import figure, has_failed_tasks, model_index, report
+from .run import Options, evaluate
+from .task import Judge, Task
+from .tasks import TASKS, find_tasks
+
+__all__ = [
+    "TASKS",
+    "Judge",
+    "Options",
+    "Task",
+    "evaluate",
+    "figure",
+    "find_tasks",
+    "has_failed_tasks",
+    "model_index",
+    "report",
+]

@@ -1,0 +1,171 @@
+"""Who answers: a model loaded here, or one behind an OpenAI-compatible address."""
+
+import base64
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+Budget = int | tuple[int, int]
+
+
+class Answerer(Protocol):
+    """Encodes pictures once, and answers prompts about them greedily."""
+
+    def encode(self, pictures: Sequence[Any]) -> list[Any]:
+        """What `answer` takes of each picture. Raises ValueError if one cannot be read."""
+
+    def answer(self, prompts: Sequence[str], pictures: Sequence[Sequence[Any]], max_new_tokens: int) -> list[str]:
+        """The replies to prompts, each about some encoded pictures that come before it."""
+
+    def visual_tokens(self, encoded: Any) -> int | None:
+        """How many visual tokens an encoded picture is; None if that is not known."""
+
+
+class LocalModel:
+    """An MS-Resampler model and its processor. `budget` is the visual tokens of a picture; None is the model's own."""
+
+    def __init__(self, model: Any, processor: Any, budget: Budget | None = None):
+        self.model, self.processor = model.eval(), processor
+        self.options = {} if budget is None else {"visual_tokens": budget}
+
+    @classmethod
+    def load(cls, model_id: str, revision: str | None, budget: Budget | None, device: Any) -> "LocalModel":
+        """The model of a folder or Hub repository, on a device; packed if that is the CPU."""
+        from transformers.utils import logging
+
+        from .. import MSResamplerForConditionalGeneration, MSResamplerProcessor
+
+        logging.disable_progress_bar()
+        processor = MSResamplerProcessor.from_pretrained(model_id, revision=revision)
+        model = MSResamplerForConditionalGeneration.from_pretrained(model_id, revision=revision, dtype="auto")
+        return cls(model.eval().to(device).pack_weights(), processor, budget)
+
+    def encode(self, pictures: Sequence[Any]) -> list[Any]:
+        """Visual tokens (M, T), one tensor a picture."""
+        import torch
+
+        inputs = self.processor(images=list(pictures), return_tensors="pt", **self.options)
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        with torch.inference_mode():
+            return list(self.model.get_image_features(**inputs, return_dict=True).pooler_output)
+
+    def answer(self, prompts: Sequence[str], pictures: Sequence[Sequence[Any]], max_new_tokens: int) -> list[str]:
+        """Greedy replies, decoded as one batch."""
+        import torch
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        inputs = self.tokenize(prompts, pictures).to(self.model.device)
+        features = [tokens for group in pictures for tokens in group]
+        encoded = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+        with torch.inference_mode():
+            ids = self.model.generate(
+                **inputs,
+                **(encoded if features else {}),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+            )
+        replies = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [reply.strip() for reply in replies]
+
+    def tokenize(self, prompts: Sequence[str], pictures: Sequence[Sequence[Any]]) -> Any:
+        """Prompts as the processor tokenizes them, with an image token for each visual token that a picture has.
+
+        The processor itself would prepare every picture again for every question about it.
+        """
+        token = self.processor.image_token
+        # A question that quotes the image token means the word.
+        prompts = [prompt.replace(token, token.strip("<>")) for prompt in prompts]
+        messages = [
+            [{"role": "user", "content": [*[{"type": "image"}] * len(group), {"type": "text", "text": prompt}]}]
+            for prompt, group in zip(prompts, pictures, strict=True)
+        ]
+        texts = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        expanded = []
+        for text, group in zip(texts, pictures, strict=True):
+            first, *others = text.split(token)
+            assert len(others) == len(group), f"the chat template wrote {len(others)} images for {len(group)}"
+            parts = (token * len(tokens) + other for tokens, other in zip(group, others, strict=True))
+            expanded.append(first + "".join(parts))
+        beginning = self.processor.tokenizer.bos_token
+        has_beginning = beginning is not None and expanded[0].startswith(beginning)
+        return self.processor.tokenizer(
+            expanded,
+            padding=True,
+            add_special_tokens=not has_beginning,
+            return_tensors="pt",
+            return_token_type_ids=False,
+        )
+
+    def visual_tokens(self, encoded: Any) -> int | None:
+        """Counted."""
+        return len(encoded)
+
+
+class ServedModel:
+    """A model behind an OpenAI-compatible address, as `transformers serve`, vLLM and SGLang offer it.
+
+    The budget goes along with every request, in the form that `transformers serve` hands to the processor: one entry a
+    picture, since a bare grid would be taken for the counts of two pictures.
+    """
+
+    def __init__(self, url: str, model: str, budget: Budget | None = None, timeout_seconds: float = 600):
+        self.url, self.model, self.timeout_seconds = url.rstrip("/"), model, timeout_seconds
+        self.budget = budget
+
+    def encode(self, pictures: Sequence[Any]) -> list[str]:
+        """The pictures as data URLs. Raises ValueError if one is not a picture."""
+        return [data_url(picture) for picture in pictures]
+
+    def answer(self, prompts: Sequence[str], pictures: Sequence[Sequence[Any]], max_new_tokens: int) -> list[str]:
+        """Replies to requests that are sent at once. Raises ValueError if the server refuses one."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda prompt, urls: self._ask(prompt, urls, max_new_tokens), prompts, pictures))
+
+    def _ask(self, prompt: str, urls: Sequence[str], max_new_tokens: int) -> str:
+        images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": [*images, {"type": "text", "text": prompt}]}],
+            "temperature": 0.0,
+            "max_tokens": max_new_tokens,
+        }
+        if urls and self.budget is not None:
+            body["chat_template_kwargs"] = {"visual_tokens": [self.budget] * len(urls)}
+        request = urllib.request.Request(
+            f"{self.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout_seconds) as answer:
+                message = json.load(answer)["choices"][0]["message"]
+        except urllib.error.HTTPError as error:
+            with error:
+                said = error.read().decode(errors="replace")[:300]
+            raise ValueError(f"{self.url} answered {error.code}: {said}") from error
+        return (message["content"] or "").strip()
+
+    def visual_tokens(self, encoded: Any) -> int | None:
+        """Only the server knows."""
+        return None
+
+
+def data_url(picture: Any) -> str:
+    """A picture (path, bytes, base64) as a data URL. Raises ValueError if it is not one that can be read."""
+    import io
+
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(picture, str):
+        picture = base64.b64decode(picture)
+    content = picture.read_bytes() if isinstance(picture, Path) else picture
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            kind = image.get_format_mimetype() or "image/png"
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"The picture cannot be read: {error}") from error
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,160 @@
+"""`plan`: what a recipe takes of memory and time on given hardware, before it runs."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..assembly import Components, make_config, text_config_of, tower_config_of
+from ..configuration_ms_resampler import MSResamplerConfig
+from ..folders import our_model
+from ..towers_ms_resampler import pair
+from .memory import BatchShape, Sizes, device_bytes, step_sizes
+from .recipes import Recipe, recipe_named
+from .run import share_batch
+from .step_time import Measurement, measure_step
+
+GB = 1e9
+CONTEXT = 1e9  # what CUDA and its libraries take before the first tensor, about
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory and time of a recipe: `str(plan)` is the report.
+
+    `kinds` are bytes on each device by kind (weights, activations, ...), `memory` the bytes that a device has,
+    `visual_tokens` and `patches` those of an image, `records` how many the data have, `measurement` a step run here.
+    """
+
+    recipe: Recipe
+    shape: BatchShape
+    sizes: Sizes
+    kinds: dict[str, float]
+    memory: float
+    gpus: int
+    visual_tokens: int
+    patches: int
+    records: int | None = None
+    measurement: Measurement | None = None
+
+    @property
+    def total(self) -> float:
+        """Bytes on each device, without CUDA's own."""
+        return sum(self.kinds.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has that much memory."""
+        return self.total + CONTEXT <= self.memory
+
+    def __str__(self) -> str:
+        sections = [self._parameters(), self._memory(), self._tokens()]
+        return "\n\n".join(sections) + (f"\n{self._measured(self.measurement)}" if self.measurement else "")
+
+    def _parameters(self) -> str:
+        rows = [f"{'part':12}{'parameters':>14}{'trainable':>14}  rate"]
+        for part, count in self.sizes.parts.items():
+            rate = getattr(self.recipe.rates, part)
+            total = count["trainable"] + count["frozen"]
+            rows.append(f"{part:12}{total / 1e6:>12,.1f} M{count['trainable'] / 1e6:>12,.1f} M  {rate or 'frozen'}")
+        return "\n".join(rows)
+
+    def _memory(self) -> str:
+        notes = {
+            "gathered": "layers gathered, or buckets of gradients",
+            "activations": f"{self.shape.records} records of {self.shape.length} tokens at a time",
+        }
+        rows = [f"{'memory':12}{'GB a device':>14}"]
+        kinds = {kind: size for kind, size in self.kinds.items() if size}
+        rows += [f"{kind:12}{size / GB:>14.2f}  {notes.get(kind, '')}".rstrip() for kind, size in kinds.items()]
+        spare = (self.memory - self.total - CONTEXT) / GB
+        verdict = (
+            f"fits into {self.memory / GB:g} GB, {spare:.1f} to spare (CUDA itself takes about 1)"
+            if self.fits
+            else f"does not fit into {self.memory / GB:g} GB: lower --device-batch-size, or take --liger or more --gpus"
+        )
+        return "\n".join([*rows, f"{'total':12}{self.total / GB:>14.2f}  {verdict}"])
+
+    def _tokens(self) -> str:
+        batch = self.recipe.batch_size
+        return (
+            f"A step has {batch} records, up to {batch * self.shape.length:,} tokens. An image is {self.visual_tokens} "
+            f"visual tokens of {self.patches} patches: {1 - self.visual_tokens / self.patches:.0%} fewer."
+        )
+
+    def _measured(self, measurement: Measurement) -> str:
+        lines = [f"Measured here, on one {measurement.device}: {measurement.peak_bytes / GB:.2f} GB at most."]
+        if self.gpus == 1:
+            lines[0] += f" The estimate is {self.total / GB:.2f} GB."
+        seconds = measurement.step_seconds
+        lines.append(f"On {self.gpus} of these a step takes {seconds:.2f} s, their communication left out.")
+        recipe, records = self.recipe, self.records
+        if steps := recipe.steps or (records and math.ceil(recipe.epochs * records / recipe.batch_size)):
+            lines.append(f"{steps:,} steps take {duration(steps * seconds)}.")
+        return "\n".join(lines)
+
+
+def plan(
+    recipe: Recipe | str,
+    *,
+    model: str | Path | None = None,
+    vision: str | None = None,
+    llm: str | None = None,
+    visual_tokens: int = 144,
+    gpus: int = 1,
+    memory: float = 80,
+    launcher: str | None = None,
+    device_batch: int | None = None,
+    length: int | None = None,
+    records: int | None = None,
+    measure: bool = False,
+) -> Plan:
+    """What a recipe takes of memory and time. Configurations are read, and no weights.
+
+    The model is `model`, a folder or Hub name, or one made of the tower `vision` and the language model `llm` with
+    `visual_tokens` an image. There are `gpus` devices of `memory` GB over all machines, started by `launcher` ("ddp",
+    "fsdp2", "zero2" or "zero3"; default: fsdp2 for several devices), each with `device_batch` records of `length`
+    tokens at a time (default: as the recipe has it). `records` of the data tell the time of the whole run; `measure`
+    runs a few steps here, with random weights. Raises ValueError if these do not fit each other.
+    """
+    recipe = recipe_named(recipe)
+    for name, value in {"gpus": gpus, "length": length, "records": records, "memory": memory}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"The plan's {name} must be above 0, got {value}.")
+    if length is not None and length > recipe.max_length:
+        raise ValueError(f"The recipe takes records of {recipe.max_length} tokens at most: change --max-length, too.")
+    config = model_config(model, vision, llm, visual_tokens)
+    launcher = launcher or ("ddp" if gpus == 1 else "fsdp2")
+    device_batch, accumulation = share_batch(recipe, gpus, device_batch)
+    rows, columns = config.native_patch_grid
+    shape = BatchShape(device_batch, length or recipe.max_length, config.tower.image_size)
+    sizes = step_sizes(config, recipe, shape, launcher)
+    return Plan(
+        recipe=recipe,
+        shape=shape,
+        sizes=sizes,
+        kinds=device_bytes(sizes, recipe, launcher, gpus),
+        memory=memory * GB,
+        gpus=gpus,
+        visual_tokens=math.prod(config.token_grid(pair(shape.image_size))),
+        patches=rows * columns,
+        records=records,
+        measurement=measure_step(config, recipe, shape, accumulation) if measure else None,
+    )
+
+
+def model_config(model: str | Path | None, vision: str | None, llm: str | None, visual_tokens: int) -> Any:
+    """The configuration of a model, or of one made of a tower and a language model."""
+    if model is not None:
+        return MSResamplerConfig.from_pretrained(our_model(model))
+    if not (vision and llm):
+        raise ValueError("Name a --model, or a --vision tower and an --llm.")
+    components = Components(vision, llm, {"visual_tokens": visual_tokens})
+    return make_config(components, tower_config_of(vision), text_config_of(llm), image_token_id=0)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever fits."""
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

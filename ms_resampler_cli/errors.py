@@ -1,0 +1,80 @@
+"""Which errors are the user's to mend and become one sentence; all others are faults, and keep their trace."""
+
+import dis
+from pathlib import Path
+from types import FrameType
+
+OURS = ("ms_resampler", "ms_resampler_cli", "research")
+LOADERS = ("transformers", "huggingface_hub")  # their OSErrors say what could not be found or downloaded
+PACKAGE = Path(__file__).resolve().parent.with_name("ms_resampler")
+
+# The extras that bring a module, the one of the most commands first.
+EXTRAS = {
+    "bitsandbytes": ["qlora"],
+    "datasets": ["train", "eval"],
+    "gguf": ["gguf"],
+    "gradio": ["demo"],
+    "liger_kernel": ["liger"],
+    "lmms_eval": ["lmms"],
+    "matplotlib": ["train", "eval"],
+    "openpyxl": ["eval"],
+    "peft": ["train"],
+    "scipy": ["eval"],
+    "sklearn": ["train", "eval"],
+}
+COMMAND_EXTRAS = {"evaluate": "eval", "study": "eval"}  # for modules that several extras bring
+
+
+def sentence_for(error: Exception, command: str) -> str | None:
+    """What to tell the user of a command about an error; None for what is a fault.
+
+    A ValueError or OSError is the user's if a `raise` statement of this project made it. So are what the system says
+    about a file outside the package, what transformers and huggingface_hub could not find or download, a field of a
+    configuration with a wrong value, and the missing package of an extra.
+    """
+    module, raises = origin(error)
+    if isinstance(error, ImportError):
+        return missing_package(error, command)
+    if type(error).__name__.startswith("StrictDataclass"):  # huggingface_hub's, which is slow to import
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        return None if in_package(error.filename) else system_sentence(error)
+    if raises and isinstance(error, ValueError | OSError) and module in OURS:
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if raises and isinstance(error, OSError) and module in LOADERS:
+        return " ".join(str(error).split())
+    return None
+
+
+def origin(error: Exception) -> tuple[str, bool]:
+    """The top package of the code that an error comes from, and whether a `raise` statement made it there."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "", False
+    frame: FrameType = trace.tb_frame
+    instruction = dis.opname[frame.f_code.co_code[trace.tb_lasti]]
+    return str(frame.f_globals.get("__name__")).partition(".")[0], instruction == "RAISE_VARARGS"
+
+
+def missing_package(error: ImportError, command: str) -> str | None:
+    """How to install a package of an extra; None if the error names none, as where a module of ours is missing."""
+    missing = str(error.name).partition(".")[0]
+    if missing not in EXTRAS:  # transformers names what it needs in the text alone
+        missing = next((module for module in EXTRAS if module in str(error).lower()), "")
+    extras = EXTRAS.get(missing)
+    if extras is None:
+        return None
+    extra = COMMAND_EXTRAS.get(command)
+    return f"{missing} is needed: pip install 'ms-resampler[{extra if extra in extras else extras[0]}]'"
+
+
+def in_package(file: object) -> bool:
+    """Whether a file is one of the package's own, of which no user is told."""
+    return isinstance(file, str | Path) and Path(file).resolve().is_relative_to(PACKAGE)
+
+
+def system_sentence(error: OSError) -> str:
+    """What was wrong, and with which file: No such file or directory: 'a.json'."""
+    return f"{error.strerror}: {str(error.filename)!r}." if error.filename else f"{error.strerror}."

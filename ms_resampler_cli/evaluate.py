@@ -1,0 +1,127 @@
+"""`ms-resampler evaluate`: a model's row beside the published ones."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .arguments import budget
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of `evaluate`."""
+    parser.add_argument(
+        "model", nargs="*", help="folders or Hub repositories; several are compared with the first one, in pairs"
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=["ten"],
+        metavar="TASK",
+        help="ten, all, single tasks, paths of suites (default: ten)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of the runs (default: evaluation)")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder with DIR/TASK in the release's layout (default: from the Hub)"
+    )
+    parser.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        type=split_of_task,
+        metavar="TASK=SPLIT",
+        help="another split; repeatable",
+    )
+    parser.add_argument(
+        "--visual-tokens",
+        nargs="+",
+        type=budget,
+        default=[None],
+        metavar="N",
+        help="budgets of a picture: counts such as 36, grids such as 4x9 (default: the model's own)",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions at a time (default: 16)")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask only the first N questions of a task")
+    parser.add_argument("--blind", action="store_true", help="ask without the pictures: what can be guessed")
+    parser.add_argument(
+        "--judge", metavar="MODULE:FUNCTION", help="a judge for MM-Vet and MMBench; see docs/evaluation.md"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the model's repository")
+    parser.add_argument(
+        "--url", help="OpenAI-compatible address that serves the model, such as http://localhost:8000/v1"
+    )
+    parser.add_argument(
+        "--report", nargs="+", type=Path, metavar="RUN", help="evaluate nothing: put finished runs into one table"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw scores against visual tokens and time")
+    parser.add_argument("--model-index", metavar="NAME", help="print the first run as a model card's metadata instead")
+
+
+def split_of_task(text: str) -> tuple[str, str]:
+    """A task and a split: "vqav2=test-dev" -> ("vqav2", "test-dev")."""
+    task, equals, split = text.partition("=")
+    if not (task and equals and split):
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=SPLIT")
+    return task, split
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluates every model at every budget, and prints the table; 2 if a task's data are not as they should be."""
+    from ms_resampler.evaluation import figure, has_failed_tasks, model_index, report
+
+    if bool(arguments.model) == bool(arguments.report):
+        raise ValueError("Name a model to evaluate, or finished runs with --report.")
+    runs = arguments.report or evaluated(arguments)
+    if not runs:  # a process that only helped
+        return 0
+    if arguments.figure:
+        figure(runs, arguments.figure)
+    index = arguments.model_index
+    print(model_index(runs[0], index) if index else report(runs, markdown=arguments.markdown))
+    return 2 if has_failed_tasks(runs) else 0
+
+
+def evaluated(arguments: argparse.Namespace) -> list[Path]:
+    """The folders of the runs; none where this process is not the main one."""
+    from accelerate import PartialState
+
+    from ms_resampler.evaluation import Options, evaluate
+
+    if arguments.batch_size < 1 or (arguments.limit is not None and arguments.limit < 1):
+        raise ValueError("--batch-size and --limit must be at least 1.")
+    runs = []
+    for model in arguments.model:
+        for visual_tokens in arguments.visual_tokens:
+            out = arguments.out / run_name(model, visual_tokens, arguments.blind)
+            options = Options(
+                data=arguments.data,
+                splits=dict(arguments.split),
+                visual_tokens=visual_tokens,
+                batch_size=arguments.batch_size,
+                limit=arguments.limit,
+                blind=arguments.blind,
+                judge=function(arguments.judge) if arguments.judge else None,
+                revision=arguments.revision,
+                url=arguments.url,
+            )
+            evaluate(model, arguments.tasks, out, options)
+            runs.append(out)
+    return runs if PartialState().is_main_process else []
+
+
+def run_name(model: str, visual_tokens: Any, blind: bool) -> str:
+    """A folder's name that tells the runs of one command apart."""
+    name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
+    grid = "x".join(map(str, visual_tokens)) if isinstance(visual_tokens, tuple) else visual_tokens
+    return "-".join(str(part) for part in (name, grid, "blind" if blind else None) if part is not None)
+
+
+def function(name: str) -> Any:
+    """A function by its name. Raises ValueError if there is none."""
+    from importlib import import_module
+
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"There is no function {name!r}; --judge takes MODULE:FUNCTION.") from error

@@ -1,0 +1,104 @@
+"""The embedded checkpoint's training: runs that resume after a kill, and what a run leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ms_resampler.tiny.stages import describe_stage, read_log, tiny_blind
+from ms_resampler.training.trainer import last_checkpoint
+from ms_resampler_cli.main import main
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step, files in ((9, ["trainer_state.json"]), (10, ["trainer_state.json"]), (11, ["model.safetensors"])):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for file in files:
+            (folder / file).touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+RUN = """
+import dataclasses, sys, torch
+from pathlib import Path
+from ms_resampler.tiny.curriculum import SceneConversations
+from ms_resampler.tiny.model import assemble_tiny
+from ms_resampler.tiny.stages import run_stage, tiny_read
+torch.set_num_threads(1)
+stage = dataclasses.replace(
+    tiny_read(steps=6), batch_size=2, save_steps=2, warmup_steps=1, cooldown_steps=2, workers=0,
+    dataset=lambda records: SceneConversations(records, drills=4, turns=2),
+)
+model, processor = assemble_tiny(seed=0)
+run_stage(stage, model, processor, Path(sys.argv[1]))
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def start_run(*arguments: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, *map(str, arguments)], env=os.environ, stderr=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
+    assert start_run(tmp_path / "whole", tmp_path / "whole_model").wait() == 0
+
+    killed = start_run(tmp_path / "killed", tmp_path / "killed_model")
+    while last_checkpoint(tmp_path / "killed") is None:
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed_model").exists()
+
+    assert start_run(tmp_path / "killed", tmp_path / "killed_model").wait() == 0
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole_model", "killed_model"))
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=0, msg=name)
+
+
+def test_a_stage_opened_again_keeps_its_time_and_its_steps(tmp_path):
+    rows = [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.5},
+        {"step": 2, "loss": 2.0},
+        {"step": 2, "train_runtime": 50.0},
+        {"step": 2, "train_runtime": 0.001},
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["loss"] for row in read_log(tmp_path) if "loss" in row] == [3.0, 2.0]
+    assert describe_stage(tiny_blind(steps=1), tmp_path)["seconds"] == 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_train_command_leaves_a_model_a_record_and_a_card(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["train", "tiny", "--steps", "2", "--scenes", "12", "--out", str(out)]
+    assert main(arguments) == 0
+    record = json.loads((out / "model" / "training_record.json").read_text())
+    assert [(stage["name"], stage["steps"]) for stage in record["stages"]] == [("look", 2), ("read", 2), ("blind", 2)]
+    assert all(len(stage["data_sha256"]) == 64 for stage in record["stages"])
+    assert sum(record["parameters"].values()) > 1_000_000
+    assert {row["family"] for row in record["scores"]} == {row["family"] for row in record["blind_scores"]}
+    assert (out / "model" / "curves.png").stat().st_size > 1000
+    assert "## What it cannot do" in (out / "model" / "README.md").read_text()
+    steps = [json.loads(line) for line in (out / "read" / "log.jsonl").read_text().splitlines()]
+    assert all("step" in row for row in steps)
+
+    scores = (out / "scores.json").read_text()
+    assert main(arguments) == 0  # a finished run runs again at once, with the same results
+    assert (out / "scores.json").read_text() == scores
