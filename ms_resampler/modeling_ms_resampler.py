@@ -35,7 +35,7 @@ from .projectors_ms_resampler import (
 )
 from .quantisation_ms_resampler import finish_quantised, quantise_language_model_only
 from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
-from .towers_ms_resampler import flatten_patches, make_layers_skippable, pair, patch_features
+from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features
 
 # What the text models call the keys and values of earlier text: until transformers 5.23, and since.
 _CACHE_NAMES = ("past_key_values", "cache")
@@ -240,7 +240,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         pixel_values = pixel_values.to(self.vision_tower.dtype)
         if self.tower_shape.takes_patches:
             patches = {"pixel_values": pixel_values, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-            kwargs |= flatten_patches(pixel_values, pair(self.config.patch_size)[0]) if shapes is None else patches
+            size = self.tower_shape.states[0].stride[0]
+            kwargs |= flatten_patches(pixel_values, size) if shapes is None else patches
             return self.vision_tower(return_dict=True, **kwargs)
         if self.tower_shape.must_interpolate:
             kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != self.tower_shape.image_size
