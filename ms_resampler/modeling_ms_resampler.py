@@ -215,7 +215,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             kwargs["skip_unread"] = True  # not handed to towers that do not know it
         if not shape.can_stop_early:
             kwargs["output_hidden_states"] = True
-        size = pixel_values.shape[-2], pixel_values.shape[-1]  # unless these are patches, which come with their own grids
+        size = pixel_values.shape[-2], pixel_values.shape[-1]  # not of patches, which come with their grids
         tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         x_BNC, patch_grid = patch_features(tower, shape, layers, size)
         x_BNC = x_BNC.to(next(p.dtype for p in self.projector.parameters() if p.is_floating_point()))

@@ -41,7 +41,7 @@ def test_budgets_before_and_after(budget, patches, grid):
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 900))
-def test_a_budget_is_met_exactly_in_the_proportions_of_the_image_or_refused(rows, columns, budget):
+def test_a_budget_is_met_exactly_in_the_images_proportions(rows, columns, budget):
     try:
         grid = token_grid(budget, (rows, columns))
     except ValueError as error:

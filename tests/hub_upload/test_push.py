@@ -103,7 +103,7 @@ def test_one_private_commit_and_a_tag(hub, token, folder, unverified, capsys):
     assert out.endswith(f"Published: {hub.url}/acme/tiny/tree/v1\n")
 
 
-def test_a_second_push_sends_only_what_has_changed_and_removes_what_is_stale(hub, token, folder, unverified, capsys):
+def test_a_second_push_sends_changes_and_removes_what_is_stale(hub, token, folder, unverified, capsys):
     assert main(["push", str(folder), NAME, "--max-shard-size", "50KB"]) == 0
     sharded = set(hub.model(NAME).files("v1"))
     assert "model.safetensors.index.json" in sharded
