@@ -35,7 +35,7 @@ from .projectors_ms_resampler import (
 )
 from .quantisation_ms_resampler import finish_quantised, quantise_language_model_only
 from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
-from .towers_ms_resampler import flatten_patches, make_layers_skippable, pair, patch_features
+from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features
 
 # What the text models call the keys and values of earlier text: until transformers 5.23, and since.
 _CACHE_NAMES = ("past_key_values", "cache")
@@ -171,6 +171,9 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             make_layers_skippable(self.vision_tower, unread)
         self.projector = build_projector(config)
         self.language_model = build_part(config.text_config)
+        for part in self.projector.modules():
+            if isinstance(part, PreTrainedModel) and config.projector_config._attn_implementation is not None:
+                part.set_attn_implementation(config.projector_config._attn_implementation)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -215,7 +218,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             kwargs["skip_unread"] = True  # not handed to towers that do not know it
         if not shape.can_stop_early:
             kwargs["output_hidden_states"] = True
-        size = pixel_values.shape[-2], pixel_values.shape[-1]  # unless these are patches, which come with their own grids
+        size = pixel_values.shape[-2], pixel_values.shape[-1]  # makes no difference to patches, which bring grids
         tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         x_BNC, patch_grid = patch_features(tower, shape, layers, size)
         x_BNC = x_BNC.to(next(p.dtype for p in self.projector.parameters() if p.is_floating_point()))
@@ -240,7 +243,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         pixel_values = pixel_values.to(self.vision_tower.dtype)
         if self.tower_shape.takes_patches:
             patches = {"pixel_values": pixel_values, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-            kwargs |= flatten_patches(pixel_values, pair(self.config.patch_size)[0]) if shapes is None else patches
+            side = self.tower_shape.states[0].stride[0]
+            kwargs |= flatten_patches(pixel_values, side) if shapes is None else patches
             return self.vision_tower(return_dict=True, **kwargs)
         if self.tower_shape.must_interpolate:
             kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != self.tower_shape.image_size
