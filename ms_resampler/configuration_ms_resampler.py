@@ -102,6 +102,12 @@ _EARLIER_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def patch_grid(image_size: tuple[int, int], patch_size: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns (H, W) of whole patches in an image of (height, width) pixels; patches need not be square."""
+    height, width = pair(patch_size)
+    return image_size[0] // height, image_size[1] // width
+
+
 def token_grid(visual_tokens: int | Sequence[int] | None, patch_grid: tuple[int, int]) -> tuple[int, int]:
     """The rows and columns (Mh, Mw) in which a budget of visual tokens is laid over an image.
 
@@ -592,8 +598,7 @@ class MSResamplerConfig(PretrainedConfig):
 
     def patch_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patch rows and columns (H, W) of an image of (height, width) pixels."""
-        height, width = pair(self.patch_size)
-        return image_size[0] // height, image_size[1] // width
+        return patch_grid(image_size, self.patch_size)
 
     def token_grid(
         self, image_size: tuple[int, int], visual_tokens: int | Sequence[int] | None = None

@@ -171,6 +171,9 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             make_layers_skippable(self.vision_tower, unread)
         self.projector = build_projector(config)
         self.language_model = build_part(config.text_config)
+        for part in self.projector.modules():
+            if isinstance(part, PreTrainedModel) and config.projector_config._attn_implementation is not None:
+                part.set_attn_implementation(config.projector_config._attn_implementation)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -240,8 +243,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         pixel_values = pixel_values.to(self.vision_tower.dtype)
         if self.tower_shape.takes_patches:
             patches = {"pixel_values": pixel_values, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-            size = self.tower_shape.states[0].stride[0]
-            kwargs |= flatten_patches(pixel_values, size) if shapes is None else patches
+            side = self.tower_shape.states[0].stride[0]
+            kwargs |= flatten_patches(pixel_values, side) if shapes is None else patches
             return self.vision_tower(return_dict=True, **kwargs)
         if self.tower_shape.must_interpolate:
             kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != self.tower_shape.image_size
