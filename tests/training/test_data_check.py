@@ -109,7 +109,7 @@ def test_only_the_first_ids_are_printed(folder, model, capsys):
     ("source", "more", "sentence"),
     [
         ("none.json", [], "No such file or directory"),
-        ("whole.png", [], "is of no kind that is read here"),
+        ("whole.png", [], "has an unknown file type"),
         ("data.json", ["--html", "/no/such/folder/page.html"], "There is no folder '/no/such/folder' for the page"),
         ("data.json", ["--images", "/no/such/folder"], "There is no folder of images"),
         ("data.json", ["--model", "tests"], "it has no config.json"),
