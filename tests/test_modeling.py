@@ -471,7 +471,7 @@ def test_language_models_of_another_build_are_refused_by_name(kind):
     text = AutoConfig.for_model(kind, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
     config = tiny.tiny_config()
     config.text_config = text
-    with pytest.raises(ValueError, match=rf"`{kind}` is not built like today's decoders"):
+    with pytest.raises(ValueError, match=rf"`{kind}` is not a decoder with a stack of layers"):
         MSResamplerForConditionalGeneration(config)
 
 
