@@ -25,6 +25,7 @@ from . import (
     export,
     init,
     merge,
+    pictures,
     plan,
     pull,
     push,
@@ -51,6 +52,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "run a training recipe, and measure what it made"),
     "merge": (merge, "fold a run's adapters into a whole model"),
     "evaluate": (evaluate, "score models on public benchmarks and suites of your own"),
+    "pictures": (pictures, "build a suite of questions about pictures from free packages"),
     "plan": (plan, "tell what a recipe takes of memory and time, before it runs"),
 }
 if (Path(__file__).parents[1] / "research" / "study").is_dir():  # in a checkout, not in an installed package

@@ -103,7 +103,7 @@ def line_of(number: str, image: str, asked: Asked, meta: dict[str, Any]) -> dict
 
 
 def llava_records(lines: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """LLaVA's conversations, asked as the evaluator asks: one a question, as a second answer may follow from the first."""
+    """LLaVA's conversations, as the evaluator asks: one a question, as an answer may follow from another."""
     template = suite_task(folder / "train.jsonl").prompt
     records = []
     for line in lines:
