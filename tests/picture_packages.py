@@ -11,9 +11,51 @@ from PIL import Image
 from ms_resampler.pictures.packages import PACKAGES
 from ms_resampler.pictures.sources import FONTS, RANKS, SUITS, TABLES
 
-NOUNS = """monkey violin jar axe crocodile bus hook hedgehog sloth factory chestnut shield lollipop penguin taco flamingo
-giraffe lemon zebra hammer pencil robot banjo owl kimono camera whale tractor pizza guitar onion kite pear wolf crab tulip
-syringe rocket turtle canoe magnet broom koala""".split()
+NOUNS = (
+    "monkey",
+    "violin",
+    "jar",
+    "axe",
+    "crocodile",
+    "bus",
+    "hook",
+    "hedgehog",
+    "sloth",
+    "factory",
+    "chestnut",
+    "shield",
+    "lollipop",
+    "penguin",
+    "taco",
+    "flamingo",
+    "giraffe",
+    "lemon",
+    "zebra",
+    "hammer",
+    "pencil",
+    "robot",
+    "banjo",
+    "owl",
+    "kimono",
+    "camera",
+    "whale",
+    "tractor",
+    "pizza",
+    "guitar",
+    "onion",
+    "kite",
+    "pear",
+    "wolf",
+    "crab",
+    "tulip",
+    "syringe",
+    "rocket",
+    "turtle",
+    "canoe",
+    "magnet",
+    "broom",
+    "koala",
+)
 THEMES = {"34": "animal-mammal", "42": "food-fruit", "78": "tool"}
 # No ground is without red, so these colours are the nouns' alone.
 COLOURS = dict(zip(NOUNS, ((0, 40 * green, 30 * blue) for green, blue in product(range(6), range(8))), strict=False))

@@ -373,9 +373,8 @@ def draw_chart(axes: Any, form: str, names: Sequence[str], values: Sequence[floa
         axes.bar(places, values, color=colours)
     else:
         axes.plot(places, values, marker="o")
-        axes.set_ylim(0)
+    axes.set_ylim(0, 1.2 * max(values))
     axes.set_xticks(places, names, rotation=35, ha="right", fontsize=9)
-    axes.margins(y=0.2)
     return list(zip(places, values, strict=True))
 
 
