@@ -3,7 +3,10 @@
 import base64
 import hashlib
 import json
+import re
 import stat
+import subprocess
+import sys
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -317,3 +320,12 @@ def test_what_cannot_be_fetched_or_is_another_archive_is_refused(registry, monke
     with pytest.raises(OSError, match="There is no npm to fetch known with"):
         package_folder("known", registry)
     assert not (registry / "known").exists()
+
+
+def test_the_page_has_the_stored_results_and_every_task():
+    command = [sys.executable, str(ROOT / "docs/make_pictures_table.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0
+    page = (ROOT / "docs/pictures.md").read_text()
+    for task in TASKS:
+        assert len(re.findall(rf"^\| {task} \|", page, flags=re.MULTILINE)) == 2
+    assert f"fetches {len(PACKAGES)} packages" in page
