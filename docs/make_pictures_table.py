@@ -26,7 +26,7 @@ def collect(runs: list[Path]) -> dict:
                 "half_interval": round((task["interval"][1] - task["interval"][0]) / 2, 1),
                 "questions": task["answered"],
                 "not_understood": task["not_parsed"],
-                "commonest_answer": round(task["numbers"]["guess"], 1),
+                "most_common_answer": round(task["numbers"]["guess"], 1),
             }
             for name, task in sorted(tasks.items())
         }
@@ -35,12 +35,12 @@ def collect(runs: list[Path]) -> dict:
 
 def table(results: dict) -> str:
     """The results as Markdown."""
-    lines = [["task", *COLUMNS, "commonest answer (test)", "not understood (test)"]]
+    lines = [["task", *COLUMNS, "most common answer (test)", "not understood (test)"]]
     for name, first in results["test"].items():
         found = [results[column].get(name) for column in COLUMNS]
         cells = [f"{task['value']} ±{task['half_interval']}" if task else "" for task in found]
         unknown = f"{first['not_understood']} of {first['questions']}"
-        lines.append([name, *cells, str(first["commonest_answer"]), unknown])
+        lines.append([name, *cells, str(first["most_common_answer"]), unknown])
     lines.insert(1, ["---"] * len(lines[0]))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

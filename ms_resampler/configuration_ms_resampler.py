@@ -158,7 +158,7 @@ def _nearest_grid(count: int, patch_grid: tuple[int, int]) -> tuple[int, int] | 
 
 def _plain(value: Any) -> Any:
     """Numbers of numpy as Python's own, which are checked and saved alike; anything else as it is."""
-    if isinstance(value, np.generic | np.ndarray):
+    if isinstance(value, (np.generic, np.ndarray)):  # torch.compile knows no unions of types
         return value.tolist()
     if type(value) in (list, tuple):
         return type(value)(map(_plain, value))
@@ -167,7 +167,7 @@ def _plain(value: Any) -> Any:
 
 def _is_grid(value: Any) -> bool:
     """Whether a value is (rows, columns), two positive integers."""
-    numbers = isinstance(value, list | tuple) and len(value) == 2
+    numbers = isinstance(value, (list, tuple)) and len(value) == 2
     return numbers and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
 
 
@@ -258,6 +258,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: D, h, depth, width of the FFN. The
             defaults are 768 with scopes and 1024 for peers, a head for every 64 channels (as many as divide D, and in
             "ms_resampler" no fewer than the scopes that share them), one layer, and D.
+        num_key_value_heads: of "idefics2_perceiver"; the default is one for four heads, or for each where four do not
+            divide them.
         query_grid: rows and columns of the learned queries, if there are any.
         visual_tokens: the default budget, a count or [rows, columns].
         scope_sigmas: one entry a scope, in units of the anchor pitch; None is the global scope. The default is
@@ -277,6 +279,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     num_attention_heads: int | None = None
     num_hidden_layers: int = 1
     intermediate_size: int | None = None
+    num_key_value_heads: int | None = None
     query_grid: list[int] | tuple[int, ...] = (12, 12)
     visual_tokens: int | list[int] | tuple[int, ...] = 144
     scope_sigmas: list[float | int | None] | tuple[float | int | None, ...] | None = None
@@ -294,6 +297,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             self.scope_sigmas = _DEFAULT_SIGMAS.get(self.kind)
         self._complete_sizes()
         self._check_sizes()
+        self._check_key_heads()
         self._check_grids()
         if self.kind == "peer":
             self._check_peer()
@@ -360,6 +364,19 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             raise ValueError(
                 f"`hidden_size` must be a multiple of 4 (2-D positions) and of `num_attention_heads`, got "
                 f"{self.hidden_size} and {self.num_attention_heads} heads."
+            )
+
+    def _check_key_heads(self) -> None:
+        heads = self.num_key_value_heads
+        if heads is None:
+            return
+        if self.projector_type != "idefics2_perceiver":
+            raise ValueError(
+                f"`num_key_value_heads` is a field of `idefics2_perceiver`: `{self.projector_type}` has no such thing."
+            )
+        if heads < 1 or self.num_attention_heads % heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide the {self.num_attention_heads} of `num_attention_heads`, got {heads}."
             )
 
     def _check_grids(self) -> None:
@@ -534,6 +551,7 @@ class MSResamplerConfig(PretrainedConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens to drop in front of the patches."""
+        assert self.tower.prefix_tokens is not None  # checked when the configuration was made
         return self.tower.prefix_tokens
 
     @property

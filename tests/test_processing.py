@@ -149,7 +149,7 @@ def test_a_processor_without_a_budget_asks_for_one_token_a_patch():
         (37, "A budget of 37 visual tokens is impossible for 6 x 6 = 36 patches"),
         ((7, 6), "A budget of 42 visual tokens is impossible for 6 x 6 = 36 patches"),
         (0, "A budget of 0 visual tokens is impossible"),
-        ((0, 3), r"A grid of visual tokens is \(rows, columns\), two positive integers, got \(0, 3\)"),
+        ((0, 3), r"Visual tokens are a count or a grid \(rows, columns\) of two positive integers, got \(0, 3\)"),
         (31, "31 visual tokens cannot be laid out as a grid over 6 x 6 patches; use a count such as 28, 30, 32"),
         ([4, 4, 4], "Got 3 entries in `visual_tokens` for 1 images"),
     ],

@@ -96,7 +96,6 @@ class LocalModel:
         return self.processor.tokenizer(
             expanded,
             padding=True,
-            padding_side="left",
             add_special_tokens=not has_beginning,
             return_tensors="pt",
             return_token_type_ids=False,

@@ -1,4 +1,4 @@
-"""The report: `study.md` and its figures, made of stored results alone, so that it can be checked against them."""
+"""The report, `study.md` and its figures, made from stored results alone, so that it can be checked against them."""
 
 from collections import Counter
 from itertools import product
@@ -16,17 +16,16 @@ from .results import ABOUT, ENOUGH_SEEDS, RUNS, Results, fingerprint, load, resu
 from .statistics import GROUPS, Difference, Estimate, corrected
 
 ONE_POINT = 0.01
-MARGINS_EXPLAINED = """Things have their centres in 3 x 3 places, at most one in each. With 9 tokens, and no other
-budget here, a window of TokenPacker, or a cell of ours, is exactly one such place, so each token describes mostly one
-thing. To measure what that is worth, the same scenes are embedded in blank paper, 16 x 16 patches in all, with 16
-tokens: cells are then as large as those of 9 tokens above. With all the paper to the right and below, cells coincide
-with places; with two patches of paper on every side, each place is spread over four cells. (All 16 cells then hold
-part of the scene, and nine of them otherwise, which is a second difference.) Learning rates are those above."""
+MARGINS_EXPLAINED = """In these scenes the centres of things lie on a 3 x 3 grid of places, at most one in each. With 9
+tokens each of TokenPacker's windows, and each of our cells, is exactly one place. To measure what that is worth, the
+same scenes are put on a blank page of 16 x 16 patches and read with 16 tokens, so that cells have the same size: once
+with cells on the places, and once shifted by two patches, so that each place is spread over four cells. (A second
+difference: all 16 cells then hold part of the scene, instead of nine.) Learning rates are those above."""
 PRELIMINARY = (
     "\n\n**Preliminary: the score tables cover {seeds}.** Seeds differ by about as much as neighbouring rows do, so "
     "conclusions need five."
 )
-EXCLUDES_ZERO = "In these tables * marks a difference by group whose 95% interval excludes zero."
+EXCLUDES_ZERO = "In all tables * marks a group in which the 95% interval of the difference excludes zero."
 
 
 def write_report(folder: Path) -> None:
@@ -65,11 +64,7 @@ def report_text(results: Results) -> str:
     sections = [introduction(results)]
     for tokens in results.budgets:
         sections += [f"## {tokens} tokens", main_table(results, tokens), verdict(results, tokens)]
-        sections += [
-            f"`{OURS}` minus each of the others:",
-            differences_table("minus", rivals(results, tokens)),
-        ]
-    sections += ["## Figures", *(f"![{caption}](study/{name}.png)\n\n{caption}" for name, caption in FIGURES.items())]
+    sections += ["## Figures", *(f"![{name}](study/{name}.png)\n\n{caption}" for name, caption in FIGURES.items())]
     ablations = [ablation_table(results, base) for base in RELATIVES if results.ablations(base)]
     if ablations:
         sections += [f"## Ablations, {results.middle} tokens", *ablations]
@@ -92,31 +87,28 @@ def introduction(results: Results) -> str:
 
 The claim: at a fixed token budget, several resamplers, each with its own spatial scope, fused adaptively, beat one
 global resampler. A single-scope resampler, global *or local*, that is as good on every task at equal or lower cost
-would refute it. Average pooling and TokenPacker are the other peers to beat. `python -m research.study` writes this
-page from the stored results.{preliminary}
+would refute it. `python -m research.study` writes this page from the stored results.{preliminary}
 
-**Setting.** {data["train_scenes"]:,} synthetic scenes of one to nine handwritten digits, shapes and words on 12 x 12
-patches. A ConvNeXt tower, trained to name what is under each patch, is frozen; position codes are added to its
-features, as in a ViT. A two-layer reader stands in for the language model; it was trained on textual descriptions of
-scenes. Neither has seen a projector's output. Each run trains a new projector together with a copy of that reader,
-for {study["steps"]} steps of {study["batch_size"]} images with eight questions each. Every projector gets the same
-learning rates to choose from ({rates}), by validation score at {results.middle} tokens; `{LOCAL}`, which is `{OURS}`
-with one scope, uses the rate of `{OURS}`. Widths are chosen so that parameter counts match `{BASELINE}`, where a
-projector has a width (the perceivers are as wide as their input or output). Test scenes use digits that neither
-tower, reader nor projector has seen.
+**Setting.** {data["train_scenes"]:,} synthetic scenes of one to nine handwritten digits, shapes and words, on 12 x 12
+patches. The vision tower is a frozen ConvNeXt, trained to name what is under each patch, with position codes added to
+its features. A two-layer reader, pretrained on textual descriptions of scenes, stands in for the language model. Each
+run trains a new projector and a copy of the reader for {study["steps"]} steps of {study["batch_size"]} images with
+eight questions each. Every projector chooses among the same learning rates ({rates}) by validation score at
+{results.middle} tokens (`{LOCAL}`, which is `{OURS}` with one scope, uses that of `{OURS}`). Widths are set so that
+parameter counts match `{BASELINE}`, where a projector has a free width. Test scenes use digits that no part was
+trained on.
 
-**Scores.** On {data["test_scenes"]} test scenes: exact answers to questions that need a local (read, colour, shape),
-regional (presence, where, relation, compare) or global view (count, count of a colour, majority), and *dense*: the
-share of patches whose name and colour can be predicted from the tokens. A group's score is the mean of its question
-families; overall is the mean of the four groups. Intervals are 95% bootstrap intervals over images and seeds.
-Differences are in percentage points and paired by seed and image. p-values are t-tests over seeds, adjusted for
-multiple comparisons within each table (Benjamini and Hochberg); d is Cohen's d, given from three seeds on. Runs are
-compared only with runs of the same tower, reader and kind of machine ([how it was made](#how-it-was-made)): a table
-of scores covers the seeds that all its rows share, a difference those that its two sides share. The design of
-`{OURS}` was chosen by looking at scores of these test scenes with two of the seeds ([log](../research/log.md)), which
-favours it over peers built as published. Differences are therefore also given for {data["validation_scenes"]}
-*validation* scenes, with other digits again, which chose nothing but learning rates: overall, with a 95% t-interval
-over seeds. {EXCLUDES_ZERO}"""
+**Scores** on {data["test_scenes"]} test scenes: exact answers to questions that need a local (read, colour, shape),
+regional (presence, where, relation, compare) or global view (count, count of a colour, majority), and *dense*, the
+share of patches whose name and colour can be predicted from the tokens. Overall is the mean of the four groups.
+Intervals are 95% bootstrap intervals over images and seeds. Differences are in percentage points, paired by seed and
+image, with runs of the same tower, reader and kind of machine ([how it was made](#how-it-was-made)). p-values are
+t-tests over seeds, adjusted within each table (Benjamini and Hochberg); d is Cohen's d. {EXCLUDES_ZERO}
+
+**Validation.** The design of `{OURS}` was chosen by looking at test scores of two of the seeds
+([log](../research/log.md)), which favours it over peers built as published. So differences are also given on
+{data["validation_scenes"]} validation scenes, which chose nothing but learning rates: overall, with a 95% t-interval
+over seeds."""
 
 
 def percent(estimate: Estimate, column: int) -> str:
@@ -133,8 +125,12 @@ def signed(difference: Difference, column: int) -> str:
 
 def starred(estimate: Estimate, column: int) -> str:
     """A difference in percentage points, with a star where its interval excludes zero: "+1.2*"."""
-    star = "*" if estimate.low_G[column] > 0 or estimate.high_G[column] < 0 else ""
-    return f"{100 * estimate.mean_G[column]:+.1f}{star}"
+    return f"{100 * estimate.mean_G[column]:+.1f}{'*' if excludes_zero(estimate, column) else ''}"
+
+
+def excludes_zero(estimate: Estimate, column: int) -> bool:
+    """Whether the interval of a difference lies on one side of zero."""
+    return bool(estimate.low_G[column] > 0 or estimate.high_G[column] < 0)
 
 
 def signed_interval(mean: float, low: float, high: float) -> str:
@@ -143,30 +139,41 @@ def signed_interval(mean: float, low: float, high: float) -> str:
     return f"{100 * mean:+.1f}{interval}"
 
 
+def p_value(p: float) -> str:
+    """An adjusted p-value."""
+    return "<0.001" if p < 0.0005 else number(p, 3)
+
+
 def number(value: float, digits: int) -> str:
     """A number, or a dash where there is none."""
     return "–" if np.isnan(value) else f"{value:.{digits}f}"
 
 
 def main_table(results: Results, tokens: str) -> str:
-    """Scores of all projectors at a budget, the best first; the MLP keeps all patches, whatever the budget."""
-    contenders = results.contenders(tokens)
-    scored, seeds = results.estimates(*contenders), len(results.blocks(*contenders))
-    rows = [
-        [
-            f"{arm} (144 tokens)" if arm in REFERENCE else f"**{arm}**" if arm == OURS else arm,
-            f"{results.parameters(arm, count) / 1000:.0f}",
-            f"{results.rates[arm]:g}",
-            str(seeds),
-            percent(estimate, -1),
-            *(f"{100 * estimate.mean_G[column]:.1f}" for column in range(len(GROUPS))),
-        ]
-        for (arm, _, count), estimate in sorted(scored.items(), key=lambda item: -item[1].mean_G[-1])
-    ]
-    head = ["projector", "thousand parameters", "learning rate", "seeds", "overall", *GROUPS]
-    return markdown_table(head, rows) + left_out(
-        [arm for arm in results.arms(tokens) if (arm, "fixed", tokens) not in scored]
-    )
+    """All projectors at a budget, the best first: our score minus theirs, and scores, with stars of differences.
+
+    The MLP keeps all patches, whatever the budget, and is not compared.
+    """
+    contenders, found = results.contenders(tokens), rivals(results, tokens)
+    adjusted = dict(zip(found, corrected([difference.p for difference in found.values()]), strict=True))
+    rows = []
+    for (arm, _, _), estimate in sorted(results.estimates(*contenders).items(), key=lambda item: -item[1].mean_G[-1]):
+        compared, stars = [str(len(results.blocks(*contenders))), "–", "–", "–"], [""] * len(GROUPS)
+        if arm in found:
+            difference = found[arm]
+            compared = [
+                str(difference.seeds),
+                signed(difference, -1),
+                p_value(adjusted[arm]),
+                signed_interval(*difference.validation),
+            ]
+            stars = ["*" if excludes_zero(difference.estimate, column) else "" for column in range(len(GROUPS))]
+        scores = [f"{100 * mean:.1f}{star}" for mean, star in zip(estimate.mean_G, stars, strict=False)]
+        name = f"{arm} (144 tokens)" if arm in REFERENCE else f"**{arm}**" if arm == OURS else arm
+        rows.append([name, *compared, f"{100 * estimate.mean_G[-1]:.1f}", *scores])
+    head = ["projector", "seeds", f"`{OURS}` minus it", "p", "validation", "overall", *GROUPS]
+    scored = {arm for arm, _, _ in contenders}
+    return markdown_table(head, rows) + left_out([arm for arm in results.arms(tokens) if arm not in scored])
 
 
 def rivals(results: Results, tokens: str) -> dict[str, Difference]:
@@ -185,7 +192,7 @@ def differences_table(title: str, found: dict[str, Difference]) -> str:
             arm,
             str(difference.seeds),
             signed(difference, -1),
-            "<0.001" if p < 0.0005 else number(p, 3),
+            p_value(p),
             number(difference.effect, 1),
             signed_interval(*difference.validation),
             *(starred(difference.estimate, column) for column in range(len(GROUPS))),
@@ -202,11 +209,7 @@ def verdict(results: Results, tokens: str) -> str:
     behind = [other for other, difference in found.items() if difference.estimate.high_G[-1] < 0]
     tested = [other for other in ahead if found[other].seeds > 1]
     confirmed = sum(found[other].validation[1] > 0 for other in tested)
-    confirmation = (
-        f"On validation scenes, too, {confirmed} of those are behind it with an interval that excludes zero. "
-        if tested
-        else ""
-    )
+    confirmation = f" (on validation scenes {confirmed} of these)" if tested else ""
     open_ = [other for other in found if other not in (*ahead, *behind)]
     worse = [
         f"{other} ({GROUPS[column]}, {100 * difference.estimate.mean_G[column]:+.1f})"
@@ -215,9 +218,9 @@ def verdict(results: Results, tokens: str) -> str:
         if difference.estimate.mean_G[column] < -ONE_POINT
     ]
     return (
-        f"At {tokens} tokens `{OURS}` is ahead of {len(ahead)} of {len(found)} with an interval that excludes zero. "
-        f"{confirmation}It is behind: {listed(behind)}. Interval includes zero: {listed(open_)}. More than one "
-        f"percentage point behind in a group: {listed(worse)}."
+        f"`{OURS}` is better than {len(ahead)} of {len(found)}, with an interval that excludes zero{confirmation}. "
+        f"Worse than: {listed(behind)}. Undecided: {listed(open_)}. More than one percentage point behind in a group: "
+        f"{listed(worse)}."
     )
 
 
@@ -258,7 +261,7 @@ def elastic_table(results: Results) -> str:
 
 
 def margin_tables(results: Results) -> str:
-    """Scores amid paper by margin, our differences, and what they change by; nothing before seeds have all of them."""
+    """Scores on blank pages by margin, our differences, and their change; nothing until seeds have all of them."""
     pairs = {name: [(arm, name, str(CELLS)) for arm in AMID_PAPER] for name in MARGINS}
     keys = [key for pair in pairs.values() for key in pair]
     if not results.comparable(*keys):
@@ -274,22 +277,26 @@ def margin_tables(results: Results) -> str:
 
 
 def cost_table(results: Results) -> str:
-    """Multiply-accumulates and times, as ratios to the single-scope resampler in the same run."""
+    """Sizes, learning rates, multiply-accumulates, and times as ratios to the single-scope resampler."""
     costs = results.costs
+    budgets = {arm: count for arm, _, count in results.contenders(results.middle)}
+    arms = {shown: shown.removesuffix(" (144 tokens)") for shown in costs["projectors"]}
     rows = [
         [
-            arm,
+            shown,
+            f"{results.parameters(arms[shown], budgets[arms[shown]]) / 1000:.0f}" if arms[shown] in budgets else "–",
+            f"{results.rates[arms[shown]]:g}",
             f"{cost['macs'] / 1e6:.1f}",
-            *(f"{cost[key]:.2f}" for key in ("forward", "backward", "forward_x", "backward_x")),
+            f"{cost['forward_x']:.2f}",
+            f"{cost['backward_x']:.2f}",
         ]
-        for arm, cost in costs["projectors"].items()
+        for shown, cost in costs["projectors"].items()
     ]
-    head = ["projector", "million MACs an image", "forward, ms", "and backward, ms", "forward, x", "and backward, x"]
+    head = ["projector", "thousand parameters", "learning rate", "million MACs an image", "forward", "with backward"]
     return (
-        f"Projectors alone, {results.middle} tokens, batch {results.study['batch_size']}, medians of interleaved "
-        f"repeats; x is relative to `{BASELINE}` in the same round. {costs['machine']}. At these small sizes overheads "
-        "weigh more than at published ones, which `python -m research.benchmarks.projectors` measures.\n\n"
-        + markdown_table(head, rows)
+        f"Projectors alone, {results.middle} tokens, batch {results.study['batch_size']}, median times relative "
+        f"to `{BASELINE}` in the same round. {costs['machine']}. At the published sizes overheads weigh less: "
+        "[performance](performance.md#projectors).\n\n" + markdown_table(head, rows)
     )
 
 

@@ -241,7 +241,7 @@ def test_a_seed_decides_everything_and_another_changes_it(packages, tmp_path):
     assert lines_of(more, "test", "words")[:3] == lines_of(tmp_path / "one", "test", "words")
 
 
-def test_the_report_has_the_commonest_answers_score(suite, tmp_path):
+def test_the_report_has_the_most_common_answers_score(suite, tmp_path):
     class Answerer:
         def encode(self, pictures):
             return pictures
@@ -262,7 +262,7 @@ def test_the_report_has_the_commonest_answers_score(suite, tmp_path):
         best = sum(max(found.values()) for found in counts.values()) / 12
         assert task["numbers"]["guess"] == pytest.approx(100 * best)
     assert summary["tasks"]["presence"]["value"] == summary["tasks"]["presence"]["numbers"]["guess"] == 50
-    assert "commonest answer" in report([tmp_path / "run"])
+    assert "most common answer" in report([tmp_path / "run"])
 
 
 def test_the_command_builds_and_refuses(packages, tmp_path, capsys):
