@@ -34,6 +34,7 @@ TINY = str(EMBEDDED)
 # Each command's function, and the module that defines it; docs/python.md has an example of each.
 FUNCTIONS = {
     "ask": "answers",
+    "build_pictures": "pictures.suite",
     "check_card": "hub_upload.card",
     "check_data": "training.data_check",
     "convert": "conversion.convert",

@@ -16,13 +16,14 @@ EXTRAS = {
     "gradio": ["demo"],
     "liger_kernel": ["liger"],
     "lmms_eval": ["lmms"],
-    "matplotlib": ["train", "eval"],
+    "matplotlib": ["train", "eval", "pictures"],
     "openpyxl": ["eval"],
     "peft": ["train"],
+    "resvg_py": ["pictures"],
     "scipy": ["eval"],
-    "sklearn": ["train", "eval"],
+    "sklearn": ["train", "eval", "pictures"],
 }
-COMMAND_EXTRAS = {"evaluate": "eval", "study": "eval"}  # for modules of several extras
+COMMAND_EXTRAS = {"evaluate": "eval", "pictures": "pictures", "study": "eval"}  # for modules of several extras
 
 
 def sentence_for(error: Exception, command: str) -> str | None:

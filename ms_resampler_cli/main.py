@@ -25,6 +25,7 @@ from . import (
     export,
     init,
     merge,
+    pictures,
     plan,
     pull,
     push,
@@ -51,6 +52,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "train a model with a recipe"),
     "merge": (merge, "merge a run's adapters into a whole model"),
     "evaluate": (evaluate, "score models on public benchmarks and suites of your own"),
+    "pictures": (pictures, "build a suite of questions about pictures from free packages"),
     "plan": (plan, "estimate the memory and time of a recipe"),
 }
 if (Path(__file__).parents[1] / "research" / "study").is_dir():  # in a checkout, not in an installed package

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Builds the suite, and prints what it holds."""
-    from ms_resampler.pictures.suite import PACKAGE_FOLDER, TASKS, build_pictures
+    from ms_resampler.pictures import TASKS, build_pictures
 
     said = build_pictures(
         arguments.out,
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         questions=arguments.questions,
         train_questions=arguments.train_questions,
         seed=arguments.seed,
-        packages=arguments.packages or PACKAGE_FOLDER,
+        packages=arguments.packages,
     )
     for split, tasks in said["splits"].items():
         questions, pictures = (sum(task[field] for task in tasks.values()) for field in ("questions", "pictures"))

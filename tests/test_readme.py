@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from components import save_llm
+from picture_packages import make_packages
 from safetensors.torch import load_file
 from transformers import (
     CLIPImageProcessorPil,
@@ -100,8 +101,9 @@ def test_the_page_on_python_runs_as_printed(monkeypatch, capsys, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 def test_the_page_trains_evaluates_and_publishes_as_printed(hub, monkeypatch, capsys, tmp_path):
-    """On a Hub of this machine."""
+    """On a Hub of this machine, with small packages in the place of those that npm fetches."""
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ada"))
+    monkeypatch.setattr("ms_resampler.pictures.suite.PACKAGE_FOLDER", make_packages(tmp_path / "packages"))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "space_app" / "examples", "space_app/examples")
     scope = {"ms_resampler": ms_resampler}
@@ -111,6 +113,7 @@ def test_the_page_trains_evaluates_and_publishes_as_printed(hub, monkeypatch, ca
     printed = capsys.readouterr().out
     assert scope["report"].trainable
     assert scope["summary"]["tasks"]["presence"]["value"] in (0, 1, 100)
+    assert scope["built"]["splits"]["test-style"]["presence"]["pictures"] == 10
     assert f"{hub.url}/ada/my-model/tree/v1" in printed
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("trained", "pulled", "my-model")]
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())

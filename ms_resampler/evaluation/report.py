@@ -80,7 +80,7 @@ def report(folders: Sequence[Path], *, markdown: bool = False, published: bool =
 
 def run_lines(runs: Sequence[Run], names: Sequence[str]) -> list[list[str]]:
     """The runs' rows: numbers with half the width of their intervals, an asterisk where there is a remark; and what
-    always saying the commonest answer is worth, for suites.
+    always saying the most common answer is worth, for suites.
     """
     lines = []
     for run in runs:
@@ -92,7 +92,7 @@ def run_lines(runs: Sequence[Run], names: Sequence[str]) -> list[list[str]]:
         for name in names
     ]
     if any(guesses):
-        lines.append(["commonest answer", "", *(number(guess, ".1f") for guess in guesses), ""])
+        lines.append(["most common answer", "", *(number(guess, ".1f") for guess in guesses), ""])
     return lines
 
 

@@ -113,7 +113,7 @@ def score(sample: Sample, reply: str) -> Outcome:
 
 
 def beside_a_guess(aggregation: Aggregation) -> Aggregation:
-    """An aggregation with one more number, "guess": the score of who says the commonest answer of each form of question
+    """An aggregation with one more number, "guess": the score of who says the most common answer of each form of question
     without looking. A form is a kind of question, and the field `asks` of its `meta` where there is one.
     """
 

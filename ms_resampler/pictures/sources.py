@@ -71,7 +71,6 @@ TABLES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("income.json", "Income", "name", {"total": "households"}),
     ("iowa-electricity.csv", "Electricity in Iowa", "source", {"net_generation": "thousand megawatt hours"}),
     ("jobs.json", "Jobs", "job", {"count": "people"}),
-    ("monarchs.json", "Monarchs", "name", {"start": "first year", "end": "last year"}),
     ("movies.json", "Films", "Title", {"US Gross": "dollars earned", "IMDB Votes": "votes"}),
     ("penguins.json", "Penguins", "Island", {"Body Mass (g)": "weight in grams", "Beak Depth (mm)": "beak in mm"}),
     ("population_engineers_hurricanes.csv", "States", "state", {"population": "people", "hurricanes": "hurricanes"}),

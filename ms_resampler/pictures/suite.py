@@ -27,12 +27,12 @@ def build_pictures(
     questions: int = 300,
     train_questions: int = 3000,
     seed: int = 0,
-    packages: Path = PACKAGE_FOLDER,
+    packages: Path | None = None,
 ) -> dict[str, Any]:
     """Builds the suite in a new folder, and returns what its suite.json says of it.
 
     questions and train_questions: of each task, in each test split and for training. packages: where the packages lie
-    or are fetched to, laid out like `node_modules`. The same arguments and versions give the same files.
+    or are fetched to, laid out like `node_modules`; by default a folder in ~/.cache. The same arguments and versions give the same files.
 
     Raises ValueError if a task is unknown, if `out` exists, or if a package is not the pinned one; OSError if one
     cannot be fetched.
@@ -41,7 +41,7 @@ def build_pictures(
         raise ValueError(f"There is no task {unknown[0]!r}; the tasks are {', '.join(TASKS)}.")
     if questions < 1 or train_questions < 0:
         raise ValueError("At least 1 question a task is needed, and at least 0 for training.")
-    shelf = Shelf(packages)
+    shelf = Shelf(packages or PACKAGE_FOLDER)
     with whole_folder(out) as partial:
         counts: dict[str, dict[str, Any]] = defaultdict(dict)
         records: list[dict[str, Any]] = []
@@ -103,7 +103,7 @@ def line_of(number: str, image: str, asked: Asked, meta: dict[str, Any]) -> dict
 
 
 def llava_records(lines: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """LLaVA's conversations, asked as the evaluator asks: one a question, as a second answer may follow from the first."""
+    """LLaVA's conversations, as the evaluator asks: one a question, as an answer may follow from another."""
     template = suite_task(folder / "train.jsonl").prompt
     records = []
     for line in lines:

@@ -247,6 +247,8 @@ def documents(shelf: Shelf, split: Split, rng: np.random.Generator) -> Sheet:
         title = pick(split.contents(list(shelf.texts)), rng)
         lines, questions = text_page(shelf.texts[title], shelf.font(font, size), rng)
         where = "text"
+    while max(shelf.font(font, size).getlength(line) for line in lines) > SIDE - 24:
+        size -= 1
     step = round(size * 1.5)
     crowded = rng.random() < 0.5
     top = int(rng.integers(12, 30)) if crowded else int(rng.integers(12, SIDE - step * len(lines) - 8))
@@ -279,7 +281,11 @@ def record_page(table: Table, rng: np.random.Generator) -> tuple[list[str], list
     rows = sample(table.rows, int(rng.integers(3, 8)), rng)
     column = pick(list(table.columns), rng)
     name, values = pick(rows, rng)
-    lines = [f"{table.title}: {table.columns[column]}", *(f"{row} ..... {shown(cells[column])}" for row, cells in rows)]
+    lines = [
+        f"{table.title},",
+        f"{table.columns[column]}:",
+        *(f"{row} ... {shown(cells[column])}" for row, cells in rows),
+    ]
     question = f"Which number stands beside “{name}”?"
     return lines, [
         Asked("number", question, plain_figure(values[column]), "number"),
@@ -355,6 +361,7 @@ def charts(shelf: Shelf, split: Split, rng: np.random.Generator) -> Sheet | None
 def draw_chart(axes: Any, form: str, names: Sequence[str], values: Sequence[float]) -> list[tuple[float, float]]:
     """Draws a chart; returns where each value ends."""
     places = list(range(len(names)))
+    (axes.xaxis if form == "bars" else axes.yaxis).set_major_formatter("{x:,.10g}")
     colours = [f"C{place}" for place in places]
     if form == "bars":
         axes.barh(places, values, color=colours)
@@ -366,9 +373,8 @@ def draw_chart(axes: Any, form: str, names: Sequence[str], values: Sequence[floa
         axes.bar(places, values, color=colours)
     else:
         axes.plot(places, values, marker="o")
-        axes.set_ylim(0)
+    axes.set_ylim(0, 1.2 * max(values))
     axes.set_xticks(places, names, rotation=35, ha="right", fontsize=9)
-    axes.margins(y=0.2)
     return list(zip(places, values, strict=True))
 
 
