@@ -40,7 +40,8 @@ def quantisers() -> dict[str, Callable[[], Any]]:
     if find_spec("torchao"):
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 
-        int4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+        dtypes: Any = torch  # whose narrow types the checker does not know
+        int4 = IntxWeightOnlyConfig(weight_dtype=dtypes.int4, granularity=PerGroup(32))
         found["torchao, int8 weights"] = lambda: TorchAoConfig(Int8WeightOnlyConfig())
         found["torchao, int4 weights in groups of 32"] = lambda: TorchAoConfig(int4)
     return found
