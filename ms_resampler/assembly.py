@@ -135,6 +135,7 @@ def assemble(components: Components) -> Assembled:
         chat_template=template,
     )
     model = join(config, tower, llm)
+    check_logits(model, llm)
     set_generation(model, llm, tokenizer, ChatFormat(template, tokenizer).end_token)
     notes = [template_note, token_note, check_grids(model, processor)]
     return Assembled(model.eval(), processor, notes)
@@ -333,6 +334,18 @@ def set_generation(model: Any, llm: PreTrainedModel, tokenizer: Any, end_token: 
     settings.pad_token_id = tokenizer.pad_token_id
     settings.suppress_tokens = [model.config.image_token_id]
     model.generation_config = settings
+
+
+@torch.no_grad()
+def check_logits(model: MSResamplerForConditionalGeneration, llm: PreTrainedModel) -> None:
+    """Raises ValueError if the language model alone says something else: families may do more after their head."""
+    ids = torch.arange(3)[None]
+    ours, alone = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, llm))
+    if (ours - alone).abs().max() > 0.05 * alone.abs().max():
+        raise ValueError(
+            f"The language model `{llm.config.model_type}` makes its logits in a way that is not known here, and would "
+            "answer wrongly; use another, such as llama, qwen3, gemma, phi or gpt2."
+        )
 
 
 @torch.no_grad()

@@ -102,6 +102,12 @@ _EARLIER_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def patch_grid(image_size: tuple[int, int], patch_size: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns (H, W) of whole patches in an image of (height, width) pixels; patches need not be square."""
+    height, width = pair(patch_size)
+    return image_size[0] // height, image_size[1] // width
+
+
 def token_grid(visual_tokens: int | Sequence[int] | None, patch_grid: tuple[int, int]) -> tuple[int, int]:
     """The rows and columns (Mh, Mw) in which a budget of visual tokens is laid out over an image.
 
@@ -258,6 +264,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: D, h, depth, width of the FFN. The
             defaults are D = 768 (1024 for peers), the most heads that divide D and are at least 64 wide (in
             "ms_resampler" at least one for each scope), one layer, and D.
+        num_key_value_heads: of "idefics2_perceiver"; the default is one for every four heads, or one for each head if
+            four does not divide them.
         query_grid: rows and columns of the learned queries, if there are any.
         visual_tokens: the default budget, a count or [rows, columns].
         scope_sigmas: one entry for each scope, in units of the anchor pitch; None is the global scope. The default is
@@ -277,6 +285,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     num_attention_heads: int | None = None
     num_hidden_layers: int = 1
     intermediate_size: int | None = None
+    num_key_value_heads: int | None = None
     query_grid: list[int] | tuple[int, ...] = (12, 12)
     visual_tokens: int | list[int] | tuple[int, ...] = 144
     scope_sigmas: list[float | int | None] | tuple[float | int | None, ...] | None = None
@@ -294,6 +303,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             self.scope_sigmas = _DEFAULT_SIGMAS.get(self.kind)
         self._complete_sizes()
         self._check_sizes()
+        self._check_key_heads()
         self._check_grids()
         if self.kind == "peer":
             self._check_peer()
@@ -360,6 +370,19 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             raise ValueError(
                 f"`hidden_size` must be a multiple of 4 (2-D positions) and of `num_attention_heads`, got "
                 f"{self.hidden_size} and {self.num_attention_heads} heads."
+            )
+
+    def _check_key_heads(self) -> None:
+        heads = self.num_key_value_heads
+        if heads is None:
+            return
+        if self.projector_type != "idefics2_perceiver":
+            raise ValueError(
+                f"`num_key_value_heads` is a field of `idefics2_perceiver`: `{self.projector_type}` has no such thing."
+            )
+        if heads < 1 or self.num_attention_heads % heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide `num_attention_heads` {self.num_attention_heads}, got {heads}."
             )
 
     def _check_grids(self) -> None:
@@ -534,6 +557,7 @@ class MSResamplerConfig(PretrainedConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """The number of tokens to drop before the patches."""
+        assert self.tower.prefix_tokens is not None  # checked when the configuration was made
         return self.tower.prefix_tokens
 
     @property
@@ -574,8 +598,7 @@ class MSResamplerConfig(PretrainedConfig):
 
     def patch_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patch rows and columns (H, W) of an image of (height, width) pixels."""
-        height, width = pair(self.patch_size)
-        return image_size[0] // height, image_size[1] // width
+        return patch_grid(image_size, self.patch_size)
 
     def token_grid(
         self, image_size: tuple[int, int], visual_tokens: int | Sequence[int] | None = None

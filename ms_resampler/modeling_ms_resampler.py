@@ -4,20 +4,23 @@ Pixels (B, 3, height, width) -> tower -> patches (B, N, C) -> projector -> visua
 places of the image tokens in the text -> language model -> logits.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
@@ -73,6 +76,17 @@ def _cache_of(values: Mapping[str, Any]) -> dict[str, Cache]:
     return {name: values[name] for name in _CACHE_NAMES if name in values.keys() and values[name] is not None}  # noqa: SIM118
 
 
+def code_of_folder(cls: type[PreTrainedModel], folder: str | os.PathLike | None) -> type[PreTrainedModel]:
+    """The class of this name in a folder's own code; the same one where there is no other.
+
+    The Auto classes know one model class for a configuration class, and two folders may share the latter.
+    """
+    is_remote = cls.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
+    if not (is_remote and folder and (Path(folder) / "modeling_ms_resampler.py").is_file()):
+        return cls
+    return get_class_from_dynamic_module(f"modeling_ms_resampler.{cls.__name__}", folder)
+
+
 class MSResamplerPreTrainedModel(PreTrainedModel):
     """What all MS-Resampler models share: configuration, initialisation and abilities."""
 
@@ -97,6 +111,9 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
         `quantization_config` applies to the language model only; the rest is then in bfloat16, unless `dtype` is given.
         Further modules to skip may be named by any part of their path.
         """
+        if kwargs.get("trust_remote_code") and (own := code_of_folder(cls, args[0])) is not cls:
+            options = {"quantization_config": quantization_config, "key_mapping": key_mapping}
+            return own.from_pretrained(*args, **options, **kwargs)
         skipped: list[str] = []
         if quantization_config is not None:
             quantization_config, skipped = quantise_language_model_only(quantization_config)
@@ -154,6 +171,9 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             make_layers_skippable(self.vision_tower, unread)
         self.projector = build_projector(config)
         self.language_model = build_part(config.text_config)
+        for part in self.projector.modules():
+            if isinstance(part, PreTrainedModel) and config.projector_config._attn_implementation is not None:
+                part.set_attn_implementation(config.projector_config._attn_implementation)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -191,12 +211,13 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         `output_hidden_states=True` or `output_attentions=True` runs all layers.
         """
         layers, shape = self.config.feature_layers, self.tower_shape
-        skip = kwargs["output_hidden_states"] == layers and not kwargs.get("output_attentions")
+        attentions = kwargs.get("output_attentions") or self.config.vision_config.output_attentions
+        skip = kwargs["output_hidden_states"] == layers and not attentions
         if skip := skip and shape.unread_layers(layers) > 0:
             kwargs["skip_unread"] = True  # not passed to towers that do not accept it
         if not shape.can_stop_early:
             kwargs["output_hidden_states"] = True
-        size = tuple(pixel_values.shape[-2:])  # patches have their own grids
+        size = pixel_values.shape[-2], pixel_values.shape[-1]  # patches have their own grids
         tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         x_BNC, patch_grid = patch_features(tower, shape, layers, size)
         x_BNC = x_BNC.to(next(p.dtype for p in self.projector.parameters() if p.is_floating_point()))
@@ -221,7 +242,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         pixel_values = pixel_values.to(self.vision_tower.dtype)
         if self.tower_shape.takes_patches:
             patches = {"pixel_values": pixel_values, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-            kwargs |= flatten_patches(pixel_values, self.config.patch_size) if shapes is None else patches
+            side = self.tower_shape.states[0].stride[0]
+            kwargs |= flatten_patches(pixel_values, side) if shapes is None else patches
             return self.vision_tower(return_dict=True, **kwargs)
         if self.tower_shape.must_interpolate:
             kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != self.tower_shape.image_size

@@ -18,7 +18,7 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import ImageInput, get_image_size_for_max_height_width, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_ms_resampler import AUTO_MAP, token_grid
+from .configuration_ms_resampler import AUTO_MAP, patch_grid, token_grid
 from .messages_ms_resampler import TYPED, as_typed, understood_messages
 from .pictures_ms_resampler import is_rgb_array, open_picture
 
@@ -249,7 +249,7 @@ class MSResamplerProcessor(ProcessorMixin):
         if "spatial_shapes" in image_inputs:
             return [(int(rows), int(columns)) for rows, columns in image_inputs["spatial_shapes"]]
         sizes = [image.shape[-2:] for image in image_inputs["pixel_values"]]
-        return [(height // self.patch_size, width // self.patch_size) for height, width in sizes]
+        return [patch_grid(size, self.patch_size) for size in sizes]
 
     def _token_grids(self, budgets: Any, patch_grids: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """The token grid of every image: the requested or default budget, laid out over its patches."""
@@ -305,7 +305,7 @@ class MSResamplerProcessor(ProcessorMixin):
             height, width = (size_of("crop_size")[side] for side in ("height", "width"))
         if option("do_pad") and option("pad_size"):
             height, width = (size_of("pad_size")[side] for side in ("height", "width"))
-        return height // self.patch_size, width // self.patch_size
+        return patch_grid((height, width), self.patch_size)
 
 
 def _resized(image_size: tuple[int, int], size: Any) -> tuple[int, int]:

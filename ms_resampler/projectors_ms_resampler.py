@@ -450,8 +450,7 @@ class Idefics2Latents(Idefics2PerceiverResampler):
 class Idefics2Perceiver(nn.Module):
     """Idefics2's connector (Laurençon et al., 2024), of transformers' modules: a gated MLP, then a perceiver.
 
-    The MLP is `intermediate_size` wide, heads are `hidden_size / num_attention_heads` wide, and four heads share a key
-    head where that divides.
+    The MLP is `intermediate_size` wide, and heads are `hidden_size / num_attention_heads` wide.
     """
 
     original_names = {"modality_projection": "modality_projection", "perceiver_resampler": "perceiver_resampler"}
@@ -468,7 +467,7 @@ class Idefics2Perceiver(nn.Module):
                 resampler_depth=projector.num_hidden_layers,
                 resampler_n_heads=heads,
                 resampler_head_dim=projector.hidden_size // heads,
-                num_key_value_heads=heads if heads % 4 else heads // 4,
+                num_key_value_heads=projector.num_key_value_heads or (heads if heads % 4 else heads // 4),
             )
         )
 

@@ -37,6 +37,7 @@ def finish_quantised(model: nn.Module, skipped: list[str]) -> None:
     for name in skipped:
         if all(should_convert_module(path, _anywhere([name])) for path, _ in model.named_modules()):
             warnings.warn(f"`quantization_config` skips `{name}`, but the model has no such module.", stacklevel=3)
+    module: Any
     for module in model.modules():
         # Its layout for AVX512 processors misreads narrow matrices, and is saved wrongly.
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -68,11 +68,12 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 def read_tower(config: PretrainedConfig) -> Tower:
     """Inputs and outputs of a configuration's tower. Raises ValueError if it cannot be used as a vision tower."""
-    return _read_tower(type(config), config.to_json_string(use_diff=False))
+    kind: Any = type(config)
+    return _read_tower(kind, config.to_json_string(use_diff=False))
 
 
 @lru_cache(maxsize=64)
-def _read_tower(kind: type[PretrainedConfig], fields: str) -> Tower:
+def _read_tower(kind: Any, fields: str) -> Tower:
     config = kind.from_dict(json.loads(fields))
     if kind not in MODEL_MAPPING:
         raise ValueError(f"The vision tower `{config.model_type}` is not a model that `AutoModel` can build.")
@@ -135,8 +136,9 @@ def _read_state(shape: tuple[int, ...], size: tuple[int, int], patch: tuple[int,
     def unevenness(grid: tuple[int, int]) -> float:  # height and width shrink equally, channels do not
         return abs(math.log(size[0] / grid[0]) - math.log(size[1] / grid[1]))
 
-    axis = 1 if unevenness(shape[2:]) <= unevenness(shape[1:3]) else 3
-    grid = shape[2:] if axis == 1 else shape[1:3]
+    channels_first, channels_last = pair(shape[2:]), pair(shape[1:3])
+    axis = 1 if unevenness(channels_first) <= unevenness(channels_last) else 3
+    grid = channels_first if axis == 1 else channels_last
     return TowerState(shape[axis], grid, (_stride(size[0], grid[0]), _stride(size[1], grid[1])), axis)
 
 

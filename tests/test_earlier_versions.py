@@ -94,6 +94,7 @@ def test_load_state_dict_reads_the_names_of_earlier_versions(tmp_path):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in empty.state_dict().items())
 
 
+@pytest.mark.slow
 def test_remote_code_reads_earlier_versions_too(tmp_path):
     model = save_as_earlier(tmp_path / "old", "ms_resampler_branches")
     save_file({"pixels": pixels(1)}, tmp_path / "pixels.safetensors")

@@ -145,7 +145,7 @@ def test_siglip2_takes_images_and_patches_of_images_alike():
 
 
 @torch.no_grad()
-def test_siglip2_images_of_different_grids_in_one_batch_equal_one_at_a_time():
+def test_siglip2_grids_in_one_batch_equal_one_at_a_time():
     model, processor = tiny.tiny_base_model("siglip2_vision_model"), tiny.tiny_processor("siglip2_vision_model")
     pictures = [tiny.picture(n, size) for n, size in enumerate([(24, 24), (60, 20), (10, 40)])]
     batch = processor.image_processor(pictures, return_tensors="pt")
@@ -190,7 +190,7 @@ def norms_run(model, **options) -> list[bool]:
 @pytest.mark.parametrize(("layer", "read"), [(-2, 2), (0, 0), ([1, -3], 1), (-1, 3)])
 @pytest.mark.parametrize("kind", [*TRANSFORMER_TOWERS, "siglip2_vision_model"])
 @torch.no_grad()
-def test_layers_after_the_last_one_that_is_read_do_not_run_unless_asked_for(kind, layer, read):
+def test_unread_layers_do_not_run_unless_asked_for(kind, layer, read):
     model = tiny.tiny_base_model(kind, vision_feature_layer=layer)
     assert norms_run(model) == [n < read for n in range(3)]
     assert norms_run(model, output_hidden_states=True) == [True] * 3
@@ -245,8 +245,7 @@ def twin(model) -> torch.nn.Module:
     """The language model as transformers builds it with its head, with our weights."""
     other = AutoModelForCausalLM.from_config(model.config.text_config).eval()
     other.base_model.load_state_dict(model.model.language_model.state_dict())
-    if not model.config.tie_word_embeddings:
-        other.lm_head.load_state_dict(model.lm_head.state_dict())
+    other.lm_head.load_state_dict(model.lm_head.state_dict())
     return other
 
 
@@ -263,7 +262,7 @@ def test_text_alone_is_the_language_model_alone(kind, tied):
 
 @pytest.mark.parametrize("kind", list(tiny.LANGUAGE_MODELS))
 @torch.no_grad()
-def test_visual_tokens_enter_the_language_model_as_the_projector_made_them(kind):
+def test_visual_tokens_enter_the_language_model_unscaled(kind):
     """Gemma multiplies the embeddings of words in its table, so never those of images; granite multiplies both."""
     model = tiny.tiny_model(text=kind)
     row = [7, *[tiny.IMAGE] * 4, 9, 8]
@@ -437,11 +436,27 @@ def test_counts_that_differ_are_refused_with_both_counts():
         model.generate(input_ids=ids, pixel_values=tiny.pixels(2), max_new_tokens=1)
 
 
-def test_image_tokens_without_images_are_refused():
+@torch.no_grad()
+def test_image_tokens_without_images_are_words():
+    """As in LLaVA: texts are scored by themselves, too."""
     model = tiny.tiny_model()
     ids = torch.tensor([[7, *[tiny.IMAGE] * 4, 9]])
-    with pytest.raises(ValueError, match=r"4 image tokens.*0 visual tokens"):
-        model(input_ids=ids)
+    assert_close(model(input_ids=ids).logits, twin(model)(ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("text", ["qwen3", "phi"])
+def test_image_tokens_count_in_no_loss_whoever_made_the_labels(text):
+    model, batch = tiny.tiny_model(text=text), ragged_batch()
+    theirs = batch["input_ids"].clone()  # as a collator makes them that knows of padding alone
+    theirs[batch["attention_mask"] == 0] = -100
+    kept = theirs.clone()
+    ours = theirs.where(batch["input_ids"] != tiny.IMAGE, -100)
+    logits = model(**batch).logits[:, :-1]
+    by_hand = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ours[:, 1:].flatten(), ignore_index=-100)
+    assert_close(model(**batch, labels=theirs).loss, by_hand, **CLOSE)
+    shifted = torch.nn.functional.pad(theirs[:, 1:], (0, 1), value=-100)
+    assert_close(model(**batch, labels=theirs, shift_labels=shifted).loss, by_hand, **CLOSE)
+    assert torch.equal(theirs, kept)
 
 
 def test_an_image_token_that_the_model_says_itself_is_a_word():
@@ -451,7 +466,7 @@ def test_an_image_token_that_the_model_says_itself_is_a_word():
     assert model(input_ids=torch.tensor([[tiny.IMAGE]]), **{tiny.CACHE: cache}).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["bert", "electra", "xlm"])
 def test_language_models_of_another_build_are_refused_by_name(kind):
     text = AutoConfig.for_model(kind, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
     config = tiny.tiny_config()
@@ -537,7 +552,7 @@ def test_units_of_sharding_are_those_of_the_parts_that_are_there(projector, name
     fields = {"projector_type": projector, "visual_tokens": 36 if projector == "mlp" else 4}
     model = tiny.tiny_model(projector=fields)
     units = {"CLIPEncoderLayer", "CLIPVisionEmbeddings", "Qwen3DecoderLayer", name}
-    assert set(model._no_split_modules) == set(model.model._no_split_modules) == units
+    assert model._no_split_modules == model.model._no_split_modules == sorted(units)
 
 
 def test_the_class_has_what_transformers_asks_of_it():

@@ -26,7 +26,7 @@ from ms_resampler.projectors_ms_resampler import (
 ORIGINALS = Path(__file__).parent / "reference_projectors"
 
 
-def sizes(vision, text, patches, tokens, *, layers=1, width=64, heads=4, depth=1, queries=None):
+def sizes(vision, text, patches, tokens, *, layers=1, width=64, heads=4, depth=1, queries=None, key_heads=None):
     """What a projector reads of a model's configuration."""
     return SimpleNamespace(
         feature_width=vision,
@@ -37,6 +37,7 @@ def sizes(vision, text, patches, tokens, *, layers=1, width=64, heads=4, depth=1
             hidden_size=width,
             intermediate_size=2 * width,
             num_attention_heads=heads,
+            num_key_value_heads=key_heads,
             num_hidden_layers=depth,
             query_grid=queries or tokens,
             visual_tokens=tokens,
@@ -107,7 +108,8 @@ def load_renamed(projector, original):
     projector.load_state_dict({ours: original[theirs] for ours, theirs in names.items()})
 
 
-def test_idefics2_computes_what_transformers_whole_connector_does():
+@pytest.mark.parametrize(("given", "key_heads"), [(None, 2), (1, 1), (4, 4), (8, 8)])
+def test_idefics2_computes_what_transformers_whole_connector_does(given, key_heads):
     torch.manual_seed(0)
     text = {"model_type": "mistral", "hidden_size": 48, "intermediate_size": 128, "num_attention_heads": 4}
     perceiver = {"hidden_size": 48, "resampler_n_latents": 6, "resampler_depth": 2, "resampler_n_heads": 8}
@@ -115,11 +117,11 @@ def test_idefics2_computes_what_transformers_whole_connector_does():
         Idefics2Config(
             vision_config={"hidden_size": 32},
             text_config=text,
-            perceiver_config=perceiver | {"resampler_head_dim": 8, "num_key_value_heads": 2},
+            perceiver_config=perceiver | {"resampler_head_dim": 8, "num_key_value_heads": key_heads},
         )
     )
     torch.nn.init.normal_(original.perceiver_resampler.latents)
-    projector = PROJECTORS["idefics2_perceiver"](sizes(32, 48, (4, 4), (2, 3), heads=8, depth=2))
+    projector = PROJECTORS["idefics2_perceiver"](sizes(32, 48, (4, 4), (2, 3), heads=8, depth=2, key_heads=given))
     load_renamed(projector, original.state_dict())
     x_BNC = torch.randn(2, 16, 32)
     with torch.no_grad():

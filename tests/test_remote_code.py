@@ -310,3 +310,30 @@ def test_a_stranger_loads_every_peer(image_file, tmp_path):
     for kind, model in models.items():
         with torch.no_grad():
             torch.testing.assert_close(theirs[kind], model(**inputs).logits, rtol=1e-4, atol=1e-5, msg=kind)
+
+
+TWO_FOLDERS = (
+    STRANGER
+    + """
+from pathlib import Path
+from transformers import AutoModel, AutoModelForImageTextToText
+for owner in arguments:
+    for auto in (AutoModelForImageTextToText, AutoModel):
+        model = auto.from_pretrained(Path(folder) / owner / "model", trust_remote_code=True)
+        assert type(model).owner == type(model).projectors_of() == owner, (auto, owner, type(model).owner)
+"""
+)
+
+
+@pytest.mark.slow
+def test_two_folders_of_one_name_each_get_their_own_code(tmp_path):
+    for owner in ("one", "other"):
+        folder = tmp_path / owner / "model"
+        tiny_model().save_pretrained(folder)
+        with (folder / "projectors_ms_resampler.py").open("a") as code:
+            code.write(f"\n\ndef owner():\n    return {owner!r}\n")
+        with (folder / "modeling_ms_resampler.py").open("a") as code:
+            code.write("\nfrom .projectors_ms_resampler import owner\n")
+            code.write("MSResamplerPreTrainedModel.projectors_of = staticmethod(owner)\n")
+            code.write(f"MSResamplerPreTrainedModel.owner = {owner!r}\n")
+    run_as_stranger(TWO_FOLDERS, tmp_path, "one", "other", "one", home=tmp_path / "home")

@@ -100,6 +100,11 @@ LANGUAGE_MODELS: dict[str, dict] = {
     },
     "cohere": _DECODER | {"logit_scale": 0.25},
     "hyperclovax": _DECODER | {"logits_scaling": 0.25},
+    "phi": _DECODER,  # this and gptj have a head with a bias; the rest, other names for their parts
+    "gptj": _DECODER | {"rotary_dim": 4},
+    "gpt_neox": _DECODER,
+    "gpt2": _DECODER,
+    "opt": _DECODER | {"ffn_dim": 64, "word_embed_proj_dim": 16},
     "falcon_h1": _DECODER
     | {"lm_head_multiplier": 0.25, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
 }

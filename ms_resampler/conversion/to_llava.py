@@ -5,9 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import LlavaConfig, LlavaProcessor
 
 from ..configuration_ms_resampler import MSResamplerConfig
+from ..modeling_ms_resampler import build_head
 from ..processing_ms_resampler import MSResamplerProcessor
 from .mapping import Plan, Row
 from .tables import TO_LLAVA, translate
@@ -71,4 +73,11 @@ def check_fits(config: Any) -> None:
         raise ValueError(
             "transformers' LLaVA drops one token before the patches, but this tower has "
             f"{config.num_prefix_tokens}: it cannot hold this model."
+        )
+    with torch.device("meta"):
+        plain = build_head(config.text_config).bias is None
+    if not plain or config.logit_scale != 1 or config.logit_cap is not None:
+        raise ValueError(
+            "transformers' LLaVA makes logits by a matrix alone, and the language model "
+            f"`{config.text_config.model_type}` has a bias, a scale or a cap there: it cannot hold this model."
         )

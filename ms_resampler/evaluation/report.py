@@ -79,12 +79,20 @@ def report(folders: Sequence[Path], *, markdown: bool = False, published: bool =
 
 
 def run_lines(runs: Sequence[Run], names: Sequence[str]) -> list[list[str]]:
-    """The runs' rows: numbers with half the width of their intervals, an asterisk where there is a remark."""
+    """The runs' rows: numbers with half the width of their intervals, an asterisk where there is a remark; and what
+    always saying the commonest answer is worth, for suites.
+    """
     lines = []
     for run in runs:
         tokens, seconds = run.mean_of("visual_tokens_per_picture"), run.mean_of("seconds_per_question")
         cells = [cell(run.tasks.get(name)) for name in names]
         lines.append([run.name, number(tokens, "g"), *cells, number(seconds, ".3f")])
+    guesses = [
+        next(filter(None, (run.tasks.get(name, {}).get("numbers", {}).get("guess") for run in runs)), None)
+        for name in names
+    ]
+    if any(guesses):
+        lines.append(["commonest answer", "", *(number(guess, ".1f") for guess in guesses), ""])
     return lines
 
 

@@ -4,13 +4,16 @@
 """
 
 import json
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .aggregation import mean_of_scores
+import numpy as np
+
+from .aggregation import Aggregation, Counts, Sums, mean_of_scores
 from .metrics import first_yes_or_no, mmbench_letter, only_number, vqa_normalise
-from .samples import Columns, Outcome, Problem, Sample, lettered, picture_file
+from .samples import Columns, Outcome, Problem, Sample, Scored, lettered, picture_file
 from .sources import Record
 from .task import LETTER, LLAVA, SHORT, Task
 
@@ -41,7 +44,7 @@ def suite_task(path: Path) -> Task:
         records=records,
         build=build,
         score=score,
-        aggregation=mean_of_scores(),
+        aggregation=beside_a_guess(mean_of_scores()),
     )
 
 
@@ -107,3 +110,26 @@ def score(sample: Sample, reply: str) -> Outcome:
     options = {chr(65 + index): option for index, option in enumerate(sample.truth["options"] or [])}
     said = mmbench_letter(reply, options) if kind == "choice" else first_yes_or_no(reply)
     return Outcome(float(said in answers), said)
+
+
+def beside_a_guess(aggregation: Aggregation) -> Aggregation:
+    """An aggregation with one more number, "guess": the score of who says the commonest answer of each form of question
+    without looking. A form is a kind of question, and the field `asks` of its `meta` where there is one.
+    """
+
+    def tally(scored: Sequence[Scored]) -> Iterable[tuple[str, Counts]]:
+        yield from aggregation.tally(scored)
+        for item in scored:
+            form = f"{item.sample.truth['kind']} {item.sample.meta.get('asks', '')}"
+            yield item.sample.unit, {f"answer|{form}|{item.sample.truth['answers'][0]}": 1.0}
+
+    def finish(sums: Sums) -> dict[str, np.ndarray]:
+        by_form = defaultdict(list)
+        for name, counts in sums.items():
+            if name.startswith("answer|"):
+                by_form[name.split("|")[1]].append(counts)
+        right = sum(np.max(counts, axis=0) for counts in by_form.values())
+        others = {name: counts for name, counts in sums.items() if not name.startswith("answer|")}
+        return aggregation.finish(others) | {"guess": aggregation.scale * right / sums["n"]}
+
+    return Aggregation(tally, finish, aggregation.headline, aggregation.scale)

@@ -50,7 +50,8 @@ def load_json(file: Path) -> Any:
         value = json.loads(file.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError("too many levels") from error
-    level, depth = [[value]], 0
+    level: list[Any] = [[value]]
+    depth = 0
     while level and depth <= 100:
         children = (child for item in level for child in (item.values() if isinstance(item, dict) else item))
         level, depth = [child for child in children if isinstance(child, dict | list)], depth + 1

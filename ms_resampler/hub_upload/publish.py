@@ -11,8 +11,9 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from .client import WAITS, hub_errors, is_transient, large_file_transfer, patiently
+from .client import WAITS, hub_errors, is_transient, large_file_transfer, patiently, sentence
 from .plan import Plan, Remote, hashes_at, same_content
+from .secrets import redact
 
 
 class Published(NamedTuple):
@@ -42,7 +43,13 @@ def publish(api: HfApi, plan: Plan, message: str, *, create_pr: bool = False) ->
     if create_pr:
         made = api.create_commit(remote.name, operations, **options)
         return Published(made.oid, made.pr_url)
-    return Published(commit_once(api, plan, operations, options))
+    try:
+        return Published(commit_once(api, plan, operations, options))
+    except (HfHubHTTPError, httpx2.TransportError) as error:
+        if not is_transient(error):
+            raise
+        known = redact(f"{sentence(error, remote.name, 'write to')} The commit may have been made all the same")
+        raise ValueError(f"{known}: run the command again, which looks first.") from None
 
 
 def create(api: HfApi, remote: Remote) -> str | None:

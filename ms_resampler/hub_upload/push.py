@@ -59,10 +59,7 @@ def push_to_hub(
         if not (remote.exists or private or dry_run or confirm(f"Everybody will see {repo_id}. Publish it?")):
             raise ValueError("Nothing was sent.")
         staged = stage(folder, place / "staged", max_shard_size, projector_of)
-        inspect_files(staged.iterdir())
-        if problem := code_problem(staged) or misfit(staged):
-            raise ValueError(f"Nothing was sent. {' '.join(problem)}.")
-        add_card(staged, folder, repo_id, projector_of)
+        staged = add_card(inspect(staged), folder, repo_id, projector_of)
         answer = answer_of_a_stranger(str(staged))
         plan = make_plan(staged, remote, branch, is_loaded, left_out(folder))
         print(describe(plan), flush=True)
@@ -128,3 +125,11 @@ def stage(folder: Path, target: Path, max_shard_size: str | None, projector_of: 
             f"{target.parent} has {size(free)} free and {size(needed)} are needed: set TMPDIR to a place with more."
         )
     return stage_checkpoint(folder, target, max_shard_size=max_shard_size, projector_only=bool(projector_of))
+
+
+def inspect(staged: Path) -> Path:
+    """The staged folder, if no file speaks against publishing it, all code is its own, and its weights fit."""
+    inspect_files(staged.iterdir())
+    if problem := code_problem(staged) or misfit(staged):
+        raise ValueError(f"Nothing was sent. {' '.join(problem)}.")
+    return staged

@@ -91,6 +91,7 @@ IN_CONTEXT = {
         rf"authorization(?:{QUOTE})?[ :=]{{1,3}}(?:{QUOTE})?(?:basic|token) [\w.~+/=-]{{8}}",
     ),
     "Weights & Biases key": (r"wandb[\w.\"' :=(-]{0,40}(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])",),
+    "Kaggle token": (r"\"username\": {0,9}\"[^\"]{1,64}\",\s{0,9}\"key\": {0,9}\"[0-9a-f]{32}\"",),
     "netrc entry": (r"machine\s{1,9}\S{1,99}\s{1,9}login\s{1,9}\S{1,99}\s{1,9}password\s{1,9}\S{4}",),
     "Secret Keyword": tuple(word + ASSIGNED for word in WORDS),
 }  # fmt: skip
@@ -143,7 +144,7 @@ def texts_of(file: Path) -> Iterator[bytes]:
         with Image.open(file) as picture:
             picture.load()  # metadata may follow the pixels
             for name, note in picture.info.items():
-                yield name.encode() + b": " + (note if isinstance(note, bytes) else str(note).encode())
+                yield str(name).encode() + b": " + (note if isinstance(note, bytes) else str(note).encode())
     else:
         yield file.read_bytes()
 

@@ -165,9 +165,6 @@ def open_table(source: str, split: str, streaming: bool) -> Any:
     import datasets  # optional dependency
 
     path = Path(source)
-    if (path / "state.json").is_file():
-        table = datasets.load_from_disk(source)
-        return table.to_iterable_dataset() if streaming else table
     if (path / "dataset_dict.json").is_file():
         return open_table(str(path / split), split, streaming)
     kind = path.suffix.removeprefix(".").lower()
@@ -177,10 +174,13 @@ def open_table(source: str, split: str, streaming: bool) -> Any:
     if not path.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise ValueError(f"{source!r} is neither a file or folder nor the name of a Hub repository.")
     try:
+        if (path / "state.json").is_file():
+            table = datasets.load_from_disk(source)
+            return table.to_iterable_dataset() if streaming else table
         if path.is_file():
             return datasets.load_dataset(kind, data_files=source, split="train", streaming=streaming)
         return datasets.load_dataset(source, split=split, streaming=streaming)
-    except datasets.exceptions.DatasetsError as error:
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         why = str(error.__cause__ or error).strip().splitlines()[0]
         raise ValueError(f"{source} cannot be read as a table: {why}") from error
 

@@ -237,6 +237,7 @@ def run_apart(script, *arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, **options).stdout
 
 
+@pytest.mark.slow
 def test_a_question_may_hold_the_name_of_any_command(folder, picture_file):
     """Where no extra is installed; nor does a command's function need one before it runs."""
     script = """

@@ -529,7 +529,7 @@ def test_every_weight_of_llava_1_5_7b_has_its_place():
     }
 
 
-def test_another_projector_keeps_the_budget_and_an_impossible_one_is_refused(tmp_path, capsys):
+def test_another_projector_keeps_a_possible_budget(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "ours")
     tiny_processor().save_pretrained(tmp_path / "ours")
     command = [tmp_path / "ours", tmp_path / "out", "--projector", "mqt", *SMALL]

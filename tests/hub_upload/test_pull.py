@@ -169,8 +169,12 @@ BAD = {
     "no config": (remove("config.json"), "acme/tiny is not a checkpoint folder: it has no config.json."),
     "no weights": (remove("model.safetensors"), "acme/tiny has no weights: neither model.safetensors nor"),
     "no module": (
-        remove("resampler_ms_resampler.py"),
-        "modeling_ms_resampler.py of acme/tiny imports code that is not there: resampler_ms_resampler.py.",
+        remove("processing_ms_resampler.py"),
+        "config.json of acme/tiny names code that is not there: processing_ms_resampler.MSResamplerProcessor.",
+    ),
+    "no module that another imports": (
+        remove("packing_ms_resampler.py"),
+        "modeling_ms_resampler.py of acme/tiny imports code that is not there: packing_ms_resampler.py.",
     ),
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json of acme/tiny is missing."),
     "no processor": (remove("processor_config.json"), "processor_config.json of acme/tiny is missing."),

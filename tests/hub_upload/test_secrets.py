@@ -54,6 +54,7 @@ SECRETS = {
     "token as a user": f"https://{LETTERS[:30]}@git.example.org/models",
     "signed address": "https://files.example.org/a?X-Amz-Signature=" + HEX,
     "token in an address": "https://files.example.org/a?x=1&access_token=" + LETTERS[:20],
+    "Kaggle": '{"username": "ada", "key": "' + HEX[:32] + '"}',
     "bearer": "Authorization: Bearer " + LETTERS[:32],
     "basic": "Authorization: Basic YWRhOmh1bnRlcjI=",
     "password": "PASSWORD=hunter2",

@@ -90,6 +90,7 @@ def test_operations_are_those_of_the_batch_and_of_its_gradients():
     assert count_macs(lambda: conv(x).sum().backward()) == 3 * 25 * 9 * 8
 
 
+@pytest.mark.slow
 def test_projectors_are_measured_in_turn(tmp_path, monkeypatch):
     assert set(PUBLISHED) >= set(ORIGINALS)
     monkeypatch.setattr("research.benchmarks.projectors.rates", lambda dtype: (1e9, 1e9))
@@ -146,6 +147,7 @@ def test_the_suite_leaves_out_half_precision_where_it_is_emulated(half, left, mo
     assert ("bfloat16" in {setting.dtype for setting in settings}) == half
 
 
+@pytest.mark.slow
 def test_every_projector_of_the_suite_can_do_what_is_asked_of_it():
     asked = {(name, setting.grid, setting.tokens) for names, setting in SUITE for name in names}
     for name, grid, tokens in asked:
@@ -223,6 +225,7 @@ def test_a_run_is_timed_without_what_was_queued_before(clock, monkeypatch):
     assert milliseconds(lambda: queued.append(2.0)) == 2000
 
 
+@pytest.mark.slow
 def test_the_floor_is_what_this_machine_can_do():
     macs, bytes_moved = rates(torch.float32)
     assert 1e8 < macs < 1e15
@@ -288,6 +291,7 @@ def test_packed_models_and_layers_of_the_same_weights_answer_alike():
     assert {id(weight) for weight in first.parameters()} == {id(weight) for weight in second.parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_is_recorded_says_what_generate_does(tiny_parts, compiled, monkeypatch):
     """Token for token, a second time too; compiled as one graph of the prompt and one of a token."""
@@ -304,6 +308,7 @@ def test_what_is_recorded_says_what_generate_does(tiny_parts, compiled, monkeypa
         assert graphs.frame_count == (2 * number if compiled else 0)
 
 
+@pytest.mark.slow
 def test_all_forms_of_the_prior_are_measured_and_right(monkeypatch, capsys):
     x, grids = torch.randn(1, 24, 1024), ((4, 6), (2, 3))
     assert all(error(form, torch.float32, x, grids) < 2e-5 for form in FORMS)

@@ -239,6 +239,7 @@ def test_patches_right_are_a_share_of_those_there_or_said_to_be():
 # --- Plan -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_widths_make_parameters_comparable_where_there_is_a_width():
     counts = {arm: count_parameters(make_run(Study(), arm, [16], 0, 0).projector) for arm in PEERS}
     without_a_width = {"avg_pool", "pixel_shuffle", "ldp_v2", "mqt", "saep"}
@@ -516,6 +517,7 @@ def test_stored_results_do_not_go_on_with_another_tower(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_the_stored_report_is_that_of_the_stored_results():
     check_report(REPORT)
     results = load(RESULTS)

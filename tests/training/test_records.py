@@ -176,6 +176,7 @@ def test_latin_1_says_how_to_convert_it(tmp_path):
     assert fine is None
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_packed_file_goes_with_the_process(tmp_path):
     (tmp_path / "data.jsonl.gz").write_bytes(packed(LINES))
     code = (
@@ -200,14 +201,18 @@ def test_an_error_early_in_a_large_file_does_not_read_it_to_the_end(tmp_path, mo
     [
         ("missing.json", None, "No such file"),
         ("notes.txt", None, "has an unknown file type"),
+        ("damaged.parquet", None, "damaged.parquet cannot be read as a table: "),
+        ("empty", None, "empty cannot be read as a table: "),
         ("no such place", None, "neither a file or folder nor the name of a Hub repository"),
         ("data.json", "nowhere", "There is no folder of images"),
     ],
 )
 def test_sources_that_are_none(tmp_path, source, images, sentence):
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "empty").mkdir()
     save(tmp_path / "data.json", rows_of(), "list")
-    source = tmp_path / source if "." in source else source
+    source = source if " " in source else tmp_path / source
     with pytest.raises((ValueError, OSError), match=sentence):
         open_records(source, images)
 
