@@ -264,8 +264,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: D, h, depth, width of the FFN. The
             defaults are D = 768 (1024 for peers), the most heads that divide D and are at least 64 wide (in
             "ms_resampler" at least one for each scope), one layer, and D.
-        num_key_value_heads: of "idefics2_perceiver"; the default is one for four heads, or for each where four do not
-            divide them.
+        num_key_value_heads: of "idefics2_perceiver"; the default is one for every four heads, or one for each head if
+            four does not divide them.
         query_grid: rows and columns of the learned queries, if there are any.
         visual_tokens: the default budget, a count or [rows, columns].
         scope_sigmas: one entry for each scope, in units of the anchor pitch; None is the global scope. The default is

@@ -97,7 +97,7 @@ def changed_recipe(arguments: argparse.Namespace) -> Any:
 
 
 def changed_rates(rates: Any, changes: list[str]) -> Any:
-    """["1e-4", "tower=2e-6", "llm=frozen"]: all parts that train at 1e-4, the tower at its own rate, and no LLM."""
+    """["1e-4", "tower=2e-6", "llm=frozen"]: all trained parts at 1e-4, the tower at its own rate, no LLM."""
     for change in changes:
         part, _, value = change.rpartition("=")
         try:
