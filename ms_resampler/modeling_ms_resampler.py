@@ -4,36 +4,27 @@ Pixels (B, 3, height, width) -> tower -> patches (B, N, C) -> projector -> visua
 places of the image tokens in the text -> language model -> logits.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.processing_utils import Unpack
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, TransformersKwargs, torch_compilable_check
+from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_ms_resampler import MSResamplerConfig, token_grid
+from .loading_ms_resampler import LoadingMixin
 from .packing_ms_resampler import PackedLinear, pack_linears
-from .projectors_ms_resampler import (
-    EARLIER_NAMES,
-    PROJECTORS,
-    SCOPED_PROJECTORS,
-    build_projector,
-    init_projector_weights,
-)
-from .quantisation_ms_resampler import finish_quantised, quantise_language_model_only
+from .projectors_ms_resampler import PROJECTORS, SCOPED_PROJECTORS, build_projector, init_projector_weights
 from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
 from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features
 
@@ -76,18 +67,7 @@ def _cache_of(values: Mapping[str, Any]) -> dict[str, Cache]:
     return {name: values[name] for name in _CACHE_NAMES if name in values.keys() and values[name] is not None}  # noqa: SIM118
 
 
-def code_of_folder(cls: type[PreTrainedModel], folder: str | os.PathLike | None) -> type[PreTrainedModel]:
-    """The class of this name in a folder's own code; the same one where there is no other.
-
-    The Auto classes know one model class for a configuration class, and two folders may share the latter.
-    """
-    is_remote = cls.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
-    if not (is_remote and folder and (Path(folder) / "modeling_ms_resampler.py").is_file()):
-        return cls
-    return get_class_from_dynamic_module(f"modeling_ms_resampler.{cls.__name__}", folder)
-
-
-class MSResamplerPreTrainedModel(PreTrainedModel):
+class MSResamplerPreTrainedModel(LoadingMixin, PreTrainedModel):
     """What all MS-Resampler models share: configuration, initialisation and abilities."""
 
     config: MSResamplerConfig
@@ -101,36 +81,6 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-
-    @classmethod
-    def from_pretrained(
-        cls, *args: Any, quantization_config: Any = None, key_mapping: dict[str, str] | None = None, **kwargs: Any
-    ) -> Any:
-        """Loads a model; projector weights may have the names of earlier versions, and are saved with today's.
-
-        `quantization_config` applies to the language model only; the rest is then in bfloat16, unless `dtype` is given.
-        Further modules to skip may be named by any part of their path.
-        """
-        if kwargs.get("trust_remote_code") and (own := code_of_folder(cls, args[0])) is not cls:
-            options = {"quantization_config": quantization_config, "key_mapping": key_mapping}
-            return own.from_pretrained(*args, **options, **kwargs)
-        skipped: list[str] = []
-        if quantization_config is not None:
-            quantization_config, skipped = quantise_language_model_only(quantization_config)
-            if "torch_dtype" not in kwargs:
-                kwargs.setdefault("dtype", torch.bfloat16)
-        earlier = {rf"\b{old}$": new for old, new in EARLIER_NAMES.items()}
-        key_mapping = earlier | (key_mapping or {})
-        loaded = super().from_pretrained(
-            *args, quantization_config=quantization_config, key_mapping=key_mapping, **kwargs
-        )
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # transformers would undo the renamings when it saves.
-        model._weight_conversions = [
-            conversion for conversion in model._weight_conversions or [] if conversion.source_patterns[0] not in earlier
-        ]
-        finish_quantised(model, skipped)
-        return loaded
 
     def post_init(self) -> None:
         """Completes the model as transformers does, with only the `_no_split_modules` it has, as FSDP requires."""
