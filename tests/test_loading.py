@@ -113,7 +113,7 @@ def test_modules_to_skip_may_be_named_by_a_part_of_their_path(tmp_path):
         whole, names = load(name)
         inside = {path for path in names if f".{name}." in f".{path}." and "language" in path}
         assert {path for path in whole if "language" in path} == inside, name
-    with pytest.warns(UserWarning, match=r"`quantization_config` skips `atention`, and the model has no such module"):
+    with pytest.warns(UserWarning, match=r"`quantization_config` skips `atention`, but the model has no such module"):
         load("atention")
 
 
