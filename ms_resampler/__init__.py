@@ -1,7 +1,7 @@
 """MS-Resampler: the multi-scope visual resampler for multimodal LLMs.
 
 Importing this package registers its classes with transformers' Auto classes, so that a checkpoint loads with
-or without `trust_remote_code`. What the commands do is imported when it is first used: most needs more than that.
+or without `trust_remote_code`. The functions behind the commands are imported when first used, since most need extras.
 """
 
 from importlib import import_module
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 TINY = str(EMBEDDED)
 """The folder of the embedded checkpoint."""
 
-# Each command as a function, and the module that it is in; docs/python.md has an example of each.
+# Each command's function, and the module that defines it; docs/python.md has an example of each.
 FUNCTIONS = {
     "ask": "answers",
     "build_pictures": "pictures.suite",

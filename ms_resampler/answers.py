@@ -1,4 +1,4 @@
-"""Questions about pictures, answered by a model."""
+"""`ask`: answers a question about pictures with a model."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +21,10 @@ Picture = str | Path | Image.Image
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and how the model read the pictures, one entry a picture.
+    """An answer, and how the model read the pictures, with one entry per picture.
 
-    visual_tokens: M of each picture. scope_weights: how much each scope counts, by its name, on average over the
-    picture's visual tokens; None unless asked for. milliseconds: from the loaded model to the whole answer.
+    visual_tokens: M of each picture. scope_weights: the mean fusion weight of each scope over the picture's visual
+    tokens, by scope name; None unless requested. milliseconds: time to the complete answer, without loading the model.
     """
 
     text: str
@@ -34,7 +34,7 @@ class Answer:
 
 
 class PieceStreamer(TextStreamer):
-    """Hands the pieces of an answer to a function."""
+    """Passes the pieces of an answer to a function as they are generated."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], object]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -47,10 +47,10 @@ class PieceStreamer(TextStreamer):
 def load(
     model: str | Path | None = None, revision: str | None = None
 ) -> tuple[MSResamplerForConditionalGeneration, MSResamplerProcessor]:
-    """Model and processor by this package's code, on the GPU if there is one, else with weights packed for the CPU.
+    """Loads model and processor with this package's code, on the GPU if there is one, else with packed weights.
 
     `model` is a folder or a Hub repository; None is the embedded checkpoint. Raises ValueError if it is another
-    kind of model, OSError if it cannot be loaded.
+    type of model, OSError if it cannot be loaded.
     """
     name = our_model(model, revision)
     try:
@@ -74,13 +74,13 @@ def ask(
     scopes: bool = False,
     on_text: Callable[[str], object] | None = None,
 ) -> Answer:
-    """The likeliest answer to a question about pictures.
+    """Answers a question about pictures by greedy decoding.
 
-    A picture is a file, a URL or an image of PIL's. `model` is loaded as `load` does, or is a loaded one beside its
-    processor. `visual_tokens` of each picture are a count or a grid; None is the model's own budget. `scopes=True`
-    adds the weights of the scopes, if the projector has scopes. `on_text` gets the pieces of the answer as they come.
+    A picture is a file, a URL or a PIL image. `model` is what `load` takes, or a loaded model given with its
+    processor. `visual_tokens` is a count or a grid for each picture; None is the model's default. `scopes=True` adds
+    the fusion weights, if the projector has scopes. `on_text` receives the answer piece by piece.
 
-    Raises ValueError if a picture or a budget is impossible, OSError if the model cannot be loaded.
+    Raises ValueError if a picture or a budget cannot be used, OSError if the model cannot be loaded.
     """
     pictures = [pictures] if isinstance(pictures, Picture) else list(pictures)
     if not question.strip():
@@ -116,7 +116,7 @@ def ask(
 
 
 def checked(picture: Picture) -> Picture:
-    """A picture as it is. Raises ValueError if it is a file that is not there."""
+    """Returns the picture. Raises ValueError if it is a file that does not exist."""
     if isinstance(picture, Image.Image) or str(picture).startswith(("http://", "https://")):
         return picture
     if not Path(picture).is_file():

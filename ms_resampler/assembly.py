@@ -1,6 +1,6 @@
-"""Assembles a model from a pretrained vision tower and a pretrained language model, with a fresh projector between.
+"""Assembles a model from a pretrained vision tower and a pretrained language model, with a new projector.
 
-Weights are moved, not copied: each is loaded once, in the type of the language model's.
+Weights are moved, not copied: each is loaded once, in the dtype of the language model.
 """
 
 import os
@@ -35,8 +35,8 @@ from .towers_ms_resampler import read_tower
 
 # The templates of this package by name, with the tokens that a tokenizer must know to use them.
 TEMPLATES = {"chatml": ("<|im_start|>", "<|im_end|>"), "vicuna": ("</s>",), "honeybee": ("</s>",)}
-PADDING = ("<|finetune_right_pad_id|>", "<pad>", "<unk>")  # tokens that stand for padding where none is declared
-ROWS = 64  # a table of embeddings that has to grow grows to a multiple of this, which matrix kernels like
+PADDING = ("<|finetune_right_pad_id|>", "<pad>", "<unk>")  # used for padding if the tokenizer declares none
+ROWS = 64  # embeddings that must grow are padded to a multiple of this, for fast matrix products
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Components:
     """What to assemble a model from.
 
     Fields:
-        vision, llm: folders or Hub repositories of the tower (a whole CLIP or SigLIP will do) and the language model;
+        vision, llm: folders or Hub repositories of the tower (or a whole CLIP or SigLIP) and the language model;
             the language model may be a GGUF file, which is dequantised.
-        projector: fields of MSResamplerProjectorConfig; the budget is 144 tokens if it does not say otherwise.
-        vision_feature_layer: the tower layers to read; None is the last but one, or the last where shapes differ.
-        vision_prefix_tokens: tokens of the tower in front of its patches, which are dropped; None is as its kind has.
-        image_token: the placeholder of a visual token; added to the tokenizer unless it is there.
-        chat_template: "chatml", "vicuna" or a file; None takes the language model's own.
+        projector: fields of MSResamplerProjectorConfig; the budget is 144 tokens by default.
+        vision_feature_layer: the tower layers to read; None is the last but one, or the last if shapes differ.
+        vision_prefix_tokens: tokens before the tower's patches, which are dropped; None is the number its type has.
+        image_token: the placeholder of a visual token; added to the tokenizer if missing.
+        chat_template: "chatml", "vicuna" or a file; None is the language model's.
     """
 
     vision: str
@@ -64,7 +64,7 @@ class Components:
 
 @dataclass(frozen=True)
 class Assembled:
-    """A model, its processor, and what there is to tell about how they came about, one sentence each."""
+    """A model, its processor, and notes on how they were assembled, one sentence each."""
 
     model: MSResamplerForConditionalGeneration
     processor: MSResamplerProcessor
@@ -83,7 +83,7 @@ def init(
     chat_template: str | None = None,
     seed: int = 0,
 ) -> Assembled:
-    """Assembles a model, see Components, and writes it to the new folder `out`; its projector starts from `seed`.
+    """Assembles a model (see Components) in the new folder `out`; the projector has random weights drawn with `seed`.
 
     Raises ValueError if the folder exists, a field is wrong or the parts do not fit, OSError if one cannot be loaded.
     """
@@ -105,7 +105,7 @@ def init(
 
 
 def assemble(components: Components) -> Assembled:
-    """Loads tower and language model, and puts them together with a fresh projector.
+    """Loads tower and language model, and connects them with a new projector.
 
     Raises ValueError if the parts do not fit, OSError if one cannot be loaded.
     """
@@ -114,12 +114,12 @@ def assemble(components: Components) -> Assembled:
     except StrictDataclassError as error:
         raise ValueError(" ".join(str(error).split())) from error
     tower_config, text_config = tower_config_of(components.vision), text_config_of(components.llm)
-    make_config(components, tower_config, text_config, image_token_id=0)  # what does not fit fails before the loading
+    make_config(components, tower_config, text_config, image_token_id=0)  # fails early if parts do not fit
     with naming(components.vision):
         image_processor = AutoImageProcessor.from_pretrained(components.vision)
     tokenizer = load_tokenizer(components.llm)
     template, template_note = choose_template(tokenizer, components)
-    tokenizer.chat_template = None  # it moves to the processor, which saves it beside its own settings
+    tokenizer.chat_template = None  # the processor saves it
 
     llm = load_llm(components.llm)
     token_note = fit_embeddings(llm, tokenizer, components.image_token)
@@ -135,6 +135,7 @@ def assemble(components: Components) -> Assembled:
         chat_template=template,
     )
     model = join(config, tower, llm)
+    check_logits(model, llm)
     set_generation(model, llm, tokenizer, ChatFormat(template, tokenizer).end_token)
     notes = [template_note, token_note, check_grids(model, processor)]
     return Assembled(model.eval(), processor, notes)
@@ -142,10 +143,10 @@ def assemble(components: Components) -> Assembled:
 
 @contextmanager
 def naming(component: str) -> Iterator[None]:
-    """Makes one sentence, with the component's name, of transformers' error in loading it."""
+    """Turns transformers' error in loading a component into one sentence with its name."""
     try:
         yield
-    except (OSError, ValueError, struct.error) as error:  # the last, of a GGUF file that ends too early
+    except (OSError, ValueError, struct.error) as error:  # struct.error: a truncated GGUF file
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{component} cannot be loaded: {' '.join(str(error).split())}") from error
 
@@ -160,7 +161,7 @@ def in_transformers_terms(llm: str) -> tuple[str, dict[str, Any]]:
 
 
 def load_tokenizer(llm: str) -> Any:
-    """The language model's tokenizer, with a token for padding. Raises ValueError if it tells no token offsets."""
+    """The language model's tokenizer, with a padding token. Raises ValueError if it has no token offsets."""
     name, gguf = in_transformers_terms(llm)
     with naming(llm):
         tokenizer = AutoTokenizer.from_pretrained(name, **gguf)
@@ -200,7 +201,7 @@ def choose_template(tokenizer: Any, components: Components) -> tuple[str, str]:
 
 
 def template_text(name: str, image_token: str, tokenizer: Any) -> str:
-    """A template by its name in this package, or from a file. Raises ValueError if the tokenizer cannot write it."""
+    """A template of this package by name, or from a file. Raises ValueError if the tokenizer lacks its tokens."""
     if name not in TEMPLATES:
         if not Path(name).is_file():
             raise ValueError(f"There is no chat template {name!r}: give {', '.join(TEMPLATES)} or a file.")
@@ -219,7 +220,7 @@ def tower_config_of(vision: str) -> PretrainedConfig:
 
 
 def text_config_of(llm: str) -> PretrainedConfig:
-    """The configuration of a language model. Raises ValueError if it reads more than text or is quantized."""
+    """The configuration of a language model. Raises ValueError if it is multimodal or quantized."""
     name, gguf = in_transformers_terms(llm)
     with naming(llm):
         config = AutoConfig.from_pretrained(name, **gguf)
@@ -235,7 +236,7 @@ def text_config_of(llm: str) -> PretrainedConfig:
 def make_config(
     components: Components, vision: PretrainedConfig, text: PretrainedConfig, image_token_id: int
 ) -> MSResamplerConfig:
-    """The model's configuration; learned queries are laid out as the visual tokens are, unless told otherwise."""
+    """The model's configuration; `query_grid` defaults to the grid of the visual tokens."""
     layer = components.vision_feature_layer
     if layer is None:
         layer = -2 if len(set(read_tower(vision).states)) == 1 else -1
@@ -262,7 +263,7 @@ def make_config(
 
 
 def load_llm(llm: str) -> PreTrainedModel:
-    """The language model with its head, in the type in which it is stored."""
+    """The language model with its head, in its stored dtype."""
     name, options = in_transformers_terms(llm)
     if options:
         options["quantization_config"] = GgufConfig(dequantize=True)
@@ -273,7 +274,7 @@ def load_llm(llm: str) -> PreTrainedModel:
 
 
 def load_tower(vision: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The tower alone, also out of a checkpoint that holds more."""
+    """The tower alone, also from a checkpoint that contains more."""
     with naming(vision):
         model, info = MODEL_MAPPING[type(config)].from_pretrained(
             vision, config=config, dtype=dtype, output_loading_info=True
@@ -283,7 +284,7 @@ def load_tower(vision: str, config: PretrainedConfig, dtype: torch.dtype) -> Pre
 
 
 def require_complete(name: str, info: dict[str, Any]) -> None:
-    """Raises ValueError if weights that are used were not in the checkpoint; the poolers of towers are not."""
+    """Raises ValueError if weights are missing from the checkpoint; a tower's unused pooler may be."""
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ValueError(f"{name} lacks {len(missing)} weights of its own architecture, such as {missing[0]}.")
@@ -291,9 +292,9 @@ def require_complete(name: str, info: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def fit_embeddings(llm: PreTrainedModel, tokenizer: Any, image_token: str) -> str:
-    """Adds the image token to the tokenizer, and rows to the embeddings if they have no room; a sentence about it.
+    """Adds the image token to the tokenizer, and rows to the embeddings if needed; returns a sentence about it.
 
-    New rows are the mean of the old ones: a token that nobody has seen is neither likely nor unlikely.
+    New rows are the mean of the old ones, so that new tokens are neither likely nor unlikely.
     """
     known = image_token in tokenizer.get_vocab()
     if not known:
@@ -312,7 +313,7 @@ def fit_embeddings(llm: PreTrainedModel, tokenizer: Any, image_token: str) -> st
 def join(
     config: MSResamplerConfig, tower: PreTrainedModel, llm: PreTrainedModel
 ) -> MSResamplerForConditionalGeneration:
-    """A model around a tower and a language model that are loaded, with a fresh projector."""
+    """A model made of a loaded tower, a loaded language model and a new projector."""
     with torch.device("meta"):
         model = MSResamplerForConditionalGeneration(config)
     model.model.vision_tower = tower
@@ -324,7 +325,7 @@ def join(
 
 
 def set_generation(model: Any, llm: PreTrainedModel, tokenizer: Any, end_token: str) -> None:
-    """The language model's settings for generation, which stop at the chat template's end and never write an image."""
+    """The language model's generation settings, which also stop at the template's end token and ban the image token."""
     settings = llm.generation_config
     ends = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
@@ -336,10 +337,22 @@ def set_generation(model: Any, llm: PreTrainedModel, tokenizer: Any, end_token: 
 
 
 @torch.no_grad()
-def check_grids(model: MSResamplerForConditionalGeneration, processor: MSResamplerProcessor) -> str:
-    """Asks the projector for the visual tokens of a square picture; a sentence about them.
+def check_logits(model: MSResamplerForConditionalGeneration, llm: PreTrainedModel) -> None:
+    """Raises ValueError if the language model alone says something else: families may do more after their head."""
+    ids = torch.arange(3)[None]
+    ours, alone = (each(input_ids=ids, use_cache=False).logits.float() for each in (model, llm))
+    if (ours - alone).abs().max() > 0.05 * alone.abs().max():
+        raise ValueError(
+            f"The language model `{llm.config.model_type}` makes its logits in a way that is not known here, and would "
+            "answer wrongly; use another, such as llama, qwen3, gemma, phi or gpt2."
+        )
 
-    Raises ValueError if it cannot make them of the patches that the image processor makes of it.
+
+@torch.no_grad()
+def check_grids(model: MSResamplerForConditionalGeneration, processor: MSResamplerProcessor) -> str:
+    """Checks that the projector can make its visual tokens from a square picture; returns a sentence about them.
+
+    Raises ValueError if the patches do not allow the token grid.
     """
     config: Any = model.config
     square = processor.image_processor([Image.new("RGB", (512, 512))])

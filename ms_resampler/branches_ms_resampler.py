@@ -6,8 +6,8 @@
     z   = sum_s g^s (o^s W_o + q^s) + cell mean of u                g = softmax over the scopes of W_g LN(o^s W_o + q^s)
     z   = z + FFN(LN(z));   y = LN(z) W_out
 
-Here every scope has all heads, and its prior B^s is in the cross-attention. With a single scope this is a resampler as
-usually meant, `Resampler`. Shapes are named as in resampler_ms_resampler.py.
+Here every scope has all heads, and its prior B^s is in the cross-attention. With a single scope this is the usual
+resampler, `Resampler`. Shapes are named as in resampler_ms_resampler.py.
 """
 
 import math
@@ -37,7 +37,7 @@ Grid = tuple[int, int]
 def sincos_positions(points_P2: Tensor, width: int) -> Tensor:
     """Unit-scale 2-D sin-cos codes (P, width) of points (y, x) in [0, 1]^2.
 
-    Wavelengths run geometrically from two images to 1/32 of an image, so that codes do not depend on a grid.
+    Wavelengths form a geometric series from two images to 1/32 of an image, and so do not depend on the grid.
     """
     octaves = torch.linspace(0, 6, width // 4, device=points_P2.device, dtype=points_P2.dtype)
     angles = points_P2[:, :, None] * (math.pi * 2**octaves)
@@ -50,7 +50,7 @@ def cell_centres(grid: Grid, device: torch.device | None = None, dtype: torch.dt
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of positions and maps beside numbers of a dtype: never narrower than float32."""
+    """The dtype of positions and maps: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -65,17 +65,17 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def high_and_low(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x as a sum of two numbers of a narrower dtype: twice its digits."""
+    """Splits x into two numbers of a narrower dtype whose sum has twice the precision."""
     high = x.to(dtype)
     return high, (x - high.to(x.dtype)).to(dtype)
 
 
 class BranchPrior(ScopePrior):
-    """The Gaussian prior of every scope and head, as channels of queries and keys: no bias (M, N) is ever added.
+    """The Gaussian prior of every scope and head, as extra channels of queries and keys instead of a bias (M, N).
 
-        -|a - p|^2 / 2 sigma^2 = (a . p - |p|^2 / 2) / sigma^2   up to a term of the row, which softmax ignores
+        -|a - p|^2 / 2 sigma^2 = (a . p - |p|^2 / 2) / sigma^2   up to terms constant in p, which cancel
 
-    Half precision takes every factor in a high and a low part, or the prior would lose its digits.
+    In half precision every factor is split into a high and a low part to keep the prior's precision.
     """
 
     def __init__(self, config):
@@ -84,7 +84,7 @@ class BranchPrior(ScopePrior):
             self.register_parameter("offset", None)
 
     def initial(self) -> tuple[Tensor, Tensor]:
-        """The configured sigma (S, h) and offset (S, h, 2): the heads of a scope start spread over it, or all alike."""
+        """The configured sigma (S, h) and offset (S, h, 2): a scope's heads start spread over it, or all the same."""
         heads, tiled = self.config.num_attention_heads, self.config.branch("tile_heads")
         scopes = [spread(sigma, heads if tiled else 1) for sigma in self.config.scope_sigmas]
         sigmas, offsets = zip(*scopes, strict=True)
@@ -101,21 +101,21 @@ class BranchPrior(ScopePrior):
             anchors_ShM2 = anchors_M2 + self.offset[:, :, None].to(anchors_M2.dtype)
         key = torch.cat([patches_N2, -0.5 * patches_N2.square().sum(-1, keepdim=True)], dim=-1)
         query = self.precision(anchors_M2.dtype)[:, :, None, None] * F.pad(anchors_ShM2, (0, 1), value=1.0)
-        # With the factor by which attention divides: after the split it would round them again.
+        # Cancels attention's scaling here, since after the split it would round the parts again.
         head_width = self.config.hidden_size // self.config.num_attention_heads
         query = query * math.sqrt(head_width)
         if like.dtype.itemsize < 4:
             (key, key_low), (query, query_low) = (high_and_low(x, like.dtype) for x in (key, query))
             key, query = torch.cat([key, key_low, key], dim=-1), torch.cat([query, query, query_low], dim=-1)
-        padding = 0, -(head_width + key.shape[-1]) % 8  # to a width that kernels like
+        padding = 0, -(head_width + key.shape[-1]) % 8  # to a multiple of 8, for fast kernels
         return F.pad(query, padding).to(like.dtype), F.pad(key, padding).to(like.dtype)
 
 
 class BranchLayer(GradientCheckpointingLayer):
-    """Tokens z (B, M, D) read patches u (B, N, D) with the queries of every scope, and fuse what they read.
+    """One layer: tokens z (B, M, D) read patches u (B, N, D) with the queries of every scope, and fuse the results.
 
-    The fusion is by "token" as in the equations, by "head" (a weight for each head, before W_o) or "static" (a learned
-    weight for each scope, whatever the token).
+    The fusion weights are by "token" as in the equations, by "head" (before W_o), or "static" (one learned weight for
+    each scope).
     """
 
     prior_class: type[ScopePrior] = BranchPrior
@@ -148,7 +148,7 @@ class BranchLayer(GradientCheckpointingLayer):
         token_grid: Grid,
         output_scopes: bool,
     ) -> tuple[Tensor, ScopeMaps | None]:
-        """Tokens for the next layer; `placed_BND` is u + pos(p), and before the first layer z is (1, M, D)."""
+        """Returns the next tokens and maps; `placed_BND` is u + pos(p), and z is (1, M, D) in the first layer."""
         q_BSMD = z_BMD[:, None] + self.scope_embedding[:, None]
         o_BShMd, attention_BSMN = self.attend(q_BSMD, u_BND, placed_BND, patch_grid, token_grid, output_scopes)
         z_BMD, g_BSM = self.fuse(o_BShMd, q_BSMD)
@@ -165,7 +165,7 @@ class BranchLayer(GradientCheckpointingLayer):
         token_grid: Grid,
         output_scopes: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """What the heads read (B, S, h, M, d), in one call for all scopes; if asked for, where (B, S, M, N)."""
+        """The heads' output (B, S, h, M, d), in one call for all scopes; attention (B, S, M, N) if requested."""
         query_BShMd = split_heads(self.q_proj(self.query_norm(q_BSMD)), self.heads).expand(u_BND.shape[0], *[-1] * 4)
         key_BhNd, value_BhNd = (split_heads(x, self.heads) for x in (self.k_proj(placed_BND), self.v_proj(u_BND)))
         width = value_BhNd.shape[-1]
@@ -173,8 +173,8 @@ class BranchLayer(GradientCheckpointingLayer):
         query = torch.cat([query_BShMd, query_ShMe.expand(*query_BShMd.shape[:-1], -1)], dim=-1)
         key = torch.cat([key_BhNd, key_Ne.expand(*key_BhNd.shape[:-1], -1)], dim=-1)
 
-        rows = query.transpose(1, 2).flatten(2, 3)  # the scopes' queries as rows of one attention
-        value = F.pad(value_BhNd, (0, query.shape[-1] - width))  # the fast kernels want one width
+        rows = query.transpose(1, 2).flatten(2, 3)  # all scopes' queries as rows of one attention
+        value = F.pad(value_BhNd, (0, query.shape[-1] - width))  # fast kernels need equal widths
         out = F.scaled_dot_product_attention(rows, key, value, scale=width**-0.5)[..., :width]
         o_BShMd = out.unflatten(2, (query.shape[1], -1)).transpose(1, 2)
         if not output_scopes:
@@ -187,7 +187,7 @@ class BranchLayer(GradientCheckpointingLayer):
         return attention_BShMN.mean(dim=2)
 
     def fuse(self, o_BShMd: Tensor, q_BSMD: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens z (B, M, D) and the weights g (B, S, M) that made them."""
+        """The fused tokens z (B, M, D) and the weights g (B, S, M)."""
         if self.fusion == "head":
             logits_BSMh = self.gate(self.gate_norm(merge_heads(o_BShMd) + q_BSMD))
             g_BShM1 = logits_BSMh.softmax(dim=1).transpose(2, 3).unsqueeze(-1)
@@ -206,8 +206,8 @@ class BranchesResampler(nn.Module):
     """Patch features of any grid to visual tokens of any grid; see the equations at the top of this file.
 
     With `pooled_mlp`, LLaVA's MLP of each cell's mean feature is added to y, and W_out starts at zero. Checkpoints of
-    earlier versions may do without the neighbours, the cell mean, or the spread of heads over their scope, and fuse in
-    another way: `branch_form` in their configuration says so.
+    earlier versions may lack the convolution, the cell mean or the spread of heads over a scope, or fuse in another
+    way, as `branch_form` in their configuration says.
     """
 
     layer_class = BranchLayer
@@ -230,9 +230,9 @@ class BranchesResampler(nn.Module):
     def forward(
         self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid, output_scopes: bool = False
     ) -> tuple[Tensor, ScopeMaps | None]:
-        """Visual tokens (B, M, T) in raster order of `token_grid`, and the last layer's maps if asked for.
+        """Visual tokens (B, M, T) in raster order of `token_grid`, and the last layer's maps if requested.
 
-        Raises ValueError if the features are not a patch grid of the shape given.
+        Raises ValueError if the number of features does not match the patch grid.
         """
         check_patches(x_BNC, patch_grid)
         u_BND = self.input_proj(self.input_norm(x_BNC))
@@ -258,16 +258,16 @@ class BranchesResampler(nn.Module):
 
 
 class Resampler(BranchesResampler):
-    """A resampler as usually meant, to compare with: a single scope, global unless configured otherwise."""
+    """The usual resampler, as a baseline: a single scope, global by default."""
 
 
 @torch.no_grad()
 def init_branches_weights(module: nn.Module) -> None:
-    """How the parameters start that `init_resampler_weights` knows nothing of.
+    """Initialises the parameters that `init_resampler_weights` does not handle.
 
     query             normal, std 0.02
-    scope embedding   normal, std 1: scopes differ from the start (std 0.02 of a single one)
-    scope logits      0: even
+    scope embedding   normal, std 1: scopes differ from the start (std 0.02 for a single one)
+    scope logits      0: equal weights
     """
     if isinstance(module, BranchesResampler):
         init.normal_(module.query, std=0.02)

@@ -1,6 +1,6 @@
-"""What a chat template makes of a conversation: its text, where the answers are, and what ends them.
+"""How a chat template renders a conversation: its text, where the answers are, and which token ends them.
 
-Nothing here knows a language model by name: a template is asked by rendering conversations with it.
+This works for any language model: templates are probed by rendering conversations with them.
 """
 
 import json
@@ -14,9 +14,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 Span = tuple[int, int]
 
-# Stands for the content of a message; no template changes it, and no data hold it.
+# Placeholder for the content of a message, which no template changes and no data contain.
 CONTENT = "\ue000content\ue001"
-ANSWER_MARK = "\ue002"  # stands for an answer within the template "thinking_off"
+ANSWER_MARK = "\ue002"  # placeholder for an answer in the template "thinking_off"
 NO_THINKING = "<think>\n\n</think>\n\n"  # Qwen3's block in front of an answer without thinking
 GENERATION_TAG = re.compile(r"\{%(-?\s*(?:end)?generation\s*-?)%\}")
 
@@ -27,7 +27,7 @@ def packaged_template(name: str) -> str:
 
 
 class ChatFormat:
-    """A chat template that takes messages in parts, with the tokenizer whose special tokens it writes."""
+    """A chat template for messages in parts, with the tokenizer that has its special tokens."""
 
     def __init__(self, template: str, tokenizer: Any):
         self.template = template
@@ -49,15 +49,15 @@ class ChatFormat:
                 **self.special_tokens,
                 **variables,
             )
-        except (TemplateError, TypeError) as error:  # a template that knows texts only adds a list to a string
+        except (TemplateError, TypeError) as error:  # a text-only template adds a list to a string
             raise ValueError(f"The chat template refuses the conversation: {error}") from error
         return texts[0], spans[0] if marks else []
 
     def render_with_answers(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
         """The text of a conversation, and the character ranges of its answers, each with what ends its turn.
 
-        A template that marks answers (`{% generation %}`) is believed. For any other the conversation is rendered
-        again with a stand-in for every answer: what is left is the frame, and between its pieces are the answers.
+        A template that marks answers with `{% generation %}` is followed. With any other, the conversation is rendered
+        again with a placeholder for every answer; the answers lie between the remaining pieces of text.
         Raises ValueError if the template refuses the conversation or leaves an answer out.
         """
         if self.marks_answers:
@@ -79,10 +79,9 @@ class ChatFormat:
         return text, spans
 
     def check_generation_prompt(self) -> str | None:
-        """None if answers are trained after the text after which they are asked for, else a sentence about it.
+        """None if the text before a trained answer equals the generation prompt, else a sentence about the difference.
 
-        Compares, for both answers of a conversation, the prompt with the text in front of the answer; and looks
-        whether thinking that an answer brings is learned.
+        Checks both answers of a conversation, and whether a <think> block within an answer is trained.
         """
         said = [
             {"role": role, "content": [{"type": "text", "text": text}]}
@@ -103,14 +102,14 @@ class ChatFormat:
             return f"The chat template cannot be trained on: {error}"
         (start, end), *_ = spans
         if "T1" not in text[start:end] or text[:start].rstrip().endswith("</think>"):
-            return "The chat template drops the thinking (<think> ... </think>) that an answer brings."
+            return "The chat template drops the thinking (<think> ... </think>) of an answer."
         return None
 
     @cached_property
     def turn_ends(self) -> tuple[str, str]:
-        """What ends an answer that is followed by a question, and the last answer of a conversation.
+        """The text that ends an answer before another question, and the last answer of a conversation.
 
-        Both reach up to and including the first added token that the template itself writes after an answer,
+        Both end with the first added token that the template writes after an answer,
         "<|im_end|>" in ChatML; "" if there is none.
         """
         said = [{"role": role, "content": [{"type": "text", "text": CONTENT}]} for role in ("user", "assistant") * 2]
@@ -137,9 +136,9 @@ def text_of(message: dict[str, Any]) -> str:
 
 
 def end_of_answer(text: str, start: int, answer: str, following: str, is_last: bool) -> int:
-    """Where the answer that begins at `start` ends, and `following` begins: as it was said, or as it was stripped.
+    """Where the answer that begins at `start` ends and `following` begins; the template may have stripped the answer.
 
-    Raises ValueError if the template made something else of it that cannot be told from what follows.
+    Raises ValueError if the template changed the answer in another way.
     """
     for kept in (answer, answer.strip(), answer.rstrip(), answer.lstrip()):
         end = start + len(kept)
@@ -152,7 +151,7 @@ def end_of_answer(text: str, start: int, answer: str, following: str, is_last: b
 
 
 def thinking_off(template: str, tokenizer: Any) -> str:
-    """The template if answers are trained as they are asked for; else the one that is so with thinking off, if any."""
+    """The template if training and generation prompts agree; else one with thinking switched off, if that helps."""
     own = ChatFormat(template, tokenizer)
     if own.check_generation_prompt() is None:
         return template
@@ -172,7 +171,7 @@ def thinking_off(template: str, tokenizer: Any) -> str:
 
 
 def image_aware(template: str, image_token: str, tokenizer: Any) -> str:
-    """The template if it writes `image_token` for an image, else with a prelude that does so before it.
+    """The template if it writes `image_token` for an image, else with a prelude that does.
 
     Raises ValueError if it does not write image and text even then.
     """

@@ -1,7 +1,7 @@
 """Configurations of the MS-Resampler model and its projector, and the geometry of patches and tokens.
 
-Everything that depends on counts (patches of an image, visual tokens of a budget) is computed here, once,
-for the model and the processor alike. See the dimension legend in the README.
+Everything that depends on counts (patches of an image, visual tokens of a budget) is computed here, for both the
+model and the processor. docs/design.md has the legend of dimensions.
 """
 
 # `from __future__ import annotations` would silently switch off the validation that @strict does.
@@ -46,7 +46,7 @@ _FOREIGN_KEYS = frozenset(
     ]
 )
 
-# Where the Auto classes find this code: beside the weights, in the same folder or repository, always.
+# Where the Auto classes find this code: always in the same folder or repository as the weights.
 _GENERATIVE = "modeling_ms_resampler.MSResamplerForConditionalGeneration"
 AUTO_MAP = {
     "AutoConfig": "configuration_ms_resampler.MSResamplerConfig",
@@ -57,7 +57,7 @@ AUTO_MAP = {
     "AutoProcessor": "processing_ms_resampler.MSResamplerProcessor",
 }
 
-# The projector types, each with the type whose fields it has: one of the three with scopes, or "peer".
+# The projector types, each with the kind of fields it has: one of the three with scopes, or "peer".
 PROJECTOR_TYPES: dict[str, str] = {
     "ms_resampler": "ms_resampler",
     "ms_resampler_branches": "ms_resampler_branches",
@@ -80,14 +80,14 @@ _DEFAULT_SIGMAS = {
     "ms_resampler_branches": (0.5, 1.5, None),
     "resampler": (None,),
 }
-# What a checkpoint with learned queries may have otherwise than new ones have it, and the values; the first is theirs.
+# How checkpoints with learned queries may differ, and the possible values; new checkpoints have the first.
 BRANCH_FORMS: dict[str, tuple[Any, ...]] = {
     "fusion": ("token", "head", "static"),
     "patch_conv": (True, False),
     "tile_heads": (True, False),
     "cell_residual": (True, False),
 }
-# Fields of earlier versions that a config.json may still name, and the values that say what is done today anyway.
+# Fields of earlier versions that a config.json may contain, and the values that agree with what is done today.
 _EARLIER_FIELDS: dict[str, tuple[Any, ...]] = {
     "scope_prior": ("gaussian",),
     "learn_scopes": (True,),
@@ -102,8 +102,14 @@ _EARLIER_FIELDS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def patch_grid(image_size: tuple[int, int], patch_size: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns (H, W) of whole patches in an image of (height, width) pixels; patches need not be square."""
+    height, width = pair(patch_size)
+    return image_size[0] // height, image_size[1] // width
+
+
 def token_grid(visual_tokens: int | Sequence[int] | None, patch_grid: tuple[int, int]) -> tuple[int, int]:
-    """The rows and columns (Mh, Mw) in which a budget of visual tokens is laid over an image.
+    """The rows and columns (Mh, Mw) in which a budget of visual tokens is laid out over an image.
 
     `visual_tokens` is a grid, a count, or None for one token a patch; `patch_grid` is (H, W) in patches.
     A count becomes the grid whose proportions are nearest to the image's:
@@ -157,7 +163,7 @@ def _nearest_grid(count: int, patch_grid: tuple[int, int]) -> tuple[int, int] | 
 
 
 def _plain(value: Any) -> Any:
-    """Numbers of numpy as Python's own, which are checked and saved alike; anything else as it is."""
+    """Converts numpy's numbers to Python's, which can be checked and saved; returns anything else unchanged."""
     if isinstance(value, (np.generic, np.ndarray)):  # torch.compile knows no unions of types
         return value.tolist()
     if type(value) in (list, tuple):
@@ -175,7 +181,7 @@ ConfigClass = TypeVar("ConfigClass")
 
 
 def _accept_numpy(config: ConfigClass) -> ConfigClass:
-    """Makes a configuration class take numpy's numbers, wherever a field is set."""
+    """Makes a configuration class accept numpy's numbers in every field."""
     changed: Any = config
     checked_setattr = changed.__setattr__
     changed.__setattr__ = lambda self, name, value: checked_setattr(self, name, _plain(value))
@@ -183,7 +189,7 @@ def _accept_numpy(config: ConfigClass) -> ConfigClass:
 
 
 def _is_known(config: Any, key: str) -> bool:
-    """Whether a key is a field of a configuration, or transformers' own."""
+    """Whether a key is a field of the configuration or one of transformers'."""
     return key in config.__dataclass_fields__ or key.startswith("_") or key in _FOREIGN_KEYS
 
 
@@ -201,27 +207,27 @@ def _reject_unknown_keys(config: PretrainedConfig, keys: Sequence[str]) -> None:
 
 
 def _read_fields(config: type, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that a file holds, without keys that are not known: a later version may have written them."""
+    """The known fields of a file; warns of others, which a later version may have written."""
     unknown = [key for key in fields if not _is_known(config, key)]
     if unknown:
         warnings.warn(
             f"config.json holds {', '.join(f'`{key}`' for key in unknown)}, which {config.__name__} does not know and "
-            "makes no use of: a later version of transformers or of this package may have written it.",
+            "ignores: a later version of transformers or of this package may have written it.",
             stacklevel=3,
         )
     return {key: value for key, value in fields.items() if key not in unknown}
 
 
 def _from_earlier_version(fields: dict[str, Any]) -> dict[str, Any]:
-    """A projector's fields in a file, with those of earlier versions as the type and `branch_form` of today.
+    """A projector's fields in a file, with those of earlier versions translated to today's type and `branch_form`.
 
-    Raises ValueError if the projector is one that this version does not have.
+    Raises ValueError if this version has no such projector.
     """
     earlier = {name: fields[name] for name in _EARLIER_FIELDS if name in fields}
     fields = {name: value for name, value in fields.items() if name not in earlier}
     kind = fields.get("projector_type", "ms_resampler")
     if kind not in _DEFAULT_SIGMAS:
-        earlier.pop("query_init", None)  # meant nothing in peers
+        earlier.pop("query_init", None)  # had no meaning in peers
     elif earlier:
         sigmas = fields.get("scope_sigmas") or _DEFAULT_SIGMAS[kind]
         layout = earlier.pop("scope_layout", "branches" if kind == "ms_resampler_branches" else "heads")
@@ -229,7 +235,7 @@ def _from_earlier_version(fields: dict[str, Any]) -> dict[str, Any]:
         queries = earlier.pop("query_init", None) or ("none" if without else "learned")
         if queries == "none":
             fields["projector_type"] = "ms_resampler"
-        elif queries == "learned" and (layout == "branches" or len(sigmas) == 1):  # of one scope layouts are alike
+        elif queries == "learned" and (layout == "branches" or len(sigmas) == 1):  # with one scope, no matter
             form = {name: earlier.pop(name) for name in BRANCH_FORMS if name in earlier}
             form = {name: value for name, value in form.items() if value != BRANCH_FORMS[name][0]}
             fields["projector_type"] = "resampler" if kind == "resampler" else "ms_resampler_branches"
@@ -249,26 +255,26 @@ def _from_earlier_version(fields: dict[str, Any]) -> dict[str, Any]:
 @_accept_numpy
 @strict
 class MSResamplerProjectorConfig(PretrainedConfig):
-    """The projector: its type and its sizes, and for those with scopes what the scopes are.
+    """The projector: its type, its sizes and, if it has scopes, their sigmas and heads.
 
     Fields:
-        projector_type: "ms_resampler"; "ms_resampler_branches", in which every scope is a resampler of its own with
+        projector_type: "ms_resampler"; "ms_resampler_branches", in which every scope is a separate resampler with
             learned queries; "resampler", the same with a single scope; one of the peers in
-            projectors_ms_resampler.py, which have no scopes; or a name given to `register_projector` there.
+            projectors_ms_resampler.py, which have no scopes; or a name registered with `register_projector` there.
         hidden_size, num_attention_heads, num_hidden_layers, intermediate_size: D, h, depth, width of the FFN. The
-            defaults are 768 with scopes and 1024 for peers, a head for every 64 channels (as many as divide D, and in
-            "ms_resampler" no fewer than the scopes that share them), one layer, and D.
-        num_key_value_heads: of "idefics2_perceiver"; the default is one for four heads, or for each where four do not
-            divide them.
+            defaults are D = 768 (1024 for peers), the most heads that divide D and are at least 64 wide (in
+            "ms_resampler" at least one for each scope), one layer, and D.
+        num_key_value_heads: of "idefics2_perceiver"; the default is one for every four heads, or one for each head if
+            four does not divide them.
         query_grid: rows and columns of the learned queries, if there are any.
         visual_tokens: the default budget, a count or [rows, columns].
-        scope_sigmas: one entry a scope, in units of the anchor pitch; None is the global scope. The default is
+        scope_sigmas: one entry for each scope, in units of the anchor pitch; None is the global scope. The default is
             (0.5, 1.5, None), and (None,) for "resampler".
         scope_heads: how many heads each scope of "ms_resampler" has. The default is one in eight for every scope but
             the first, and the rest for the first: 8, 2 and 2 of 12.
-        pooled_mlp: whether LLaVA's MLP of the mean of a cell's features is added to each visual token, which is where
-            a projector with scopes then starts.
-        branch_form: what a checkpoint with learned queries has otherwise than new ones: see BranchesResampler.
+        pooled_mlp: whether LLaVA's MLP of each cell's mean feature is added to the visual tokens; the rest of the
+            projector then starts with an output of zero.
+        branch_form: how a checkpoint with learned queries differs from new ones: see BranchesResampler.
     """
 
     model_type = "ms_resampler_projector"
@@ -291,7 +297,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         _reject_unknown_keys(self, list(kwargs))
         super().__post_init__(**kwargs)
-        # Not as `validate_*` methods: those raise an error of @strict's own, which is no ValueError.
+        # Not as `validate_*` methods: @strict wraps their errors in one that is not a ValueError.
         self._check_type()
         if self.scope_sigmas is None:
             self.scope_sigmas = _DEFAULT_SIGMAS.get(self.kind)
@@ -313,7 +319,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Reads what a file holds, also one of an earlier version; keys not known are left out, with a warning."""
+        """Reads the fields of a file, also of an earlier version; unknown keys are ignored with a warning."""
         return super().from_dict(_read_fields(cls, _from_earlier_version(config_dict)), **kwargs)
 
     @property
@@ -328,7 +334,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
 
     @property
     def scope_names(self) -> list[str]:
-        """A word for each scope, for people: local under one pitch, regional from there on, or global."""
+        """A readable name for each scope: local below one pitch, regional above, or global."""
         sigmas = self.scope_sigmas or ()
         words = ["global" if s is None else "local" if s < 1 else "regional" for s in sigmas]
         return [
@@ -351,7 +357,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             self.intermediate_size = self.hidden_size
 
     def _default_heads(self) -> int:
-        """The most heads that divide D and are at least 64 wide; narrower only where a scope would have none."""
+        """The most heads that divide D and are at least 64 wide; narrower only if a scope would have none."""
         fewest = max(1, self.num_scopes) if self.kind == "ms_resampler" else 1
         possible = [heads for heads in range(fewest, self.hidden_size + 1) if self.hidden_size % heads == 0]
         return max((heads for heads in possible if 64 * heads <= self.hidden_size), default=min(possible, default=1))
@@ -376,7 +382,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             )
         if heads < 1 or self.num_attention_heads % heads:
             raise ValueError(
-                f"`num_key_value_heads` must divide the {self.num_attention_heads} of `num_attention_heads`, got {heads}."
+                f"`num_key_value_heads` must divide `num_attention_heads` {self.num_attention_heads}, got {heads}."
             )
 
     def _check_grids(self) -> None:
@@ -433,21 +439,21 @@ class MSResamplerProjectorConfig(PretrainedConfig):
                 raise ValueError(f"`branch_form` cannot have `{name}` {value!r}; it may have {known}.")
 
     def branch(self, name: str) -> Any:
-        """A part of `branch_form`, or what new checkpoints have in its place."""
+        """An entry of `branch_form`, or the value of new checkpoints."""
         return (self.branch_form or {}).get(name, BRANCH_FORMS[name][0])
 
 
 @_accept_numpy
 @strict
 class MSResamplerConfig(PretrainedConfig):
-    """A vision tower, a projector and a language model: all that is needed to rebuild the model.
+    """A vision tower, a projector and a language model: everything needed to rebuild the model.
 
     Fields:
         vision_config, text_config: any tower and causal LM that AutoModel builds.
         projector_config: see MSResamplerProjectorConfig.
         image_token_id: the placeholder in the text; one for every visual token.
         vision_feature_layer: the tower layer to read, or a list of layers (joined in width).
-        vision_prefix_tokens: tokens in front of the patches (CLS, registers); None counts them in its output.
+        vision_prefix_tokens: tokens before the patches (CLS, registers); None counts them in the tower's output.
     """
 
     model_type = "ms_resampler"
@@ -490,14 +496,14 @@ class MSResamplerConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Reads what a file holds: keys that are not known are kept and make no difference, with a warning."""
+        """Reads the fields of a file: unknown keys are kept unused, with a warning."""
         projector = config_dict.get("projector_config")
         if isinstance(projector, dict):
             fields = _read_fields(MSResamplerProjectorConfig, _from_earlier_version(projector))
             config_dict = config_dict | {"projector_config": fields}
         fields = _read_fields(cls, config_dict)
         loaded = super().from_dict(fields, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with the arguments that it has no use for
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with the unused arguments
         for key in config_dict.keys() - fields.keys():
             setattr(config, key, config_dict[key])
         return loaded
@@ -526,7 +532,7 @@ class MSResamplerConfig(PretrainedConfig):
 
     @property
     def tower(self) -> Tower:
-        """What the vision tower takes and puts out."""
+        """The vision tower's inputs and outputs."""
         tower = read_tower(self.vision_config)
         if self.vision_prefix_tokens is None:
             return tower
@@ -545,18 +551,18 @@ class MSResamplerConfig(PretrainedConfig):
 
     @property
     def unread_layers(self) -> int:
-        """How many layers at the tower's end nothing reads; 0 for towers that cannot run without them."""
+        """The number of unread layers at the tower's end; 0 for towers that cannot run without them."""
         return self.tower.unread_layers(self.feature_layers)
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens to drop in front of the patches."""
+        """The number of tokens to drop before the patches."""
         assert self.tower.prefix_tokens is not None  # checked when the configuration was made
         return self.tower.prefix_tokens
 
     @property
     def feature_width(self) -> int:
-        """C: channels of a patch, all layers that are read together."""
+        """C: channels of a patch, summed over the layers that are read."""
         return sum(state.width for state in self.feature_states)
 
     @property
@@ -577,9 +583,9 @@ class MSResamplerConfig(PretrainedConfig):
 
     @property
     def logit_scale(self) -> float:
-        """What the language model multiplies its logits by: cohere and Falcon H1 multiply, granite divides."""
+        """The factor of the language model's logits: cohere and Falcon H1 multiply, granite divides."""
         text = self.text_config
-        if text.model_type == "mpt":  # which has the field, and makes no use of it
+        if text.model_type == "mpt":  # has the field, but does not use it
             return 1.0
         scale = getattr(text, "logit_scale", None) or getattr(text, "lm_head_multiplier", None) or 1.0
         divisor = getattr(text, "logits_scaling", None) or 1.0
@@ -592,8 +598,7 @@ class MSResamplerConfig(PretrainedConfig):
 
     def patch_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Patch rows and columns (H, W) of an image of (height, width) pixels."""
-        height, width = pair(self.patch_size)
-        return image_size[0] // height, image_size[1] // width
+        return patch_grid(image_size, self.patch_size)
 
     def token_grid(
         self, image_size: tuple[int, int], visual_tokens: int | Sequence[int] | None = None
@@ -604,10 +609,10 @@ class MSResamplerConfig(PretrainedConfig):
 
 
 def _tell_transformers_serve() -> None:
-    """Names our class in the table by which `transformers serve` chooses how to load a model, and how to ask it.
+    """Adds our class to the table in which `transformers serve` looks up how to load a model and how to query it.
 
-    It looks the name up before and after it loads the model, for remote code too, so that `auto_map` and
-    `architectures` are not enough. Only a process that serves needs this, and only there the table is changed.
+    It does so for remote code, too, where `auto_map` and `architectures` are not enough. The table is changed only in
+    a serving process.
     """
     if "transformers.cli.serving.model_manager" in sys.modules:
         names = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES

@@ -1,6 +1,6 @@
 """The demo: the Space app around a model on this machine.
 
-This module imports nothing of transformers and torch: the app's own process does, which is to start at once.
+This module does not import transformers or torch, so that the app's process, which does, starts at once.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ from .folders import (
 )
 
 PEER = EMBEDDED.with_name("tiny_resampler")  # a projector of one scope, trained in the embedded checkpoint
-KINDS = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # of files that make a model: no code, no pickles
+KINDS = {".safetensors", ".json", ".jinja", ".model", ".txt"}  # suffixes of model files; neither code nor pickles
 
 
 def serve(
@@ -42,12 +42,12 @@ def serve(
     port: int | None = None,
     browser: bool = True,
 ) -> int:
-    """Serves the page until it ends or is interrupted, in a process of its own as on a Space; returns its exit code.
+    """Serves the page in a process of its own until it ends or is interrupted; returns its exit code.
 
-    `model` is a folder or a Hub repository; None is the embedded checkpoint, beside one with a single global scope.
-    `compare` is a second one. The port is the first free one from 7860 on, unless it is given.
+    `model` is a folder or a Hub repository; None is the embedded checkpoint, compared with one of a single global
+    scope. `compare` is a second model. The default port is the first free one from 7860.
 
-    Raises ValueError if a model or the port cannot be had, ModuleNotFoundError if Gradio is not installed.
+    Raises ValueError if a model or the port cannot be used, ModuleNotFoundError if Gradio is not installed.
     """
     if importlib.util.find_spec("gradio") is None:
         raise ModuleNotFoundError("The demo needs Gradio: pip install 'ms-resampler[demo]'.", name="gradio")
@@ -71,13 +71,13 @@ def serve(
 
 
 def environment(settings: dict[str, str | None]) -> dict[str, str]:
-    """The app's settings on top of this process's environment, which sets none of those that are None."""
+    """This process's environment with the app's settings; those that are None are removed."""
     kept = {name: value for name, value in os.environ.items() if name not in settings}
     return kept | {name: value for name, value in settings.items() if value is not None}
 
 
 def check_port(host: str, port: int | None) -> None:
-    """Raises ValueError if the port that was asked for is taken, or is none; None is looked for by Gradio."""
+    """Raises ValueError if the port is taken or invalid; with None, Gradio finds a free one."""
     if port is None:
         return
     if not 0 < port < 2**16:
@@ -92,7 +92,7 @@ def check_port(host: str, port: int | None) -> None:
 
 @contextmanager
 def loadable(model: str) -> Iterator[str]:
-    """The model as a stranger can load it: beside weights without code, in a folder of links, stands the code."""
+    """A place from which the model loads without this package: a folder of links if its own has no code."""
     folder = Path(model)
     if not folder.is_dir() or (folder / "modeling_ms_resampler.py").is_file():
         yield str(folder.resolve()) if folder.is_dir() else model
@@ -109,7 +109,7 @@ def loadable(model: str) -> Iterator[str]:
 
 
 def link_files(files: Iterable[Path], folder: Path) -> None:
-    """Puts links to files into a folder, or copies of them where the system makes no links."""
+    """Links files into a folder, or copies them if the system does not support links."""
     for file in filter(Path.is_file, files):
         try:
             (folder / file.name).symlink_to(file.resolve())
@@ -119,7 +119,7 @@ def link_files(files: Iterable[Path], folder: Path) -> None:
 
 @contextmanager
 def loadable_pair(model: str | Path | None, second: str | Path | None) -> Iterator[tuple[str, str | None]]:
-    """A model and the second one to compare it with, as strangers can load them; the embedded one brings its own."""
+    """A model and the one to compare it with, both as `loadable`; the embedded model has a default second one."""
     second = second or (PEER if model is None else None)
     names = [model_or_embedded(name) for name in (model, second or model)]
     for name in names:
@@ -130,7 +130,7 @@ def loadable_pair(model: str | Path | None, second: str | Path | None) -> Iterat
 
 
 def put_into_embedded(folder: Path, target: Path) -> None:
-    """Makes the embedded checkpoint with the projector of a folder. Raises ValueError if it does not belong there."""
+    """Writes the embedded checkpoint with another projector. Raises ValueError if the projector does not fit."""
     ours, theirs = read_config(EMBEDDED), read_config(folder)
     if any(ours[part] | theirs[part] != ours[part] | {"dtype": "float32"} for part in ("vision_config", "text_config")):
         raise ValueError(
@@ -148,7 +148,7 @@ def put_into_embedded(folder: Path, target: Path) -> None:
 
 @contextmanager
 def ending_on_sigterm() -> Iterator[None]:
-    """A polite request to end is an exit, so that the app ends, too."""
+    """Turns SIGTERM into an exit, so that the app is terminated, too."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield

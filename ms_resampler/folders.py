@@ -1,4 +1,4 @@
-"""Where models are, what their files are called, and files and folders that are there whole or not at all.
+"""Model folders and their file names, and writing files and folders atomically.
 
 This module imports nothing heavy, so that `ms-resampler demo` can start its page at once.
 """
@@ -27,7 +27,7 @@ def remote_code_files() -> list[Path]:
 
 
 def model_or_embedded(model: str | Path | None) -> str:
-    """A folder or repository as it is; None is the checkpoint in this package. Raises ValueError if it cannot be."""
+    """A folder or repository name; None is the embedded checkpoint. Raises ValueError if it cannot be a model."""
     folder, model = EMBEDDED if model is None else Path(model), None if model is None else str(model)
     if (folder / "config.json").is_file():
         return str(folder)
@@ -43,9 +43,9 @@ def model_or_embedded(model: str | Path | None) -> str:
 
 
 def our_model(model: str | Path | None, revision: str | None = None) -> str:
-    """The same for a model of this package alone.
+    """As `model_or_embedded`, for models of this package only.
 
-    Raises ValueError, with what to do, for any other; OSError if a repository cannot be read.
+    Raises ValueError, with what to do, for any other model; OSError if a repository cannot be read.
     """
     if str(model).endswith(".gguf"):
         raise ValueError(f"{model} is a language model: put a model together with `ms-resampler init --llm {model}`.")
@@ -53,7 +53,7 @@ def our_model(model: str | Path | None, revision: str | None = None) -> str:
     if Path(place).is_dir():
         require_our_type(place, read_config(Path(place)))
     else:
-        from transformers import PreTrainedConfig  # takes seconds, and most of this file is used without it
+        from transformers import PreTrainedConfig  # slow to import, and rarely needed here
 
         try:
             config, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
@@ -77,7 +77,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def require_our_type(name: str, config: dict[str, Any]) -> None:
-    """Raises ValueError if a config.json is another model's than ours."""
+    """Raises ValueError if a config.json is not that of a model of this package."""
     kind = config.get("model_type")
     if kind != "ms_resampler":
         raise ValueError(
@@ -96,7 +96,7 @@ def find_app() -> Path:
 
 @contextmanager
 def temporary_folder(name: str, parent: Path | None = None) -> Iterator[Path]:
-    """A folder that is gone afterwards. Those that killed runs have left under the same name go first."""
+    """A temporary folder. Folders that killed processes left under the same name are removed first."""
     parent = parent or Path(tempfile.gettempdir())
     for lock in parent.glob(f"{glob.escape(name)}-????????/{LOCK}"):
         with suppress(OSError), FileLock(lock, blocking=False):  # a running process holds its lock
@@ -107,7 +107,7 @@ def temporary_folder(name: str, parent: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which has its name only when all is written. Raises ValueError if there is one."""
+    """A folder to write into, renamed to `out` when complete. Raises ValueError if `out` exists."""
     if out.exists():
         raise ValueError(f"{out} is there already: give a new folder, or remove it.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,20 +120,20 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of another only when all is written."""
+    """A file to write, renamed to `path` when complete."""
     fresh = path.with_name(f"{path.name}.new")
     yield fresh
     fresh.replace(path)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text to a file."""
+    """Writes a text file atomically."""
     with whole_file(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """Copies a file, into a folder that is made if need be."""
+    """Copies a file atomically; makes the target's folder if needed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as fresh:
         shutil.copyfile(source, fresh)

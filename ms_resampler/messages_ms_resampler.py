@@ -1,4 +1,4 @@
-"""Chat messages whose parts are text and images, in the forms of transformers and of OpenAI; all else is refused.
+"""Chat messages whose parts are text and images, in the formats of transformers and OpenAI; anything else is refused.
 
 {"type": "image_url", "image_url": {"url": URL}}  ->  {"type": "image", "url": URL}
 {"type": "input_text", "text": "Hi"}              ->  {"type": "text", "text": "Hi"}
@@ -8,16 +8,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Stands within an image token that a person has typed, and is dropped by the tokenizer's normaliser, so that the token
-# becomes ordinary text. Unicode keeps this code point for such internal marks: no text has it.
+# Inserted into an image token that a person has typed, and dropped by the tokenizer's normaliser, so that the token
+# becomes ordinary text. Unicode reserves this code point for such internal marks, so no text contains it.
 TYPED = "\ufdd0"
 SOURCES = ("image", "image_url", "url", "path", "base64")
 
 
 def understood_messages(conversation: Any, template: str, image_token: str) -> list[dict[str, Any]]:
-    """The messages with parts `text` and `image` only; image tokens in texts are kept as text.
+    """The messages with parts `text` and `image` only; image tokens in texts stay text.
 
-    Raises ValueError, with the number of the message, for a part, key or form that is not understood.
+    Raises ValueError, with the number of the message, for an unknown part, key or format.
     """
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise ValueError("A conversation is a list of messages, each a dict with `role` and `content`.")
@@ -25,7 +25,7 @@ def understood_messages(conversation: Any, template: str, image_token: str) -> l
 
 
 def as_typed(value: Any, image_token: str) -> Any:
-    """A string, or the strings in lists and dicts, with every image token marked as text that somebody has typed."""
+    """A string, or the strings in lists and dicts, with every image token marked as typed text."""
     if isinstance(value, str):
         return value.replace(image_token, image_token[0] + TYPED + image_token[1:])
     if isinstance(value, Mapping):
@@ -38,7 +38,7 @@ def _message(message: Any, number: int, template: str, image_token: str) -> dict
         raise ValueError(f"Message {number} is no dict with a `role`, such as 'user', and `content`.")
     given = {key: value for key, value in message.items() if key == "content" or value not in (None, [], {}, "")}
     for key in given:
-        read_as = "tool" if key == "tool_call_id" else key  # templates tell tools' answers by their order
+        read_as = "tool" if key == "tool_call_id" else key  # templates identify tool results by their order
         if key not in ("role", "content") and not re.search(rf"[.'\"]{re.escape(read_as)}\b", template):
             raise ValueError(f"Message {number} has `{key}`, which the chat template does not read; leave it out.")
     content = given.pop("content", None)
@@ -60,16 +60,14 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
         raise ValueError(f"{where} has a part that is no dict with a `type`, but {type(part).__name__}.")
-    rest = {key: value for key, value in part.items() if value is not None}  # tables have all keys in all parts
+    rest = {key: value for key, value in part.items() if value is not None}  # rows of tables have all keys in all parts
     kind = rest.pop("type", None)
     if kind in ("text", "input_text", "output_text"):
         result = {"type": "text", "text": rest.pop("text", None)}
         if not isinstance(result["text"], str):
             raise ValueError(f"{where} has a part {kind!r} without a text.")
     elif kind in ("image", "image_url", "input_image"):
-        rest.pop(
-            "detail", None
-        )  # OpenAI's hint at a resolution, "auto", "low" or "high": the budget is what counts here
+        rest.pop("detail", None)  # OpenAI's resolution hint ("auto", "low" or "high"); here the budget decides
         sources = {key: rest.pop(key) for key in SOURCES if key in rest}
         if len(sources) > 1 or (kind != "image" and "image_url" not in sources):
             raise ValueError(
@@ -95,7 +93,7 @@ def _part(part: Any, where: str) -> dict[str, Any]:
 
 
 def _keep_typed(parts: list[dict[str, Any]], image_token: str) -> list[dict[str, Any]]:
-    """The parts with typed image tokens marked, also one that begins in a text and ends in the next."""
+    """The parts with typed image tokens marked, also a token that is split between two texts."""
     kept, run = [], ""
     for part in parts:
         if part["type"] == "image":

@@ -4,49 +4,40 @@ Pixels (B, 3, height, width) -> tower -> patches (B, N, C) -> projector -> visua
 places of the image tokens in the text -> language model -> logits.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.processing_utils import Unpack
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, TransformersKwargs, torch_compilable_check
+from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_ms_resampler import MSResamplerConfig, token_grid
+from .loading_ms_resampler import LoadingMixin
 from .packing_ms_resampler import PackedLinear, pack_linears
-from .projectors_ms_resampler import (
-    EARLIER_NAMES,
-    PROJECTORS,
-    SCOPED_PROJECTORS,
-    build_projector,
-    init_projector_weights,
-)
-from .quantisation_ms_resampler import finish_quantised, quantise_language_model_only
+from .projectors_ms_resampler import PROJECTORS, SCOPED_PROJECTORS, build_projector, init_projector_weights
 from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
-from .towers_ms_resampler import flatten_patches, make_layers_skippable, pair, patch_features
+from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features
 
-# What the text models call the keys and values of earlier text: until transformers 5.23, and since.
+# The name of the key-value cache: until transformers 5.23, and since.
 _CACHE_NAMES = ("past_key_values", "cache")
 
 
 @dataclass
 class MSResamplerImageFeatures(BaseModelOutputWithPooling):
-    """What `get_image_features` returns: one entry an image, in the order of the images.
+    """What `get_image_features` returns: one entry per image, in order.
 
     pooler_output: visual tokens (M, T); patch_grids, token_grids: (rows, columns).
-    last_hidden_state, attentions and all hidden_states of the tower: if asked for, see get_image_features.
+    last_hidden_state, attentions and all hidden_states of the tower: if requested, see get_image_features.
     scope_weights (S, M) and scope_attentions (S, M, N): with `output_scopes=True`, see ScopeMaps.
     """
 
@@ -71,23 +62,12 @@ class MSResamplerCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 def _cache_of(values: Mapping[str, Any]) -> dict[str, Cache]:
-    """The keys and values of earlier text, under the name by which arguments or outputs hold them, if they do."""
-    # `in` would not do: since transformers 5.24, ModelOutput answers it with yes for the old name, too.
+    """The key-value cache in arguments or outputs, with the name it has there, if any."""
+    # Not `in`: since transformers 5.24, ModelOutput returns True for the old name, too.
     return {name: values[name] for name in _CACHE_NAMES if name in values.keys() and values[name] is not None}  # noqa: SIM118
 
 
-def code_of_folder(cls: type[PreTrainedModel], folder: str | os.PathLike | None) -> type[PreTrainedModel]:
-    """The class of this name in a folder's own code; the same one where there is no other.
-
-    The Auto classes know one model class for a configuration class, and two folders may share the latter.
-    """
-    is_remote = cls.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
-    if not (is_remote and folder and (Path(folder) / "modeling_ms_resampler.py").is_file()):
-        return cls
-    return get_class_from_dynamic_module(f"modeling_ms_resampler.{cls.__name__}", folder)
-
-
-class MSResamplerPreTrainedModel(PreTrainedModel):
+class MSResamplerPreTrainedModel(LoadingMixin, PreTrainedModel):
     """What all MS-Resampler models share: configuration, initialisation and abilities."""
 
     config: MSResamplerConfig
@@ -102,59 +82,29 @@ class MSResamplerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    @classmethod
-    def from_pretrained(
-        cls, *args: Any, quantization_config: Any = None, key_mapping: dict[str, str] | None = None, **kwargs: Any
-    ) -> Any:
-        """Loads a model; weights of projectors may have the names of earlier versions, and are saved with today's.
-
-        `quantization_config` applies to the language model alone; the rest is in bfloat16 then, if no `dtype` is given.
-        Further modules to skip may be named by any part of their path.
-        """
-        if kwargs.get("trust_remote_code") and (own := code_of_folder(cls, args[0])) is not cls:
-            options = {"quantization_config": quantization_config, "key_mapping": key_mapping}
-            return own.from_pretrained(*args, **options, **kwargs)
-        skipped: list[str] = []
-        if quantization_config is not None:
-            quantization_config, skipped = quantise_language_model_only(quantization_config)
-            if "torch_dtype" not in kwargs:
-                kwargs.setdefault("dtype", torch.bfloat16)
-        earlier = {rf"\b{old}$": new for old, new in EARLIER_NAMES.items()}
-        key_mapping = earlier | (key_mapping or {})
-        loaded = super().from_pretrained(
-            *args, quantization_config=quantization_config, key_mapping=key_mapping, **kwargs
-        )
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        # transformers keeps the renamings that were of use, to undo them when it saves.
-        model._weight_conversions = [
-            conversion for conversion in model._weight_conversions or [] if conversion.source_patterns[0] not in earlier
-        ]
-        finish_quantised(model, skipped)
-        return loaded
-
     def post_init(self) -> None:
-        """Completes the model as transformers does; its units of sharding are those it has, as FSDP insists."""
+        """Completes the model as transformers does, with only the `_no_split_modules` it has, as FSDP requires."""
         super().post_init()
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present & set(self._no_split_modules))
 
     def initialize_weights(self) -> None:
-        """Initialises all weights; the language model's own extras (Falcon H1's buffers) are not reached otherwise."""
+        """Initialises all weights, including the language model's own extras such as Falcon H1's buffers."""
         super().initialize_weights()
         language_model = self.base_model.language_model
         language_model._init_weights(language_model)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves or converts all tensors; what packed layers refuse is refused before anything has changed."""
+        """Moves or converts all tensors; packed layers refuse this before anything has changed."""
         for module in self.modules():
             if isinstance(module, PackedLinear):
                 module._apply(fn)
         return super()._apply(fn, recurse)
 
     def pack_weights(self) -> Self:
-        """For answering faster on a CPU, in place: see `pack_linears`. Elsewhere nothing changes.
+        """Packs the weights in place for faster answers on a CPU (see `pack_linears`); does nothing on other devices.
 
-        From then on the model is not trained, moved, converted or compiled; it is saved with plain weights.
+        A packed model cannot be trained, moved, converted or compiled. It is saved with plain weights.
         """
         pack_linears(self)
         return self
@@ -171,10 +121,13 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             make_layers_skippable(self.vision_tower, unread)
         self.projector = build_projector(config)
         self.language_model = build_part(config.text_config)
+        for part in self.projector.modules():
+            if isinstance(part, PreTrainedModel) and config.projector_config._attn_implementation is not None:
+                part.set_attn_implementation(config.projector_config._attn_implementation)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The projector's parts, by its own table: tower and language model are models and initialise themselves."""
+        """Initialises the projector's modules; tower and language model initialise themselves."""
         super()._init_weights(module)
         init_resampler_weights(module)
         init_projector_weights(module)
@@ -200,26 +153,25 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         """Visual tokens of images, for `forward` or `generate` (`mm_encoder_outputs={"image": features}`).
 
         pixel_values is (B, 3, height, width), or SigLIP 2's patches with their mask and spatial_shapes (B, 2).
-        token_grids (B, 2) asks for a grid for every image, and None means the configured budget; torch.compile wants
-        them as a list of tuples, and compiles once for every list. The language model gets the tokens as the
-        projector made them: Gemma's multiplier belongs to its table of words and does not reach them, Granite's
-        belongs to its decoder and does.
+        token_grids (B, 2) sets the grid of every image, and None means the configured budget; torch.compile needs
+        them as a list of tuples, and compiles once for every list. Gemma's embedding multiplier is not applied to
+        visual tokens, because it belongs to the word embeddings; Granite's is, because it belongs to the decoder.
 
-        The tower runs up to the last layer that is read, and its last_hidden_state is None if there are layers after
-        that one. `output_hidden_states=True` or `output_attentions=True` runs all of it.
+        The tower runs up to the last layer that is read, and last_hidden_state is None if that is not the last.
+        `output_hidden_states=True` or `output_attentions=True` runs all layers.
         """
         layers, shape = self.config.feature_layers, self.tower_shape
         attentions = kwargs.get("output_attentions") or self.config.vision_config.output_attentions
         skip = kwargs["output_hidden_states"] == layers and not attentions
         if skip := skip and shape.unread_layers(layers) > 0:
-            kwargs["skip_unread"] = True  # not handed to towers that do not know it
+            kwargs["skip_unread"] = True  # not passed to towers that do not accept it
         if not shape.can_stop_early:
             kwargs["output_hidden_states"] = True
-        size = pixel_values.shape[-2], pixel_values.shape[-1]  # unless these are patches, which come with their own grids
+        size = pixel_values.shape[-2], pixel_values.shape[-1]  # patches have their own grids
         tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         x_BNC, patch_grid = patch_features(tower, shape, layers, size)
         x_BNC = x_BNC.to(next(p.dtype for p in self.projector.parameters() if p.is_floating_point()))
-        if torch.compiler.is_exporting():  # a batch of any size cannot be split: (B, M, T), in the configured budget
+        if torch.compiler.is_exporting():  # graphs cannot split it: (B, M, T), in the configured budget
             grid = token_grid(self.config.projector_config.visual_tokens, patch_grid)
             return MSResamplerImageFeatures(pooler_output=self._run_projector(x_BNC, patch_grid, grid, False)[0])
         patch_grids = [patch_grid] * len(x_BNC) if spatial_shapes is None else list(map(tuple, spatial_shapes.tolist()))
@@ -240,7 +192,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         pixel_values = pixel_values.to(self.vision_tower.dtype)
         if self.tower_shape.takes_patches:
             patches = {"pixel_values": pixel_values, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-            kwargs |= flatten_patches(pixel_values, pair(self.config.patch_size)[0]) if shapes is None else patches
+            side = self.tower_shape.states[0].stride[0]
+            kwargs |= flatten_patches(pixel_values, side) if shapes is None else patches
             return self.vision_tower(return_dict=True, **kwargs)
         if self.tower_shape.must_interpolate:
             kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[-2:]) != self.tower_shape.image_size
@@ -249,18 +202,18 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
     def _token_grids(
         self, token_grids: Tensor | list[tuple[int, int]] | None, patch_grids: list[tuple[int, int]]
     ) -> list[tuple[int, int]]:
-        """The token grid (Mh, Mw) of every image: as asked for, or the configured budget laid over its patches."""
+        """The token grid (Mh, Mw) of every image: as requested, or the configured budget laid out over its patches."""
         if token_grids is None:
             budget = self.config.projector_config.visual_tokens
             return [token_grid(budget, patch_grid) for patch_grid in patch_grids]
         if len(token_grids) != len(patch_grids):
-            raise ValueError(f"Got {len(token_grids)} token grids for {len(patch_grids)} images; give one an image.")
+            raise ValueError(f"Got {len(token_grids)} token grids for {len(patch_grids)} images; give one for each.")
         return [tuple(grid) for grid in (token_grids.tolist() if isinstance(token_grids, Tensor) else token_grids)]
 
     def _run_projector(
         self, x_BNC: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int], output_scopes: bool
     ) -> tuple[Tensor, ScopeMaps | None]:
-        config = self.config.projector_config  # the module itself may be wrapped, by peft say
+        config = self.config.projector_config  # the module itself may be wrapped, for example by peft
         if config.num_scopes:
             return self.projector(x_BNC, patch_grid, token_grid, output_scopes)
         if output_scopes:
@@ -271,14 +224,14 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
     def _project(
         self, x_BNC: Tensor, patch_grids: list[tuple[int, int]], token_grids: list[tuple[int, int]], output_scopes: bool
     ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
-        """Visual tokens and scope maps of every image; images of the same grids go through together."""
+        """Visual tokens and scope maps of every image; images with the same grids are batched."""
         grids = list(zip(patch_grids, token_grids, strict=True))
         tokens: dict[int, Tensor] = {}
         maps: dict[int, tuple[Tensor, Tensor]] = {}
         for patches, wanted in dict.fromkeys(grids):
             rows = [row for row, grid in enumerate(grids) if grid == (patches, wanted)]
             x = x_BNC if len(rows) == len(grids) else x_BNC[rows]
-            if self.tower_shape.takes_patches:  # padded to the batch's largest image
+            if self.tower_shape.takes_patches:  # drops padding to the batch's largest image
                 x = x[:, : patches[0] * patches[1]]
             y_BMT, scopes = self._run_projector(x, patches, wanted, output_scopes)
             for row, index in enumerate(rows):
@@ -288,13 +241,13 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         return [tokens[index] for index in sorted(tokens)], [maps[index] for index in sorted(maps)]
 
     def _placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, visual_tokens: int) -> Tensor:
-        """Where the visual tokens go (batch, L, 1). Raises ValueError if the counts differ."""
+        """The mask (batch, L, 1) of image tokens in the text. Raises ValueError if the counts differ."""
         if input_ids is None:
             image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
-        if not torch.compiler.is_exporting():  # ONNX has no way to stop
+        if not torch.compiler.is_exporting():  # ONNX cannot raise
             torch_compilable_check(
                 mask.sum() == visual_tokens,
                 lambda: (
@@ -318,9 +271,9 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         mm_encoder_outputs: dict[str, MSResamplerImageFeatures] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MSResamplerModelOutputWithPast:
-        """Runs text (batch, L), as ids or embeddings, with the images of its image tokens, if there are any.
+        """Runs text (batch, L), as ids or embeddings, with the images for its image tokens, if any.
 
-        Images come as pixels or, encoded before, as `mm_encoder_outputs={"image": get_image_features(...)}`.
+        Images are given as pixels or, already encoded, as `mm_encoder_outputs={"image": get_image_features(...)}`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -356,7 +309,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
 
 
 def build_part(config: PretrainedConfig) -> PreTrainedModel:
-    """A tower or language model. A part without a choice of attention takes any: it computes the same under all."""
+    """A tower or language model. A part without a choice of attention implementation accepts any setting."""
     kind = MODEL_MAPPING[type(config)]
     choices = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
     if any(getattr(kind, choice) for choice in choices):
@@ -369,7 +322,7 @@ def build_part(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def build_head(config: PretrainedConfig) -> nn.Linear:
-    """A language model's output head. Raises ValueError if more than a linear layer makes the logits."""
+    """A language model's output head. Raises ValueError if it is not a linear layer."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         with torch.device("meta"):
             causal = AutoModelForCausalLM.from_config(config)
@@ -377,8 +330,8 @@ def build_head(config: PretrainedConfig) -> nn.Linear:
         if isinstance(head, nn.Linear) and len(parts) == 2 and head in parts and causal.base_model in parts:
             return nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
     raise ValueError(
-        f"The language model `{config.model_type}` is not built like today's decoders (a stack of layers, and a linear "
-        "head behind it); use one that is, such as llama, qwen3, gemma, phi, gpt2, gpt_neox or opt."
+        f"The language model `{config.model_type}` is not a decoder with a stack of layers and a linear "
+        "head behind it; use one that is, such as llama, qwen3, gemma, phi, gpt2, gpt_neox or opt."
     )
 
 
@@ -395,7 +348,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         (name,) = (name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
-        # A placeholder is no answer; and prompt lookup, which copies from the prompt, must not propose any.
+        # The image token must not be generated, and prompt lookup, which copies from the prompt, must not propose it.
         self.generation_config.suppress_tokens = [config.image_token_id]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -429,7 +382,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
     ) -> tuple | MSResamplerCausalLMOutputWithPast:
         """Next-token logits of MSResamplerModel's text.
 
-        The loss is that of the `labels` (batch, L) that are neither -100 nor image tokens, which nobody has to say.
+        The loss covers the `labels` (batch, L) that are neither -100 nor image tokens.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -460,11 +413,11 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         )
 
     def words_only(self, labels: Tensor) -> Tensor:
-        """Labels without image tokens: other collators leave them in, and a model is not to learn to say them."""
+        """Labels without image tokens, which some collators leave in and the model must not learn to generate."""
         return labels.masked_fill(labels == self.config.image_token_id, -100)
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
-        """The head, and what families do after it: granite divides, cohere multiplies, gemma 2 caps."""
+        """The head with its family's scaling: granite divides logits, cohere multiplies them, gemma 2 caps them."""
         logits, scale, cap = self.lm_head(hidden_states), self.config.logit_scale, self.config.logit_cap
         if scale != 1:
             logits = logits * scale

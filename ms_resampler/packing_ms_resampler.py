@@ -1,8 +1,8 @@
-"""Linear layers for answering on a CPU: every weight is laid out as the processor reads it once, not at each product.
+"""Linear layers for answering on a CPU: every weight is packed for the processor once, not at each product.
 
-A product of few rows, such as a resampler's visual tokens or the next token of an answer, is soon done, and what a
-library spends on laying out the weight shows. oneDNN, which torch brings along, also takes weights that are laid out
-already (packed). The sums are the same, in another order.
+A product of few rows, such as a resampler's visual tokens or the next token of an answer, takes so little time that
+packing the weight dominates. oneDNN, which is part of torch, also accepts weights that are packed already. Results
+differ only by rounding, because sums are taken in another order.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ _BACK = "load the model again (from_pretrained) to have plain ones"
 class PackedLinear(nn.Module):
     """A linear layer without gradients, on a CPU: inputs (..., in), weight (out, in), packed or a plain parameter.
 
-    State dicts and pickles have plain weights, and copies packed ones. Raises ValueError if gradients are asked for,
-    or if it is moved or converted.
+    State dicts and pickles contain plain weights, copies packed ones. Raises ValueError if gradients are required,
+    or if the layer is moved or converted.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -38,14 +38,14 @@ class PackedLinear(nn.Module):
             self.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(self.weight), requires_grad=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # the compiler takes no packed weights, and leaves to Python what raises
-            raise ValueError(f"Packed weights are not compiled: {_BACK}.")
+        if torch.compiler.is_compiling():  # takes no packed weights; this falls back to Python
+            raise ValueError(f"Packed weights cannot be compiled: {_BACK}.")
         if torch.is_grad_enabled() and inputs.requires_grad:
-            raise ValueError(f"Packed weights answer and do not train: call under torch.no_grad(), or {_BACK}.")
+            raise ValueError(f"Packed weights cannot be trained: call under torch.no_grad(), or {_BACK}.")
         return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """What .to() and .float() do to every tensor: nothing here, or it is refused."""
+        """Called by .to() and .float() for every tensor: refuses to move or convert packed weights."""
         before = torch.empty(0, dtype=self.weight.dtype, device="cpu")
         after = fn(before)
         if (after.dtype, after.device) != (before.dtype, before.device):
@@ -62,9 +62,9 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module) -> None:
     """Packs the weights of a model's linear layers, in place, and keeps no plain copy of them.
 
-    Layers stay as they are on another device, in a dtype that oneDNN does not multiply on this processor, and where
-    torch has no oneDNN; and where they carry more than a weight and a bias, such as hooks. A weight that an embedding
-    shares keeps its layout for the embedding's sake; with a single row, the head's, oneDNN is fastest so anyhow.
+    Layers on another device, in a dtype that oneDNN does not support on this processor, or with hooks or other
+    parameters are left unchanged. So are weights shared with an embedding, which needs the plain layout; for the
+    head's single row, oneDNN is fastest with it anyway.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for parent in model.modules():

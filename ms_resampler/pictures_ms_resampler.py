@@ -1,4 +1,4 @@
-"""Opens pictures, wherever they come from, upright and in RGB."""
+"""Opens pictures of any source, upright and in RGB."""
 
 import base64
 import contextlib
@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-URL_TIMEOUT_SECONDS = 20  # without a single byte
+URL_TIMEOUT_SECONDS = 20  # without receiving a byte
 DOWNLOAD_SECONDS = 120
 DOWNLOAD_BYTES = 2**26
 
 
 def open_picture(source: Any, max_pixels: int) -> Any:
-    """An RGB image, upright, of a file, URL, base64, bytes, array or PIL image.
+    """Opens a file, URL, base64, bytes, array or PIL image as an upright RGB image.
 
-    Arrays and tensors of other forms than (height, width) or (height, width, 3 or 4) in 8 bits are left to the image
-    processor as they are; and so is what is RGB already, if no other axis could be taken for its channels.
-    Raises ValueError if it is no image, damaged, or has more than `max_pixels`.
+    8-bit arrays of shape (height, width) or (height, width, 3 or 4) are converted; other arrays and tensors, and RGB
+    arrays whose channel axis is unambiguous, are passed to the image processor unchanged.
+    Raises ValueError if it is not an image, is damaged, or has more than `max_pixels`.
     """
-    if isinstance(source, np.ndarray):  # torch takes no negative strides, and warns of what it may not write to
+    if isinstance(source, np.ndarray):  # torch does not accept negative strides, and warns of read-only arrays
         source = np.require(source, requirements=["C_CONTIGUOUS", "WRITEABLE"])
     if is_rgb_array(source) and math.prod(source.shape[:2]) <= max_pixels:
         return source
@@ -47,7 +47,7 @@ def open_picture(source: Any, max_pixels: int) -> Any:
         raise ValueError(f"There is no image file at {_describe(source)}.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{_describe(source)} is too large: {error}") from error
-    except Exception as error:  # the readers of PIL raise whatever damaged bytes lead them to
+    except Exception as error:  # PIL raises errors of many types for damaged bytes
         why = str(error) or type(error).__name__
         raise ValueError(f"{_describe(source)} could not be read as an image: {why}.") from error
     if image is None:
@@ -59,25 +59,25 @@ def open_picture(source: Any, max_pixels: int) -> Any:
 
 
 def _read(source: Any, max_pixels: int) -> tuple[int, int, Image.Image | None]:
-    """Width, height and, unless they are too much, the picture."""
+    """Width, height and, unless it is too large, the picture."""
     file = None if isinstance(source, Image.Image) else _file_of(source)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is `max_pixels` that decides
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` decides instead
         with contextlib.nullcontext(source) if file is None else Image.open(file) as image:
             if math.prod(image.size) > max_pixels:
                 return *image.size, None
             image.load()
-            with contextlib.suppress(SyntaxError, ValueError, struct.error):  # damaged EXIF data say nothing
+            with contextlib.suppress(SyntaxError, ValueError, struct.error):  # damaged EXIF data are ignored
                 if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies in any case
                     image = ImageOps.exif_transpose(image)
             return *image.size, to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB, itself if it is that: transparency over white, 16-bit and float greys scaled to 8 bits."""
+    """Converts a PIL image to RGB: transparency becomes white, 16-bit and float greys are scaled to 8 bits."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        top = 65535 if image.mode not in ("I", "F") or grey.max() > 255 else 255  # 32 bits do not tell their range
+        top = 65535 if image.mode not in ("I", "F") or grey.max() > 255 else 255  # 32-bit values: unknown range
         top = 1 if image.mode == "F" and grey.max() <= 1 else top
         image = Image.fromarray((grey / top * 255).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -88,13 +88,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def is_rgb_array(image: Any) -> bool:
-    """Whether it is (height, width, 3) in 8 bits, and neither side is so short that it could be taken for channels."""
+    """Whether an array is (height, width, 3) in 8 bits, and no other axis could be mistaken for the channels."""
     is_bytes = isinstance(image, np.ndarray) and image.dtype == np.uint8
     return is_bytes and image.shape[2:] == (3,) and min(image.shape[:2]) > 4
 
 
 def _file_of(source: str | os.PathLike | bytes | bytearray) -> Any:
-    """What PIL can open: a file's path, or the bytes behind a URL or a base64 string."""
+    """A source that PIL can open: a path, or the bytes of a URL or base64 string."""
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source)
     if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")):
@@ -108,8 +108,8 @@ def _file_of(source: str | os.PathLike | bytes | bytearray) -> Any:
 
 
 def _download(url: str) -> io.BytesIO:
-    """The bytes behind a URL. Raises OSError or HTTPException, and ValueError for too many bytes or too long a wait."""
-    request = urllib.request.Request(url, headers={"User-Agent": "ms-resampler"})  # many sites refuse urllib's own
+    """Downloads a URL. Raises OSError or HTTPException, and ValueError for too many bytes or a time-out."""
+    request = urllib.request.Request(url, headers={"User-Agent": "ms-resampler"})  # many sites refuse urllib's default
     end, data = time.monotonic() + DOWNLOAD_SECONDS, bytearray()
     try:
         with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as answer:
@@ -128,7 +128,7 @@ def _download(url: str) -> io.BytesIO:
 
 
 def _describe(source: Any) -> str:
-    """How an error names an image: by its path, URL or text, or by its kind."""
+    """How errors name an image: by its path, URL or text, or by its type."""
     if isinstance(source, (str, os.PathLike)):
         return repr(str(source)[:80])
     return f"The given {type(source).__name__}"

@@ -18,11 +18,11 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import ImageInput, get_image_size_for_max_height_width, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_ms_resampler import AUTO_MAP, token_grid
+from .configuration_ms_resampler import AUTO_MAP, patch_grid, token_grid
 from .messages_ms_resampler import TYPED, as_typed, understood_messages
 from .pictures_ms_resampler import is_rgb_array, open_picture
 
-BACKENDS = "transformers.image_processing_backends"  # where image processors have their resizing and cropping from
+BACKENDS = "transformers.image_processing_backends"  # where image processors inherit resizing and cropping from
 
 
 OPTIONS: dict[str, Any] = {"visual_tokens": 144, "padding_side": "left"}
@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {"visual_tokens": 144, "padding_side": "left"}
 
 class MSResamplerImagesKwargs(ImagesKwargs, total=False):
     """Image options at call time: `visual_tokens` is a count, a (rows, columns) tuple, or a list with one of
-    these an image.
+    these for each image.
     """
 
     visual_tokens: int | tuple[int, int] | list[int | tuple[int, int] | list[int] | None] | None
@@ -43,23 +43,23 @@ class MSResamplerProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class MSResamplerProcessor(ProcessorMixin):
-    """An image processor and a tokenizer, and the budget of visual tokens that joins them.
+    """An image processor and a tokenizer, and the budget of visual tokens.
 
     Fields:
         patch_size: side of a patch in pixels, the model's `config.patch_size`.
-        visual_tokens: the default budget: a count, [rows, columns], or None for one token a patch.
+        visual_tokens: the default budget: a count, [rows, columns], or None for one token per patch.
         image_token: the placeholder in the text.
         max_pixels: images with more are refused before they are decoded.
-        padding_side: where the tokenizer pads; generation needs the left.
+        padding_side: where the tokenizer pads; generation needs "left".
 
-    Raises ValueError if the tokenizer does not know the image token, or for an option that is not known.
+    Raises ValueError if the tokenizer does not have the image token, or for an unknown option.
     """
 
     valid_processor_kwargs = MSResamplerProcessorKwargs
     text_kwargs = {"padding": True}
 
-    # Not keyword-only: transformers finds out what to save and load from the positional names. Nor named, where a call
-    # can have them, too (OPTIONS): transformers has such names in `valid_processor_kwargs` alone.
+    # Not keyword-only: transformers reads what to save and load from the positional names. Options of calls (OPTIONS)
+    # are not named here: transformers lists them in `valid_processor_kwargs` only.
     def __init__(
         self,
         image_processor=None,
@@ -91,10 +91,10 @@ class MSResamplerProcessor(ProcessorMixin):
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs: Any):
-        """As in transformers, but an option that nothing takes is refused with a ValueError."""
+        """As in transformers, but an unused option raises ValueError."""
         if not kwargs.get("return_unused_kwargs"):
             _refuse_unknown(kwargs, {*inspect.signature(cls).parameters, *OPTIONS, *_loading_options(*args)})
-        # A side that the tokenizer's file names is some tokenizer's default: it counts if the caller names it.
+        # The tokenizer's file names a default side; only the caller's choice counts.
         options = {name: {**processor_dict, **kwargs}.get(name, default) for name, default in OPTIONS.items()}
         made = super().from_args_and_dict(args, processor_dict, **kwargs)
         (made[0] if isinstance(made, tuple) else made)._set(**options)
@@ -107,10 +107,10 @@ class MSResamplerProcessor(ProcessorMixin):
     def __call__(
         self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Model inputs of images and prompts, each with a placeholder for each of its images.
+        """Model inputs for images and prompts, which contain a placeholder for each of their images.
 
-        A start of text that a chat template has written is not written again by the tokenizer.
-        Raises ValueError for options that are not known, and for what `validate_inputs` refuses.
+        The tokenizer does not repeat a beginning-of-text token that a chat template has written.
+        Raises ValueError for unknown options and for inputs that `validate_inputs` refuses.
         """
         self._refuse_unknown_options({name: kwargs[name] for name in kwargs if name not in ("videos", "audio")})
         if "add_special_tokens" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
@@ -123,7 +123,7 @@ class MSResamplerProcessor(ProcessorMixin):
         return super().__call__(images=images, text=text, **kwargs)
 
     def _start_of_text(self) -> str:
-        """What the tokenizer writes in front of a text, such as "<s>" or "[gMASK]<sop>"."""
+        """The tokens that the tokenizer adds before a text, such as "<s>" or "[gMASK]<sop>"."""
         encoded = self.tokenizer("a", return_special_tokens_mask=True)
         before = encoded["input_ids"][: encoded["special_tokens_mask"].index(0)]
         return "".join(self.tokenizer.convert_ids_to_tokens(before))
@@ -133,9 +133,9 @@ class MSResamplerProcessor(ProcessorMixin):
     ):
         """The text of a conversation (or of each of several) or, with `tokenize`, its model inputs.
 
-        Messages have parts of text and images, in the forms of transformers and of OpenAI; an image token that
-        somebody has typed is text. Options of the processor go into `processor_kwargs`.
-        Raises ValueError for parts, keys and options that neither template nor processor understand.
+        Messages contain parts of text and images, in the formats of transformers and OpenAI; an image token typed
+        in a text stays text. Options of the processor go into `processor_kwargs`.
+        Raises ValueError for parts, keys and options that neither template nor processor understands.
         """
         template = self._resolve_chat_template(chat_template)
         if not conversation:
@@ -169,7 +169,7 @@ class MSResamplerProcessor(ProcessorMixin):
         own = inspect.signature(ProcessorMixin.apply_chat_template).parameters
         for_template = {name: value for name, value in kwargs.items() if name in own or _reads(template, name)}
         for_processor = {name: value for name, value in kwargs.items() if name not in for_template}
-        for_processor.pop("enable_thinking", None)  # servers switch thinking for every model; this one has none
+        for_processor.pop("enable_thinking", None)  # servers set this for every model; this one does not think
         options = (processor_kwargs or {}) | for_processor
         self._refuse_unknown_options({name: value for name, value in options.items() if name != "images"})
         return options, for_template
@@ -187,24 +187,24 @@ class MSResamplerProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of all that a call can return; those of images are the ones that are not the tokenizer's."""
+        """Names of everything that a call can return; image inputs are those that are not the tokenizer's."""
         return [*super().model_input_names, "token_grids"]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs: Any):
-        """Opens every image (file, URL, base64, bytes, array, PIL) upright and in RGB, keeping any nesting."""
+        """Opens every image (file, URL, base64, bytes, array, PIL) upright and in RGB, keeping nested lists."""
         images, videos, audio = (None if _is_empty(given) else given for given in (images, videos, audio))
         images = None if images is None else _map_nested(images, lambda image: open_picture(image, self.max_pixels))
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs: Any) -> None:
-        """Raises ValueError, with both counts, if placeholders and images differ, per prompt if images are nested."""
+        """Raises ValueError, with both counts, if the numbers of placeholders and images differ."""
         if videos is not None or audio is not None:
             raise ValueError("MS-Resampler reads images and text; it takes no videos and no audio.")
         if text == []:
             raise ValueError("Give at least one prompt, or leave `text` out.")
         groups = [isinstance(item, list) for item in images] if isinstance(images, list) else []
         if any(groups) and not all(groups):
-            raise ValueError("Images are one flat list, or one list a prompt, not a mixture of the two.")
+            raise ValueError("Images are one flat list, or one list for each prompt, not a mixture of the two.")
         nested = any(groups) and text is not None
         if nested and len(groups) == len(text):
             for number, (prompt, group) in enumerate(zip(text, images, strict=True), start=1):
@@ -215,7 +215,7 @@ class MSResamplerProcessor(ProcessorMixin):
                     )
         super().validate_inputs(images=images, text=text, **kwargs)
         if nested and len(groups) != len(text):
-            raise ValueError(f"Got {len(groups)} lists of images for {len(text)} prompts; give one list a prompt.")
+            raise ValueError(f"Got {len(groups)} lists of images for {len(text)} prompts; give one for each.")
 
     def _process_images(self, images, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         budgets = kwargs.pop("visual_tokens", None)
@@ -225,17 +225,17 @@ class MSResamplerProcessor(ProcessorMixin):
         return inputs, [self.replace_image_token(inputs, number) for number in range(len(grids))]
 
     def replace_image_token(self, image_inputs: BatchFeature, image_idx: int, **kwargs: Any) -> str:
-        """What stands in the text for an image: its image tokens."""
+        """The text that replaces an image's placeholder: its image tokens."""
         return self.image_token * int(np.prod(image_inputs["token_grids"][image_idx]))
 
     def _look(self, images: list, **kwargs: Any) -> BatchFeature:
-        """What the image processor makes of the images."""
+        """The image processor's outputs."""
         changed = {"size", "crop_size", "do_resize", "do_center_crop"} & set(kwargs)
         reach = None if changed else self._visible_reach()
         return self.image_processor([_crop_to_reach(image, reach) for image in images], **kwargs)
 
     def _visible_reach(self) -> int | None:
-        """How long a picture may be, in units of its short side, before a centre crop drops its ends; None: any."""
+        """The longest aspect ratio that a centre crop keeps; beyond it the ends are dropped anyway. None: no limit."""
         tool = self.image_processor
         edge = (getattr(tool, "size", None) or {}).get("shortest_edge")
         if not edge or not getattr(tool, "do_resize", True):
@@ -245,25 +245,25 @@ class MSResamplerProcessor(ProcessorMixin):
         return 4 if getattr(tool, "crop_pct", None) and edge < 384 else None  # ConvNeXt's crops small sizes only
 
     def _patch_grids(self, image_inputs: BatchFeature) -> list[tuple[int, int]]:
-        """The patch grid of every image, as the image processor made it."""
+        """The patch grid of every image after the image processor."""
         if "spatial_shapes" in image_inputs:
             return [(int(rows), int(columns)) for rows, columns in image_inputs["spatial_shapes"]]
         sizes = [image.shape[-2:] for image in image_inputs["pixel_values"]]
-        return [(height // self.patch_size, width // self.patch_size) for height, width in sizes]
+        return [patch_grid(size, self.patch_size) for size in sizes]
 
     def _token_grids(self, budgets: Any, patch_grids: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The token grid of every image: the budget asked for, or else the default, laid over its patches."""
+        """The token grid of every image: the requested or default budget, laid out over its patches."""
         budgets = budgets if isinstance(budgets, list) else [budgets] * len(patch_grids)
         if len(budgets) != len(patch_grids):
             raise ValueError(
-                f"Got {len(budgets)} entries in `visual_tokens` for {len(patch_grids)} images; give one an image, "
+                f"Got {len(budgets)} entries in `visual_tokens` for {len(patch_grids)} images; give one for each, "
                 "or a single count or (rows, columns) tuple for all."
             )
         budgets = [self.visual_tokens if budget is None else budget for budget in budgets]
         return [token_grid(budget, patches) for budget, patches in zip(budgets, patch_grids, strict=True)]
 
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
-        """Visual tokens of images of (height, width) pixels, by arithmetic (asked for by vLLM)."""
+        """The numbers of visual tokens of images of (height, width) pixels, without the images (called by vLLM)."""
         if image_sizes is None:
             return MultiModalData()
         self._refuse_unknown_options(kwargs)
@@ -276,7 +276,7 @@ class MSResamplerProcessor(ProcessorMixin):
         )
 
     def _patches_of(self, image_size: tuple[int, int], options: dict[str, Any]) -> tuple[int, int]:
-        """The patch grid of what the image processor makes of an image of (height, width) pixels."""
+        """The patch grid of an image of (height, width) pixels after the image processor."""
         tool, (height, width) = self.image_processor, image_size
 
         def option(name: str) -> Any:
@@ -286,16 +286,16 @@ class MSResamplerProcessor(ProcessorMixin):
             size = option(name)
             return size if hasattr(size, "get") else get_size_dict(size, default_to_square=option("default_to_square"))
 
-        if option("max_num_patches"):  # SigLIP 2: as many patches as it may have, in the image's proportions
+        if option("max_num_patches"):  # SigLIP 2: up to a number of patches, in the image's proportions
             side = option("patch_size")
             if option("do_resize"):
                 resized = inspect.getmodule(type(tool)).get_image_size_for_max_num_patches
                 height, width = resized(height, width, side, option("max_num_patches"))
             return height // side, width // side
-        if option("do_resize") and type(tool).__name__.startswith("ConvNext"):  # crops what it has resized, or warps
+        if option("do_resize") and type(tool).__name__.startswith("ConvNext"):  # crops the resized image, or warps it
             height = width = size_of("size")["shortest_edge"]
         elif {type(tool).resize.__module__, type(tool).center_crop.__module__} != {BACKENDS}:
-            blank = Image.new("RGB", (width, height))  # a way of resizing of its own has to be seen
+            blank = Image.new("RGB", (width, height))  # an unknown way of resizing has to be tried
             return self._patch_grids(self._look([blank], **{k: v for k, v in options.items() if k != "visual_tokens"}))[
                 0
             ]
@@ -305,7 +305,7 @@ class MSResamplerProcessor(ProcessorMixin):
             height, width = (size_of("crop_size")[side] for side in ("height", "width"))
         if option("do_pad") and option("pad_size"):
             height, width = (size_of("pad_size")[side] for side in ("height", "width"))
-        return height // self.patch_size, width // self.patch_size
+        return patch_grid((height, width), self.patch_size)
 
 
 def _resized(image_size: tuple[int, int], size: Any) -> tuple[int, int]:
@@ -323,7 +323,7 @@ def _resized(image_size: tuple[int, int], size: Any) -> tuple[int, int]:
 
 
 def _refuse_unknown(options: Collection[str], known: Collection[str]) -> None:
-    """Raises ValueError for an option that is not known, with the nearest name."""
+    """Raises ValueError for an unknown option, and suggests the nearest name."""
     for name in options:
         if name not in known and not name.startswith("_"):
             near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
@@ -332,7 +332,7 @@ def _refuse_unknown(options: Collection[str], known: Collection[str]) -> None:
 
 
 def _loading_options(image_processor: Any, tokenizer: Any) -> set[str]:
-    """What `from_pretrained` takes for the parts of a processor and for the Hub; servers give options of calls, too."""
+    """Names that `from_pretrained` accepts for the processor's parts and the Hub; servers also pass call options."""
     hub = {"trust_remote_code", "code_revision", "use_fast", "backend", "return_unused_kwargs", "config", "dtype"}
     side = {
         "truncation_side",
@@ -348,9 +348,9 @@ def _loading_options(image_processor: Any, tokenizer: Any) -> set[str]:
 
 
 def _drop_typed_marks(tokenizer: Any) -> None:
-    """Lets the tokenizer drop the mark of typed image tokens, after it has looked for special tokens."""
+    """Makes the tokenizer drop the mark of typed image tokens after it has matched special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # a tokenizer in Python reads the mark as a letter
+    if backend is None:  # slow tokenizers keep the mark
         return
     normalizers, own = inspect.getmodule(type(backend)).normalizers, backend.normalizer
     if own is None or TYPED in own.normalize_str(TYPED):
@@ -364,13 +364,13 @@ def _reads(template: str, name: str) -> bool:
 
 
 def _crop_to_reach(image: Any, reach: int | None) -> Any:
-    """Drops ends that a centre crop drops anyway: to scale 1 x 5000 pixels by the short side takes gigabytes."""
+    """Drops ends that a centre crop would drop: resizing 1 x 5000 pixels by the short side takes gigabytes."""
     if reach is None or not (isinstance(image, Image.Image) or is_rgb_array(image)):
         return image
     width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]
     short = min(width, height)
-    longest = reach * short + 8  # the resizing filter sees some pixels beyond an edge
-    # Whole squares go, the same number at both ends: scaled, they are whole pixels, and the middle stays where it is.
+    longest = reach * short + 8  # the resizing filter reads some pixels beyond an edge
+    # Drops the same number of whole squares at both ends, which scale to whole pixels and keep the centre in place.
     left, top = (max(0, side - longest) // 2 // short * short for side in (width, height))
     if (left, top) == (0, 0):
         return image

@@ -1,9 +1,9 @@
-"""All projectors by name, and the peers of the multi-scope resampler: published projectors, all called alike.
+"""All projectors by name, and the peers of the multi-scope resampler: published projectors with one interface.
 
 `projector(x_BNC, patch_grid, token_grid)` maps patch features (B, N, C) to visual tokens (B, M, T) in raster order.
-Each peer is a function of the same inputs as its original, and `original_names` says what the original calls its
-weights, so that published ones load. Where the original is fixed to one grid and this one is not, the docstring says
-how it was made general. Shapes are named as in resampler_ms_resampler.py.
+Each peer computes the same function as its original, and `original_names` maps its weights to the original's names, so
+that published weights load. If the original is fixed to one grid and ours is not, the docstring says how it was
+generalised. Shapes are named as in resampler_ms_resampler.py.
 """
 
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ Grid = tuple[int, int]
 
 
 def patch_map(x_BNC: Tensor, grid: Grid) -> Tensor:
-    """(B, N, C) -> (B, C, H, W). Raises ValueError if the features are no such grid."""
+    """(B, N, C) -> (B, C, H, W). Raises ValueError if the number of features does not match the grid."""
     check_patches(x_BNC, grid)
     return as_map(x_BNC, grid)
 
@@ -41,7 +41,7 @@ def cell_shape(name: str, patch_grid: Grid, token_grid: Grid) -> Grid:
 
 
 def require_cell(name: str, fixed: Grid, patch_grid: Grid, token_grid: Grid) -> None:
-    """Raises ValueError unless the cells are those for which the weights are made."""
+    """Raises ValueError unless the cells have the size that the weights are made for."""
     cell = cell_shape(name, patch_grid, token_grid)
     if cell != fixed:
         raise ValueError(
@@ -58,7 +58,7 @@ def default_cell(name: str, config) -> Grid:
 
 
 def attention(width: int, heads: int) -> nn.MultiheadAttention:
-    """Torch's multi-head attention, batches first. Raises ValueError if the heads do not share out the width."""
+    """Torch's multi-head attention, batches first. Raises ValueError if the heads do not divide the width."""
     if width % heads:
         raise ValueError(f"`num_attention_heads` {heads} does not divide the width {width} at which they attend.")
     return nn.MultiheadAttention(width, heads, batch_first=True)
@@ -134,7 +134,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class SqueezeExcite(nn.Module):
-    """Scales every channel by what the mean of the map says about it."""
+    """Scales every channel by a gate computed from the map's mean."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -203,7 +203,7 @@ class CAbstractor(nn.Module):
 class LDPv2(nn.Module):
     """MobileVLM V2's projector (Chu et al., 2024): MLP, average pooling, and a depthwise convolution beside it.
 
-    The original's 12 x 12 tokens are any token grid here.
+    The original has 12 x 12 tokens; here any token grid works.
     """
 
     original_names = {"mlp": "mlp.mlp", "positions": "peg.peg.0"}
@@ -220,10 +220,10 @@ class LDPv2(nn.Module):
 
 
 class TokenPacker(nn.Module):
-    """TokenPacker (Li et al., 2024): every token is a bilinear sample of the last layer that attends its own cell.
+    """TokenPacker (Li et al., 2024): every token is a bilinear sample of the last layer that attends to its own cell.
 
-    Queries are of the last of the tower's layers, keys and values of all of them. The width, 1024 in the original,
-    is the configuration's; any cell will do.
+    Queries come from the last of the tower's layers, keys and values from all of them. The width, 1024 in the original,
+    is configurable, and so is the cell.
     """
 
     original_names = {
@@ -251,14 +251,14 @@ class TokenPacker(nn.Module):
         return self.pack(x_BNC[..., -self.query_width :], x_BNC, patch_grid, token_grid)
 
     def pack(self, last_BNC: Tensor, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
-        """Tokens that begin as samples of the one and read the other."""
+        """Tokens that start as samples of `last_BNC` and read `x_BNC`."""
         cell = cell_shape("token_packer", patch_grid, token_grid)
         last_BCHW = patch_map(last_BNC, patch_grid)
         sample_BCHW = F.interpolate(last_BCHW.float(), size=token_grid, mode="bilinear").to(x_BNC.dtype)
         query = self.q_norm(self.q_proj(as_tokens(sample_BCHW)))
         key = windows(self.k_norm(self.k_proj(x_BNC)), patch_grid, cell)
         value = windows(self.v_norm(self.v_proj(x_BNC)), patch_grid, cell)
-        # Every cell is a sequence of its own, with one query.
+        # Every cell is a separate sequence with one query.
         out = self.attention(query.flatten(0, 1)[:, None], key.flatten(0, 1), value.flatten(0, 1), need_weights=False)[
             0
         ]
@@ -268,7 +268,7 @@ class TokenPacker(nn.Module):
 class MQTResampler(nn.Module):
     """MQT (Hu et al., 2024): the first M learned queries of a raster; keys are positions alone, values the patches.
 
-    So where a token looks does not depend on the image. A budget that is no full grid takes the raster's first rows.
+    So a token's attention does not depend on the image. Smaller budgets use the first M queries.
     """
 
     original_names = {
@@ -303,7 +303,7 @@ class MQTResampler(nn.Module):
 
 
 class QwenResampler(nn.Module):
-    """Qwen-VL's resampler (Bai et al., 2023): a fixed grid of learned queries attends all patches once."""
+    """Qwen-VL's resampler (Bai et al., 2023): a fixed grid of learned queries attends to all patches once."""
 
     original_names = {
         "query": "query",
@@ -504,13 +504,13 @@ class QFormer(nn.Module):
         return self.output_proj(self.qformer(query, encoder_hidden_states=x_BNC).last_hidden_state)
 
 
-# With scopes: made of the projector's configuration, vision and text width; called with `output_scopes`, too.
+# With scopes: constructed from the projector's configuration and the two widths; called with `output_scopes`.
 SCOPED_PROJECTORS: dict[str, type[nn.Module]] = {
     "ms_resampler": MultiScopeResampler,
     "ms_resampler_branches": BranchesResampler,
     "resampler": Resampler,
 }
-# Peers: made of the model's configuration.
+# Peers: constructed from the model's configuration.
 PROJECTORS: dict[str, type[nn.Module]] = {
     "mlp": MLPProjector,
     "avg_pool": AveragePoolProjector,
@@ -525,7 +525,7 @@ PROJECTORS: dict[str, type[nn.Module]] = {
     "idefics2_perceiver": Idefics2Perceiver,
     "q_former": QFormer,
 }
-# What earlier versions called parameters and buffers of projectors, and their names today.
+# Names of parameters and buffers in earlier versions, and today's.
 EARLIER_NAMES = {
     "query_1DHW": "query",
     "scope_embedding_GD": "scope_embedding",
@@ -546,10 +546,10 @@ EARLIER_NAMES = {
 
 
 def register_projector(name: str, projector: type[nn.Module], fields_of: str = "peer") -> None:
-    """Makes a projector of one's own known as a `projector_type`, before a configuration names it.
+    """Registers a projector of your own as a `projector_type`; call it before a configuration uses the name.
 
-    `fields_of` is the type whose fields it has, and as which it is made and called: "peer", which is made of the
-    model's configuration, or "ms_resampler", "ms_resampler_branches" or "resampler". Raises ValueError if the name is
+    `fields_of` is the type whose configuration fields, constructor and call it shares: "peer" (constructed from the
+    model's configuration), "ms_resampler", "ms_resampler_branches" or "resampler". Raises ValueError if the name is
     taken.
     """
     if name in PROJECTOR_TYPES:
@@ -571,13 +571,13 @@ def build_projector(config) -> nn.Module:
 
 
 def name_of_today(name: str) -> str:
-    """The name of a weight, given one of today or of an earlier version."""
+    """Today's name of a weight, given that or the name in an earlier version."""
     path, _, leaf = name.rpartition(".")
     return ".".join(filter(None, (path, EARLIER_NAMES.get(leaf, leaf))))
 
 
 def _rename_earlier(projector: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
-    """Lets `load_state_dict` read the names of earlier versions; `from_pretrained` has its own way."""
+    """Lets `load_state_dict` accept names of earlier versions; `from_pretrained` uses `key_mapping` instead."""
     for name in [name for name in state if name.startswith(prefix)]:
         state[name_of_today(name)] = state.pop(name)
 
@@ -596,7 +596,7 @@ def rename(names: Iterable[str], table: dict[str, str]) -> dict[str, str]:
 
 @torch.no_grad()
 def init_projector_weights(module: nn.Module) -> None:
-    """How a peer's own parameters start; its linear layers start as ours do, or as their class does.
+    """Initialises a peer's parameters; linear layers start as ours, or as their class does.
 
     packed attention weights     Xavier uniform, bias 0
     learned queries, positions   normal, std 0.02     a perceiver's latents   normal, std 1

@@ -7,10 +7,10 @@
     z   = [S g_h o_h]_h W_o + z + cell mean of u       g = softmax over the S scopes of W_g LN([o_h]_h + z)
     z   = z + FFN(LN(z));   y = LN(z) W_out
 
-A token is its anchor `a`, and z starts at zero. A head belongs to one scope and scores the patches `p` alike for all
-tokens: its Gaussian prior B_h alone (0 in the global scope) decides which token reads which patch. A Gaussian is a
-product over the two axes, so that a head is two small softmaxes, over the columns of each row of patches and then over
-the rows, and no M x N matrix exists.
+Every token has an anchor `a`, the centre of its cell; z starts at zero. Each head belongs to one scope and gives the
+patch at `p` the same score for all tokens: only its Gaussian prior B_h (0 in the global scope) decides which token
+reads which patch. A Gaussian is a product over the two axes, so a head needs two small softmaxes, over the columns of
+each row of patches and then over the rows, and no M x N matrix.
 
 Shapes, as name suffixes: B images, N = H * W patches, M = Y * X visual tokens, S scopes, C vision width, D resampler
 width, T text width, h heads, d head width; 1 is broadcast over the images.
@@ -30,20 +30,20 @@ Grid = tuple[int, int]
 
 @dataclass
 class ScopeMaps:
-    """How much each token trusted each scope, a sum of one, and where each scope looked, its heads' mean attention."""
+    """Each token's fusion weights over the scopes, which sum to one, and each scope's mean attention over its heads."""
 
     weights_BSM: Tensor
     attentions_BSMN: Tensor
 
 
 def centres(cells: int, like: Tensor) -> Tensor:
-    """Centres of equal cells that share the unit interval, on the device of `like`, in float32 or its wider dtype."""
+    """Centres of equal cells of the unit interval, on the device of `like`, in float32 or wider."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return (torch.arange(cells, device=like.device, dtype=dtype) + 0.5) / cells
 
 
 def check_patches(x_BNC: Tensor, patch_grid: Grid) -> None:
-    """Raises ValueError if the features are not as many as the grid has patches."""
+    """Raises ValueError unless there is one feature for each patch of the grid."""
     if x_BNC.shape[1] != patch_grid[0] * patch_grid[1]:
         raise ValueError(
             f"Got {x_BNC.shape[1]} patch features for a grid of {patch_grid[0]} x {patch_grid[1]} patches: "
@@ -53,7 +53,7 @@ def check_patches(x_BNC: Tensor, patch_grid: Grid) -> None:
 
 def as_map(x_BNC: Tensor, grid: Grid) -> Tensor:
     """(B, N, C) -> (B, C, H, W), channels last, without a copy."""
-    return x_BNC.unflatten(1, grid).permute(0, 3, 1, 2)  # the other order hides from kernels that one image is so
+    return x_BNC.unflatten(1, grid).permute(0, 3, 1, 2)  # the other order hides one image's layout from kernels
 
 
 def as_tokens(x_BCHW: Tensor) -> Tensor:
@@ -62,23 +62,23 @@ def as_tokens(x_BCHW: Tensor) -> Tensor:
 
 
 def cell_means(x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
-    """The mean of the patches in each token's cell (B, M, C); cells share patches where grids do not divide."""
+    """The mean of the patches in each token's cell (B, M, C); cells overlap if the grids do not divide evenly."""
     return as_tokens(F.adaptive_avg_pool2d(as_map(x_BNC, patch_grid), token_grid))
 
 
 def mlp(inputs: int, outputs: int, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
-    """Linear, activation, Linear: the hidden width is that of the output."""
+    """Linear, activation, Linear; the hidden width is the output width."""
     return nn.Sequential(nn.Linear(inputs, outputs), activation(), nn.Linear(outputs, outputs))
 
 
 class LinearFromZero(nn.Linear):
-    """A linear map whose matrix starts at zero."""
+    """A linear layer whose weight is initialised to zero."""
 
 
 def spread(sigma: float | None, heads: int) -> tuple[Tensor, Tensor]:
-    """The sigmas (h,) and offsets (h, 2) with which the heads of a scope start; None is the global scope.
+    """The initial sigmas (h,) and offsets (h, 2) of a scope's heads; None is the global scope.
 
-    Heads that share a scope each cover a part of it, half as wide, at the points of a sunflower over its disc.
+    Several heads start at half the scope's sigma, at points of a sunflower spiral over a disc of radius sigma.
     """
     if sigma is None or heads == 1:
         return torch.full((heads,), math.inf if sigma is None else float(sigma)), torch.zeros(heads, 2)
@@ -89,7 +89,7 @@ def spread(sigma: float | None, heads: int) -> tuple[Tensor, Tensor]:
 
 
 class ScopePrior(nn.Module):
-    """The Gaussian prior: where around a token's anchor each head looks (offset), and how far (sigma); both learn."""
+    """The Gaussian prior: each head's learned offset from a token's anchor, and its learned width sigma."""
 
     sigma: Tensor
 
@@ -98,7 +98,7 @@ class ScopePrior(nn.Module):
         self.config = config
         sigma, offset = self.initial()
         self.register_buffer("sigma", sigma)  # (1, h), as configured; infinite in the global scope
-        self.log_scale = nn.Parameter(torch.zeros_like(sigma))  # what is learned on top
+        self.log_scale = nn.Parameter(torch.zeros_like(sigma))  # learned
         self.offset = nn.Parameter(offset)  # (1, h, 2)
 
     def initial(self) -> tuple[Tensor, Tensor]:
@@ -107,14 +107,14 @@ class ScopePrior(nn.Module):
         return torch.cat(sigmas)[None], torch.cat(offsets)[None]
 
     def precision(self, dtype: torch.dtype) -> Tensor:
-        """1 / sigma^2, zero in the global scope; this way its gradient is zero there, too."""
+        """1 / sigma^2, zero in the global scope, where its gradient is zero, too."""
         return self.sigma.to(dtype) ** -2 * torch.exp(-2 * self.log_scale.to(dtype))
 
     def forward(self, patch_grid: Grid, token_grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
-        """B along the rows (1, h, Y, H) and along the columns (1, h, X, W), whose sum is the prior."""
+        """The prior's terms for rows (1, h, Y, H) and columns (1, h, X, W), which add up to B."""
         axes = []
         for axis, (patches, tokens) in enumerate(zip(patch_grid, token_grid, strict=True)):
-            # From the middle of the image, where half precision would be finest.
+            # Coordinates are relative to the image's centre, which keeps them small.
             anchor, patch = ((centres(cells, like) - 0.5) * tokens for cells in (tokens, patches))
             anchor_1ht = anchor + self.offset[..., axis, None].to(anchor.dtype)
             precision_1h11 = self.precision(anchor.dtype)[..., None, None]
@@ -123,13 +123,13 @@ class ScopePrior(nn.Module):
 
 
 class ScopeLayer(GradientCheckpointingLayer):
-    """Tokens z (B, M, D) read patches u (B, N, D) in every scope, and fuse what they read."""
+    """One layer: tokens z (B, M, D) read patches u (B, N, D) in every scope, and fuse the results."""
 
     def __init__(self, config):
         super().__init__()
         width, ffn_width = config.hidden_size, config.intermediate_size
         self.heads, self.scope_heads = config.num_attention_heads, config.scope_heads
-        last = nn.Linear(width // 4, self.heads, bias=False)  # softmax would ignore a bias
+        last = nn.Linear(width // 4, self.heads, bias=False)  # a bias would have no effect in the softmax
         self.score = nn.Sequential(nn.Linear(width, width // 4), nn.GELU(), last)
         self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.prior = ScopePrior(config)
@@ -141,10 +141,10 @@ class ScopeLayer(GradientCheckpointingLayer):
     def forward(
         self, z_BMD: Tensor, u_BND: Tensor, cell_BMD: Tensor, patch_grid: Grid, token_grid: Grid, output_scopes: bool
     ) -> tuple[Tensor, ScopeMaps | None]:
-        """Tokens for the next layer, to which the cell means are added; before the first they are (1, M, D)."""
+        """Returns the next tokens, with the cell means added, and maps; z is (1, M, D) in the first layer."""
         o_BMD, attention_BSMN = self.read(z_BMD, u_BND, patch_grid, token_grid, output_scopes)
         g_BMS = self.gate(self.gate_norm(o_BMD + z_BMD)).softmax(dim=-1)
-        # Spread over the heads without an index, which would have to be sent to a GPU at every call.
+        # Repeated for each head by expand: indexing would copy the index to the GPU at every call.
         g_BMh = torch.cat([g.expand(-1, -1, n) for g, n in zip(g_BMS.split(1, -1), self.scope_heads, strict=True)], -1)
         o_BMhd = len(self.scope_heads) * g_BMh[..., None] * o_BMD.unflatten(-1, (self.heads, -1))
         z_BMD = self.o_proj(o_BMhd.flatten(-2)) + z_BMD + cell_BMD
@@ -154,14 +154,14 @@ class ScopeLayer(GradientCheckpointingLayer):
     def read(
         self, z_BMD: Tensor, u_BND: Tensor, patch_grid: Grid, token_grid: Grid, output_scopes: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """What the heads read (B, M, D) and, if asked for, where each scope looked (B, S, M, N)."""
-        score_BhN = self.score(u_BND).mT.contiguous()  # so that what is added to it lies in memory as it does
+        """The heads' output (B, M, D) and, if requested, each scope's attention (B, S, M, N)."""
+        score_BhN = self.score(u_BND).mT.contiguous()  # the memory layout of the terms that are added
         value_BhNd = self.v_proj(u_BND).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         rows_1hYH, columns_1hXW = self.prior(patch_grid, token_grid, u_BND)
 
         s_BhHXW = score_BhN.unflatten(-1, patch_grid)[..., None, :] + columns_1hXW[:, :, None]
         weight_BhHXW, (peak, at) = s_BhHXW.softmax(dim=-1), s_BhHXW.max(dim=-1, keepdim=True)
-        mass_BhHX = (peak - weight_BhHXW.gather(-1, at).log()).squeeze(-1)  # logsumexp, of what softmax has computed
+        mass_BhHX = (peak - weight_BhHXW.gather(-1, at).log()).squeeze(-1)  # logsumexp, from the softmax's results
         o_BhHXd = weight_BhHXW.to(value_BhNd.dtype) @ value_BhNd.unflatten(2, patch_grid)
         weight_BhXYH = (mass_BhHX.mT[..., None, :] + rows_1hYH[:, :, None]).softmax(dim=-1)
         o_BhXYd = weight_BhXYH.to(value_BhNd.dtype) @ o_BhHXd.transpose(2, 3)
@@ -200,9 +200,9 @@ class MultiScopeResampler(nn.Module):
     def forward(
         self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid, output_scopes: bool = False
     ) -> tuple[Tensor, ScopeMaps | None]:
-        """Visual tokens (B, M, T) in raster order of `token_grid`, and the last layer's maps if asked for.
+        """Visual tokens (B, M, T) in raster order of `token_grid`, and the last layer's maps if requested.
 
-        Raises ValueError if the features are not a patch grid of the shape given.
+        Raises ValueError if the number of features does not match the patch grid.
         """
         check_patches(x_BNC, patch_grid)
         u_BND = self.input_proj(self.input_norm(x_BNC))
@@ -219,10 +219,10 @@ class MultiScopeResampler(nn.Module):
 
 @torch.no_grad()
 def init_resampler_weights(module: nn.Module) -> None:
-    """The initialisation, by a module's own class: transformers passes over modules without weights of their own.
+    """Initialises a module by its class; transformers calls this for every module with weights of its own.
 
     Linear, Conv2d   normal, std 1 / sqrt(inputs), which keeps the variance of the inputs; bias 0
-    LinearFromZero   0: at the start scopes are trusted alike, and beside a pooled MLP the resampler adds nothing
+    LinearFromZero   0: scopes start with equal weights, and beside a pooled MLP the resampler adds nothing
     LayerNorm        weight 1, bias 0
     ScopePrior       the configured scopes
     """

@@ -1,7 +1,7 @@
-"""Vision towers of any kind: what a tower puts out is read from the tower itself.
+"""Vision towers of any type: the shapes of their outputs are found by running them.
 
-`read_tower` builds the tower without weights (on the meta device), runs it on two images of its own size, and looks at
-the shapes of its hidden states. No table of model names is kept.
+`read_tower` builds the tower without weights (on the meta device), runs it on two images of its configured size, and
+reads the shapes of its hidden states. There is no table of model names.
 """
 
 import inspect
@@ -19,13 +19,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import ModelOutput
 
-_MOST_PREFIX_TOKENS = 32  # more are no registers: YOLOS has 100 tokens for objects, and they stand at the end
-_DEFAULT_SIDE = 224  # of towers whose configuration names no image size, such as ResNet
+_MOST_PREFIX_TOKENS = 32  # more are not registers: YOLOS has 100 object tokens, after its patches
+_DEFAULT_SIDE = 224  # for towers whose configuration has no image size, such as ResNet
 
 
 @dataclass(frozen=True)
 class TowerState:
-    """The shape of one hidden state: C, (H, W) for images of the tower's own size, and pixels from patch to patch.
+    """The shape of one hidden state: C, (H, W) for images of the configured size, and pixels between patches.
 
     axis is the dimension of C: 1 in maps (B, C, H, W), 3 in maps (B, H, W, C), 2 in sequences (B, prefix + N, C).
     """
@@ -38,14 +38,14 @@ class TowerState:
 
 @dataclass(frozen=True)
 class Tower:
-    """What a vision tower takes and puts out.
+    """A vision tower's inputs and outputs.
 
-    image_size: (height, width) for which its positions are made.
-    states: its hidden states in order, and its last_hidden_state behind them if that is another map (EfficientNet).
-    prefix_tokens: tokens in front of the patches (CLS, registers); None if the states do not tell.
-    takes_patches: whether it reads flattened patches with their mask and grids (SigLIP 2).
+    image_size: (height, width) that its position embeddings are made for.
+    states: its hidden states in order, followed by its last_hidden_state if that differs in shape (EfficientNet).
+    prefix_tokens: tokens before the patches (CLS, registers); None if unknown.
+    takes_patches: whether it takes flattened patches with a mask and grids (SigLIP 2).
     must_interpolate: whether images of other sizes need `interpolate_pos_encoding=True`.
-    can_stop_early: whether layers that nothing reads can be passed over.
+    can_stop_early: whether unread layers can be skipped.
     """
 
     image_size: tuple[int, int]
@@ -56,18 +56,18 @@ class Tower:
     can_stop_early: bool
 
     def unread_layers(self, layers: Sequence[int]) -> int:
-        """How many layers at the end are not needed to read the states `layers`."""
+        """The number of final layers that the states `layers` do not need."""
         count = len(self.states)
         return count - 1 - max(layer % count for layer in layers) if self.can_stop_early else 0
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(rows, columns) of a size that may be one number for both."""
+    """(rows, columns) of a size that may be a single number."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def read_tower(config: PretrainedConfig) -> Tower:
-    """What the tower of a configuration takes and puts out. Raises ValueError if it cannot serve as a vision tower."""
+    """Inputs and outputs of a configuration's tower. Raises ValueError if it cannot be used as a vision tower."""
     kind: Any = type(config)
     return _read_tower(kind, config.to_json_string(use_diff=False))
 
@@ -76,12 +76,12 @@ def read_tower(config: PretrainedConfig) -> Tower:
 def _read_tower(kind: Any, fields: str) -> Tower:
     config = kind.from_dict(json.loads(fields))
     if kind not in MODEL_MAPPING:
-        raise ValueError(f"The vision tower `{config.model_type}` is no model that `AutoModel` builds.")
+        raise ValueError(f"The vision tower `{config.model_type}` is not a model that `AutoModel` can build.")
     return _run_without_weights(config)
 
 
 class _FullMasks(TorchDispatchMode):
-    """Answers on the meta device, which has no values, whether a mask is true everywhere: yes."""
+    """Makes `all` checks of masks pass on the meta device, which has no values."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
@@ -123,9 +123,9 @@ def _run_without_weights(config: PretrainedConfig) -> Tower:
 
 
 def _image_size(config: PretrainedConfig) -> tuple[int, int]:
-    if hasattr(config, "num_patches") and not hasattr(config, "image_size"):  # SigLIP 2 counts them, in any layout
+    if hasattr(config, "num_patches") and not hasattr(config, "image_size"):  # SigLIP 2 has their number
         return pair(math.isqrt(config.num_patches) * config.patch_size)
-    timm = getattr(config, "pretrained_cfg", None) or {}  # of models in transformers' wrapper
+    timm = getattr(config, "pretrained_cfg", None) or {}  # of timm models in transformers' wrapper
     return pair(getattr(config, "image_size", None) or timm.get("input_size", [_DEFAULT_SIDE] * 2)[-2:])
 
 
@@ -133,7 +133,7 @@ def _read_state(shape: tuple[int, ...], size: tuple[int, int], patch: tuple[int,
     if len(shape) == 3:
         return TowerState(shape[2], (size[0] // patch[0], size[1] // patch[1]), patch, axis=2)
 
-    def unevenness(grid: tuple[int, int]) -> float:  # height and width shrink alike, and the channels do not
+    def unevenness(grid: tuple[int, int]) -> float:  # height and width shrink equally, channels do not
         return abs(math.log(size[0] / grid[0]) - math.log(size[1] / grid[1]))
 
     channels_first, channels_last = pair(shape[2:]), pair(shape[1:3])
@@ -143,7 +143,7 @@ def _read_state(shape: tuple[int, ...], size: tuple[int, int], patch: tuple[int,
 
 
 def _stride(side: int, cells: int) -> int:
-    """Pixels from cell to cell: a power of two if that fits, since padding may have added a cell or cut one off."""
+    """The stride in pixels: a power of two if that fits, since padding may have added or removed a cell."""
     power = 2 ** round(math.log2(side / cells))
     return power if cells in (side // power, -(-side // power)) else side // cells
 
@@ -161,8 +161,7 @@ def _can_stop_early(tower: PreTrainedModel, inputs: dict[str, Any], shapes: list
 def make_layers_skippable(tower: PreTrainedModel, count: int) -> None:
     """Makes the last `count` layers return their input when the tower is called with `skip_unread`.
 
-    They stay where they are, for checkpoints and for whoever runs the tower whole. Raises ValueError if the tower has
-    no list of layers.
+    They are kept for checkpoints and for running the whole tower. Raises ValueError if the tower has no list of layers.
     """
     total = getattr(tower.config, "num_hidden_layers", None)
     lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == total]
@@ -177,7 +176,7 @@ def _run_or_skip(layer: nn.Module, hidden_states: Tensor, *args: Any, skip_unrea
 
 
 def states_of(output: ModelOutput) -> tuple[Tensor, ...]:
-    """A tower's hidden states, as maps where it has them so, and its last_hidden_state if that is another map."""
+    """A tower's hidden states, as maps if it has maps, and its last_hidden_state if that differs in shape."""
     states = tuple(getattr(output, "reshaped_hidden_states", None) or output.hidden_states)
     last = output.last_hidden_state
     if states[-1] is not None and states[-1].ndim == last.ndim == 4 and states[-1].shape != last.shape:
@@ -188,7 +187,7 @@ def states_of(output: ModelOutput) -> tuple[Tensor, ...]:
 def patch_features(
     output: ModelOutput, tower: Tower, layers: Sequence[int], size: tuple[int, int]
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Patches (B, N, C) of images of (height, width), hidden states side by side, and their grid (H, W).
+    """Patches (B, N, C) of images of (height, width), hidden states concatenated, and their grid (H, W).
 
     The finest map gives the grid; patches of coarser ones are repeated.
     """
@@ -218,7 +217,7 @@ def flatten_patches(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor]:
     return {
         "pixel_values": patches,
         "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.int32, device=patches.device),
-        "spatial_shapes": torch.tensor([[rows, columns]], device="cpu"),  # read as numbers, and the same for all images
+        "spatial_shapes": torch.tensor([[rows, columns]], device="cpu"),  # the same for all images
     }
 
 

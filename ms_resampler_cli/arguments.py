@@ -1,4 +1,4 @@
-"""Types of arguments that several commands share."""
+"""Argument types that several commands share."""
 
 import argparse
 import json

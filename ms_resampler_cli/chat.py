@@ -11,23 +11,21 @@ from .arguments import budget
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `chat`."""
     parser.add_argument("question", help="what to ask")
-    parser.add_argument(
-        "--image", action="append", required=True, metavar="FILE", help="a picture; repeat it for several"
-    )
+    parser.add_argument("--image", action="append", required=True, metavar="FILE", help="a picture; repeat for several")
     parser.add_argument("--model", help="folder or Hub repository (default: the embedded checkpoint)")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
     parser.add_argument(
         "--visual-tokens",
         type=budget,
         metavar="N",
-        help="visual tokens a picture: a count such as 36, or a grid such as 4x9 (default: the model's own)",
+        help="visual tokens per picture: a count such as 36, or a grid such as 4x9 (default: the model's)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="length limit of the answer")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the bare answer")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answers; the words appear as they are found, unless JSON is asked for."""
+    """Answers the question; streams the words unless JSON is requested."""
     from transformers.utils import logging
 
     from ms_resampler.answers import ask
@@ -54,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def about_pictures(files: list[str], answer: Any) -> dict[str, Any]:
-    """Visual tokens, and mean weights by scope if there are scopes: of all pictures together, and of each."""
+    """Visual tokens and, if there are scopes, their mean weights: over all pictures, and for each."""
     counts, together = answer.visual_tokens, sum(answer.visual_tokens)
     images = [{"file": file, "visual_tokens": count} for file, count in zip(files, counts, strict=True)]
     if answer.scope_weights is None:

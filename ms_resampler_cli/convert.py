@@ -1,4 +1,4 @@
-"""`ms-resampler convert`: another checkpoint as a model folder of ours, or ours in transformers' LLaVA layout."""
+"""`ms-resampler convert`: converts another checkpoint to ours, or ours to transformers' LLaVA layout."""
 
 import argparse
 from pathlib import Path
@@ -9,8 +9,8 @@ from .arguments import assignment
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `convert`."""
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub repository of the checkpoint")
-    parser.add_argument("out", type=Path, metavar="OUT", help="where to put the result: a new folder")
-    parser.add_argument("--projector", metavar="TYPE", help="another projector (default: the one that it has)")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder for the result")
+    parser.add_argument("--projector", metavar="TYPE", help="another projector (default: the checkpoint's)")
     parser.add_argument(
         "--set",
         action="append",
@@ -19,21 +19,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="a field of the new projector, its value as JSON: visual_tokens=144; repeatable",
     )
-    parser.add_argument("--tower", metavar="ID", help="folder or repository of the tower that the checkpoint lacks")
-    parser.add_argument("--llm", metavar="ID", help="of the language model that it lacks")
+    parser.add_argument("--tower", metavar="ID", help="folder or repository of the tower, if the checkpoint lacks it")
+    parser.add_argument("--llm", metavar="ID", help="of the language model, if the checkpoint lacks it")
     parser.add_argument(
         "--to",
         choices=["llava", "projector"],
         default="ours",
-        help="ours as transformers' LLaVA, if its projector is an MLP; or its projector alone",
+        help="write transformers' LLaVA (if the projector is an MLP), or the projector alone",
     )
     after = parser.add_mutually_exclusive_group()
-    after.add_argument("--verify", action="store_true", help="run source and result on the same input, and compare")
-    after.add_argument("--dry-run", action="store_true", help="print what would become of every weight; write nothing")
+    after.add_argument(
+        "--verify", action="store_true", help="compare the logits of source and result on the same input"
+    )
+    after.add_argument("--dry-run", action="store_true", help="print what would happen to every weight; write nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Plans, shows or writes, and compares if asked to."""
+    """Plans and writes the conversion; shows the plan or compares the result if requested."""
     from tqdm import tqdm
     from transformers.utils import logging
 

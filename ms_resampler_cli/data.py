@@ -1,4 +1,4 @@
-"""`ms-resampler data check`: looks at every record of a data set, before hours of training."""
+"""`ms-resampler data check`: checks every record of a data set, before hours of training."""
 
 import argparse
 from pathlib import Path
@@ -8,23 +8,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `data`."""
     check = parser.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
         "check",
-        help="look at every record as training would, and show what is learned",
-        description="Looks at every record as training would: counts what is wrong, and shows what is learned.",
+        help="check every record as training would, and show the labels",
+        description="Checks every record as training would: counts problems, and shows the labels.",
     )
     check.add_argument("source", help=".json, .jsonl, parquet or arrow, a folder of these, or a Hub repository")
     check.add_argument("--model", help="folder or Hub repository of the model to train (default: the embedded one)")
-    check.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the source)")
-    check.add_argument("--split", default="train", help="of a table (default: %(default)s)")
+    check.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the data)")
+    check.add_argument("--split", default="train", help="split of a table (default: %(default)s)")
     check.add_argument("--streaming", action="store_true", help="read a table from the Hub without storing it")
-    check.add_argument("--max-length", type=int, default=2048, metavar="N", help="tokens a record may have (2048)")
-    check.add_argument("--truncate", action="store_true", help="cut what is longer, instead of counting it as wrong")
-    check.add_argument("--plain", action="store_true", help="images and caption alone, as in the stage align")
+    check.add_argument("--max-length", type=int, default=2048, metavar="N", help="longest record, in tokens (2048)")
     check.add_argument(
-        "--bad-records", choices=["fatal", "skip"], default="fatal", help="skip: training will leave them out"
+        "--truncate", action="store_true", help="shorten longer records, instead of counting them as bad"
+    )
+    check.add_argument("--plain", action="store_true", help="images and caption only, as for the recipe align")
+    check.add_argument(
+        "--bad-records", choices=["fatal", "skip"], default="fatal", help="skip: as training with --bad-records skip"
     )
     check.add_argument("--examples", type=int, default=2, metavar="N", help="records to show (default: %(default)s)")
-    check.add_argument("--html", type=Path, metavar="FILE", help="show them on a page, too")
-    check.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    check.add_argument("--html", type=Path, metavar="FILE", help="also show them on a page")
+    check.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
 
 def run(arguments: argparse.Namespace) -> int:

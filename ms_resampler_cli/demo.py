@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         metavar="MODEL",
         help="a second folder or repository, to compare with "
-        "(default, beside the embedded checkpoint: the same with one global scope)",
+        "(default for the embedded checkpoint: the same with one global scope)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this computer only)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the app until it ends or is interrupted."""
     if "ms_resampler" not in sys.modules:
-        # A package that is found but not run: running it takes the seconds in which the app's process starts.
+        # Found but not imported: importing it would delay the start of the app's process by seconds.
         spec = find_spec("ms_resampler")
         assert spec is not None
         sys.modules["ms_resampler"] = module_from_spec(spec)

@@ -1,14 +1,14 @@
-"""Which errors are the user's to mend and become one sentence; all others are faults, and keep their trace."""
+"""Decides which errors the user can fix, shown as one sentence; all others are bugs and keep their traceback."""
 
 import dis
 from pathlib import Path
 from types import FrameType
 
 OURS = ("ms_resampler", "ms_resampler_cli", "research")
-LOADERS = ("transformers", "huggingface_hub")  # their OSErrors say what could not be found or downloaded
+LOADERS = ("transformers", "huggingface_hub")  # whose OSErrors say what could not be found or downloaded
 PACKAGE = Path(__file__).resolve().parent.with_name("ms_resampler")
 
-# The extras that bring a module, the one of the most commands first.
+# The extras that install a module, the most used first.
 EXTRAS = {
     "bitsandbytes": ["qlora"],
     "datasets": ["train", "eval"],
@@ -23,15 +23,15 @@ EXTRAS = {
     "scipy": ["eval"],
     "sklearn": ["train", "eval", "pictures"],
 }
-COMMAND_EXTRAS = {"evaluate": "eval", "pictures": "pictures", "study": "eval"}  # for modules that several extras bring
+COMMAND_EXTRAS = {"evaluate": "eval", "pictures": "pictures", "study": "eval"}  # for modules of several extras
 
 
 def sentence_for(error: Exception, command: str) -> str | None:
-    """What to tell the user of a command about an error; None for what is a fault.
+    """The message for an error that the user can fix; None for a bug.
 
-    A ValueError or OSError is the user's if a `raise` statement of this project made it. So are what the system says
-    about a file outside the package, what transformers and huggingface_hub could not find or download, a field of a
-    configuration with a wrong value, and the missing package of an extra.
+    The user can fix a ValueError or OSError that a `raise` statement of this project made, system errors about files
+    outside the package, files that transformers and huggingface_hub could not find or download, wrong values of
+    configuration fields, and missing packages of an extra.
     """
     module, raises = origin(error)
     if isinstance(error, ImportError):
@@ -48,7 +48,7 @@ def sentence_for(error: Exception, command: str) -> str | None:
 
 
 def origin(error: Exception) -> tuple[str, bool]:
-    """The top package of the code that an error comes from, and whether a `raise` statement made it there."""
+    """The top-level package that an error comes from, and whether a `raise` statement there made it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -60,7 +60,7 @@ def origin(error: Exception) -> tuple[str, bool]:
 
 
 def missing_package(error: ImportError, command: str) -> str | None:
-    """How to install a package of an extra; None if the error names none, as where a module of ours is missing."""
+    """How to install the missing package of an extra; None if the error names none, as for a module of ours."""
     missing = str(error.name).partition(".")[0]
     if missing not in EXTRAS:  # transformers names what it needs in the text alone
         missing = next((module for module in EXTRAS if module in str(error).lower()), "")
@@ -72,10 +72,10 @@ def missing_package(error: ImportError, command: str) -> str | None:
 
 
 def in_package(file: object) -> bool:
-    """Whether a file is one of the package's own, of which no user is told."""
+    """Whether a file belongs to the package, so that the error is a bug."""
     return isinstance(file, str | Path) and Path(file).resolve().is_relative_to(PACKAGE)
 
 
 def system_sentence(error: OSError) -> str:
-    """What was wrong, and with which file: No such file or directory: 'a.json'."""
+    """The system's message and the file: No such file or directory: 'a.json'."""
     return f"{error.strerror}: {str(error.filename)!r}." if error.filename else f"{error.strerror}."

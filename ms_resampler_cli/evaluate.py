@@ -1,4 +1,4 @@
-"""`ms-resampler evaluate`: a model's row beside the published ones."""
+"""`ms-resampler evaluate`: scores models on benchmarks, beside published rows."""
 
 import argparse
 from pathlib import Path
@@ -9,9 +9,7 @@ from .arguments import budget
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `evaluate`."""
-    parser.add_argument(
-        "model", nargs="*", help="folders or Hub repositories; several are compared with the first one, in pairs"
-    )
+    parser.add_argument("model", nargs="*", help="folders or Hub repositories; the others are compared with the first")
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -37,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=budget,
         default=[None],
         metavar="N",
-        help="budgets of a picture: counts such as 36, grids such as 4x9 (default: the model's own)",
+        help="visual tokens per picture: counts such as 36, grids such as 4x9 (default: the model's)",
     )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions at a time (default: 16)")
     parser.add_argument("--limit", type=int, metavar="N", help="ask only the first N questions of a task")
-    parser.add_argument("--blind", action="store_true", help="ask without the pictures: what can be guessed")
+    parser.add_argument("--blind", action="store_true", help="ask without the pictures, to measure guessing")
     parser.add_argument(
         "--judge", metavar="MODULE:FUNCTION", help="a judge for MM-Vet and MMBench; see docs/evaluation.md"
     )
@@ -50,11 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--url", help="OpenAI-compatible address that serves the model, such as http://localhost:8000/v1"
     )
     parser.add_argument(
-        "--report", nargs="+", type=Path, metavar="RUN", help="evaluate nothing: put finished runs into one table"
+        "--report", nargs="+", type=Path, metavar="RUN", help="evaluate nothing; print a table of finished runs"
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw scores against visual tokens and time")
-    parser.add_argument("--model-index", metavar="NAME", help="print the first run as a model card's metadata instead")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="plot scores against visual tokens and time")
+    parser.add_argument("--model-index", metavar="NAME", help="print a model card's metadata for the first run instead")
 
 
 def split_of_task(text: str) -> tuple[str, str]:
@@ -66,13 +64,13 @@ def split_of_task(text: str) -> tuple[str, str]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluates every model at every budget, and prints the table; 2 if a task's data are not as they should be."""
+    """Evaluates every model at every budget and prints the table; returns 2 if a task's data could not be read."""
     from ms_resampler.evaluation import figure, has_failed_tasks, model_index, report
 
     if bool(arguments.model) == bool(arguments.report):
         raise ValueError("Name a model to evaluate, or finished runs with --report.")
     runs = arguments.report or evaluated(arguments)
-    if not runs:  # a process that only helped
+    if not runs:  # not the main process
         return 0
     if arguments.figure:
         figure(runs, arguments.figure)
@@ -82,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def evaluated(arguments: argparse.Namespace) -> list[Path]:
-    """The folders of the runs; none where this process is not the main one."""
+    """The folders of the runs; empty in all but the main process."""
     from accelerate import PartialState
 
     from ms_resampler.evaluation import Options, evaluate
@@ -110,7 +108,7 @@ def evaluated(arguments: argparse.Namespace) -> list[Path]:
 
 
 def run_name(model: str, visual_tokens: Any, blind: bool) -> str:
-    """A folder's name that tells the runs of one command apart."""
+    """A folder name that is unique among the runs of one command."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
     grid = "x".join(map(str, visual_tokens)) if isinstance(visual_tokens, tuple) else visual_tokens
     return "-".join(str(part) for part in (name, grid, "blind" if blind else None) if part is not None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `export`."""
-    parser.add_argument("folder", type=Path, help="where to put it: a new folder")
+    parser.add_argument("folder", type=Path, help="new folder for the copy")
     parser.add_argument("--model", help="checkpoint folder (default: the embedded checkpoint)")
 
 

@@ -1,4 +1,4 @@
-"""`ms-resampler init`: a model folder from a vision tower, a language model and a fresh projector."""
+"""`ms-resampler init`: assembles a model from a vision tower, a language model and a new projector."""
 
 import argparse
 
@@ -11,10 +11,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--llm", required=True, metavar="ID", help="folder or Hub repository of the language model, or a .gguf file"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="where to put the model: a new folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the model")
     parser.add_argument("--projector", metavar="TYPE", help="the projector's type (default: ms_resampler)")
     parser.add_argument(
-        "--visual-tokens", type=budget, metavar="N", help="visual tokens a picture: a count, or a grid such as 12x12"
+        "--visual-tokens", type=budget, metavar="N", help="visual tokens per picture: a count, or a grid such as 12x12"
     )
     parser.add_argument(
         "--set",
@@ -29,23 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help="tower layers to read, joined if several (default: the last but one; a ConvNeXt's last)",
+        help="tower layers to read, concatenated if several (default: the last but one; the last of a ConvNeXt)",
     )
     parser.add_argument(
         "--vision-prefix-tokens",
         type=int,
         metavar="N",
-        help="tokens of the tower in front of its patches, which are dropped (default: as its kind has)",
+        help="tokens before the tower's patches, which are dropped (default: the number its type has)",
     )
-    parser.add_argument("--image-token", default="<image>", metavar="TOKEN", help="reused if the tokenizer knows it")
+    parser.add_argument("--image-token", default="<image>", metavar="TOKEN", help="reused if the tokenizer has it")
     parser.add_argument(
-        "--chat-template", metavar="NAME", help="chatml, vicuna or a file (default: the language model's own)"
+        "--chat-template", metavar="NAME", help="chatml, vicuna or a file (default: the language model's)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the projector's weights (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the projector's random weights (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Assembles the model, saves it whole or not at all, and prints what it is."""
+    """Assembles and saves the model, and prints a summary."""
     from transformers.utils import logging
 
     from ms_resampler.assembly import init, parameter_table

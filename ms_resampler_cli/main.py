@@ -1,7 +1,7 @@
 """The command `ms-resampler`.
 
 A command is a module beside this one with `add_arguments(parser)` and `run(arguments) -> exit code`. It imports the
-library in `run`, so that the parser, which always holds all commands, is made in milliseconds and needs no extra.
+library in `run`, so that the parser of all commands is built in milliseconds and needs no extra.
 
 Exit codes: 0 done, 1 an unexpected error, 2 wrong usage or bad input, 130 interrupted.
 """
@@ -36,24 +36,24 @@ from . import (
 )
 from .errors import sentence_for
 
-# The module and the line of help of each command.
+# The module and the help line of each command.
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "demo": (demo, "open a page on which you ask about a picture and see where the model looked"),
     "chat": (chat, "ask about one or several pictures, here in the terminal"),
     "export": (export, "copy a checkpoint with its code into a folder that loads anywhere"),
     "init": (init, "assemble a model from a vision tower and a language model"),
     "data": (data, "check training data before training on them"),
-    "convert": (convert, "bring a LLaVA-style checkpoint, or take yours to LLaVA's layout"),
+    "convert": (convert, "convert a LLaVA-style checkpoint to this format, or yours to LLaVA's"),
     "card": (card, "write a checkpoint's model card from its results, or check it"),
     "push": (push, "publish a checkpoint, its code and its card on the Hub"),
     "push-space": (push_space, "publish the demo of a published checkpoint as a Space"),
-    "pull": (pull, "download a checkpoint from the Hub, checked"),
-    "verify": (verify, "check a checkpoint on the Hub: files, hashes, whose code it runs"),
-    "train": (train, "run a training recipe, and measure what it made"),
-    "merge": (merge, "fold a run's adapters into a whole model"),
+    "pull": (pull, "download a checkpoint from the Hub and check it"),
+    "verify": (verify, "check a checkpoint on the Hub: files, hashes and code"),
+    "train": (train, "train a model with a recipe"),
+    "merge": (merge, "merge a run's adapters into a whole model"),
     "evaluate": (evaluate, "score models on public benchmarks and suites of your own"),
     "pictures": (pictures, "build a suite of questions about pictures from free packages"),
-    "plan": (plan, "tell what a recipe takes of memory and time, before it runs"),
+    "plan": (plan, "estimate the memory and time of a recipe"),
 }
 if (Path(__file__).parents[1] / "research" / "study").is_dir():  # in a checkout, not in an installed package
     COMMANDS["study"] = study, "train every projector under the same conditions, and compare them"
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader, `head` say, has read enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -85,13 +85,15 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="ms-resampler", description="The multi-scope visual resampler.")
     parser.add_argument("--version", action="version", version=metadata.version("ms-resampler"))
-    parser.add_argument("--debug", action="store_true", help="show the trace of every error, also of a command's")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, help_line) in COMMANDS.items():
         command = commands.add_parser(name, help=help_line, description=f"{help_line[0].upper()}{help_line[1:]}.")
         module.add_arguments(command)
-        # Taken after the command, too; it sets nothing there unless it is given.
-        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show errors with a trace")
+        # Also accepted after the command, without a default that would override the first.
+        command.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show errors with a traceback"
+        )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""`ms-resampler merge`: folds the adapters of a run into a whole model."""
+"""`ms-resampler merge`: merges the adapters of a run into a whole model."""
 
 import argparse
 from pathlib import Path
@@ -7,8 +7,8 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `merge`."""
     parser.add_argument("run", type=Path, help="folder of a run with adapters (or its folder `adapter`)")
-    parser.add_argument("out", type=Path, help="where to put the whole model: a new folder")
-    parser.add_argument("--model", help="the model that the run started from, if it has moved since")
+    parser.add_argument("out", type=Path, help="new folder for the whole model")
+    parser.add_argument("--model", help="the model that the run started from, if it has moved")
 
 
 def run(arguments: argparse.Namespace) -> int:

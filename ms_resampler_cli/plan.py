@@ -1,4 +1,4 @@
-"""`ms-resampler plan`: tells what a recipe takes of memory and time."""
+"""`ms-resampler plan`: estimates the memory and time of a recipe."""
 
 import argparse
 
@@ -7,18 +7,20 @@ from .train import LAUNCHERS, add_recipe_changes, changed_recipe
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `plan`."""
-    parser.add_argument("recipe", metavar="RECIPE", help="its name: see ms-resampler train --list")
+    parser.add_argument("recipe", metavar="RECIPE", help="name of the recipe: see ms-resampler train --list")
     parser.add_argument("--model", help="folder or Hub name of the model; only its configuration is read")
-    parser.add_argument("--vision", help="instead of a model: folder or Hub name of a vision tower")
-    parser.add_argument("--llm", help="and of a language model")
-    parser.add_argument("--visual-tokens", type=int, default=144, help="of these two (default: 144)")
+    parser.add_argument("--vision", help="instead of --model: folder or Hub name of a vision tower")
+    parser.add_argument("--llm", help="with --vision: folder or Hub name of a language model")
+    parser.add_argument(
+        "--visual-tokens", type=int, default=144, help="visual tokens per image for --vision and --llm (default: 144)"
+    )
     parser.add_argument("--gpus", type=int, default=1, help="devices over all machines (default: 1)")
     parser.add_argument("--memory", type=float, default=80, help="GB of each device (default: 80)")
     parser.add_argument("--launcher", choices=LAUNCHERS, help="default: ddp for one device, fsdp2 for several")
     parser.add_argument("--device-batch-size", type=int, help="records on a device at a time")
-    parser.add_argument("--length", type=int, help="tokens of a record (default: the longest the recipe takes)")
-    parser.add_argument("--records", type=int, help="of the data, for the time of the whole run")
-    parser.add_argument("--measure", action="store_true", help="run a few steps here, with random weights")
+    parser.add_argument("--length", type=int, help="tokens of a record (default: the recipe's longest)")
+    parser.add_argument("--records", type=int, help="records in the data, for the time of the whole run")
+    parser.add_argument("--measure", action="store_true", help="time a few steps here, with random weights")
     add_recipe_changes(parser)
 
 

@@ -17,37 +17,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--show", action="store_true", help="print the complete recipe with your changes, and stop")
     parser.add_argument("--launcher", choices=LAUNCHERS, help="print the path of accelerate's settings, and stop")
     parser.add_argument("--model", help="folder or Hub name of the model to train")
-    parser.add_argument("--data", help="conversations: .json, .jsonl, parquet or arrow, a folder or a Hub repository")
-    parser.add_argument("--images", type=Path, help="the folder that the data's image names start from")
-    parser.add_argument("--split", default="train", help="of a table (default: %(default)s)")
-    parser.add_argument("--streaming", action="store_true", help="read a table as it comes, without storing it")
-    parser.add_argument("--out", type=Path, help="where to work; the result is OUT/model (default: runs/RECIPE)")
+    parser.add_argument(
+        "--data", help="conversations: .json, .jsonl, parquet or arrow file, a folder, or a Hub repository"
+    )
+    parser.add_argument("--images", type=Path, help="folder that image paths in the data are relative to")
+    parser.add_argument("--split", default="train", help="split of a table (default: %(default)s)")
+    parser.add_argument("--streaming", action="store_true", help="read a table without storing it")
+    parser.add_argument("--out", type=Path, help="folder of the run; the result is OUT/model (default: runs/RECIPE)")
     parser.add_argument("--report-to", choices=["none", "trackio", "tensorboard"], default="none")
     parser.add_argument("--device-batch-size", type=int, help="records on a device at a time (default: at most 16)")
     add_recipe_changes(parser)
     tiny = parser.add_argument_group("for the recipe tiny")
     tiny.add_argument("--scenes", type=int, default=400, help="held-out scenes to evaluate on (default: 400)")
     tiny.add_argument(
-        "--projector", metavar="KIND", help="train another projector, avg_pool say, in the embedded checkpoint"
+        "--projector", metavar="KIND", help="train another projector, such as avg_pool, in the embedded checkpoint"
     )
-    tiny.add_argument("--embed", action="store_true", help="make the result the checkpoint in this package")
+    tiny.add_argument("--embed", action="store_true", help="copy the result into this package")
 
 
 def add_recipe_changes(parser: argparse.ArgumentParser) -> None:
     """Declares the few fields of a recipe that the command line changes."""
     changes = parser.add_argument_group("changes to the recipe")
-    changes.add_argument("--steps", type=int, help="instead of the recipe's epochs; for tiny, the most a stage")
+    changes.add_argument("--steps", type=int, help="steps instead of the recipe's epochs; for tiny, the most per stage")
     changes.add_argument("--epochs", type=float)
-    changes.add_argument("--batch-size", type=int, help="records a step, over all devices")
+    changes.add_argument("--batch-size", type=int, help="records per step, over all devices")
     changes.add_argument(
         "--learning-rate",
         nargs="+",
         metavar="[PART=]RATE",
-        help=f"of all parts that learn, or of one of {', '.join(PARTS)}; `PART=frozen` freezes it",
+        help=f"of all trained parts, or of one of {', '.join(PARTS)}; `PART=frozen` freezes it",
     )
-    changes.add_argument("--max-length", type=int, help="tokens of the longest record")
+    changes.add_argument("--max-length", type=int, help="longest record, in tokens")
     changes.add_argument(
-        "--truncate", action="store_true", default=None, help="cut what is longer, which is bad otherwise"
+        "--truncate", action="store_true", default=None, help="shorten longer records, which are bad otherwise"
     )
     changes.add_argument("--shuffle-buffer", type=int, metavar="N", help="records of a stream shuffled at a time")
     changes.add_argument("--save-steps", type=int, help="steps from one checkpoint to the next")
@@ -58,7 +60,7 @@ def add_recipe_changes(parser: argparse.ArgumentParser) -> None:
         "--liger",
         action="store_true",
         default=None,
-        help="Liger's fused loss, which keeps no logits (needs a GPU, or Triton's interpreter)",
+        help="use Liger's fused loss, which stores no logits (needs a GPU)",
     )
     changes.add_argument("--seed", type=int)
 
@@ -95,15 +97,17 @@ def changed_recipe(arguments: argparse.Namespace) -> Any:
 
 
 def changed_rates(rates: Any, changes: list[str]) -> Any:
-    """["1e-4", "tower=2e-6", "llm=frozen"]: all that learn at 1e-4, the tower, too, at its own rate, and no LLM."""
+    """["1e-4", "tower=2e-6", "llm=frozen"]: all trained parts at 1e-4, the tower at its own rate, no LLM."""
     for change in changes:
         part, _, value = change.rpartition("=")
         try:
             rate = None if value == "frozen" else float(value)
         except ValueError:
-            raise ValueError(f"{change!r} is no learning rate: write 1e-4, projector=1e-4 or tower=frozen.") from None
+            raise ValueError(
+                f"{change!r} is not a learning rate: write 1e-4, projector=1e-4 or tower=frozen."
+            ) from None
         if part and part not in PARTS:
-            raise ValueError(f"{part!r} is no part of a model: the parts are {', '.join(PARTS)}.")
+            raise ValueError(f"{part!r} is not a part of a model: the parts are {', '.join(PARTS)}.")
         chosen = [part] if part else [name for name, old in vars(rates).items() if old is not None]
         rates = dataclasses.replace(rates, **dict.fromkeys(chosen, rate))
     return rates
@@ -135,7 +139,9 @@ def run_tiny(arguments: argparse.Namespace) -> None:
     """Trains the embedded checkpoint again, or another projector in it."""
     for name in ("model", "data", "images", "learning_rate", "batch_size", "epochs"):
         if getattr(arguments, name) is not None:
-            raise ValueError(f"The recipe tiny makes its own model and data: it takes no --{name.replace('_', '-')}.")
+            raise ValueError(
+                f"The recipe tiny has its own model and data: it does not accept --{name.replace('_', '-')}."
+            )
     options = {"scenes": arguments.scenes, "steps": arguments.steps, "seed": arguments.seed or 0}
     if arguments.projector is None:
         from ms_resampler.tiny.stages import train_tiny

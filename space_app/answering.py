@@ -1,7 +1,6 @@
-"""From pictures and a question to visual tokens, scope maps and a streamed answer.
+"""Turns pictures and a question into visual tokens, scope maps and a streamed answer.
 
-The model is loaded by the Auto classes of transformers, with the code that lies beside its weights: this is
-what a stranger does with it.
+The model is loaded by transformers' Auto classes with the code in its own folder, as any user would load it.
 """
 
 import math
@@ -34,15 +33,15 @@ try:
 except ImportError:
     spaces = None
 
-KEPT_PIXELS = 1024  # a side of a picture that is kept for its maps, which are shown smaller
-READINGS = 8  # what the projector made of the pictures of as many questions is kept for the next one about them
+KEPT_PIXELS = 1024  # longest side of a stored picture; maps are shown smaller
+READINGS = 8  # number of sets of pictures whose visual tokens are kept for later questions
 
 
 @dataclass(frozen=True)
 class ScopeMaps:
-    """What the projector did with one picture: S scopes, M visual tokens in a grid, N patches in a grid.
+    """The projector's result for one picture: S scopes, M visual tokens in a grid, N patches in a grid.
 
-    picture is what the model saw (cropped and scaled); weights (S, M) sum to one over the scopes, attentions
+    picture is the model's input (cropped and scaled); weights (S, M) sum to one over the scopes, attentions
     (S, M, N) over the patches; grids are (rows, columns). S is 0 for a projector without scopes.
     """
 
@@ -60,7 +59,7 @@ class ScopeMaps:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Model inputs, on the CPU, and the pictures that they were made from."""
+    """Model inputs, on the CPU, and their pictures."""
 
     inputs: Any
     pictures: list[Image.Image]
@@ -68,10 +67,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Step:
-    """An answer as far as it has grown, and the milliseconds since the model began.
+    """A partial answer, and the milliseconds since the model started.
 
-    Of these, tower and projector took `reading`; 0 if they had read the pictures for a question before. The first
-    step, taken with the first token, brings the maps of the pictures.
+    Tower and projector took `reading` of these; 0 if the pictures' tokens were kept from an earlier question. The first
+    step, at the first token, has the maps of the pictures.
     """
 
     text: str
@@ -81,54 +80,54 @@ class Step:
 
 
 class Stop(StoppingCriteria):
-    """Ends a generation before its next token, once the event is set."""
+    """Stops a generation before its next token once the event is set."""
 
     def __init__(self, event: Event):
         self.event = event
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """True for every row of the batch when it is time to stop."""
+        """True for every row of the batch once the event is set."""
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
 def on_gpu(function: Callable) -> Callable:
-    """The function as ZeroGPU runs it; itself, where there is no such thing."""
+    """The function decorated for ZeroGPU; unchanged elsewhere."""
     return spaces.GPU(function) if spaces else function
 
 
 class Answerer:
-    """A model and its processor, asked; of questions it keeps how it read the last pictures, until told to forget."""
+    """Answers questions with a model and its processor; keeps the visual tokens of the last pictures until cleared."""
 
     def __init__(self, model: Any, processor: Any, name: str):
         self.model, self.processor, self.name = model, processor, name
         self.readings: OrderedDict[bytes, tuple[Any, list[ScopeMaps]]] = OrderedDict()
-        # ZeroGPU runs these in a process of its own: bound here, so that the model need not travel with each call.
+        # ZeroGPU runs these in a separate process: bound here, so that the model is not sent with each call.
         self.reply, self.look, self.attend = on_gpu(self.reply), on_gpu(self.look), on_gpu(self.attend)
 
     @property
     def scopes(self) -> list[str]:
-        """Names of the scopes; none for a projector without scopes."""
+        """Names of the scopes; empty for a projector without scopes."""
         return list(self.model.config.projector_config.scope_names)
 
     @property
     def patches(self) -> int:
-        """Patches of a picture of the tower's own size."""
+        """Patches of a picture of the tower's native size."""
         rows, columns = self.model.config.native_patch_grid
         return rows * columns
 
     @property
     def trained_budget(self) -> int:
-        """Visual tokens a picture, unless asked otherwise."""
+        """Default number of visual tokens per picture."""
         budget = self.model.config.projector_config.visual_tokens
         return budget if isinstance(budget, int) else math.prod(budget)
 
     def budgets(self) -> list[int]:
-        """Numbers of visual tokens to offer: of the grids that have the patches' proportions, and its own."""
+        """Numbers of visual tokens to offer: grids with the patches' proportions, and the default."""
         rows, columns = self.model.config.native_patch_grid
         return sorted({n * max(1, round(n * columns / rows)) for n in range(1, rows + 1)} | {self.trained_budget})
 
     def prepare(self, turns: list[dict], pictures: list[Image.Image], settings: Settings) -> Prompt:
-        """Model inputs of a conversation. Raises Refusal if this model cannot be asked like that."""
+        """Model inputs for a conversation. Raises Refusal if this model does not support it."""
         if settings.system_prompt:
             system = {"role": "system", "content": [{"type": "text", "text": settings.system_prompt}]}
             turns = [system, *turns]
@@ -155,12 +154,12 @@ class Answerer:
         return Prompt(inputs, pictures)
 
     def _room(self, inputs: Any) -> int:
-        """Tokens that an answer may have before the model's positions end."""
+        """The longest answer that fits the model's positions, in tokens."""
         return getattr(self.model.config.text_config, "max_position_embeddings", 2**20) - inputs["input_ids"].shape[1]
 
     def encode(self, prompt: Prompt) -> tuple[dict, Any, list[ScopeMaps], float]:
-        """Inputs without pixels on the model's device, its visual tokens, the maps of how they came about, and the
-        milliseconds that this took; 0 if the pictures were read before, at the same budget.
+        """Inputs without pixels on the model's device, the visual tokens, their maps, and the milliseconds that this
+        took; 0 if the tokens were kept from before, at the same budget.
         """
         text = self.processor.tokenizer.model_input_names
         key = fingerprint({name: value for name, value in prompt.inputs.items() if name not in text})
@@ -176,7 +175,7 @@ class Answerer:
         return {name: inputs[name] for name in inputs if name in text}, *reading, milliseconds
 
     def forget(self) -> None:
-        """Drops what was kept of pictures: of everybody's, who will at worst wait a little longer."""
+        """Drops the kept visual tokens of all visitors, who at worst wait a little longer."""
         self.readings.clear()
 
     @torch.inference_mode()
@@ -184,7 +183,7 @@ class Answerer:
         """Visual tokens and maps of pictures."""
         try:
             features = self.model.get_image_features(**pixels, output_scopes=bool(self.scopes), return_dict=True)
-        except ValueError as error:  # a projector whose budget is fixed
+        except ValueError as error:  # a projector with a fixed budget
             raise Refusal(escape(str(error))) from error
         return features, [self._maps_of(features, number, pixels, picture) for number, picture in enumerate(pictures)]
 
@@ -200,7 +199,7 @@ class Answerer:
         return ScopeMaps(seen, weights, attentions, token_grid, patch_grid)
 
     def look(self, pictures: list[Image.Image], settings: Settings) -> list[ScopeMaps]:
-        """The maps of pictures alone: they do not depend on the question."""
+        """The maps of pictures, which do not depend on the question."""
         content = [{"type": "image", "image": picture} for picture in pictures]
         return self.encode(self.prepare([{"role": "user", "content": content}], pictures, settings))[2]
 
@@ -210,7 +209,7 @@ class Answerer:
         return attended_words(self.model, self.processor.tokenizer, inputs["input_ids"], features, answer)
 
     def reply(self, prompt: Prompt, settings: Settings) -> Iterator[Step]:
-        """The answer as it grows. Closing this iterator stops the generation, which runs in a thread of its own."""
+        """Streams the answer. Closing this iterator stops the generation, which runs in a separate thread."""
         started = time.perf_counter()
         inputs, features, maps, reading = self.encode(prompt)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -226,7 +225,7 @@ class Answerer:
                     max_new_tokens=min(settings.max_new_tokens, self._room(inputs)),
                     **sampling(settings),
                 )
-            except Exception as error:  # handed to the reader of the stream, below
+            except Exception as error:  # raised to the reader of the stream, below
                 failures.append(error)
                 streamer.end()
 
@@ -244,7 +243,7 @@ class Answerer:
 
 
 def fingerprint(pixels: dict[str, torch.Tensor]) -> bytes:
-    """Of pixels and budget: equal for equal ones."""
+    """A hash of pixels and budget."""
     digest = sha256()
     for name, value in sorted(pixels.items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
@@ -253,7 +252,7 @@ def fingerprint(pixels: dict[str, torch.Tensor]) -> bytes:
 
 
 def sampling(settings: Settings) -> dict[str, Any]:
-    """How `generate` is to choose tokens."""
+    """Sampling options of `generate`."""
     if settings.temperature == 0:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
@@ -267,15 +266,15 @@ def load(model_id: str, revision: str | None = None) -> Answerer:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.eval().to(device)
-    if hasattr(model, "pack_weights"):  # code that was saved with earlier weights has no such method
+    if hasattr(model, "pack_weights"):  # code saved with earlier weights lacks this method
         model.pack_weights()
     return Answerer(model, processor, model_id.rstrip("/").rsplit("/", 1)[-1])
 
 
 def seen_picture(image_processor: Any, pixels: torch.Tensor, picture: Image.Image) -> Image.Image:
-    """The picture as the model saw it, cropped and scaled, so that maps lie on it exactly.
+    """The picture as the model saw it, cropped and scaled, so that maps match it exactly.
 
-    Towers that take patches instead of pixels (SigLIP 2) see the whole picture, of which a small copy is kept.
+    Towers that take patches instead of pixels (SigLIP 2) see the whole picture; a small copy is kept.
     """
     if pixels.ndim != 3:
         small = picture.copy()

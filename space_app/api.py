@@ -18,7 +18,7 @@ log = logging.getLogger("ms_resampler.space")
 
 @contextmanager
 def errors_in_a_sentence() -> Iterator[None]:
-    """Whatever goes wrong reaches the caller as one sentence, without a trace."""
+    """Turns any error into one sentence for the caller, without a traceback."""
     try:
         yield
     except Refusal:
@@ -29,7 +29,7 @@ def errors_in_a_sentence() -> Iterator[None]:
 
 
 class Api:
-    """The endpoints around one model; nothing is kept between calls."""
+    """The endpoints for one model; nothing is kept between calls."""
 
     def __init__(self, answerer: Answerer):
         self.answerer = answerer
@@ -68,7 +68,7 @@ class Api:
             return {"scopes": self.answerer.scopes, "images": [in_json(one) for one in maps]}
 
     def build(self) -> None:
-        """Adds the endpoints; what they take is shown nowhere on the page."""
+        """Adds the endpoints; their inputs are not shown on the page."""
         with gr.Row(visible=False):
             images = gr.File(label="images", file_count="multiple")
             question = gr.Textbox(label="question")

@@ -24,22 +24,22 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when Gradio i
 if all(Path(os.environ.get(name) or ".").is_dir() for name in ("MODEL_ID", "COMPARE_MODEL_ID")):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 if not os.environ.get("GRADIO_TEMP_DIR"):
-    # Of this process alone: Gradio names uploads by their content, and deletes its own when it ends, so that two apps
-    # with one folder would take each other's pictures away.
+    # A folder for this process only: Gradio names uploads by their content and deletes its own when it ends, so that
+    # two apps with one folder would delete each other's pictures.
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="ms-resampler-uploads-")
     atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
-gc.disable()  # what is imported is no garbage, and looking for some is a quarter of the start
+gc.disable()  # garbage collection would take a quarter of the start-up time
 
 
 def file_of(thing: Any, getfile: Callable[[Any], str] = inspect.getfile) -> str:
-    """As inspect.getfile, but Gradio's components have none, so that it does not write type stubs of them all."""
+    """As inspect.getfile, but fails for Gradio's components, so that Gradio writes no type stubs for them."""
     if getattr(thing, "__module__", "").startswith("gradio."):
         raise OSError("no stub")
     return getfile(thing)
 
 
-with patch("inspect.getfile", file_of):  # half of the seconds that importing Gradio takes
+with patch("inspect.getfile", file_of):  # half of the time of importing Gradio
     import gradio as gr
 
 from answering import Answerer, load
@@ -54,9 +54,9 @@ gc.freeze()  # nor will it be
 gc.enable()
 
 QUEUE_LENGTH = 32
-DELETE_CACHE = (300, 3600)  # seconds between looks at the uploads, and of the age at which they are deleted
-SESSIONS = 64  # of visitors, that Gradio keeps what it needs to serve them of: about a megabyte each
-# What Gradio leaves nameless for screen readers: the box, its Stop button, the pictures in chat and box.
+DELETE_CACHE = (300, 3600)  # seconds between checks of the uploads, and the age at which they are deleted
+SESSIONS = 64  # visitors whose state Gradio keeps, about a megabyte each
+# Labels for screen readers that Gradio lacks: the box, its Stop button, the pictures in chat and box.
 NAMES_SCRIPT = """() => {
   const name = () => {
     document.querySelectorAll('.ask textarea').forEach(box => box.setAttribute('aria-label', 'Your question'));
@@ -72,12 +72,12 @@ NAMES_SCRIPT = """() => {
 
 
 def about_the_model() -> dict[str, Any]:
-    """Notes on what models can do, by their names, and the example scenes with their questions."""
+    """Notes on models' abilities, by model name, and the example scenes with their questions."""
     return json.loads((EXAMPLES / "examples.json").read_text())
 
 
 def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
-    """The pages and the API around a model, and a second one to compare it with."""
+    """The pages and the API for a model, and a second one to compare it with."""
     about = about_the_model()
     with gr.Blocks(title="MS-Resampler", analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE) as demo:
         header(about["models"].get(answerer.name, ""))
@@ -93,16 +93,16 @@ def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
 
 
 def launch_options() -> dict[str, Any]:
-    """How the page is served: its looks, its limits, and nothing sent or remembered."""
+    """How the page is served: theme, limits, and no analytics."""
     return {
         "theme": gr.themes.Base(
             primary_hue="neutral",
             neutral_hue="neutral",
             radius_size="md",
-            # Gradio brings this font along; the semi-bold it brings has no Latin letters.
+            # Gradio includes this font; its semi-bold has no Latin letters.
             font=[gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"],
             font_mono=["ui-monospace", "monospace"],
-        ).set(  # greys that can be read: Gradio's own are too pale on white
+        ).set(  # readable greys: Gradio's are too pale on white
             body_text_color_subdued="*neutral_600",
             body_text_color_subdued_dark="*neutral_400",
             input_placeholder_color="*neutral_500",
@@ -121,7 +121,7 @@ def launch_options() -> dict[str, Any]:
 
 
 def loaded(name: str) -> Answerer | None:
-    """The model that the variables NAME_ID and NAME_REVISION name, if they do. Exits if it cannot be loaded."""
+    """The model that the variables NAME_ID and NAME_REVISION specify, if set. Exits if it cannot be loaded."""
     model_id = os.environ.get(f"{name}_ID")
     if not model_id:
         return None
@@ -132,7 +132,7 @@ def loaded(name: str) -> Answerer | None:
 
 
 def main() -> None:
-    """Loads the model that MODEL_ID names, and the one to compare with, and serves the page."""
+    """Loads the model of MODEL_ID and the one to compare with, and serves the page."""
     answerer = loaded("MODEL")
     if answerer is None:
         raise SystemExit("Set MODEL_ID to a folder or a Hub repository with an MS-Resampler model.")

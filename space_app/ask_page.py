@@ -1,4 +1,4 @@
-"""The page on which one asks: the chat on one side, what each scope saw on the other."""
+"""The Ask page: the chat on one side, what each scope looked at on the other."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -17,16 +17,16 @@ log = logging.getLogger("ms_resampler.space")
 SORRY = "Something went wrong here; please try again, or try another picture."
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
 UNSEEN = {"show_progress": "hidden", "api_visibility": "private"}
-# Who waits sees the place in the queue.
+# Waiting visitors see their place in the queue.
 QUEUED = {"show_progress": "minimal", "api_visibility": "private", **ONE_AT_A_TIME}
-# A photograph goes into the box without a look at the server.
+# A photograph goes into the box without a server call.
 TAKE_PHOTOGRAPH = """(photograph, box) => photograph
   ? [null, {text: box?.text || '', files: [...(box?.files || []), photograph]}] : [photograph, box]"""
 
 
 @contextmanager
 def warnings_in_a_sentence() -> Iterator[None]:
-    """Whatever goes wrong is shown beside the page as one sentence, without a trace; the page stays as it is."""
+    """Shows any error as one sentence, without a traceback; the page does not change."""
     try:
         yield
     except Refusal as refusal:
@@ -37,37 +37,37 @@ def warnings_in_a_sentence() -> Iterator[None]:
 
 
 class AskPage:
-    """The events of the page around one model; the page itself keeps nothing between calls."""
+    """The page's events for one model; the server keeps no state of the page between calls."""
 
     def __init__(self, answerer: Answerer, scenes: list[dict[str, Any]]):
         self.answerer, self.scenes = answerer, scenes
 
     def submit(self, message: dict, history: list[dict], *settings: Any) -> Iterator[tuple]:
-        """A question typed in the page."""
+        """Answers a question typed in the page."""
         yield from self.answer(lambda: [*history, user_turn(message["text"], message["files"], history)], settings)
 
     def choose(self, history: list[dict], event: gr.EventData, *settings: Any) -> Iterator[tuple]:
-        """An example picked in the page: its question is asked at once."""
+        """Asks the question of an example at once."""
         scene = self.scenes[event.scene]
         yield from self.submit(
             {"text": scene["question"], "files": [str(EXAMPLES / scene["file"])]}, history, *settings
         )
 
     def retry(self, history: list[dict], *settings: Any) -> Iterator[tuple]:
-        """The last question is asked again, and its answer is taken back."""
+        """Asks the last question again, and replaces its answer."""
         yield from self.answer(lambda: history[: last_question(history) + 1], settings)
 
     def take_back(self, history: list[dict]) -> tuple[list[dict], gr.MultimodalTextbox]:
-        """The last question goes back into the box with its pictures, to be asked in other words."""
+        """Puts the last question with its pictures back into the box, to be edited."""
         place = last_question(history)
         message = {"text": text_of(history[place]), "files": pictures_of(history[place])}
         return history[:place], box_update(answering=False, value=message)
 
     def answer(self, asked: Callable[[], list[dict]], settings: tuple) -> Iterator[tuple]:
-        """Yields the chat, the box to type in and the scope view, as the answer to the last question grows.
+        """Yields the chat, the input box and the scope view while the last question is answered.
 
-        What cannot be asked leaves all three as they are. The view comes again with every word, though only what
-        changes is sent: a slow page shows the latest of several values, and would miss one that comes once.
+        A refused question leaves all three unchanged. The view is yielded with every word, because a slow page shows
+        only the latest of several values and would miss a single one; only changes are sent.
         """
         prompt = None
         with warnings_in_a_sentence():
@@ -87,7 +87,7 @@ class AskPage:
         yield gr.skip(), box_update(answering=False), view
 
     def words(self, history: list[dict], event: gr.EventData) -> dict[str, Any]:
-        """The words of an answer, for the view that asks for them."""
+        """The words of an answer, requested by the view."""
         number = event.number
         with warnings_in_a_sentence():
             wanted = checked(event.visual_tokens, event.system_prompt, 0, 1, 1)
@@ -101,7 +101,7 @@ class AskPage:
         return {"number": number, "words": []}
 
     def build(self) -> None:
-        """Lays the page out and connects it."""
+        """Builds the page and connects its events."""
         with gr.Row(elem_classes="page"):
             with gr.Column(scale=6, min_width=320, elem_classes="talk"):
                 chatbot = gr.Chatbot(
@@ -137,7 +137,7 @@ class AskPage:
         ]
         chatbot.undo(self.take_back, chatbot, [chatbot, box], **UNSEEN)
         box.stop(lambda: box_update(answering=False), None, box, cancels=asked, **UNSEEN)
-        # First the answer is cancelled, then all is emptied: its last words must not arrive afterwards.
+        # First cancels the answer, then clears everything, so that its last words do not arrive afterwards.
         cleared = chatbot.clear(None, cancels=asked)
         cleared.then(self.answerer.forget, **UNSEEN)
         cleared.then(lambda: ([], box_update(answering=False, value=None), None), None, [chatbot, box, view], **UNSEEN)

@@ -1,4 +1,4 @@
-"""The page on which two budgets, or two models, answer the same question about the same pictures, side by side."""
+"""The Compare page: two budgets, or two models, answer the same question about the same pictures side by side."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,13 +22,13 @@ from settings import Settings, checked
 
 
 class ComparePage:
-    """The events of the page around two models, which may be one and the same."""
+    """The page's events for two models, which may be the same."""
 
     def __init__(self, one: Answerer, other: Answerer, scenes: list[dict[str, Any]], note: str | None = None):
         self.sides, self.scenes, self.note = (one, other), scenes, note
 
     def compare(self, message: dict, second: int, *budgets: Any) -> Iterator[tuple]:
-        """Yields the box, then answer and view of one side, and of the other, one after the other.
+        """Yields the box, then answer and view of one side, then of the other.
 
         The other side is the model with the number `second`.
         """
@@ -52,16 +52,16 @@ class ComparePage:
         yield box_update(answering=False), *shown
 
     def choose(self, event: gr.EventData, second: int, *budgets: Any) -> Iterator[tuple]:
-        """An example picked in the page: it is put into the box, and compared at once."""
+        """Puts an example into the box, and compares at once."""
         scene = self.scenes[event.scene]
         message = {"text": scene["question"], "files": [str(EXAMPLES / scene["file"])]}
         yield gr.MultimodalTextbox(value=message), *[gr.skip()] * 4
         yield from self.compare(message, second, *budgets)
 
     def switch(self, second: int) -> tuple[gr.MultimodalTextbox, gr.Textbox, gr.HTML, gr.HTML]:
-        """The box, and the other side's answer, view and budget, for another model: empty, and as that model has them.
+        """Resets the box and the other side's answer, view and budget for another model.
 
-        Ends a comparison on the page, which was of the model before.
+        Ends a running comparison, which used the previous model.
         """
         side = self.sides[second]
         return (
@@ -72,13 +72,13 @@ class ComparePage:
         )
 
     def second_budget(self, second: int) -> int:
-        """The other side's budget to begin with: the model's own, or about half if both sides are the same model."""
+        """The other side's initial budget: the model's default, or about half if both sides are the same model."""
         side = self.sides[second]
         same = side is self.sides[0]
         return nearest(side.budgets(), side.trained_budget / 2) if same else side.trained_budget
 
     def build(self) -> None:
-        """Lays the page out and connects it."""
+        """Builds the page and connects its events."""
         one, other = self.sides
         names = ("A", "B") if one is other else (f"A: {one.name}", f"B: {other.name}")
         with gr.Row(elem_classes="page"):
@@ -107,7 +107,7 @@ class ComparePage:
             box.submit(self.compare, [box, second, *budgets], **page),
             scenes.choose(self.choose, [second, *budgets], **page),
         ]
-        # First the comparison is cancelled: its last words must not arrive under another model's name.
+        # First cancels the comparison, so that its last words do not appear under another model's name.
         switched = second.change(None, cancels=asked)
         switched.then(self.switch, second, [box, *shown[2:], budgets[1]], **UNSEEN)
         box.stop(lambda: box_update(answering=False), None, box, cancels=asked, **UNSEEN)

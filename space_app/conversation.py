@@ -1,4 +1,4 @@
-"""The chat as Gradio keeps it, in the browser, and as a model's processor takes it."""
+"""Converts the chat between Gradio's form, kept in the browser, and that of the processor."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ from pictures import Refusal, check_count, open_picture
 from PIL import Image
 
 MAX_QUESTION_CHARACTERS = 500
-PENDING = "…"  # stands for an answer that has no words yet, or was stopped before it had any
+PENDING = "…"  # shown for an answer that has no words yet, or was stopped before the first
 
 
 def user_turn(text: str | None, files: list[str] | None, history: list[dict]) -> dict:
-    """A question, with the pictures that it brings. Raises Refusal if it cannot be asked."""
+    """A question with its pictures, as turns of the chat. Raises Refusal if it cannot be asked."""
     files = files or []
     check_count(files, has_earlier_picture=any(pictures_of(turn) for turn in history))
     question = check_question(text)
@@ -33,7 +33,7 @@ def check_question(text: str | None) -> str:
 
 
 def assistant_turn(text: str) -> dict:
-    """An answer, or what there is of it."""
+    """An answer, possibly partial."""
     return {"role": "assistant", "content": text or PENDING}
 
 
@@ -51,25 +51,25 @@ def text_of(turn: dict) -> str:
 
 
 def said_in(turn: dict) -> str:
-    """The words of a turn as a model is to read them: what stands for an answer is none."""
+    """The words of a turn for the model, without the placeholder of an empty answer."""
     text = text_of(turn)
     return "" if turn["role"] == "assistant" and text == PENDING else text
 
 
 def last_question(history: list[dict]) -> int:
-    """The place of the last question in the chat."""
+    """The index of the last question in the chat."""
     return max(place for place, turn in enumerate(history) if turn["role"] == "user")
 
 
 def answers_in(history: list[dict]) -> list[int]:
-    """The places of the answers in the chat."""
+    """The indices of the answers in the chat."""
     return [place for place, turn in enumerate(history) if turn["role"] == "assistant"]
 
 
 def topic(history: list[dict]) -> tuple[list[dict], list[Image.Image]]:
-    """The turns since the last question with pictures, as a processor takes them, and those pictures.
+    """The turns since the last question with pictures, in the processor's form, and those pictures.
 
-    A question with pictures begins a new topic; an answer that was stopped before its first word is empty there.
+    A question with pictures begins a new topic; an answer that was stopped before its first word is empty.
     Raises Refusal if none of the questions has a picture.
     """
     starts = [place for place, turn in enumerate(history) if pictures_of(turn)]

@@ -1,4 +1,4 @@
-"""The parts of the pages: their HTML and scripts around what Gradio brings."""
+"""The pages' elements: HTML and scripts around Gradio's components."""
 
 from html import escape
 from pathlib import Path
@@ -13,7 +13,7 @@ from settings import MAX_NEW_TOKENS, MAX_SYSTEM_CHARACTERS, MAX_TEMPERATURE, MIN
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE / "examples"
 VIEW_SCRIPT = "\n".join((HERE / name).read_text() for name in ("heat.js", "view_parts.js", "view.js"))
-# While the page writes an answer, a scene would write another one over it.
+# Ignored while an answer is being written, which another one would overwrite.
 EXAMPLES_SCRIPT = """
 element.addEventListener('click', event => {
   const scene = event.target.closest('[data-scene]');
@@ -21,7 +21,7 @@ element.addEventListener('click', event => {
   if (scene && !answering) trigger('choose', {scene: Number(scene.dataset.scene)});
 });
 """
-# Props change with the model. They are watched unnamed: what stands in quotes in a script, Gradio takes for an event.
+# Props change with the model. Their names are not quoted, because Gradio takes quoted words in a script for events.
 BUDGET_SCRIPT = """
 const range = element.querySelector('input'), out = element.querySelector('output');
 const show = () => {
@@ -44,7 +44,7 @@ WITHOUT_SCOPES = "The projector of this model, {}, has no scopes, so there are n
 
 
 def budget_slider(answerer: Answerer, budget: int, label: str, elem_id: str) -> gr.HTML:
-    """How many visual tokens a picture becomes, and what that saves; its value is the number."""
+    """A slider for the number of visual tokens per picture, which shows what that saves."""
     return gr.HTML(
         budget,
         html_template=f'<label><span>{escape(label)}</span><input type="range" min="0"></label><output></output>',
@@ -57,17 +57,17 @@ def budget_slider(answerer: Answerer, budget: int, label: str, elem_id: str) -> 
 
 
 def budget_props(answerer: Answerer) -> dict[str, Any]:
-    """What a budget's slider knows of a model."""
+    """The slider's properties for a model."""
     return {"budgets": answerer.budgets(), "patches": answerer.patches, "trained": answerer.trained_budget}
 
 
 def settings_panel() -> list[gr.components.Component]:
-    """System prompt and sampling, out of the way."""
+    """System prompt and sampling options, folded."""
     with gr.Accordion("More settings", open=False, elem_id="settings"):
         return [
             gr.Textbox(
                 label="System prompt",
-                placeholder="None: most answers are best without",
+                placeholder="None; most answers are best without",
                 lines=2,
                 max_length=MAX_SYSTEM_CHARACTERS,
             ),
@@ -77,9 +77,9 @@ def settings_panel() -> list[gr.components.Component]:
                 Settings.temperature,
                 step=0.05,
                 label="Temperature",
-                info="0 takes the likeliest word",
+                info="0 always takes the most likely token",
             ),
-            gr.Slider(MIN_TOP_P, 1, Settings.top_p, step=0.05, label="Top-p", info="With a temperature above 0"),
+            gr.Slider(MIN_TOP_P, 1, Settings.top_p, step=0.05, label="Top-p", info="Used with a temperature above 0"),
             gr.Slider(1, MAX_NEW_TOKENS, Settings.max_new_tokens, step=1, label="Longest answer, in tokens"),
         ]
 
@@ -93,7 +93,7 @@ def ask_box(elem_id: str) -> gr.MultimodalTextbox:
         sources=["upload"],
         file_types=["image"],
         file_count="multiple",
-        max_plain_text_length=10**6,  # what is longer Gradio attaches as a file; too long a question is refused instead
+        max_plain_text_length=10**6,  # Gradio attaches longer texts as a file; too long questions are refused instead
         html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
         elem_id=elem_id,
         elem_classes="ask",
@@ -101,7 +101,7 @@ def ask_box(elem_id: str) -> gr.MultimodalTextbox:
 
 
 def box_update(answering: bool, **changes: Any) -> gr.MultimodalTextbox:
-    """A change of the box: a Stop button stands in place of Send while an answer is written."""
+    """Shows a Stop button instead of Send while an answer is written."""
     return gr.MultimodalTextbox(submit_btn=not answering, stop_btn=answering, **changes)
 
 
@@ -121,13 +121,13 @@ def scope_view(answerer: Answerer, elem_id: str, name: str, plays: bool) -> gr.H
 
 
 def view_props(answerer: Answerer) -> dict[str, Any]:
-    """What a scope view knows of a model."""
+    """The scope view's properties for a model."""
     kind = answerer.model.config.projector_config.projector_type
     return {"scopes": scope_legend(answerer.scopes), "without_scopes": WITHOUT_SCOPES.format(kind)}
 
 
 def header(note: str) -> gr.HTML:
-    """The title, what the page shows, and what this model can be asked, if there is a note on that."""
+    """The title, an introduction, and a note on what this model can be asked, if there is one."""
     paragraph = f'<p class="quiet">{escape(note)}</p>' if note else ""
     return gr.HTML(
         "<h1>MS-Resampler</h1><p>Ask about a picture. The model reads it through a few <em>scopes</em>, from local "

@@ -1,4 +1,4 @@
-"""Pictures that people bring: judged by their headers, then opened upright and in RGB. And how a request is refused."""
+"""Visitors' pictures: checked by their headers, then opened upright and in RGB; the error that refuses a request."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 class Refusal(gr.Error):
     """One sentence for the person who asked: what is wrong with the question or the picture.
 
-    Gradio shows its own errors as they are, and ZeroGPU carries them out of its worker process.
+    A gradio.Error, which Gradio shows unchanged and ZeroGPU passes on from its worker process.
     """
 
     def __init__(self, message: str):
@@ -31,7 +31,7 @@ def check_count(paths: list[str], has_earlier_picture: bool = False) -> None:
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """An upright RGB picture; its header is judged before it is decoded. Raises Refusal if it cannot be used."""
+    """An upright RGB picture; its header is checked before it is decoded. Raises Refusal if it cannot be used."""
     try:
         if Path(path).stat().st_size > MAX_FILE_MEGABYTES * 2**20:
             raise Refusal(f"The file is larger than {MAX_FILE_MEGABYTES} MB; please choose a smaller one.")
@@ -40,7 +40,7 @@ def open_picture(path: str | Path) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise Refusal(TOO_MANY_PIXELS)
             return over_white(ImageOps.exif_transpose(image))
-    except Refusal:  # which is a ValueError, as all of Gradio's errors are
+    except Refusal:  # a ValueError, as all of Gradio's errors are
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise Refusal(TOO_MANY_PIXELS) from error

@@ -1,4 +1,4 @@
-"""What the page's scope view (view.js) is given to draw: maps and words, packed small."""
+"""The data that the page's scope view (view.js) draws: maps and words, packed."""
 
 import base64
 import io
@@ -11,26 +11,26 @@ from PIL import Image
 from settings import Settings
 from words import Word
 
-# Okabe and Ito's colours, which colour-blind people tell apart: a scope has the same one everywhere.
+# Okabe and Ito's palette, which colour-blind people can tell apart; a scope has the same colour everywhere.
 PALETTE = ("#E69F00", "#009E73", "#0072B2", "#D55E00", "#56B4E9")
 FUSED_COLOUR = "#AA3377"
 SHOWN_PIXELS = 384
 
 
 def scope_legend(names: list[str]) -> list[dict[str, str]]:
-    """Names and colours of a projector's scopes: a usual name has its colour in every model, others go by place."""
+    """Names and colours of a projector's scopes: common names have fixed colours, others are coloured by position."""
     usual = ["local", "regional", "global"]
     places = [usual.index(name) for name in names] if set(names) <= set(usual) else range(len(names))
     return [{"name": name, "colour": PALETTE[place % len(PALETTE)]} for name, place in zip(names, places, strict=True)]
 
 
 def view_value(scopes: list[str], step: Step, settings: Settings, number: int = 0) -> dict[str, Any]:
-    """The maps of an answer's first step; number says which answer of the conversation it is, from 0."""
+    """The maps of an answer's first step; `number` is the answer's index in the conversation."""
     return {
         "number": number,
         "scopes": scope_legend(scopes),
         "pictures": [picture_value(one) for one in step.maps or []],
-        "milliseconds": step.milliseconds,  # not rounded: Gradio does not tell the page of a value that stays the same
+        "milliseconds": step.milliseconds,  # not rounded, because Gradio does not send a value that has not changed
         "reading": step.reading,
         "asked": {"visual_tokens": settings.visual_tokens, "system_prompt": settings.system_prompt},
     }
@@ -49,7 +49,7 @@ def picture_value(maps: ScopeMaps) -> dict[str, Any]:
 
 
 def words_value(words: list[Word], number: int) -> dict[str, Any]:
-    """The words of an answer, each with the shares of its attention, which run on over the pictures."""
+    """The words of an answer, each with its attention over the visual tokens of all pictures."""
     return {
         "number": number,
         "words": [word.text for word in words],
@@ -76,7 +76,7 @@ def enlarge(picture: Image.Image) -> Image.Image:
 
 
 def data_url(picture: Image.Image) -> str:
-    """The picture inside an address, so that the page asks for nothing more."""
+    """The picture as a data URL, so that the page makes no further requests."""
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "WEBP", quality=90, method=2)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""How an answer is to be made, within limits."""
+"""Settings of an answer, and their limits."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ MOST_VISUAL_TOKENS = 2**16
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one answer; visual_tokens None is the model's own budget, temperature 0 takes the likeliest token."""
+    """Settings of one answer; visual_tokens None is the model's default, temperature 0 is greedy decoding."""
 
     visual_tokens: int | None = None
     system_prompt: str = ""

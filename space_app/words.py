@@ -13,10 +13,10 @@ from pictures import Refusal
 
 @dataclass(frozen=True)
 class Word:
-    """A word, and the shares of its attention (visual tokens of all pictures) that went to them.
+    """A word, and its attention to the visual tokens of all pictures.
 
-    The mean over the language model's layers and heads, and over the tokens of the word: what is missing to a sum
-    of one went to text.
+    The mean over the language model's layers and heads, and over the word's tokens; the rest of the attention, up to
+    one, went to text.
     """
 
     text: str
@@ -27,8 +27,8 @@ class Word:
 def attended_words(model: Any, tokenizer: Any, prompt: torch.Tensor, features: Any, answer: str) -> list[Word]:
     """The words of an answer to a prompt (1, L) whose pictures are encoded.
 
-    A word's attention is that of the places from which its tokens were predicted. The prompt goes through as it did
-    for the answer; only the answer's few rows of attention are ever made.
+    A word's attention is that of the positions from which its tokens were predicted. The prompt is processed as for
+    the answer; only the answer's rows of attention are computed.
     Raises Refusal if the model's layers keep no attention weights.
     """
     tokens = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
@@ -53,7 +53,7 @@ def attended_words(model: Any, tokenizer: Any, prompt: torch.Tensor, features: A
 
 @contextmanager
 def eager_attention(language_model: Any) -> Iterator[None]:
-    """The fused kernels return no attention weights: in this context they are not used."""
+    """Switches off the fused kernels, which return no attention weights."""
     before = language_model.config._attn_implementation
     language_model.set_attn_implementation("eager")
     try:
@@ -63,9 +63,9 @@ def eager_attention(language_model: Any) -> Iterator[None]:
 
 
 def words_of(text: str, offsets: list[tuple[int, int]]) -> Iterator[tuple[int, int, list[int]]]:
-    """Begin, end and token numbers of each word, from the tokens' places in the text.
+    """Start, end and token indices of each word, from the tokens' character ranges.
 
-    A token belongs to each word that it touches: "a bc" in tokens "a", " b", "c" -> (0, 1, [0]), (2, 4, [1, 2])
+    A token belongs to each word that it overlaps: "a bc" in tokens "a", " b", "c" -> (0, 1, [0]), (2, 4, [1, 2])
     """
     for match in re.finditer(r"\S+", text):
         touching = [n for n, (start, end) in enumerate(offsets) if start < match.end() and end > match.start()]

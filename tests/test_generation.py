@@ -140,7 +140,7 @@ def test_images_are_encoded_once(model):
     assert seen == [5]
 
 
-def test_images_of_one_budget_go_through_the_projector_together_and_nothing_is_padded(model):
+def test_images_of_one_budget_are_projected_together_unpadded(model):
     """Five images of four budgets: four calls, in which every token is one that was asked for; then no more calls."""
     calls = []
     hook = model.model.projector.register_forward_hook(
@@ -343,7 +343,7 @@ def prompt_of(words: int, images: int = 1) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("tower", ["clip_vision_model", "siglip2_vision_model", "dinov3_vit", "convnext"])
 @torch.no_grad()
-def test_forward_is_one_graph_and_a_budget_seen_before_is_not_compiled_again(tower):
+def test_forward_is_one_graph_compiled_once_a_budget(tower):
     torch._dynamo.reset()
     model, counter = tiny.tiny_model(tower), CompileCounter()
     model(**prompt_of(3))
@@ -371,7 +371,7 @@ def test_sizes_and_budgets_are_compiled_once_each(model):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_prompt_with_mixed_budgets_is_one_graph_and_budgets_seen_before_are_not_compiled_again(model):
+def test_a_prompt_with_mixed_budgets_is_one_graph_compiled_once(model):
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)

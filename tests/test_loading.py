@@ -9,7 +9,7 @@ import tiny_models as tiny
 import torch
 from torch.nn.functional import cosine_similarity
 from torch.testing import assert_close
-from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.projectors_ms_resampler import PROJECTORS, SCOPED_PROJECTORS
@@ -113,7 +113,7 @@ def test_modules_to_skip_may_be_named_by_a_part_of_their_path(tmp_path):
         whole, names = load(name)
         inside = {path for path in names if f".{name}." in f".{path}." and "language" in path}
         assert {path for path in whole if "language" in path} == inside, name
-    with pytest.warns(UserWarning, match=r"`quantization_config` skips `atention`, and the model has no such module"):
+    with pytest.warns(UserWarning, match=r"`quantization_config` skips `atention`, but the model has no such module"):
         load("atention")
 
 
@@ -168,6 +168,9 @@ def test_a_choice_of_attention_reaches_what_has_a_choice(tower, projector, choic
         config = other.config
         if "text_config" in wanted:
             assert config.text_config._attn_implementation == wanted["text_config"]
+        inner = [part for part in other.model.projector.modules() if isinstance(part, PreTrainedModel)]
+        for part in inner if isinstance(choice, str) else ():
+            assert part.config._attn_implementation == choice
         if "vision_config" in wanted and tower != "convnext":  # which has no attention
             assert config.vision_config._attn_implementation == wanted["vision_config"]
         assert_close(answer(other), expected, atol=1e-4, rtol=1e-4)

@@ -145,7 +145,7 @@ def test_siglip2_takes_images_and_patches_of_images_alike():
 
 
 @torch.no_grad()
-def test_siglip2_images_of_different_grids_in_one_batch_equal_one_at_a_time():
+def test_siglip2_grids_in_one_batch_equal_one_at_a_time():
     model, processor = tiny.tiny_base_model("siglip2_vision_model"), tiny.tiny_processor("siglip2_vision_model")
     pictures = [tiny.picture(n, size) for n, size in enumerate([(24, 24), (60, 20), (10, 40)])]
     batch = processor.image_processor(pictures, return_tensors="pt")
@@ -190,7 +190,7 @@ def norms_run(model, **options) -> list[bool]:
 @pytest.mark.parametrize(("layer", "read"), [(-2, 2), (0, 0), ([1, -3], 1), (-1, 3)])
 @pytest.mark.parametrize("kind", [*TRANSFORMER_TOWERS, "siglip2_vision_model"])
 @torch.no_grad()
-def test_layers_after_the_last_one_that_is_read_do_not_run_unless_asked_for(kind, layer, read):
+def test_unread_layers_do_not_run_unless_asked_for(kind, layer, read):
     model = tiny.tiny_base_model(kind, vision_feature_layer=layer)
     assert norms_run(model) == [n < read for n in range(3)]
     assert norms_run(model, output_hidden_states=True) == [True] * 3
@@ -262,7 +262,7 @@ def test_text_alone_is_the_language_model_alone(kind, tied):
 
 @pytest.mark.parametrize("kind", list(tiny.LANGUAGE_MODELS))
 @torch.no_grad()
-def test_visual_tokens_enter_the_language_model_as_the_projector_made_them(kind):
+def test_visual_tokens_enter_the_language_model_unscaled(kind):
     """Gemma multiplies the embeddings of words in its table, so never those of images; granite multiplies both."""
     model = tiny.tiny_model(text=kind)
     row = [7, *[tiny.IMAGE] * 4, 9, 8]
@@ -471,7 +471,7 @@ def test_language_models_of_another_build_are_refused_by_name(kind):
     text = AutoConfig.for_model(kind, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=320)
     config = tiny.tiny_config()
     config.text_config = text
-    with pytest.raises(ValueError, match=rf"`{kind}` is not built like today's decoders"):
+    with pytest.raises(ValueError, match=rf"`{kind}` is not a decoder with a stack of layers"):
         MSResamplerForConditionalGeneration(config)
 
 

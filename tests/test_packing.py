@@ -136,7 +136,7 @@ def test_what_packed_weights_cannot_do_is_refused():
     model = tiny_model().pack_weights()
     text = {"input_ids": torch.tensor(words(4))}
     assert model.to("cpu").float() is model
-    with pytest.raises(ValueError, match=r"Packed weights answer and do not train: call under torch\.no_grad"):
+    with pytest.raises(ValueError, match=r"Packed weights cannot be trained: call under torch\.no_grad"):
         model(**text)
     with pytest.raises(ValueError, match=r"Packed weights stay on the CPU and torch\.float32: load the model again"):
         model.to(torch.bfloat16)

@@ -3,10 +3,12 @@
 import pytest
 import tiny_models as tiny
 import torch
+from components import save_llm
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, CLIPImageProcessorPil
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
+from ms_resampler.assembly import init
 from ms_resampler.towers_ms_resampler import read_tower
 
 EXACT = {"atol": 0, "rtol": 0}
@@ -190,3 +192,39 @@ def test_language_models_without_a_line_of_their_own_say_the_same(kind):
     alone.lm_head.load_state_dict(model.lm_head.state_dict())
     ids = torch.tensor(tiny.words(9))
     assert_close(model(input_ids=ids).logits, alone(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("tower", "llm"),
+    [("swin", "phi"), ("resnet", "gpt2"), ("efficientnet", "opt"), ("beit", "gpt_neox"), ("internvl_vision", "gptj")],
+)
+def test_init_puts_them_together_by_its_defaults(tower, llm, tmp_path):
+    fields, layer, size, _, grid, _ = TOWERS[tower]
+    tiny.loud(AutoModel.from_config(AutoConfig.for_model(tower, **fields))).save_pretrained(tmp_path / "tower")
+    side = dict(zip(("height", "width"), size, strict=True))
+    CLIPImageProcessorPil(size={"shortest_edge": min(size)}, crop_size=side).save_pretrained(tmp_path / "tower")
+    save_llm(tmp_path / "llm", kind=llm)
+    projector = {"hidden_size": 16, "num_attention_heads": 4, "visual_tokens": 2}
+    made = init(tmp_path / "tower", tmp_path / "llm", tmp_path / "model", projector=projector)
+    assert made.model.config.vision_feature_layer == layer
+    assert f"of {grid[0]} x {grid[1]} patches" in made.notes[-1]
+    model = MSResamplerForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    content = [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "What is it?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    assert model.get_image_features(inputs["pixel_values"]).patch_grids == [grid]
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_a_family_that_does_more_after_its_head_is_refused(tmp_path, monkeypatch):
+    """As a family of tomorrow may: gemma 2's cap, if this version knew nothing of it."""
+    tiny.loud(AutoModel.from_config(tiny.tower_config())).save_pretrained(tmp_path / "tower")
+    CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=24).save_pretrained(tmp_path / "tower")
+    save_llm(tmp_path / "llm", kind="gemma2")
+    monkeypatch.setattr(MSResamplerConfig, "logit_cap", None)
+    with pytest.raises(ValueError, match="`gemma2` makes its logits in a way that is not known here"):
+        init(tmp_path / "tower", tmp_path / "llm", tmp_path / "model", projector={"visual_tokens": 4})
+    assert not (tmp_path / "model").exists()

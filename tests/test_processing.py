@@ -187,7 +187,7 @@ def test_nested_images_are_counted_prompt_by_prompt(processor):
         ([[one], [two, three]], ["<image>", "<image>"], "Prompt 2 has 1 <image> placeholders, but 2 images"),
         ([[], [one]], ["<image>", "none"], "Prompt 1 has 1 <image> placeholders, but 0 images"),
         ([[one], [two]], ["<image><image>"], "Got 2 lists of images for 1 prompts"),
-        ([one, [two]], ["<image>", "<image>"], "one flat list, or one list a prompt, not a mixture"),
+        ([one, [two]], ["<image>", "<image>"], "one flat list, or one list for each prompt, not a mixture"),
     ):
         with pytest.raises(ValueError, match=sentence):
             processor(images=images, text=text)

@@ -151,10 +151,10 @@ def test_the_program_asks_the_demo_as_printed(monkeypatch, capsys):
 def test_the_chat_and_export_commands_run_as_printed(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("ms-resampler")]
-    chat = next(shlex.split(line)[1:] for line in commands if " chat " in line)
+    chat = next(shlex.split(line, comments=True)[1:] for line in commands if " chat " in line)
     assert main(chat) == 0
     assert re.search(r"(left|right|top|bottom|centre): \w+ \w+", capsys.readouterr().out)
-    export = next(shlex.split(line)[1:] for line in commands if " export " in line)
+    export = next(shlex.split(line, comments=True)[1:] for line in commands if " export " in line)
     monkeypatch.chdir(tmp_path)
     assert main(export) == 0
     assert (tmp_path / export[-1] / "modeling_ms_resampler.py").is_file()

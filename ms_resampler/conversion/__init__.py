@@ -1,1 +1,1 @@
-"""Other checkpoints to ours and back: names as tables, weights streamed from shard to shard."""
+"""Converts other checkpoints to ours and back: tables map names, and weights are streamed shard by shard."""

@@ -1,4 +1,4 @@
-"""Source and result of a conversion on the same input."""
+"""Compares source and result of a conversion on the same input."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from .source import local_folder
 
 
 def largest_difference(source: str | Path, result: str | Path) -> tuple[float, float]:
-    """The largest difference of their logits on one picture and question, and the largest logit.
+    """The largest difference of the logits on one picture and question, and the largest logit.
 
     Raises ValueError if one of the two cannot run here, or they read the question as different tokens.
     """
@@ -23,7 +23,7 @@ def largest_difference(source: str | Path, result: str | Path) -> tuple[float, f
     if logits[0].shape != logits[1].shape:
         raise ValueError(
             f"{source} and {result} read the same question as {logits[0].shape[1]} and {logits[1].shape[1]} tokens: "
-            "their projectors differ, and so their answers cannot be compared."
+            "their projectors differ, so their logits cannot be compared."
         )
     return (logits[0] - logits[1]).abs().max().item(), logits[0].abs().max().item()
 
@@ -37,9 +37,7 @@ def logits_of(folder: Path) -> Tensor:
     }
     kind = AutoConfig.from_pretrained(folder).model_type
     if kind not in kinds:
-        raise ValueError(
-            f"{folder} is of a layout that does not run here (`{kind}`): there is nothing to compare with."
-        )
+        raise ValueError(f"{folder} has a layout that does not run here (`{kind}`): there is nothing to compare with.")
     if (folder / PROJECTOR).is_file():
         raise ValueError(f"{folder} holds a projector alone, which does not run: there is nothing to compare with.")
     model = kinds[kind].from_pretrained(folder, dtype=torch.float32).eval()

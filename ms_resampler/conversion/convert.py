@@ -1,4 +1,4 @@
-"""Converts checkpoints: others to ours, ours to transformers' LLaVA, and a projector out of ours."""
+"""Converts checkpoints: others to ours, ours to transformers' LLaVA, and ours to a projector alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def plan_conversion(
     tower: str | Path | None = None,
     llm: str | Path | None = None,
 ) -> Plan:
-    """What `convert` would do with every weight; reads all of the checkpoint but the weights themselves.
+    """What `convert` would do with every weight; reads everything but the weights themselves.
 
     Raises ValueError, with their names, if weights are missing or do not fit.
     """
@@ -48,11 +48,11 @@ def convert(
     llm: str | Path | None = None,
     progress: Callable[[int], Any] = lambda _: None,
 ) -> Plan:
-    """Converts a checkpoint, a folder or a Hub repository, into the new folder `out`; returns what the weights became.
+    """Converts a checkpoint, a folder or a Hub repository, into the new folder `out`; returns the plan of its weights.
 
-    `projector` are fields of another projector for ours; `tower` and `llm` are models that the checkpoint lacks.
-    `to="llava"` writes ours in transformers' LLaVA layout, `to="projector"` the projector alone. `progress` gets the
-    bytes of each weight as it is written; no more than a shard of the weights is in memory.
+    `projector` are the fields of another projector; `tower` and `llm` are models that the checkpoint lacks.
+    `to="llava"` writes transformers' LLaVA layout, `to="projector"` only the projector. `progress` is called with the
+    bytes of each weight that is written; at most one shard of the weights is in memory.
 
     Raises ValueError if the folder exists or a weight does not fit, OSError if something cannot be read.
     """
@@ -62,7 +62,7 @@ def convert(
 
 
 def write(plan: Plan, out: Path, progress: Callable[[int], Any] = lambda _: None) -> None:
-    """Writes the folder of a plan, whole or not at all."""
+    """Writes the folder of a plan atomically."""
     with whole_folder(out) as folder:
         plan.write_settings(folder)
         write_weights(plan.outputs, folder, plan.name, progress)

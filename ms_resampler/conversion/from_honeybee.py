@@ -15,9 +15,9 @@ from .weights import Weight, list_weights
 
 
 def open_honeybee(folder: Path, about: dict[str, Any], projector: dict[str, Any], llm: str | None) -> Source:
-    """Honeybee's model; its tokenizer is the language model's, which is not always beside it.
+    """Honeybee's model; its tokenizer is the language model's, which the folder may lack.
 
-    Raises ValueError if the projector is another than the C-Abstractor, or the tokenizer is missing.
+    Raises ValueError if the projector is not the C-Abstractor, or the tokenizer is missing.
     """
     if llm is None and not (folder / "tokenizer_config.json").is_file():
         raise ValueError(f"{folder} holds no tokenizer: name its language model with --llm.")
@@ -50,7 +50,7 @@ def open_honeybee(folder: Path, about: dict[str, Any], projector: dict[str, Any]
 
 
 def abstractor_fields(folder: Path, about: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The fields of the projector that a checkpoint tells of, and the tower layer that it reads.
+    """The fields of a checkpoint's projector, and the tower layer that it reads.
 
     Raises ValueError if it is not a C-Abstractor as published.
     """
@@ -64,7 +64,7 @@ def abstractor_fields(folder: Path, about: dict[str, Any]) -> tuple[dict[str, An
         "projector_type": "c_abstractor",
         "hidden_size": told["hidden_size"],
         "num_hidden_layers": told["depth"],
-        "num_attention_heads": 1,  # it has none
+        "num_attention_heads": 1,  # it does not have one
         "visual_tokens": [side, side],
         "query_grid": [side, side],
     }
@@ -72,14 +72,14 @@ def abstractor_fields(folder: Path, about: dict[str, Any]) -> tuple[dict[str, An
 
 
 def image_processor(about: dict[str, Any]) -> CLIPImageProcessorPil:
-    """Pictures become squares whatever their shape, as Honeybee's code makes them."""
+    """Resizes pictures of any shape to squares, as Honeybee's code does."""
     side = {"height": about["image_size"], "width": about["image_size"]}
     moments = {name: about[name] for name in ("image_mean", "image_std") if name in about}
     return CLIPImageProcessorPil(size=side, do_center_crop=False, **moments)
 
 
 def positions_of_patches(weights: list[Weight], config: Any) -> Transforms:
-    """What drops the position of the class token, which early checkpoints have, from the projector's table."""
+    """A transform that drops the class token's position, which early checkpoints have, from the projector's table."""
     patches = math.prod(config.native_patch_grid)
     table = next((weight for weight in weights if weight.key == f"{ABSTRACTOR_PREFIX}pos_emb"), None)
     if table is None or table.shape[1] == patches:

@@ -13,7 +13,7 @@ from .weights import list_weights
 
 
 def open_llava(folder: Path, projector: dict[str, Any]) -> Source:
-    """transformers' LLaVA: tower, language model and, if the projector stays an MLP, that too."""
+    """transformers' LLaVA: tower, language model and, if it stays an MLP, the projector."""
     llava: Any = LlavaConfig.from_pretrained(folder)
     if llava.vision_feature_select_strategy != "default":
         raise ValueError(
@@ -40,7 +40,7 @@ def open_llava(folder: Path, projector: dict[str, Any]) -> Source:
 
 
 def llava_template(folder: Path) -> str | None:
-    """The chat template of a processor, which is in a file of its own."""
+    """The chat template of a processor, from its separate file."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if (folder / "chat_template.json").is_file():

@@ -16,7 +16,7 @@ from .source import Source, add_image_token, generation_of, local_folder, make_p
 from .tables import LANGUAGE_MODEL, ORIGINAL, PROJECTOR_PREFIX, TOWER, with_projector_rows
 from .weights import Weight, list_weights
 
-# The original repositories' names of their language models, and transformers'.
+# The original repositories' model types of language models, and transformers'.
 ORIGINAL_MODELS = {
     "llava": "llama",
     "llava_llama": "llama",
@@ -24,7 +24,7 @@ ORIGINAL_MODELS = {
     "llava_qwen": "qwen2",
     "mobilevlm": "llama",
 }
-# Projectors of original checkpoints, and the fields that their weights tell; heads are as published.
+# Projectors of original checkpoints, and fields derived from their weights; heads are as published.
 ORIGINAL_PROJECTORS: dict[str, Callable[[dict[str, Weight]], dict[str, Any]]] = {
     "mlp": lambda found: {},
     "ldp_v2": lambda found: {},
@@ -35,7 +35,7 @@ ORIGINAL_PROJECTORS: dict[str, Callable[[dict[str, Weight]], dict[str, Any]]] = 
         "query_grid": [math.isqrt(found["query"].shape[0])] * 2,
     },
 }
-TOKEN_PACKER_LAYERS = [12, 16, 22, 23]  # written into its code, whatever its config.json says
+TOKEN_PACKER_LAYERS = [12, 16, 22, 23]  # hard-coded in the original, whatever its config.json says
 
 
 def open_original(
@@ -80,7 +80,7 @@ def open_original(
 
 
 def original_text_config(about: dict[str, Any]) -> PretrainedConfig:
-    """The language model of an original repository's config.json, in transformers' words."""
+    """transformers' configuration of the language model in an original config.json."""
     kind = ORIGINAL_MODELS.get(about["model_type"], about["model_type"])
     multimodal = ("mm_", "image_", "tune_", "freeze_", "use_mm", "vision_", "auto_map", "architectures", "model_type")
     fields = {name: value for name, value in about.items() if not name.startswith(multimodal)}
@@ -90,12 +90,12 @@ def original_text_config(about: dict[str, Any]) -> PretrainedConfig:
 def original_projector(
     found: dict[str, Weight], vision: PretrainedConfig, text: PretrainedConfig
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Fields of the projector whose weights these are, by their names, and our names with theirs.
+    """Fields of the projector with weights of these names, and our names with theirs.
 
-    Raises ValueError if they are none's.
+    Raises ValueError if no projector matches.
     """
     for kind, sizes in ORIGINAL_PROJECTORS.items():
-        with suppress(KeyError):  # a name that another projector has not
+        with suppress(KeyError):  # a name that only this projector has
             fields = {"projector_type": kind, **sizes(found)}
             names = original_names(fields, vision, text)
             if set(names.values()) == set(found):

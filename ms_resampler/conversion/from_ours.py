@@ -1,4 +1,4 @@
-"""Ours with another projector, or put together again from a projector and the models it was trained between."""
+"""Converts ours to another projector, or assembles a projector with its tower and language model."""
 
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from .weights import list_weights
 
 
 def open_ours(folder: Path, projector: dict[str, Any], tower: str | None, llm: str | None) -> Source:
-    """Ours, whole or a projector alone; with a single scope it may become several.
+    """Our model, or a projector alone; a single scope may become several.
 
-    Raises ValueError if there is nothing to do, or tower or language model are missing.
+    Raises ValueError if there is nothing to do, or if tower or language model are missing.
     """
     config: Any = MSResamplerConfig.from_pretrained(folder)
     weights, old = list_weights(folder), config.projector_config
@@ -45,9 +45,9 @@ def open_ours(folder: Path, projector: dict[str, Any], tower: str | None, llm: s
 
 
 def around_projector(folder: Path, config: Any, tower: str | None, llm: str | None) -> tuple[Parts, Transforms]:
-    """The weights of tower and language model, which are not beside the projector, and what makes room for new tokens.
+    """The weights of tower and language model for a projector alone, and the transforms that add rows for new tokens.
 
-    Raises ValueError if they are not named.
+    Raises ValueError if the models are not given.
     """
     if tower is None or llm is None:
         raise ValueError(f"{folder} holds a projector alone: name the models it belongs to with --tower and --llm.")

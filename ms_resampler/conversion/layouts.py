@@ -1,4 +1,4 @@
-"""Which layout a checkpoint has."""
+"""Recognises the layout of a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from .weights import list_weights
 
 
 def open_source(folder: Path, projector: dict[str, Any], tower: str | None, llm: str | None) -> Source:
-    """Recognises a checkpoint's layout and reads what it is, all but the weights.
+    """Recognises a checkpoint's layout and reads everything but the weights.
 
-    Raises ValueError, with what was found, if it is none of those known.
+    Raises ValueError, with what was found, if the layout is unknown.
     """
     config = read_config(folder)
     kind = config.get("model_type")
@@ -29,7 +29,7 @@ def open_source(folder: Path, projector: dict[str, Any], tower: str | None, llm:
         return open_honeybee(folder, config, projector, llm)
     keys = [weight.key for weight in list_weights(folder)]
     raise ValueError(
-        f"{folder} is of no layout known here (transformers' LLaVA; the original LLaVA's, TokenPacker's, MQT's, "
+        f"{folder} has an unknown layout (known: transformers' LLaVA; the original LLaVA's, TokenPacker's, MQT's, "
         f"MobileVLM's, Honeybee's; ours): its model_type is `{kind}`, and its {len(keys)} weights begin with "
         f"{', '.join(sorted({key.split('.')[0] for key in keys})[:6])}."
     )

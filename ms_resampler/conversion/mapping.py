@@ -1,4 +1,4 @@
-"""What becomes of every weight of a checkpoint."""
+"""What a conversion does with every weight of a checkpoint."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from .weights import Output
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the plan: a source's name of a weight, the result's, the shape, and what happens."""
+    """A line of the plan: a weight's name in the source and in the result, its shape, and what happens to it."""
 
     source: str
     target: str
@@ -19,9 +19,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion does: a row for every weight, the weights to write, and what writes all the rest.
+    """A conversion: a row for every weight, the weights to write, and a function that writes the other files.
 
-    `layout` is the source's, `name` that of the file of weights without its ending, `note` a sentence to add.
+    `layout` is the source's, `name` that of the weights' file without its suffix, `note` a sentence to add.
     """
 
     layout: str

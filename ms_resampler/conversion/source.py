@@ -1,4 +1,4 @@
-"""A checkpoint to convert: what it is and becomes, and what the layouts have in common."""
+"""A checkpoint to convert, and what all layouts have in common."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,19 +20,19 @@ from .weights import Weight
 
 Parts = list[tuple[list[Weight], Table]]
 Transforms = dict[str, Callable[[Tensor], Tensor]]
-SETTINGS = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")  # of what is downloaded, beside the weights
+SETTINGS = ("*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")  # downloaded besides the weights
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to convert: what it becomes, and where each weight comes from.
+    """A checkpoint to convert: the resulting configuration, and where each weight comes from.
 
-    `transforms` change a weight on its way, by our name; `new` are weights that no source has; `carried` says whether
-    the source's projector goes along, and `begins` whether what is missing of the projector starts anew.
+    `transforms` change weights, by our name; `new` are weights that no source has; `carried` says whether the source's
+    projector is kept, and `begins` whether missing projector weights are initialised.
     """
 
     layout: str
-    config: Any  # MSResamplerConfig, its parts built
+    config: Any  # MSResamplerConfig with its parts
     parts: Parts
     processor: MSResamplerProcessor
     generation: GenerationConfig
@@ -43,9 +43,9 @@ class Source:
 
 
 def projector_start(old: str, asked: dict[str, Any]) -> tuple[dict[str, Any], bool, bool]:
-    """The fields of the projector that is asked for in an old one's place, and Source's `carried` and `begins`.
+    """The fields of the requested projector, and Source's `carried` and `begins`.
 
-    LLaVA's MLP goes along to what can start as the MLP of the mean of each cell, unless that is not wanted.
+    LLaVA's MLP is kept if the new projector can start as the MLP of each cell's mean, unless `pooled_mlp` is false.
     """
     new = asked.get("projector_type", old)
     fields = asked | {"projector_type": new}
@@ -56,9 +56,9 @@ def projector_start(old: str, asked: dict[str, Any]) -> tuple[dict[str, Any], bo
 
 
 def local_folder(source: str | Path) -> Path:
-    """A folder as it is; a Hub repository's weights and settings, downloaded.
+    """A folder, or a Hub repository's downloaded weights and settings.
 
-    Raises ValueError or OSError, with the name, if it is neither or cannot be had.
+    Raises ValueError or OSError, with the name, if it is neither or cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -71,12 +71,12 @@ def local_folder(source: str | Path) -> Path:
         if not list(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=[*SETTINGS, "*.bin"])
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise OSError(f"{name} is no folder here, and cannot be downloaded: {' '.join(str(error).split())}") from error
+        raise OSError(f"{name} is not a folder, and cannot be downloaded: {' '.join(str(error).split())}") from error
     return folder
 
 
 def add_image_token(tokenizer: Any, text: PretrainedConfig) -> tuple[int, Transforms]:
-    """Adds `<image>` to the tokenizer; its id, and what makes room for it in embeddings that have none."""
+    """Adds `<image>` to the tokenizer; returns its id, and transforms that add its row to the embeddings if needed."""
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     token_id, rows = tokenizer.get_vocab()["<image>"], text.vocab_size
     if token_id < rows:
@@ -86,7 +86,7 @@ def add_image_token(tokenizer: Any, text: PretrainedConfig) -> tuple[int, Transf
 
 
 def grown_embeddings(rows: int) -> Transforms:
-    """Tables of words with rows for new tokens, which start as the mean of the others."""
+    """Embeddings with rows for new tokens, which start as the mean of the others."""
 
     def grow(table: Tensor) -> Tensor:
         mean = table.mean(dim=0, keepdim=True, dtype=torch.float32).to(table.dtype)
@@ -108,7 +108,7 @@ def make_processor(folder: Path, tokenizer: Any, config: Any, token: str, templa
 
 
 def generation_of(folder: Path, config: Any) -> GenerationConfig:
-    """The source's settings for generation, which never write an image."""
+    """The source's generation settings, which ban the image token."""
     if (folder / "generation_config.json").is_file():
         settings = GenerationConfig.from_pretrained(folder)
     else:
@@ -118,6 +118,6 @@ def generation_of(folder: Path, config: Any) -> GenerationConfig:
 
 
 def empty_model(config: MSResamplerConfig) -> Any:
-    """The model's shapes, without memory."""
+    """The model without weights, for its shapes."""
     with torch.device("meta"):
         return MSResamplerForConditionalGeneration(config)

@@ -1,6 +1,6 @@
-"""What other layouts call their weights, as tables of (regular expression, our name); the first row that fits counts.
+"""Names of weights in other layouts, as tables of (regular expression, our name); the first match counts.
 
-`None` for our name: not a weight of ours (a table of positions, say, that is computed), left out and said so.
+`None` as our name means that the weight is not used, for example a computed table of positions; the plan says so.
 """
 
 import re
@@ -21,7 +21,7 @@ LLAVA: Table = (
     (r"model\.language_model\.(.+)", r"model.language_model.\1"),
 )
 
-# The original repositories of LLaVA and those that grew out of it; the projector's rows are put in front.
+# The original repository of LLaVA and its descendants; the projector's rows are put in front.
 ORIGINAL: Table = (
     (r".*\.(?:position_ids|rotary_emb\.inv_freq)", None),
     (r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)", r"model.vision_tower.\1"),
@@ -29,14 +29,14 @@ ORIGINAL: Table = (
     (r"model\.((?:embed_tokens|layers|norm)\..+)", r"model.language_model.\1"),
 )
 
-# A vision tower of its own, or the one inside CLIP or SigLIP.
+# A separate vision tower, or the one inside CLIP or SigLIP.
 TOWER: Table = (
     (r"(?:text_model|text_projection|visual_projection|logit_scale|logit_bias)(?:\..+)?", None),
     (r".*\.position_ids", None),
     (r"(?:vision_model\.)?(.+)", r"model.vision_tower.\1"),
 )
 
-# Ours, with the MLP, in the layout that transformers' LLaVA has on disk.
+# Ours, with the MLP, to the layout of transformers' LLaVA on disk.
 TO_LLAVA: Table = (
     (r"model\.vision_tower\.(.+)", r"vision_tower.\1"),
     (r"model\.projector\.mlp\.0\.(.+)", r"multi_modal_projector.linear_1.\1"),
@@ -57,19 +57,19 @@ PROJECTOR_PREFIX, ABSTRACTOR_PREFIX = "model.mm_projector.", "abstractor."
 
 
 def with_projector_rows(table: Table, prefix: str, names: dict[str, str]) -> Table:
-    """A table with the rows of a projector before it: our names of its weights, and the original's."""
+    """A table preceded by the rows of a projector, from our names of its weights and the original's."""
     rows = [(re.escape(prefix + theirs), f"model.projector.{ours}") for ours, theirs in names.items()]
     return (*rows, *table)
 
 
-# A language model of its own.
+# A separate language model.
 LANGUAGE_MODEL: Table = (
     (r".*\.rotary_emb\.inv_freq", None),
     (r"lm_head\.(.+)", r"lm_head.\1"),
     (r"model\.(.+)", r"model.language_model.\1"),
 )
 
-# Ours, as it is today or was in an earlier version.
+# Ours, of this or an earlier version.
 OURS: Table = (
     *((rf"(.+\.){earlier}", rf"\1{today}") for earlier, today in EARLIER_NAMES.items()),
     (r"(.+)", r"\1"),
@@ -77,7 +77,7 @@ OURS: Table = (
 
 
 def translate(key: str, table: Table) -> str | None:
-    """Our name for a key, None if the table leaves it out. Raises KeyError if no row fits."""
+    """Our name for a key, None if it is not used. Raises KeyError if no row matches."""
     for pattern, ours in table:
         match = re.fullmatch(pattern, key)
         if match:

@@ -1,4 +1,4 @@
-"""Ours, with LLaVA's MLP, in transformers' LLaVA layout."""
+"""Converts ours, with LLaVA's MLP, to transformers' LLaVA layout."""
 
 import shutil
 from functools import partial
@@ -17,7 +17,7 @@ from .weights import Output, list_weights
 
 
 def plan_llava(folder: Path) -> Plan:
-    """The folder of a LlavaForConditionalGeneration that computes the same.
+    """The plan for a LlavaForConditionalGeneration that computes the same function.
 
     Raises ValueError if its architecture cannot hold the model.
     """
@@ -68,10 +68,10 @@ def check_fits(config: Any) -> None:
     """Raises ValueError if transformers' LLaVA has no such model."""
     kind = config.projector_config.projector_type
     if kind != "mlp":
-        raise ValueError(f"transformers' LLaVA has an MLP for every patch, and no `{kind}`: it cannot hold this model.")
+        raise ValueError(f"transformers' LLaVA has an MLP for every patch, not `{kind}`: it cannot hold this model.")
     if config.num_prefix_tokens != 1:
         raise ValueError(
-            "transformers' LLaVA drops one token in front of the patches, and this tower has "
+            "transformers' LLaVA drops one token before the patches, but this tower has "
             f"{config.num_prefix_tokens}: it cannot hold this model."
         )
     with torch.device("meta"):

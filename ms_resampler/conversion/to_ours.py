@@ -1,4 +1,4 @@
-"""Any source as a model folder of ours, strict about every weight."""
+"""Converts any source to a model folder of ours, strict about every weight."""
 
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from .weights import Output, Weight
 
 
 def plan_ours(source: Source) -> Plan:
-    """Finds a place for every weight. Raises ValueError, with their names, if one does not fit or is missing."""
+    """Maps every weight. Raises ValueError, with their names, if some do not fit or are missing."""
     token_grid(source.config.projector_config.visual_tokens, source.config.native_patch_grid)  # raises if impossible
     wanted = wanted_weights(source)
     outputs, rows, problems = {}, [], []
@@ -46,7 +46,7 @@ def plan_ours(source: Source) -> Plan:
 
 
 def wanted_weights(source: Source) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that a file of the model holds: a tied head is not among them."""
+    """Names and shapes of the weights in a saved model, without a tied head."""
     shapes = {name: tuple(value.shape) for name, value in empty_model(source.config).state_dict().items()}
     if source.config.text_config.tie_word_embeddings:
         shapes.pop("lm_head.weight")
@@ -61,23 +61,23 @@ def pairs(source: Source) -> list[tuple[Weight, str | None]]:
             try:
                 found.append((weight, translate(weight.key, table)))
             except KeyError as error:
-                raise ValueError(f"{weight.file} holds {weight.key}, which {source.layout} layout has not.") from error
+                raise ValueError(f"{weight.file} holds {weight.key}, which {source.layout} layout lacks.") from error
     return [(weight, None if replaced(source, target) else target) for weight, target in found]
 
 
 def replaced(source: Source, target: str | None) -> bool:
-    """Whether a weight belongs to a projector that another takes the place of."""
+    """Whether a weight belongs to a projector that is replaced."""
     return target is not None and target.startswith("model.projector.") and not source.carried
 
 
 def may_be_left(source: Source, target: str) -> bool:
-    """Whether a weight may go unused: a tied head, a tower's pooler, and the gate that one scope has no use for."""
+    """Whether a weight may be unused: a tied head, a tower's pooler, and the gate of a single scope."""
     tied = target == "lm_head.weight" and source.config.text_config.tie_word_embeddings
     return tied or ".vision_tower.pooler." in target or (bool(source.new) and ".gate" in target)
 
 
 def output_of(source: Source, weight: Weight, target: str, place: tuple[int, ...]) -> Output:
-    """What writes a weight: as it is, reshaped if an original keeps the same numbers in another shape, or changed."""
+    """A function that returns the weight to write: unchanged, reshaped as some originals need, or transformed."""
     change = source.transforms.get(target)
     if change is not None:
         return Output(target, place, weight.dtype, lambda: change(weight.read()))
@@ -87,7 +87,7 @@ def output_of(source: Source, weight: Weight, target: str, place: tuple[int, ...
 
 
 def new_weights(source: Source, missing: set[str]) -> dict[str, Tensor]:
-    """Weights that start here: those of a projector that is new, and those that upcycling adds."""
+    """Initialised weights: those of a new projector, and those that upcycling adds."""
     if not source.begins:
         return {name: value for name, value in source.new.items() if name in missing}
     projector = build_projector(source.config)
@@ -97,7 +97,7 @@ def new_weights(source: Source, missing: set[str]) -> dict[str, Tensor]:
 
 
 def write_settings(source: Source, folder: Path) -> None:
-    """Writes the configuration, the processor and the settings for generation, with their code."""
+    """Writes the configuration, the processor, the generation settings and the code."""
     model = empty_model(source.config)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The projector of ours alone, with the configuration, the processor and the code that it needs."""
+"""Converts ours to the projector alone, with configuration, processor and code."""
 
 import shutil
 from functools import partial
@@ -11,7 +11,7 @@ from .weights import Output, list_weights
 
 
 def plan_projector(folder: Path) -> Plan:
-    """Takes the projector out of a model. Raises ValueError if it has none."""
+    """The plan for a model's projector alone. Raises ValueError if there is none."""
     rows, outputs = [], []
     for weight in list_weights(folder):
         kept = weight.key.startswith("model.projector.")

@@ -1,7 +1,7 @@
-"""One scope becomes several: the same function at the start, from which the new scopes learn.
+"""Turns one scope into several that compute the same function at the start.
 
-The trained scope keeps its queries, prior and, through static fusion, all but a millionth or two of the weight. A new
-scope starts as a copy of it that looks elsewhere.
+The trained scope keeps its queries and prior and, by static fusion, all but about two millionths of the fusion weight.
+A new scope starts as a copy with another sigma.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..branches_ms_resampler import BranchPrior
 from ..configuration_ms_resampler import MSResamplerProjectorConfig
 
-HEAD_START = 14.0  # in the fusion's logits: a new scope has exp(-14), 0.8 millionths, of the weight
+HEAD_START = 14.0  # fusion logit: a new scope has exp(-14), 0.8 millionths, of the weight
 KEPT = (
     "hidden_size",
     "num_attention_heads",
@@ -28,13 +28,13 @@ KEPT = (
 
 
 def upcycled_fields(old: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the projector with several scopes: those of the old one, and its scope among the others.
+    """The fields of the projector with several scopes: those of the old one, and its scope among the new ones.
 
-    Raises ValueError if something is asked for that would change the function.
+    Raises ValueError for fields that would change the function.
     """
     changed = [name for name in (*KEPT, "branch_form") if name in asked and asked[name] != getattr(old, name)]
     if changed:
-        raise ValueError(f"One scope becomes several only with all else as it is: leave out {', '.join(changed)}.")
+        raise ValueError(f"Only the scopes can change when one becomes several: leave out {', '.join(changed)}.")
     default: Any = MSResamplerProjectorConfig(projector_type="ms_resampler_branches").scope_sigmas
     sigmas = list(asked.get("scope_sigmas") or default)
     if old.scope_sigmas[0] not in sigmas:
@@ -47,7 +47,7 @@ def upcycled_fields(old: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def upcycling(old: Any, new: Any) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, Tensor]]:
-    """What changes the old projector's weights, by name, and the weights that it does not have."""
+    """The transforms of the old projector's weights, by name, and the new weights."""
     scope, prior = list(new.scope_sigmas).index(old.scope_sigmas[0]), BranchPrior(new)
     transforms: dict[str, Callable[[Tensor], Tensor]] = {}
     added: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Weights on disk: read one at a time from safetensors or, safely, from PyTorch's own files; written shard by shard."""
+"""Reads weights one at a time from safetensors or, safely, from PyTorch files, and writes them shard by shard."""
 
 import json
 import pickle
@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-SHARD_BYTES = 2_000_000_000  # what is in memory at a time
+SHARD_BYTES = 2_000_000_000  # bytes in memory at a time
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of a checkpoint that has not been read: its name, file, shape and type."""
+    """A tensor of a checkpoint that has not been read yet: its name, file, shape and dtype."""
 
     key: str
     file: Path
@@ -61,7 +61,7 @@ def weights_of(file: Path) -> list[Weight]:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """safetensors' name of a type: "BF16" -> torch.bfloat16."""
+    """safetensors' name of a dtype: "BF16" -> torch.bfloat16."""
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "BOOL": "bool"}
     if name not in names:
         raise ValueError(f"Weights of the type {name} cannot be converted: give a checkpoint in full precision.")
@@ -76,8 +76,7 @@ def pytorch_file(file: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(
-            f"{file} cannot be read safely, and is not read in any other way: it needs to be a PyTorch file of "
-            f"tensors alone ({reason})"
+            f"{file} cannot be read safely, so it is not read: it must be a PyTorch file of tensors alone ({reason})"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file} does not hold a table of named tensors.")
@@ -85,7 +84,7 @@ def pytorch_file(file: Path) -> dict[str, Tensor]:
 
 
 def check_index(folder: Path) -> None:
-    """Raises OSError if an index names files that are not there."""
+    """Raises OSError if an index names missing files."""
     for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")):
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         missing = sorted(name for name in named if not (folder / name).is_file())
@@ -95,7 +94,7 @@ def check_index(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Output:
-    """A weight to write: its name, shape and type, and what makes it."""
+    """A weight to write: its name, shape and dtype, and the function that returns it."""
 
     key: str
     shape: tuple[int, ...]

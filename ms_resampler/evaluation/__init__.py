@@ -1,4 +1,4 @@
-"""Evaluation: the public benchmarks by their published protocols, and suites of one's own. See docs/evaluation.md."""
+"""Evaluation: public benchmarks by their published protocols, and suites of your own. See docs/evaluation.md."""
 
 from .report import figure, has_failed_tasks, model_index, report
 from .run import Options, evaluate

@@ -1,7 +1,7 @@
-"""From scored samples to a benchmark's numbers, in a form that a bootstrap can repeat a thousand times.
+"""Aggregates scored samples to a benchmark's numbers, in a form that a bootstrap can repeat quickly.
 
 Every unit (a picture, or pictures that belong together) has a few counts; a benchmark's numbers are a function of the
-counts' sums. Resampled units only give other sums.
+sums of the counts, so that resampling units only changes the sums.
 """
 
 from collections import defaultdict
@@ -13,14 +13,14 @@ import numpy as np
 from .samples import Scored
 
 Counts = Mapping[str, float]
-Sums = Mapping[str, np.ndarray]  # of one sample of units, or of several side by side
+Sums = Mapping[str, np.ndarray]  # of one resample of units, or of several
 
 
 @dataclass(frozen=True)
 class Aggregation:
     """tally: the counts of samples that belong together, by unit; finish: a benchmark's numbers from their sums.
 
-    scale: the largest value of the headline number, for whoever wants to compare tasks.
+    scale: the largest possible value of the headline number, to compare tasks.
     """
 
     tally: Callable[[Sequence[Scored]], Iterable[tuple[str, Counts]]]
@@ -48,7 +48,7 @@ def finish_sums(aggregation: Aggregation, names: Sequence[str], sums: np.ndarray
 
 
 def mean_of_scores(*breakdowns: str, headline: str = "accuracy", scale: float = 100.0) -> Aggregation:
-    """The mean score of all samples, and of those that share a value of a `meta` column; all columns if none is named.
+    """The mean score of all samples, and by the values of `meta` columns; of all columns if none is named.
 
     A column holds a text or a boolean, or a list of texts, each of which counts.
     """

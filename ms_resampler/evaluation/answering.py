@@ -1,4 +1,4 @@
-"""Who answers: a model loaded here, or one behind an OpenAI-compatible address."""
+"""Answerers: a loaded model, or one behind an OpenAI-compatible address."""
 
 import base64
 import json
@@ -16,17 +16,17 @@ class Answerer(Protocol):
     """Encodes pictures once, and answers prompts about them greedily."""
 
     def encode(self, pictures: Sequence[Any]) -> list[Any]:
-        """What `answer` takes of each picture. Raises ValueError if one cannot be read."""
+        """Encodes pictures for `answer`. Raises ValueError if one cannot be read."""
 
     def answer(self, prompts: Sequence[str], pictures: Sequence[Sequence[Any]], max_new_tokens: int) -> list[str]:
-        """The replies to prompts, each about some encoded pictures that come before it."""
+        """The replies to prompts, each preceded by some encoded pictures."""
 
     def visual_tokens(self, encoded: Any) -> int | None:
-        """How many visual tokens an encoded picture is; None if that is not known."""
+        """The number of visual tokens of an encoded picture; None if unknown."""
 
 
 class LocalModel:
-    """An MS-Resampler model and its processor. `budget` is the visual tokens of a picture; None is the model's own."""
+    """An MS-Resampler model and its processor. `budget` is in visual tokens per picture; None is the model's."""
 
     def __init__(self, model: Any, processor: Any, budget: Budget | None = None):
         self.model, self.processor = model.eval(), processor
@@ -34,7 +34,7 @@ class LocalModel:
 
     @classmethod
     def load(cls, model_id: str, revision: str | None, budget: Budget | None, device: Any) -> "LocalModel":
-        """The model of a folder or Hub repository, on a device; packed if that is the CPU."""
+        """Loads a model from a folder or Hub repository on a device; packed on the CPU."""
         from transformers.utils import logging
 
         from .. import MSResamplerForConditionalGeneration, MSResamplerProcessor
@@ -45,7 +45,7 @@ class LocalModel:
         return cls(model.eval().to(device).pack_weights(), processor, budget)
 
     def encode(self, pictures: Sequence[Any]) -> list[Any]:
-        """Visual tokens (M, T), one tensor a picture."""
+        """Visual tokens (M, T), one tensor for each picture."""
         import torch
 
         inputs = self.processor(images=list(pictures), return_tensors="pt", **self.options)
@@ -73,12 +73,12 @@ class LocalModel:
         return [reply.strip() for reply in replies]
 
     def tokenize(self, prompts: Sequence[str], pictures: Sequence[Sequence[Any]]) -> Any:
-        """Prompts as the processor tokenizes them, with an image token for each visual token that a picture has.
+        """Tokenized prompts, with an image token for each visual token of a picture.
 
-        The processor itself would prepare every picture again for every question about it.
+        The processor itself would process every picture again for every question about it.
         """
         token = self.processor.image_token
-        # A question that quotes the image token means the word.
+        # An image token in a question is plain text.
         prompts = [prompt.replace(token, token.strip("<>")) for prompt in prompts]
         messages = [
             [{"role": "user", "content": [*[{"type": "image"}] * len(group), {"type": "text", "text": prompt}]}]
@@ -109,8 +109,8 @@ class LocalModel:
 class ServedModel:
     """A model behind an OpenAI-compatible address, as `transformers serve`, vLLM and SGLang offer it.
 
-    The budget goes along with every request, in the form that `transformers serve` hands to the processor: one entry a
-    picture, since a bare grid would be taken for the counts of two pictures.
+    The budget is sent with every request, in the form that `transformers serve` passes to the processor: one entry for
+    each picture, since a bare grid would be read as the counts of two pictures.
     """
 
     def __init__(self, url: str, model: str, budget: Budget | None = None, timeout_seconds: float = 600):
@@ -122,7 +122,7 @@ class ServedModel:
         return [data_url(picture) for picture in pictures]
 
     def answer(self, prompts: Sequence[str], pictures: Sequence[Sequence[Any]], max_new_tokens: int) -> list[str]:
-        """Replies to requests that are sent at once. Raises ValueError if the server refuses one."""
+        """Replies to requests that are sent concurrently. Raises ValueError if the server refuses one."""
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(lambda prompt, urls: self._ask(prompt, urls, max_new_tokens), prompts, pictures))
 

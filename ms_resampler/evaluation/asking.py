@@ -1,4 +1,4 @@
-"""Asking a task's questions: batches of like lengths, every picture encoded once, answers kept as they come."""
+"""Asks a task's questions: batches of similar length, every picture encoded once, answers stored immediately."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ from typing import Any
 from .answering import Answerer
 from .samples import Picture, Problem, Sample
 
-WINDOW = 8  # batches whose pictures are encoded together, and among which prompts are sorted by length
+WINDOW = 8  # batches whose pictures are encoded together, and whose prompts are sorted by length
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of asking a sample: a text, or a problem."""
+    """The result of asking a sample: a text, or a problem."""
 
     text: str | None
     problem: Problem | None = None
@@ -26,15 +26,15 @@ class Reply:
 
 
 def prompt_hash(prompt: str) -> str:
-    """Tells whether a kept answer is one to the same prompt."""
+    """Identifies the prompt that a stored answer belongs to."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def plan(samples: Sequence[Sample], prompts: Sequence[str], batch_size: int) -> list[list[list[int]]]:
-    """Windows of batches of samples' places.
+    """Windows of batches of sample indices.
 
-    Questions about one picture are in one window, or in two neighbouring ones; in a window, batches have prompts of
-    like lengths, the longest first. The plan does not depend on the number of processes, which take windows in turn.
+    Questions about one picture are in one window or in two adjacent ones; in a window, batches have prompts of similar
+    length, the longest first. The plan does not depend on the number of processes, which take windows in turn.
     """
     first: dict[str, int] = {}
     for place, sample in enumerate(samples):
@@ -49,7 +49,7 @@ def plan(samples: Sequence[Sample], prompts: Sequence[str], batch_size: int) -> 
 
 
 def kept_answers(folder: Path, name: str) -> dict[tuple[str, str], Reply]:
-    """What came of a task's prompts in earlier runs, of any number of processes; a line that was cut off is skipped."""
+    """The results of earlier runs, of any number of processes, by prompt; truncated lines are skipped."""
     kept: dict[tuple[str, str], Reply] = {}
     for path in sorted(folder.glob(f"{name}.rank*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -64,7 +64,7 @@ def kept_answers(folder: Path, name: str) -> dict[tuple[str, str], Reply]:
 
 
 def keep(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends answers to a file, after a line that was cut off if there is one, and waits until they are on disk."""
+    """Appends answers to a file, on a new line after a truncated one, and waits until they are on disk."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with path.open("a+b") as file:
         if file.tell():
@@ -85,7 +85,7 @@ def ask(
     known: Mapping[tuple[str, str], Reply],
     max_new_tokens: int,
 ) -> Iterator[list[tuple[int, Reply]]]:
-    """The replies to the samples of some windows that have none yet, a batch at a time; `shown` are their pictures."""
+    """Asks the samples of some windows that have no reply yet, batch by batch; `shown` are their pictures."""
     encoded: dict[str, Any] = {}
     for window in windows:
         batches = [
@@ -93,7 +93,7 @@ def ask(
         ]
         pictures = {picture.key: picture for batch in batches for place in batch for picture in shown[place]}
         started = time.perf_counter()
-        # The window before may have ended among the questions about a picture.
+        # The previous window may have ended within the questions about a picture.
         encoded = {key: encoded[key] for key in pictures if key in encoded}
         fresh = [picture for key, picture in pictures.items() if key not in encoded]
         results, broken = encode(answerer, fresh, max(map(len, batches)))
@@ -111,7 +111,7 @@ def ask(
 
 
 def is_known(known: Mapping[tuple[str, str], Reply], sample: Sample, prompt: str) -> bool:
-    """Whether a sample has its reply. A problem is tried again."""
+    """Whether a sample has a reply; problems are tried again."""
     reply = known.get((sample.id, prompt_hash(prompt)))
     return reply is not None and reply.text is not None
 
@@ -146,7 +146,7 @@ def encode(answerer: Answerer, pictures: Sequence[Picture], batch_size: int) -> 
         try:
             results = answerer.encode([picture.load() for picture in batch])
             encoded |= {picture.key: result for picture, result in zip(batch, results, strict=True)}
-        except (ValueError, OSError):  # one by one, to find out which
+        except (ValueError, OSError):  # one by one, to find the unreadable ones
             for picture in batch:
                 try:
                     encoded[picture.key] = answerer.encode([picture.load()])[0]

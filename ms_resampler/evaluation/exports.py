@@ -9,7 +9,7 @@ from ..folders import whole_file
 
 
 def write_export(folder: Path, name: str, content: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> Path:
-    """Writes a file of the kind that its name ends in: JSON, JSONL or XLSX."""
+    """Writes a file in the format of its suffix: JSON, JSONL or XLSX."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     with whole_file(path) as fresh:

@@ -24,7 +24,7 @@ def manifest() -> ModelManifest:
 class MSResamplerForLmmsEval(lmms):
     """Answers lmms-eval's requests greedily, in batches; pictures come before the text.
 
-    visual_tokens: a count, or a grid such as "4x9". Raises ValueError for arguments that it does not know.
+    visual_tokens: a count, or a grid such as "4x9". Raises ValueError for unknown arguments.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class MSResamplerForLmmsEval(lmms):
         **unknown: Any,
     ):
         super().__init__()
-        unknown.pop("max_batch_size", None)  # lmms-eval hands it to every model
+        unknown.pop("max_batch_size", None)  # lmms-eval passes it to every model
         if unknown:
             raise ValueError(f"The model ms_resampler does not know {', '.join(sorted(unknown))}.")
         accelerator = Accelerator()
@@ -58,7 +58,7 @@ class MSResamplerForLmmsEval(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Replies, cut at the first of the request's `until` texts."""
         replies: list[str | None] = [None] * len(requests)
-        # The longest first, and only requests of the same length limit together.
+        # Longest first; only requests with the same length limit share a batch.
         limits = [int(request.args[1].get("max_new_tokens", 128)) for request in requests]
         order = sorted(range(len(requests)), key=lambda place: (limits[place], -len(requests[place].args[0])))
         while order:
@@ -83,7 +83,7 @@ class MSResamplerForLmmsEval(lmms):
         return [cut(reply, option.get("until", [])) for reply, option in zip(replies, options, strict=True)]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not offered: the tasks of the published tables generate."""
+        """Not supported: the tasks of the published tables generate."""
         raise NotImplementedError("The model ms_resampler answers generate_until tasks only.")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:

@@ -1,6 +1,6 @@
 """The benchmarks' metrics, written from their definitions: each takes a reply and the truth.
 
-Where a benchmark's own script has an oddity that changes digits, it is kept, and named here.
+Oddities of a benchmark's own script that change scores are kept, and noted here.
 """
 
 import re
@@ -36,8 +36,8 @@ _PERIODS = 32  # the official script passes a flag of this value where re.sub ta
 def vqa_punctuation(text: str) -> str:
     """Punctuation as VQA's evaluation treats it.
 
-    A mark goes if it stands beside a space anywhere in the text, or if the text has a number with a comma; else it
-    becomes a space. A period goes unless a digit follows.
+    A mark is removed if it is next to a space anywhere in the text, or if the text has a number with a comma; otherwise
+    it becomes a space. A period is removed unless a digit follows.
     """
     without = text
     for mark in PUNCTUATION:
@@ -58,7 +58,7 @@ def vqa_normalise(text: str) -> str:
 
 
 def evalai_normalise(text: str) -> str:
-    """An answer as TextVQA's evaluation compares it, and as LLaVA submits it for VQAv2 and VizWiz."""
+    """EvalAI's normalisation of an answer, as TextVQA uses it and LLaVA for its submissions to VQAv2 and VizWiz."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return vqa_normalise(text)
 
@@ -70,7 +70,7 @@ def leave_one_out(answer: str, answers: Sequence[str]) -> float:
 
 
 def vqa_accuracy(reply: str, answers: Sequence[str]) -> float:
-    """VQA accuracy; where all annotators agree, nothing is normalised, as in the official script."""
+    """VQA accuracy; not normalised where all annotators agree, as in the official script."""
     answers = [answer.replace("\n", " ").replace("\t", " ").strip() for answer in answers]
     reply = reply.replace("\n", " ").replace("\t", " ").strip()
     if len(set(answers)) > 1:
@@ -84,7 +84,7 @@ def textvqa_accuracy(reply: str, answers: Sequence[str]) -> float:
 
 
 def gqa_normalise(reply: str) -> str:
-    """A reply as LLaVA hands it to GQA's exact match."""
+    """A reply in the form that LLaVA submits for GQA's exact match."""
     return reply.rstrip(".").lower()
 
 
@@ -98,7 +98,7 @@ def mme_answer(reply: str) -> str | None:
 
 
 def pope_answer(reply: str) -> str:
-    """No if the first sentence has the word no or not; else yes, whatever it says."""
+    """No if the first sentence has the word no or not, else yes."""
     words = reply.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
@@ -121,7 +121,7 @@ def scienceqa_letter(reply: str, count: int) -> str | None:
 
 
 def mmbench_letter(reply: str, options: Mapping[str, str]) -> str | None:
-    """The only option that a reply names, by its letter as a word of its own, else by its text; "Z" for a refusal.
+    """The only option that a reply names, by its letter as a separate word, else by its text; "Z" for a refusal.
 
     None if there is no such option: the official evaluation then asks a language model.
     """
@@ -149,7 +149,7 @@ def ai2d_letter(reply: str) -> str | None:
 
 
 def mmmu_letter(reply: str, options: Sequence[str]) -> str | None:
-    """The option that a reply names: by "(B)", by "B ", by "B.", or, in a longer reply, by its text; the last one said.
+    """The last option that a reply names: as "(B)", "B " or "B.", or, in a longer reply, by its text.
 
     None where MMMU's script draws a letter at random.
     """
@@ -159,7 +159,7 @@ def mmmu_letter(reply: str, options: Sequence[str]) -> str | None:
     letters = [chr(65 + index) for index in range(len(options))]
     for form, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
         if named := [letter for letter in letters if form.format(letter) in reply]:
-            # A letter that is found only within a word has the place -1, and loses.
+            # A letter found only within a word has position -1, and loses.
             return max(named, key=lambda letter: reply.rfind(place.format(letter)))
     lowered = reply.lower()
     named = [letter for letter, option in zip(letters, options, strict=True) if option.lower() in lowered]
@@ -187,7 +187,7 @@ _MMMU_NUMBERS = (
 
 
 def mmmu_open_answers(reply: str) -> list[str | float]:
-    """What an open reply may have meant: the end of each of its sentences, and the numbers there."""
+    """Candidate answers of an open reply: the end of each sentence, and its numbers."""
     reply = reply.strip().strip(".").lower()
     sentences = re.split(r"\.\s(?=[A-Z])|\n", reply)
     ends = []
@@ -231,7 +231,7 @@ def edit_distance(first: str, second: str) -> int:
 def anls(reply: str, answers: Sequence[str]) -> float:
     """1 - edit distance / length for the nearest answer, and 0 below 0.5; case and runs of spaces do not matter.
 
-    The length is that before the spaces are joined, as in the official script.
+    The length is measured before spaces are joined, as in the official script.
     """
 
     def distance(answer: str) -> float:
@@ -266,7 +266,7 @@ def only_number(reply: str) -> float | None:
 
 
 def ocrbench_match(reply: str, answers: Sequence[str], dataset: str) -> bool:
-    """Whether a reply contains an answer: regardless of case, or, for formulae (HME100k), of spaces."""
+    """Whether a reply contains an answer, ignoring case or, for formulae (HME100k), spaces."""
 
     def prepared(text: str) -> str:
         text = text.strip().replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Published results, as their papers and repositories print them, with the place of each."""
+"""Published results as printed in papers and repositories, with their sources."""
 
 import csv
 import re
@@ -12,7 +12,7 @@ FILE = Path(__file__).with_name("published_numbers.csv")
 class PublishedRow:
     """A method's row: its budget, its language model, its numbers by benchmark as printed, and where they are printed.
 
-    A number with an asterisk is of another protocol, which the source names: MME's total instead of its perception.
+    A number with an asterisk has another protocol, which the source names: MME's total instead of perception.
     """
 
     method: str

@@ -29,11 +29,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What tables call it: the folder, which is chosen by who ran it."""
+        """Its name in tables: that of the folder."""
         return self.folder.resolve().name + (" (blind)" if self.summary["settings"]["blind"] else "")
 
     def mean_of(self, field: str) -> float | None:
-        """The mean over the tasks that know it, weighted by their questions: visual tokens, seconds."""
+        """The mean over the tasks that have it, weighted by their questions: visual tokens, seconds."""
         known = [(task[field], task["answered"]) for task in self.tasks.values() if task.get(field) is not None]
         total = sum(count for _, count in known)
         return sum(value * count for value, count in known) / total if total else None
@@ -55,7 +55,7 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def has_failed_tasks(folders: Sequence[Path]) -> bool:
-    """Whether a task of a run has no value because its data are not as they should be."""
+    """Whether a task of a run has no value because its data could not be read."""
     return any("error" in part for run in open_runs(folders) for part in run.tasks.values())
 
 
@@ -109,7 +109,7 @@ def cell(task: dict[str, Any] | None) -> str:
 
 
 def is_plain(task: dict[str, Any]) -> bool:
-    """Whether a number stands for itself: no remark, and nine in ten replies were understood."""
+    """Whether a number has no asterisk: no remark, and at least nine in ten replies were understood."""
     return not task["remarks"] and task["not_parsed"] <= task["answered"] / 10
 
 
@@ -119,7 +119,7 @@ def number(value: float | None, digits: str) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], markdown: bool) -> str:
-    """Rows, the first of which is the header, in columns."""
+    """Rows, starting with the header, as a table."""
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     lines = [[padded(text, width) for text, width in zip(row, widths, strict=True)] for row in rows]
     if not markdown:
@@ -165,10 +165,10 @@ def paired_table(first: Run, second: Run, markdown: bool) -> str:
 
 
 def notes(runs: Sequence[Run], rows: Sequence[PublishedRow]) -> str:
-    """What the numbers are, every remark, every problem, and where published rows come from."""
+    """Notes: what the numbers are, every remark and problem, and the sources of published rows."""
     lines = [
         "± is half of the 95% interval of a bootstrap over pictures. MME-P is the perception sum (of 2000). "
-        "A number with an asterisk is not to be compared, for what is said of it here."
+        "A number with an asterisk should not be compared, for the reasons given here."
     ]
     for run in runs:
         for name, part in run.tasks.items():
@@ -204,7 +204,7 @@ def model_index(folder: Path, model_name: str) -> str:
         if part["value"] is not None and is_plain(part)
     ]
     if not results:
-        raise ValueError(f"{folder} has no result without an asterisk, and a card must have no other.")
+        raise ValueError(f"{folder} has only results with an asterisk, which a card must not have.")
     return ModelCardData(model_name=model_name, eval_results=results).to_yaml()
 
 
@@ -212,9 +212,9 @@ def model_index(folder: Path, model_name: str) -> str:
 
 
 def figure(folders: Sequence[Path], path: Path) -> None:
-    """Mean score against visual tokens, and against the measured time of a question: a point a run.
+    """Plots the mean score of each run against visual tokens, and against the measured time of a question.
 
-    Published rows that have all of the runs' tasks are in the first part, in grey.
+    Published rows that have all of the runs' tasks are in the first panel, in grey.
     """
     from matplotlib.figure import Figure
 

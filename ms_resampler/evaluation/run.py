@@ -1,4 +1,4 @@
-"""Evaluating a model: the tasks' questions asked, scored, summed up, and written into a folder that can be resumed."""
+"""Evaluates a model: asks the tasks' questions, scores and summarises them in a folder that can be resumed."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from .tasks import find_tasks
 
 PROMPTS = "evaluation_prompts.json"
 SETTINGS, SUMMARY = "settings.json", "summary.json"
-EXAMPLES = 5  # problems of a kind that the summary names
+EXAMPLES = 5  # examples of each kind of problem in the summary
 
 
 Model = str | tuple[Any, Any] | Answerer
@@ -35,11 +35,11 @@ class Options:
     """How to evaluate.
 
     Fields:
-        data: a folder with a folder for every task, called as the task is; a task that has none comes from the Hub.
-        splits: splits by task, where not the default.
-        visual_tokens: the budget of a picture, a count or a grid; None is the model's own.
+        data: a folder with a subfolder for each task, named as the task; a task without one is loaded from the Hub.
+        splits: splits by task, if not the default.
+        visual_tokens: the budget of a picture, a count or a grid; None is the model's default.
         limit: ask only this many samples of a task (whole groups); the result is marked as incomplete.
-        blind: ask without the pictures: what can be guessed.
+        blind: ask without the pictures, to measure guessing.
         judge: grades MM-Vet, and reads replies to MMBench that the rules cannot.
         revision: branch, tag or commit of the model's repository.
         url: an OpenAI-compatible address that serves the model, instead of loading it here.
@@ -57,13 +57,12 @@ class Options:
 
 
 def evaluate(model: Model, tasks: Sequence[str | Path], out: Path, options: Options | None = None) -> dict[str, Any]:
-    """Evaluates a model and returns the summary, which `out` holds as well, with a JSONL file a task.
+    """Evaluates a model and returns the summary, which is also written to `out` with a JSONL file for each task.
 
-    model: a folder, a Hub repository, a model and its processor, or whatever answers (see Answerer). tasks: names, sets
-    of them ("ten"), and paths of suites. What `out` holds already is not asked again. Under `accelerate launch`, the
-    processes share the work.
+    model: a folder, a Hub repository, a model and its processor, or an Answerer. tasks: names, sets of them ("ten"),
+    and paths of suites. Answers in `out` are not asked again. Under `accelerate launch`, the processes share the work.
 
-    A task whose data are not as they should be has no value and its reason in the summary; the others go on.
+    A task whose data cannot be read has no value, and the reason in the summary; the other tasks are not affected.
     Raises ValueError if a task is unknown, or if `out` holds a run with other settings.
     """
     import torch
@@ -71,7 +70,7 @@ def evaluate(model: Model, tasks: Sequence[str | Path], out: Path, options: Opti
 
     options = options or Options()
     chosen = find_tasks(tasks)
-    # One process may have hours of work left when another is done.
+    # One process may finish hours before another.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
     settings = run_settings(model, options)
     if state.is_main_process:
@@ -103,7 +102,7 @@ def evaluate(model: Model, tasks: Sequence[str | Path], out: Path, options: Opti
 
 
 def the_answerer(model: Model, options: Options, device: Any) -> Answerer:
-    """Loads the model, or stands before the address that serves it."""
+    """Loads the model, or wraps the address that serves it."""
     if isinstance(model, tuple):
         return LocalModel(*model, options.visual_tokens)
     if not isinstance(model, str):
@@ -140,7 +139,7 @@ def filled(template: str, sample: Sample) -> str:
 
 
 def run_settings(model: Model, options: Options) -> dict[str, Any]:
-    """What a run's answers depend on, besides the data: they cannot be resumed with anything else."""
+    """Everything besides the data that a run's answers depend on; a run resumes only with equal settings."""
     loaded = model if isinstance(model, str) and options.url is None else None
     local = loaded is not None and Path(loaded).is_dir()
     kind = type(model[0] if isinstance(model, tuple) else model).__name__
@@ -168,14 +167,14 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         if changed:
             name = changed[0]
             raise ValueError(
-                f"{path.parent} holds a run with {name} = {before.get(name)!r}, and this one has {now[name]!r}: "
+                f"{path.parent} holds a run with {name} = {before.get(name)!r}, but this one has {now[name]!r}: "
                 "name another folder with --out."
             )
     write_whole(path, json.dumps(settings, indent=1, ensure_ascii=False))
 
 
 def own_prompts(model: str, revision: str | None) -> dict[str, str]:
-    """The prompts by task that a model carries in evaluation_prompts.json, if it does."""
+    """A model's own prompts by task, from evaluation_prompts.json, if it has one."""
     from transformers.utils import cached_file
 
     path = cached_file(
@@ -219,7 +218,7 @@ def ask_task(
     batch_size: int,
     state: Any,
 ) -> None:
-    """Asks this process's share of what is not known yet, and keeps every batch of answers as it comes."""
+    """Asks this process's share of the open questions, and stores every batch of answers."""
     from tqdm import tqdm
 
     known = kept_answers(folder, task.name)
@@ -252,7 +251,7 @@ def answer_row(sample: Sample, text: str, reply: Reply) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Result:
-    """A task's samples with what came of asking them."""
+    """A task's samples with their outcomes."""
 
     task: Task
     loaded: Loaded
@@ -283,7 +282,7 @@ class Result:
         return self.summary(complete_groups(scored, self.asked), rows, problems, options)
 
     def judged(self, sample: Sample, reply: str, judge: Judge | None) -> tuple[Outcome, Problem | None]:
-        """What a reply is worth, with the judge's help where it is needed; NaN if that cannot be told."""
+        """The score of a reply, with the judge's help if needed; NaN if it cannot be scored."""
         if sample.truth is None:
             return Outcome(math.nan, None), None
         outcome = self.task.score(sample, reply)
@@ -292,12 +291,12 @@ class Result:
         try:
             return self.task.judge(sample, reply, judge), None
         except (ValueError, IndexError, OSError) as error:
-            return outcome, Problem(sample.id, "judge", f"The judge's answer is of no use: {error}")
+            return outcome, Problem(sample.id, "judge", f"The judge's answer cannot be used: {error}")
 
     def summary(
         self, scored: list[Scored], rows: list[dict[str, Any]], problems: list[Problem], options: Options
     ) -> dict[str, Any]:
-        """The numbers, and everything that a reader must know to trust them."""
+        """The numbers of a task, and everything needed to interpret them."""
         task, split = self.task, self.loaded.source["split"]
         numbers = value_of(task.aggregation, scored) if scored else {}
         low, high = interval(task.aggregation, scored) if scored else (math.nan, math.nan)
@@ -337,7 +336,7 @@ def remarks(
     rows: Sequence[Mapping[str, Any]],
     options: Options,
 ) -> list[str]:
-    """Why a number is not to be set beside published ones, or is missing: sentences, none if all is well."""
+    """Reasons why a number is missing or cannot be compared with published ones, as sentences."""
     said = []
     if not scored and all(sample.truth is None for sample in asked):
         said.append("This split's answers are not public: submit the file in `exports`.")
@@ -416,18 +415,18 @@ def failed(task: Task, reason: str) -> dict[str, Any]:
 
 
 def merged_tasks(path: Path, summaries: Mapping[str, Any]) -> dict[str, Any]:
-    """The tasks of an earlier summary with these ones, so that a run can be extended by tasks."""
+    """Merges tasks into those of an earlier summary, so that a run can be extended by tasks."""
     before = json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.is_file() else {}
     return before | dict(summaries)
 
 
 def known_number(number: float | None) -> float | None:
-    """A number that JSON can hold, rounded; None for NaN."""
+    """A rounded number for JSON; None for NaN."""
     return None if number is None or math.isnan(number) else round(float(number), 6)
 
 
 def hash_of_samples(samples: Sequence[Sample], texts: Sequence[str]) -> str:
-    """Tells whether two runs asked the same questions and knew the same answers."""
+    """A hash of questions and answers: equal if two runs asked the same."""
     digest = hashlib.sha256()
     for sample, text in zip(samples, texts, strict=True):
         digest.update(json.dumps([sample.id, text, sample.truth], ensure_ascii=False).encode())

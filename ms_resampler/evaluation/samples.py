@@ -1,4 +1,4 @@
-"""What every task is made of: samples with pictures and truth, and what a reply to one is worth."""
+"""Samples with pictures and true answers, and the verdicts on replies."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -7,25 +7,25 @@ from typing import Any
 
 
 class DataError(ValueError):
-    """A task's data are not what the release has: a missing file, split or column, named in the message."""
+    """A task's data differ from the release: the message names the missing file, split or column."""
 
 
 class Columns(dict):
-    """A record. A column that it does not have raises DataError, with the names of those that it has."""
+    """A record. A missing column raises DataError, with the names of the existing ones."""
 
     def __missing__(self, name: str) -> Any:
         raise DataError(f"There is no column {name!r}; there are {', '.join(map(str, sorted(self)))}.")
 
     def any_of(self, *names: str) -> Any:
-        """The value of the first of some columns that is there."""
+        """The value of the first of some columns that exists."""
         return self[next((name for name in names if name in self), names[0])]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, opened only when it is asked about: `load` returns what the processor opens (path, bytes, base64).
+    """A picture that is opened only when needed: `load` returns a source for the processor (path, bytes, base64).
 
-    Pictures with the same key are the same picture: they are encoded once, and resampled together.
+    Pictures with the same key are the same: they are encoded once, and resampled together.
     """
 
     key: str
@@ -36,8 +36,8 @@ class Picture:
 class Sample:
     """A question about pictures.
 
-    fields: what the prompt's template is filled with: `question`, and what else the task names (`options`, `hint`).
-    truth: what the metric compares with; None where the answers are not public, so that answers are only exported.
+    fields: the fields of the prompt's template: `question`, and others of the task (`options`, `hint`).
+    truth: what the metric compares with; None if the answers are not public, so that replies are only exported.
     group: questions that are scored together (MMBench's rotations, MME's pairs); by default the sample alone.
     meta: columns that results are broken down by, or that an export needs.
     """
@@ -51,13 +51,13 @@ class Sample:
 
     @property
     def unit(self) -> str:
-        """What the bootstrap draws: the pictures, or the sample where there are none."""
+        """The unit that the bootstrap draws: the pictures, or the sample if it has none."""
         return " ".join(picture.key for picture in self.pictures) or self.id
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A sample that could not be used, and why: it is counted and named, and takes no part in the score."""
+    """A sample that could not be used, and why: it is counted and named, and left out of the score."""
 
     id: str
     kind: str
@@ -66,9 +66,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a reply is worth, in [0, 1], and what was understood of it; `parsed` None means nothing was.
+    """The score of a reply in [0, 1], and how it was parsed; None if it could not be.
 
-    A reply that cannot be parsed gets what the benchmark's official metric gives it, and is counted.
+    A reply that cannot be parsed gets the score of the benchmark's official metric, and is counted.
     """
 
     score: float
@@ -77,7 +77,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Scored:
-    """A sample, the model's reply to it, and what that is worth."""
+    """A sample, the model's reply to it, and the verdict."""
 
     sample: Sample
     reply: str
@@ -85,12 +85,12 @@ class Scored:
 
 
 def picture_file(path: Path) -> Picture:
-    """A picture in a file, which may turn out to be missing or damaged when it is opened."""
+    """A picture in a file, which is checked when it is opened."""
     return stored_picture(str(path), path)
 
 
 def stored_picture(key: str, content: Any) -> Picture:
-    """A picture that is at hand: a path, bytes or base64."""
+    """A picture given as a path, bytes or base64."""
     return Picture(key, lambda: content)
 
 

@@ -19,8 +19,8 @@ class HubData:
 
     splits: the release's name of a split -> its name there. configs: the configuration, if it has several.
     revision: the commit to load; the one that was loaded is recorded with the results.
-    picture_config: where pictures have a table of their own, its configuration; `picture_id` is the column that leads
-    there, to its column `id`.
+    picture_config: the configuration of a separate table of pictures, if there is one; the column `picture_id` refers
+    to its column `id`.
     """
 
     repo: str
@@ -33,7 +33,7 @@ class HubData:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A task's samples, what could not be used, and where it all came from."""
+    """A task's samples, the records that could not be used, and the source."""
 
     samples: list[Sample]
     problems: list[Problem]
@@ -41,9 +41,9 @@ class Loaded:
 
 
 def usable(records: Iterator[Record | Problem], build: Callable[[Columns], Sample], source: Record) -> Loaded:
-    """The samples that records make; a record that makes none is a problem with its place and reason.
+    """Builds samples from records; a record that cannot be used is a problem with its place and reason.
 
-    Raises DataError, with the first reason, if none makes one.
+    Raises DataError, with the first reason, if no record can be used.
     """
     samples: dict[str, Sample] = {}
     problems: list[Problem] = []
@@ -102,7 +102,7 @@ def hub_records(place: str, data: HubData, split: str, key: Callable[[Record], s
 
 
 def load_rows(place: str, config: str | None, split: str, revision: str) -> Any:
-    """A split of a data set, its pictures left as they are. Raises DataError if that cannot be had."""
+    """A split of a data set with undecoded pictures. Raises DataError if it cannot be loaded."""
     import datasets
 
     local = Path(place).is_dir()
@@ -122,7 +122,7 @@ def load_rows(place: str, config: str | None, split: str, revision: str) -> Any:
 
 
 def commit_of(place: str, revision: str) -> str | None:
-    """The commit that a revision of a Hub data set stands for; None for a folder, or if the Hub cannot be asked."""
+    """The commit of a Hub data set's revision; None for a folder, or if the Hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -135,7 +135,7 @@ def commit_of(place: str, revision: str) -> str | None:
 
 
 def rows_with_pictures(rows: Any, place: str, key: Callable[[Record], str] | None) -> Iterator[Record]:
-    """Rows whose picture columns hold pictures that are read when they are asked about: one, a list, or None."""
+    """Rows whose picture columns hold lazily read pictures: one, a list, or None."""
     import datasets
 
     columns = [name for name, feature in rows.features.items() if is_picture_column(feature)]
@@ -178,7 +178,7 @@ def row_picture(rows: Any, index: int, column: str, key: str, place: int | None 
 
 
 def one_of(folder: Path, *names: str) -> Path:
-    """The first of some files or folders that is there; names may have wildcards. Raises DataError if none is."""
+    """The first of some files or folders that exists; names may have wildcards. Raises DataError if none does."""
     for name in names:
         if found := sorted(folder.glob(name)):
             return found[0]
@@ -204,24 +204,24 @@ def read_jsonl(path: Path) -> Iterator[Any]:
 
 
 def read_tsv(path: Path) -> Iterator[dict[str, str]]:
-    """The rows of a table with tabs, whose cells may hold whole pictures."""
+    """The rows of a tab-separated table, whose cells may hold whole pictures."""
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8", newline="") as file:
         yield from csv.DictReader(file, delimiter="\t")
 
 
 def picture_in(folder: Path, *names: str) -> Picture:
-    """The picture under the first of some names that is there; if none is, opening it will say so."""
+    """The picture with the first of some names that exists; if none does, opening it raises the error."""
     return picture_file(next((folder / name for name in names if (folder / name).is_file()), folder / names[0]))
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a cell of a table holds nothing: None, NaN, or the words that tables write for them."""
+    """Whether a table cell is empty: None, NaN, or their spellings in tables."""
     return value is None or value != value or (isinstance(value, str) and value.lower() in ("", "nan", "none"))
 
 
 def strings(value: Any) -> list[str]:
-    """A list of strings, also where the release writes it as the text of a Python list, or has a single string."""
+    """A list of strings, also from the text of a Python list or a single string."""
     import ast
 
     if isinstance(value, str) and value.startswith("["):

@@ -9,14 +9,14 @@ from .aggregation import Aggregation, count_units, finish_sums
 from .samples import Scored
 
 RESAMPLES = 2000
-BLOCK = 100  # resamples at a time: all of them, of 40,000 pictures, would fill the memory
+BLOCK = 100  # resamples at a time, to limit memory
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better the second model is in a task's headline number, with a 95% interval and a p-value.
+    """The difference of two models in a task's headline number, second minus first, with a 95% interval and a p-value.
 
-    samples: how many both models answered; only these are compared.
+    samples: the number that both models answered; only these are compared.
     """
 
     value: float
@@ -38,7 +38,7 @@ def headline(aggregation: Aggregation, names: Sequence[str], sums: np.ndarray) -
 
 
 def draws(units: int, seed: int) -> list[np.ndarray]:
-    """How often each unit is drawn in each resample, in blocks (resamples, units)."""
+    """How many times each unit is drawn in each resample, in blocks (resamples, units)."""
     rng = np.random.default_rng(seed)
     return [rng.multinomial(units, np.full(units, 1 / units), size=BLOCK) for _ in range(RESAMPLES // BLOCK)]
 
@@ -54,7 +54,7 @@ def interval(aggregation: Aggregation, scored: Sequence[Scored], seed: int = 0) 
 
 
 def compare(aggregation: Aggregation, first: Sequence[Scored], second: Sequence[Scored], seed: int = 0) -> Difference:
-    """The second model less the first, on the samples that both answered.
+    """The second model minus the first, on the samples that both answered.
 
     The interval is a bootstrap over pictures, the same draws for both models. The p-value is that of a two-sided
     randomisation test: the models' answers about a picture are exchanged at random, and differences at least as large
@@ -85,7 +85,7 @@ def compare(aggregation: Aggregation, first: Sequence[Scored], second: Sequence[
 
 
 def widened(table: tuple[list[str], list[str], np.ndarray], names: Sequence[str]) -> np.ndarray:
-    """Counts with columns of zeros for the names that a table does not have."""
+    """Counts with zero columns for missing names."""
     _, own, counts = table
     places = {name: place for place, name in enumerate(own)}
     columns = [counts[:, places[name]] if name in places else np.zeros(len(counts)) for name in names]
@@ -93,7 +93,7 @@ def widened(table: tuple[list[str], list[str], np.ndarray], names: Sequence[str]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number by Holm's method: the chance of any false finding stays below the level."""
+    """p-values corrected by Holm's method, which controls the family-wise error rate."""
     order = sorted(range(len(p_values)), key=lambda place: p_values[place])
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(order):

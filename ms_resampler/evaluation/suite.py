@@ -1,4 +1,4 @@
-"""Suites: tasks of one's own, each a JSONL file of questions about pictures in the same folder. See docs/evaluation.md.
+"""Suites: tasks of your own, each a JSONL file of questions about pictures in the same folder. See docs/evaluation.md.
 
 {"id": "7", "image": "scenes/7.png", "question": "Is there a bus?", "answer": "yes", "kind": "yes/no", "meta": {}}
 """
@@ -31,7 +31,7 @@ def suite_tasks(path: Path) -> list[Task]:
 
 
 def suite_task(path: Path) -> Task:
-    """The task of a suite's file, called as the file is."""
+    """The task of a suite's file, named as the file."""
     return Task(
         name=path.stem,
         title=path.stem,
@@ -59,7 +59,7 @@ def records(path: Path, split: str) -> Iterator[Record | Problem]:
 
 
 def build(record: Columns) -> Sample:
-    """A line as a sample. Raises ValueError if it is not of the documented form."""
+    """A line as a sample. Raises ValueError if it is not in the documented format."""
     if unknown := record.keys() - REQUIRED - OPTIONAL - {"folder"}:
         raise ValueError(f"The record has unknown fields: {', '.join(sorted(unknown))}; put them into `meta`.")
     kind, options, answers = record["kind"], record.get("options"), listed(record["answer"])
@@ -81,11 +81,11 @@ def listed(value: Any) -> list[str]:
 
 
 def check_answers(kind: str, answers: list[str], options: list[str] | None) -> None:
-    """Raises ValueError unless the answers and options are of the kind."""
+    """Raises ValueError unless the answers and options fit the kind."""
     if kind not in KINDS:
         raise ValueError(f"The kind is {kind!r}; it is one of {', '.join(KINDS)}.")
     if (kind == "choice") != (options is not None):
-        raise ValueError("`options` belongs to the kind `choice`, and to no other.")
+        raise ValueError("`options` is allowed for the kind `choice` only.")
     if not answers:
         raise ValueError("The record has no answer.")
     allowed = {"yes/no": ["yes", "no"], "choice": [chr(65 + index) for index in range(len(options or []))]}.get(kind)
@@ -97,7 +97,7 @@ def check_answers(kind: str, answers: list[str], options: list[str] | None) -> N
 
 
 def score(sample: Sample, reply: str) -> Outcome:
-    """Whether a reply is right, as its kind asks."""
+    """Whether a reply is right, by the rules of its kind."""
     answers, kind = sample.truth["answers"], sample.truth["kind"]
     if kind == "number":
         number, tolerance = only_number(reply), sample.truth["tolerance"]

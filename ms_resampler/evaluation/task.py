@@ -1,4 +1,4 @@
-"""What a task is: where its records come from, what is asked, what a reply is worth, and what comes of it all."""
+"""The definition of a task: records, prompt, score and aggregation."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .sources import HubData, Loaded, Record, hub_records, usable
 class Judge(Protocol):
     """A language model that grades or reads replies, for the benchmarks that need one.
 
-    It is asked with the task's name, the question, the truth, the options by letter (or nothing) and the reply. For
+    It is called with the task's name, the question, the truth, the options by letter (or None) and the reply. For
     MM-Vet it returns a grade such as "0.7", for MMBench the letter of the option that the reply means.
     """
 
@@ -28,13 +28,13 @@ class Task:
         title: its name in tables, which is the column of the published rows.
         hub: where it is on the Hub.
         split: the split that is scored by default; published_split: the one that published rows are about.
-        prompt: what is asked, with fields of the samples in braces, and where that is written down (prompt_source).
+        prompt: the prompt, with fields of the samples in braces; prompt_source: where it was published.
         records: the records of a split in a local folder of the official layout, each with a picture as `image`.
         build: the sample of a record, from a folder or from the Hub.
-        score: what a reply is worth. judge: the same with a judge's help, where `score` could not parse it.
+        score: the verdict on a reply. judge: the same with a judge, if `score` could not parse it.
         aggregation: the benchmark's numbers.
-        picture_key: what rows about the same picture have in common, if the Hub's copy repeats pictures.
-        place: where it is, if that is part of the task: a suite's file.
+        picture_key: identifies the picture of a row, if the Hub's copy repeats pictures.
+        place: a suite's file; None for other tasks.
         export: the file that the benchmark's server or script takes: its name and content.
     """
 

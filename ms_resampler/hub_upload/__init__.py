@@ -1,1 +1,1 @@
-"""From a checkpoint folder to one that a stranger can load: staging, and later publishing."""
+"""Publishing a checkpoint on the Hub: stage, inspect, card, publish."""

@@ -27,36 +27,36 @@ PEERS = {
     "TokenPacker": "2407.02392", "MQT": "2405.19315", "SAEP": "2410.10319", "Qwen-VL": "2308.12966",
     "Flamingo": "2204.14198", "Idefics2": "2405.02246", "BLIP-2": "2301.12597",
 }  # fmt: skip
-CLEARLY = 25  # points above the blind model that count as having learned a family
+CLEARLY = 25  # percentage points above the blind model from which a family counts as learned
 PARTS = {"vision_tower": "model.vision_tower.", "projector": "model.projector.", "language_model": ""}
-# Fields of the metadata that are made here; the others are the publisher's, and stay.
+# Metadata fields that are generated; the publisher's other fields are kept.
 MADE_FIELDS = ("library_name", "pipeline_tag", "model-index")
 TAGS = ["custom_code", "ms_resampler"]
 
 
 def write_card(folder: Path, title: str | None = None, **metadata: Any) -> None:
-    """Makes the folder's README.md, or makes it again; what its publisher has added stays.
+    """Writes the folder's README.md, or updates it and keeps what its publisher has added.
 
-    Raises ValueError if there is a README.md that was not made here.
+    Raises ValueError if there is a README.md that was not made by this function.
     """
     path = folder / "README.md"
     if path.exists() and not is_made_here(path):
-        raise ValueError(f"{path} was not made by `ms-resampler card`, and would be lost: move it away first.")
+        raise ValueError(f"{path} was not made by `ms-resampler card` and would be overwritten: move it away first.")
     write_whole(path, render_card(folder, title, **metadata))
 
 
 def is_made_here(path: Path) -> bool:
-    """Whether a README.md is one of this module's."""
+    """Whether a README.md was made by this module."""
     return MADE_HERE in path.read_text(encoding="utf-8")
 
 
 def check_card(folder: Path) -> None:
-    """Raises ValueError, naming the first difference, unless the card is what the folder's results make it."""
+    """Raises ValueError, naming the first difference, unless the card matches the folder's results."""
     path = folder / "README.md"
     if not path.is_file():
         raise ValueError(f"{folder} has no README.md: make it with `ms-resampler card {folder}`.")
     if not is_made_here(path):
-        raise ValueError(f"{path} was not made by `ms-resampler card`, so that nothing can be said about its numbers.")
+        raise ValueError(f"{path} was not made by `ms-resampler card`, so its numbers cannot be checked.")
     lines = zip_longest(path.read_text(encoding="utf-8").splitlines(), render_card(folder).splitlines(), fillvalue="")
     for number, (is_, should) in enumerate(lines, start=1):
         if is_ != should:
@@ -67,7 +67,7 @@ def check_card(folder: Path) -> None:
 
 
 def render_card(folder: Path, title: str | None = None, *, repo: str | None = None, **metadata: Any) -> str:
-    """The text of a checkpoint's card; title, metadata and notes are those of the present card where it has some."""
+    """The text of a checkpoint's card; title, metadata and notes of an existing card are kept."""
     text = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
     record = read_json(folder / RECORD)
     config = MSResamplerConfig.from_pretrained(folder)
@@ -94,7 +94,7 @@ def render_card(folder: Path, title: str | None = None, *, repo: str | None = No
 
 
 def facts_of_model(folder: Path, config: Any) -> dict[str, Any]:
-    """What the configuration and the weights say."""
+    """The card's fields from the configuration and the weights."""
     projector, counts = config.projector_config, parameter_counts(folder)
     grid = config.native_patch_grid
     budget, peer = projector.visual_tokens, PROJECTORS.get(projector.projector_type)
@@ -119,7 +119,7 @@ def parameter_counts(folder: Path) -> dict[str, int]:
 
 
 def facts_of_training(record: dict[str, Any]) -> dict[str, Any]:
-    """What the training record says, if there is one."""
+    """The card's fields from the training record, if there is one."""
     versions = [f"{name} {version}" for name, version in record.get("versions", {}).items()]
     return {
         "stages": [stage_row(stage) for stage in [*record.get("stages", []), *recipe_stage(record)]],
@@ -129,7 +129,7 @@ def facts_of_training(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def recipe_stage(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The run of a recipe as a stage: its record has one recipe, and rates by part of the model."""
+    """The run of a recipe as a stage: its record has one recipe, and learning rates by part of the model."""
     if "recipe" not in record:
         return []
     rates = ", ".join(f"{part} {rate:g}" for part, rate in record["recipe"].get("rates", {}).items() if rate)
@@ -179,7 +179,7 @@ def results_table(record: dict[str, Any]) -> str:
 
 
 def metadata_yaml(title: str, fields: dict[str, Any], record: dict[str, Any]) -> str:
-    """The front matter: the publisher's fields, and those that are made here, the results among them."""
+    """The front matter: the publisher's fields and the generated ones, such as the results."""
     results = [
         EvalResult(
             task_type="image-text-to-text",
@@ -199,12 +199,12 @@ def metadata_yaml(title: str, fields: dict[str, Any], record: dict[str, Any]) ->
 
 
 def kept_metadata(path: Path) -> dict[str, Any]:
-    """The fields of a card that its publisher has set."""
+    """The card fields set by the publisher."""
     return {field: value for field, value in read_metadata(path).items() if field not in MADE_FIELDS}
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The fields of a card, of whatever origin; none where there is no card. Raises ValueError if they are no YAML."""
+    """The metadata fields of any card; empty if there is no card. Raises ValueError if they are not YAML."""
     try:
         return (metadata_load(path) if path.is_file() else None) or {}
     except (ValueError, YAMLError) as error:
@@ -215,9 +215,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def add_card(staged: Path, folder: Path, repo: str, projector_of: str | None = None) -> Path:
-    """Makes the card of a staged folder for its repository, unless `folder` brings one of another origin.
+    """Makes the card of a staged folder, unless `folder` has one that was not made here.
 
-    Raises ValueError if the card of `folder` does not agree with its results, or lacks what the Hub needs to know.
+    Raises ValueError if the card of `folder` does not match its results, or lacks metadata that the Hub needs.
     """
     card = staged / "README.md"
     if not card.is_file() or is_made_here(card):
@@ -235,7 +235,7 @@ def add_card(staged: Path, folder: Path, repo: str, projector_of: str | None = N
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file, or nothing where there is none."""
+    """A JSON file's value; empty if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

@@ -1,4 +1,4 @@
-"""Checks what is on the Hub: its files, whose code it runs, and what a stranger's process answers with it."""
+"""Checks a repository on the Hub: its files, the code it runs, and that it loads without this package."""
 
 import glob
 import hashlib
@@ -26,7 +26,7 @@ from .inspect import check_content, is_pickle
 from .plan import Plan, hashes_at, same_content, size
 from .staging import check_checkpoint, is_ours
 
-# One of each is there, or there is no processor.
+# A processor needs one of each.
 PROCESSOR_FILES = (
     ("processor_config.json", "preprocessor_config.json"),
     ("tokenizer.json", "tokenizer.model", "vocab.json"),
@@ -38,8 +38,8 @@ def verify(repository: str, *, allow_code: str | None = None) -> None:
     """Downloads ORG/NAME[@REVISION] to a temporary folder and checks it; none of its code runs.
 
     Prints the commit and the hash of its code. Raises ValueError if a file should not be there, is missing or damaged,
-    is not what the Hub says it is, or names code of another repository; and if its code is neither this package's nor
-    that of the hash `allow_code`.
+    differs from the Hub's hash, or refers to code of another repository; and if its code is neither this package's nor
+    has the hash `allow_code`.
     """
     with temporary_folder("ms-resampler-verify") as place:
         download_checked(repository, place / "files", allow_code)
@@ -48,7 +48,7 @@ def verify(repository: str, *, allow_code: str | None = None) -> None:
 def pull(repository: str, folder: Path | str | None = None, *, allow_code: str | None = None) -> Path:
     """Downloads ORG/NAME[@REVISION] into a new folder (default: NAME), and keeps it if `verify` accepts it.
 
-    A download that was killed goes on where it stopped.
+    An interrupted download resumes.
     """
     folder = Path(folder or repository.partition("@")[0].rpartition("/")[2])
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -61,7 +61,7 @@ def pull(repository: str, folder: Path | str | None = None, *, allow_code: str |
 
 
 def download_checked(repository: str, folder: Path, allow_code: str | None) -> None:
-    """Downloads a repository into a folder and checks it; files that are there already are not fetched again."""
+    """Downloads a repository into a folder and checks it; files that exist already are not downloaded again."""
     name, _, revision = repository.partition("@")
     check_repository_name(name)
     with hub_errors(name, "read"):
@@ -73,11 +73,11 @@ def download_checked(repository: str, folder: Path, allow_code: str | None) -> N
         strangers = [file for file in hashes if not is_ours(file)]
         if strangers:
             raise ValueError(
-                f"{name} holds what no checkpoint of ours does: {', '.join(strangers)}. Nothing was downloaded."
+                f"{name} has files that do not belong to a checkpoint: {', '.join(strangers)}. Nothing was downloaded."
             )
         download(api, name, commit, hashes, local_dir=folder)
     for file in folder.iterdir():
-        if file.name not in hashes:  # the client's notes, and what an earlier download of another revision has left
+        if file.name not in hashes:  # the client's cache, and files of an earlier download of another revision
             shutil.rmtree(file) if file.is_dir() else file.unlink()
     check_files(name, folder, hashes)
     check_checkpoint(folder, name)
@@ -90,31 +90,31 @@ def download_checked(repository: str, folder: Path, allow_code: str | None) -> N
 
 
 def download(api: HfApi, name: str, commit: str, files: Iterable[str], **place: Path) -> Path:
-    """Downloads files of a commit; after a transient failure what is missing is asked for again."""
+    """Downloads files of a commit; retries missing ones after a transient failure."""
     patterns = [glob.escape(file) for file in files]
     with hub_errors(name, "read"):
         return Path(patiently(api.snapshot_download, name, revision=commit, allow_patterns=patterns, **place))
 
 
 def check_files(name: str, folder: Path, hashes: dict[str, str]) -> None:
-    """Raises ValueError for files whose content is not the one of the hash, or not what the file's name says."""
+    """Raises ValueError for files whose content does not match their hash or their name."""
     received = {file: (folder / file).is_file() and same_content(folder / file, hashes[file]) for file in hashes}
     different = [file for file, same in received.items() if not same]
     if different:
-        raise ValueError(f"{', '.join(different)} of {name} came with another content than the Hub says: try again.")
+        raise ValueError(f"{', '.join(different)} of {name} came with other content than the Hub states: try again.")
     for file in hashes:
         if is_pickle(folder / file):
             raise ValueError(f"{file} of {name} is a pickle or an archive, which can run code where it is opened.")
         try:
             check_content(folder / file)
         except ValueError as error:
-            raise ValueError(f"{file} of {name} is damaged ({error}): it was published so.") from error
+            raise ValueError(f"{file} of {name} is damaged ({error}), as it was published.") from error
 
 
 def misfit(folder: Path) -> tuple[str, str] | None:
-    """The file that does not make a model or a processor, and in words why; the package's own code is asked.
+    """Builds model and processor with the package's code; returns the file that makes this fail, and why.
 
-    The weights are not read: the model is made on PyTorch's meta device.
+    The weights are not read: the model is built on PyTorch's meta device.
     """
     for names in PROCESSOR_FILES:
         if not any((folder / name).is_file() for name in names):
@@ -129,7 +129,7 @@ def misfit(folder: Path) -> tuple[str, str] | None:
                 model.projector.load_state_dict(projector_state(folder / PROJECTOR), assign=True)
                 return None
             if getattr(MSResamplerConfig.from_pretrained(folder), "quantization_config", None):
-                return None  # the names of its tensors are known to its quantizer alone
+                return None  # only the quantizer knows the names of its tensors
             options: dict[str, Any] = {"device_map": {"": "meta"}, "output_loading_info": True}
             _, found = model.from_pretrained(folder, ignore_mismatched_sizes=True, **options)
     except (ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
@@ -141,13 +141,13 @@ def misfit(folder: Path) -> tuple[str, str] | None:
 
 
 def projector_state(file: Path) -> dict[str, torch.Tensor]:
-    """The weights of a projector, under the names they have in it."""
+    """The weights of a projector, by their names in it."""
     return {name.removeprefix("model.projector."): tensor for name, tensor in load_file(file).items()}
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Transformers' reports and bars are not shown: what they say is read from its answers."""
+    """Hides transformers' reports and progress bars; errors are read from its return values."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
@@ -160,9 +160,9 @@ def quiet() -> Iterator[None]:
 
 
 def check_code(name: str, folder: Path, allowed: str | None) -> bool:
-    """Prints one line on the repository's code beside this package's; returns whether they are the same.
+    """Prints a line that compares the repository's code with this package's; returns whether they are equal.
 
-    Raises ValueError if they are not, unless `allowed` is the hash of the repository's (its first 16 digits, or more).
+    Raises ValueError if they differ, unless `allowed` is the hash of the repository's code (at least 16 digits).
     """
     ours = {file.name: hash_of(file) for file in remote_code_files()}
     theirs = {file.name: hash_of(file) for file in folder.glob("*.py")}
@@ -204,7 +204,7 @@ def check_published(api: HfApi, plan: Plan, commit: str, home: Path, answer: byt
 
 
 def same_bytes(one: Path, other: Path) -> bool:
-    """Whether two files are there and equal."""
+    """Whether two files exist and are equal."""
     if not one.is_file() or one.stat().st_size != other.stat().st_size:
         return False
     with one.open("rb") as first, other.open("rb") as second:
@@ -212,10 +212,10 @@ def same_bytes(one: Path, other: Path) -> bool:
 
 
 def answer_of_a_stranger(checkpoint: str, *, revision: str = "", hf_home: Path | None = None) -> bytes:
-    """Loads a folder, or a repository out of a cache, in a process that has neither this package, nor the network.
+    """Loads a folder, or a cached repository, in an offline process without this package.
 
     Returns its logits and its answer through the Auto classes, as bytes. Raises ValueError with the process's last
-    words if the checkpoint cannot be loaded or does not answer.
+    line of output if the checkpoint cannot be loaded or does not answer.
     """
     with temporary_folder("ms-resampler-stranger") as place:
         result, home = place / "result.safetensors", str(hf_home or place)

@@ -1,4 +1,4 @@
-"""The Hub's client, with patience for servers that stumble and one sentence for everything that goes wrong."""
+"""The Hub's client, with retries for transient failures and one clear sentence for every error."""
 
 import errno
 import re
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .secrets import redact, redacted
 
 Result = TypeVar("Result")
-WAITS = (1, 2, 4)  # seconds before each new try
+WAITS = (1, 2, 4)  # seconds before each retry
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9]|[-_.](?=[A-Za-z0-9]))*")
 
 SENTENCES = {
@@ -40,19 +40,19 @@ SENTENCES = {
 
 
 def check_repository_name(name: str) -> None:
-    """Raises ValueError unless the name is that of a repository of somebody: "ORG/NAME"."""
+    """Raises ValueError unless the name has the form "ORG/NAME"."""
     parts = name.split("/")
     if len(parts) != 2 or not all(NAME.fullmatch(part) and len(part) <= 96 for part in parts):
         raise ValueError(
-            f"{name!r} is no repository: it is ORG/NAME, both of letters, digits and single - _ . between them."
+            f"{name!r} is not a repository name: give ORG/NAME, both of letters, digits and single - _ . between them."
         )
 
 
 @contextmanager
 def hub_errors(name: str, act: str = "write to") -> Iterator[None]:
-    """Turns whatever the client raises about a repository into a ValueError of one sentence, free of secrets.
+    """Turns any error of the client about a repository into a ValueError of one sentence, without secrets.
 
-    `act` is what is being done with the repository: "write to" or "read".
+    `act` is the operation on the repository: "write to" or "read".
     """
     with redacted():
         try:
@@ -62,17 +62,17 @@ def hub_errors(name: str, act: str = "write to") -> Iterator[None]:
             if known is None:
                 raise
             close_progress_bars()
-            raise ValueError(redact(known)) from None  # its chain would print signed addresses
+            raise ValueError(redact(known)) from None  # the chained error would print signed URLs
 
 
 def close_progress_bars() -> None:
-    """Ends the lines of the bars that a failed transfer has left open; only tqdm itself knows which."""
+    """Closes the progress bars that a failed transfer has left open."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
 
 
 def sentence(error: BaseException | None, name: str, act: str) -> str | None:
-    """What a person should know about an error; None if it is none of the Hub, the network or the disk."""
+    """The message for an error of the Hub, the network or the disk; None for any other."""
     if error is None:
         return None
     if isinstance(error, LocalTokenNotFoundError):
@@ -82,7 +82,7 @@ def sentence(error: BaseException | None, name: str, act: str) -> str | None:
     if isinstance(error, RevisionNotFoundError):
         return f"{name} has no such revision."
     if isinstance(error, GatedRepoError):
-        return f"{name} is read by those who have accepted its terms: accept them on its page, and log in."
+        return f"{name} requires that you accept its terms: accept them on its page, and log in."
     if isinstance(error, RepositoryNotFoundError):
         return SENTENCES[404].format(name=name)
     if isinstance(error, HfHubHTTPError) and error.response is not None:
@@ -91,37 +91,37 @@ def sentence(error: BaseException | None, name: str, act: str) -> str | None:
         return f"The Hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}): check the network."
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "The disk is full: make room, or set TMPDIR and HF_HOME to a place that has some."
-    if isinstance(error, RuntimeError | LocalEntryNotFoundError):  # the client wraps what stopped a transfer
+    if isinstance(error, RuntimeError | LocalEntryNotFoundError):  # the client wraps the cause of a failed transfer
         failed = f"The {'download' if act == 'read' else 'upload'} failed: {error}" if is_transfer(error) else None
         return sentence(error.__cause__, name, act) or failed
     return None
 
 
 def is_transfer(error: BaseException) -> bool:
-    """Whether an error without a cause comes from the client: hf_xet's have no class of their own."""
+    """Whether an error without a cause comes from the client: hf_xet's errors have no class of their own."""
     return isinstance(error, LocalEntryNotFoundError) or "Error while uploading" in str(error) or "xet" in str(error)
 
 
 def status_sentence(error: HfHubHTTPError, name: str, act: str) -> str:
-    """What an answer of the Hub means, in its own words where there are none here."""
+    """The meaning of a response of the Hub; its own message if none is defined here."""
     status = error.response.status_code
     if status in SENTENCES:
         return SENTENCES[status].format(name=name, act=act)
     if status >= 500:
-        return f"The Hub answers with an error of its own ({status}), after several tries: try again later."
+        return f"The Hub reports an internal error ({status}), after several tries: try again later."
     told = error.server_message or str(error).strip().partition("\n")[0]
     return f"The Hub refuses ({status}): {told}"
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Whether the same request may succeed in a moment; the client wraps what stopped a download."""
+    """Whether the same request may succeed soon; the client wraps the cause of a failed download."""
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return error.response.status_code in (408, 500, 502, 503, 504)
     return isinstance(error, httpx2.TransportError) or (error is not None and is_transient(error.__cause__))
 
 
 def patiently(call: Callable[..., Result], *args: object, **kwargs: object) -> Result:
-    """Calls something that may be repeated without harm, again after each transient failure."""
+    """Calls an idempotent function, and retries after each transient failure."""
     for wait in WAITS:
         try:
             return call(*args, **kwargs)
@@ -134,7 +134,7 @@ def patiently(call: Callable[..., Result], *args: object, **kwargs: object) -> R
 
 @contextmanager
 def large_file_transfer(api: HfApi, name: str, kind: str = "model") -> Iterator[None]:
-    """Xet where the server has it, LFS elsewhere: the client itself does not fall back."""
+    """Uses xet if the server supports it, else LFS; the client does not fall back by itself."""
     before = constants.HF_HUB_DISABLE_XET
     if not before:
         headers = utils.build_hf_headers(token=api.token)  # type: ignore[attr-defined]

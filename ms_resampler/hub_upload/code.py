@@ -1,4 +1,4 @@
-"""Whose code a checkpoint's configurations name, and whether all of it is in the checkpoint's own folder."""
+"""Finds code that a checkpoint's configurations refer to and that is not in the checkpoint's own folder."""
 
 import ast
 import re
@@ -8,13 +8,13 @@ from typing import Any
 
 from .personal import read_json
 
-# "repository--module.Class", as transformers writes that a class is elsewhere, and timm's "hf-hub:repository".
+# transformers' "repository--module.Class" for a class elsewhere, and timm's "hf-hub:repository".
 ELSEWHERE = re.compile(r"[\w.-]+/[\w.-]+--[\w.-]+|[\w.-]+--\w+\.[A-Z]\w*|hf[-_]hub:.*")
 CLASS = re.compile(r"(\w+)\.(\w+)")
 
 
 def code_problem(folder: Path) -> tuple[str, str] | None:
-    """The first file that names code which is not in the folder, and in words what it does; None if there is none."""
+    """The first file that refers to code outside the folder, and how; None if there is none."""
     for file in sorted(folder.glob("*.json")):
         config = read_json(file)
         if file.name == "tokenizer.json" and isinstance(config, dict):
@@ -29,21 +29,21 @@ def code_problem(folder: Path) -> tuple[str, str] | None:
 
 
 def config_problems(config: Any, folder: Path, depth: int = 0) -> Iterator[str]:
-    """What is wrong with the code that a configuration names, however deep it says so."""
+    """The problem with code that a configuration refers to, at any depth."""
     if isinstance(config, list):
         for value in config:
             yield from config_problems(value, folder, depth + 1)
     elif isinstance(config, str):
         if ELSEWHERE.fullmatch(config):
-            yield f"sends its readers to another repository: {config}"
+            yield f"refers to another repository: {config}"
     elif isinstance(config, dict):
         for key, value in config.items():
             if key in ("auto_map", "custom_pipelines"):
                 yield from class_problems(value, folder)
-                # transformers looks for the code of a part at the place that the part names
+                # transformers loads a part's code from the place that the part names
                 place = config.get("_name_or_path") or config.get("name_or_path")
                 if value and depth and place:
-                    yield f"sends its readers to another repository: {place}"
+                    yield f"refers to another repository: {place}"
             elif key.endswith(("attn_implementation", "experts_implementation")):
                 yield from kernel_problems(value)
             else:
@@ -51,10 +51,10 @@ def config_problems(config: Any, folder: Path, depth: int = 0) -> Iterator[str]:
 
 
 def class_problems(named: Any, folder: Path) -> Iterator[str]:
-    """What is wrong with the classes that an auto_map names, or the implementation of a pipeline."""
+    """The problem with classes in an auto_map, or with a pipeline's implementation."""
     if isinstance(named, dict):
         for key, value in named.items():
-            # Of a pipeline, these are names of Auto classes, and data.
+            # For a pipeline, these are names of Auto classes, and data.
             check = config_problems if key in ("pt", "tf", "type", "default") else class_problems
             yield from check(value, folder)
     elif isinstance(named, list):
@@ -63,32 +63,32 @@ def class_problems(named: Any, folder: Path) -> Iterator[str]:
     elif named is not None:
         known = CLASS.fullmatch(str(named))
         if "--" in str(named):
-            yield f"sends its readers to another repository: {named}"
+            yield f"refers to another repository: {named}"
         elif not (known and defines(folder / f"{known[1]}.py", known[2])):
             yield f"names code that is not there: {named}"
 
 
 def kernel_problems(named: Any) -> Iterator[str]:
-    """What is wrong with an implementation of attention or experts: "org/name" is a repository of kernels."""
+    """The problem with an implementation of attention or experts: "org/name" is a repository of kernels."""
     for value in named.values() if isinstance(named, dict) else [named]:
         if "/" in str(value):
-            yield f"sends its readers to another repository: {value}"
+            yield f"refers to another repository: {value}"
 
 
 def defines(file: Path, name: str) -> bool:
-    """Whether a file of Python is there, and has a class of that name."""
+    """Whether a Python file exists and has a class of that name."""
     return file.is_file() and any(isinstance(node, ast.ClassDef) and node.name == name for node in parsed(file).body)
 
 
 def relative_imports(file: Path) -> Iterator[str]:
-    """The siblings that a file of Python imports: "from .x import y" and "from . import x"."""
+    """The siblings that a Python file imports: "from .x import y" and "from . import x"."""
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.ImportFrom) and node.level:
             yield from [node.module] if node.module else [alias.name for alias in node.names]
 
 
 def parsed(file: Path) -> ast.Module:
-    """A file of Python as a tree. Raises ValueError if it is none."""
+    """A Python file's syntax tree. Raises ValueError if it is not valid Python."""
     try:
         return ast.parse(file.read_bytes())
     except SyntaxError as error:

@@ -1,4 +1,4 @@
-"""What files hold: pickles, damaged or oversized files, secrets, and whose code a configuration names."""
+"""Checks the content of files: pickles, damage, size, secrets, and the code that a configuration refers to."""
 
 import pickletools
 import re
@@ -17,7 +17,7 @@ from .secrets import PICTURES, find_secret, holds_token, texts_of
 from .staging import allowed_files
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill")
-# Pickles from protocol 2 on; gzip, bzip2, xz, zstd, lz4 and zlib, in which older ones are kept; NumPy and HDF5.
+# First bytes of pickles from protocol 2 on, of archives that may hold older ones, and of NumPy and HDF5.
 PICKLE_BYTES = re.compile(
     rb"\x80[\x00-\x05]|\x1f\x8b|BZh[1-9]1AY|\xfd7zXZ|\x28\xb5\x2f\xfd|\x04\x22\x4d\x18|\x78[\x01\x9c\xda]|\x93NUMPY|\x89HDF"
 )
@@ -31,7 +31,7 @@ LIMITS = {"*.safetensors": 50 * GIGABYTE, "tokenizer.*": 100 * MEGABYTE, "*": 10
 def inspect_source(folder: Path) -> None:
     """Raises ValueError, naming the files, if a folder holds links or pickles.
 
-    They are refused even if they would not be published: they are not what the publisher thinks is there.
+    They are refused even if they would not be published, because the publisher may not know of them.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
@@ -45,12 +45,12 @@ def inspect_source(folder: Path) -> None:
 
 
 def refuse_links(files: Iterable[Path]) -> None:
-    """Raises ValueError, naming them, if there are links among files."""
+    """Raises ValueError, naming them, if any of the files is a link."""
     refuse([file for file in files if file.is_symlink()], "a link to another place: put the file itself there")
 
 
 def inspect_files(files: Iterable[Path]) -> None:
-    """Raises ValueError, naming the file, unless each is small enough, what its name says, and free of secrets."""
+    """Raises ValueError, naming the file, unless each is small enough, matches its name, and has no secrets."""
     files = sorted(files)
     refuse([file for file in files if is_pickle(file)], "a pickle or an archive, which can run code where it is opened")
     large = [file for file in files if file.stat().st_size > limit_of(file)]
@@ -82,9 +82,9 @@ def limit_of(file: Path) -> int:
 
 
 def is_pickle(file: Path) -> bool:
-    """Whether a file is a pickle of any protocol, or an archive of any kind, which can hold one.
+    """Whether a file is a pickle of any protocol, or an archive, which can hold one.
 
-    Weights are left to `check_content`: their length may begin as pickles do.
+    Weights are left to `check_content`, because their first bytes, a length, may look like a pickle.
     """
     with file.open("rb") as opened:
         start = opened.read(16)
@@ -95,9 +95,9 @@ def is_pickle(file: Path) -> bool:
 
 
 def is_old_pickle(file: Path) -> bool:
-    """Whether a file is a pickle of protocol 0 or 1, which have no mark: its steps are read, and not taken.
+    """Whether a file is a pickle of protocol 0 or 1, which have no signature: its opcodes are read, not executed.
 
-    It is one if it calls what it imports, whatever follows, or if it ends where the file does.
+    It is one if it calls something that it imports, or if it ends where the file ends.
     """
     imports = steps = 0
     size = file.stat().st_size
@@ -117,12 +117,12 @@ def is_old_pickle(file: Path) -> bool:
 
 
 def check_content(file: Path) -> None:
-    """Raises ValueError, with the reason alone, if a file is not what its name says."""
+    """Raises ValueError, with only the reason, if a file does not match its name."""
     CONTENT_CHECKS.get(file.suffix, read_text)(file)
 
 
 def read_text(file: Path) -> str:
-    """The text of a file. Raises ValueError if it is none."""
+    """The text of a file. Raises ValueError if it is not text."""
     text = file.read_text(encoding="utf-8")
     if re.search(r"[\x00-\x08\x0e-\x1f]", text):
         raise ValueError("not a text: it has control characters")
@@ -130,19 +130,19 @@ def read_text(file: Path) -> str:
 
 
 def check_model(file: Path) -> None:
-    """Raises ValueError unless a file begins as SentencePiece's models do, or is a text."""
+    """Raises ValueError unless a file is a SentencePiece model or text."""
     if not file.read_bytes().startswith(b"\n"):
         read_text(file)
 
 
 def check_weights(file: Path) -> None:
-    """Raises ValueError unless the header describes exactly the bytes that follow it, and the numbers are finite."""
+    """Raises ValueError unless the header matches the bytes that follow it, and the numbers are finite."""
     try:
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118 (it is no dictionary)
                 tensor = weights.get_tensor(name)
                 tensor = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-                # The sigma of a scope without bounds is infinite; nothing else is.
+                # Only the sigma of a global scope may be infinite.
                 if tensor.isnan().any() or (tensor.isinf().any() and "sigma" not in name):
                     raise ValueError(f"{name} has numbers that are not finite")
     except SafetensorError as error:
@@ -150,7 +150,7 @@ def check_weights(file: Path) -> None:
 
 
 def check_picture(file: Path) -> None:
-    """Raises ValueError unless a file is a picture of the kind that its suffix says, with nothing behind a PNG."""
+    """Raises ValueError unless a file is a picture of the type of its suffix, with nothing after a PNG."""
     kind = Image.registered_extensions()[file.suffix]
     try:
         with Image.open(file, formats=[kind]) as picture:
@@ -173,7 +173,7 @@ CONTENT_CHECKS: dict[str, Callable[[Path], object]] = {
 
 
 def check_secrets(file: Path, progress: Callable[[int], object] = lambda size: None) -> None:
-    """Raises ValueError, without repeating it, if a file or its name holds something that looks like a secret."""
+    """Raises ValueError, without quoting it, if a file or its name contains something that looks like a secret."""
     if find_secret(file.name.encode()):
         raise ValueError(f"Nothing was sent. The name of a {file.suffix} file looks like a secret: change it.")
     readable = next(filter(None, map(find_secret, texts_of(file))), None)

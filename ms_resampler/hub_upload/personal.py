@@ -1,4 +1,4 @@
-"""What tells about a person or a machine: taken out of the JSON files that are published, and named in all others."""
+"""Personal data (paths, host names, e-mail addresses): removed from published JSON files, reported in others."""
 
 import json
 import re
@@ -20,15 +20,15 @@ PERSONAL = {
 ABSOLUTE = re.compile(r"(?:~|[A-Za-z]:)?[/\\](?:[^/\\\n]+[/\\]+)*?([^/\\\n]+)[/\\]*")
 INSIDE = re.compile(rf"(?:{PLACES}|~/)[^\s\"',;]*?([^/\\\s\"',;]+)(?=[\s\"',;]|$)")
 OWNER = re.compile(r"(?:host|hostname|node|user|username|e-?mail)", re.IGNORECASE)
-# Texts that a model reads stay as they are, or it would read others.
+# Texts that a model reads are kept unchanged.
 MODEL_TEXT = re.compile(r"chat_template|added_tokens.*|.*_tokens?|.*_tokens_map")
 
 
 def clean_json(file: Path, *, record: bool = False) -> None:
-    """Takes folders, host names and e-mail addresses out of a JSON file: "/home/ada/data/a.json" becomes "a.json".
+    """Removes folders, host names and e-mail addresses from a JSON file: "/home/ada/data/a.json" becomes "a.json".
 
-    Of a training `record` every path is shortened and the names of user and host are hidden; elsewhere texts that the
-    model reads are kept.
+    In a training `record` every path is shortened, and the names of user and host are hidden; in other files, texts
+    that the model reads are kept.
     """
     before = read_json(file)
     after = cleaned(before, record)
@@ -37,7 +37,7 @@ def clean_json(file: Path, *, record: bool = False) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """The value of a JSON file. Raises ValueError if it is none."""
+    """The value of a JSON file. Raises ValueError if it is not JSON."""
     try:
         return load_json(file)
     except ValueError as error:
@@ -45,7 +45,7 @@ def read_json(file: Path) -> Any:
 
 
 def load_json(file: Path) -> Any:
-    """The same, with the reason alone in its errors; more levels than 100 are too many to be walked through."""
+    """As `read_json`, with only the reason in its errors; refuses more than 100 nested levels."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except RecursionError as error:
@@ -61,7 +61,7 @@ def load_json(file: Path) -> Any:
 
 
 def cleaned(value: Any, record: bool) -> Any:
-    """A value of a JSON file without what tells about its maker."""
+    """A value of a JSON file without personal data."""
     if isinstance(value, list):
         return [cleaned(item, record) for item in value]
     if isinstance(value, dict) and record:
@@ -78,7 +78,7 @@ def cleaned(value: Any, record: bool) -> Any:
 
 
 def personal_notes(files: Iterable[Path]) -> Iterator[str]:
-    """Where files tell about a person or a machine: "README.md, line 3: an e-mail address"."""
+    """The places of personal data in files: "README.md, line 3: an e-mail address"."""
     for file in files:
         for text in texts_of(file):
             for kind, pattern in PERSONAL.items():

@@ -1,4 +1,4 @@
-"""What a push would change: the staged files beside those of the repository."""
+"""What a push would change: the staged files compared with those of the repository."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -15,9 +15,9 @@ from .client import patiently
 
 @dataclass(frozen=True)
 class Remote:
-    """A repository as it is: `head` is the commit to build on, `hashes` are those of its files' contents.
+    """The state of a repository: `head` is the commit to build on, `hashes` are those of its files' contents.
 
-    `private` is None where the server does not say.
+    `private` is None if the server does not report it.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Remote:
 
 
 def look_at(api: HfApi, name: str, branch: str, kind: str = "model") -> Remote:
-    """The state of a repository's branch, or of main if it has no such branch; what cannot be seen is new."""
+    """The state of a repository's branch, or of main without it; an invisible repository counts as new."""
     try:
         about = patiently(api.repo_info, name, repo_type=kind)
         has_branch = True
@@ -48,9 +48,9 @@ def look_at(api: HfApi, name: str, branch: str, kind: str = "model") -> Remote:
 
 
 def as_visible_as(remote: Remote, private: bool) -> Remote:
-    """The repository, if it is or will be as private as was asked for.
+    """The repository, if its visibility is as requested.
 
-    Raises ValueError if everybody would see what was to be private, or the other way round.
+    Raises ValueError if a private push would be public, or the other way round.
     """
     if not remote.exists or remote.private is None:
         return replace(remote, private=private)
@@ -61,7 +61,7 @@ def as_visible_as(remote: Remote, private: bool) -> Remote:
 
 
 def hashes_at(api: HfApi, name: str, commit: str, kind: str = "model") -> dict[str, str]:
-    """SHA-256 of every large file of a commit, git's hash of every other."""
+    """SHA-256 of every large file of a commit, git's hash of the others."""
     entries = patiently(lambda: list(api.list_repo_tree(name, recursive=True, revision=commit, repo_type=kind)))
     files = [entry for entry in entries if isinstance(entry, RepoFile)]
     return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
@@ -79,7 +79,7 @@ def same_content(file: Path, remote_hash: str) -> bool:
 class Plan:
     """What a push does with each file of the folder `staged`, and with those of the repository.
 
-    `left_out` stays on this machine; `kept` are files of the repository that do not come from here.
+    `left_out` files are not sent; `kept` are the repository's files that this package did not write.
     """
 
     staged: Path
@@ -103,7 +103,7 @@ class Plan:
 def make_plan(
     staged: Path, remote: Remote, branch: str, may_remove: Callable[[str], bool], left_out: Iterable[str] = ()
 ) -> Plan:
-    """Compares a staged folder with a repository, of whose other files those that `may_remove` are removed."""
+    """Compares a staged folder with a repository; its other files are removed if `may_remove` allows it."""
     files = {str(file.relative_to(staged)): file for file in sorted(staged.rglob("*")) if file.is_file()}
     states = {name: state_of(file, remote.hashes.get(name)) for name, file in files.items()}
     others = [name for name in remote.hashes if name not in files and name != ".gitattributes"]
@@ -121,7 +121,7 @@ def state_of(file: Path, remote_hash: str | None) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The plan as lines to read before anything is sent."""
+    """The plan as text, shown before anything is sent."""
     remote = plan.remote
     state = "new repository" if not remote.exists else f"at {(remote.head or '')[:8]}"
     lines = [f"{remote.name} ({'private' if remote.private else 'public'}, {state}), branch {plan.branch}:"]
@@ -136,7 +136,7 @@ def describe(plan: Plan) -> str:
 
 
 def size(count: int) -> str:
-    """A number of bytes, to read: "23.1 MB"."""
+    """A readable number of bytes: "23.1 MB"."""
     amount = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if amount < 1000 or unit == "GB":

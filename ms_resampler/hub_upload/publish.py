@@ -1,4 +1,4 @@
-"""One commit and its tag: a repository is never left half-published."""
+"""Publishes in one commit and a tag, so that a repository is never half-published."""
 
 import re
 import sys
@@ -24,9 +24,9 @@ class Published(NamedTuple):
 
 
 def publish(api: HfApi, plan: Plan, message: str, *, create_pr: bool = False) -> Published:
-    """Makes the repository and branch if there are none, and one commit.
+    """Creates repository and branch if needed, and makes one commit.
 
-    The commit builds on the state that the plan was made for, and is refused if that is not the state any more.
+    The commit builds on the state that the plan was made for, and is refused if the state has changed.
     """
     remote, branch = plan.remote, plan.branch
     parent = remote.head if remote.exists else create(api, remote)
@@ -53,22 +53,22 @@ def publish(api: HfApi, plan: Plan, message: str, *, create_pr: bool = False) ->
 
 
 def create(api: HfApi, remote: Remote) -> str | None:
-    """Makes a repository, and returns the first commit that the Hub puts into it."""
+    """Creates a repository, and returns its initial commit."""
     visibility = "private" if remote.private else "public"
     more = {"space_sdk": "gradio"} if remote.kind == "space" else {}
     patiently(api.create_repo, remote.name, repo_type=remote.kind, visibility=visibility, exist_ok=True, **more)
     if patiently(api.repo_info, remote.name, repo_type=remote.kind).private not in (remote.private, None):
-        raise ValueError(f"{remote.name} was not made {visibility}: nothing was sent to it.")
+        raise ValueError(f"{remote.name} was not created {visibility}: nothing was sent to it.")
     return head_of(api, remote, "main")
 
 
 def head_of(api: HfApi, remote: Remote, revision: str) -> str | None:
-    """The commit that a branch or tag stands for."""
+    """The commit of a branch or tag."""
     return patiently(api.repo_info, remote.name, repo_type=remote.kind, revision=revision).sha
 
 
 def commit_once(api: HfApi, plan: Plan, operations: list[Any], options: dict[str, Any]) -> str:
-    """Commits; after a failure in transit it looks whether the commit was made before it tries again."""
+    """Commits; after a failed request, checks whether the commit exists before trying again."""
     remote = plan.remote
     for wait in WAITS:
         try:
@@ -84,16 +84,16 @@ def commit_once(api: HfApi, plan: Plan, operations: list[Any], options: dict[str
 
 
 def is_published(api: HfApi, plan: Plan, commit: str) -> bool:
-    """Whether a commit holds every staged file, and none that was to be removed."""
+    """Whether a commit contains every staged file, and none that was to be removed."""
     hashes = hashes_at(api, plan.remote.name, commit, plan.remote.kind)
     whole = all(name in hashes and same_content(plan.staged / name, hashes[name]) for name in plan.states)
     return whole and not set(plan.removed) & set(hashes)
 
 
 def choose_tag(plan: Plan, wanted: str | None) -> str:
-    """The tag for what is published: the one wanted, the one that it has already, or the next of v1, v2, ...
+    """The tag to set: the requested one, the one that the commit has already, or the next of v1, v2, ...
 
-    Raises ValueError if the one wanted stands for something else.
+    Raises ValueError if the requested tag belongs to another commit.
     """
     tags, unchanged = plan.remote.tags, not plan.changes
     if wanted in tags and not (unchanged and tags[wanted] == plan.remote.head):
@@ -107,7 +107,7 @@ def choose_tag(plan: Plan, wanted: str | None) -> str:
 
 @contextmanager
 def standing(name: str, stands: str, remedy: str) -> Iterator[None]:
-    """Whatever fails after a commit leaves it where it is: the error says what stands, and how to go on."""
+    """A failure after the commit does not undo it: the error says what was published and how to continue."""
     try:
         with hub_errors(name):
             yield
@@ -119,7 +119,7 @@ def standing(name: str, stands: str, remedy: str) -> Iterator[None]:
 
 
 def set_tag(api: HfApi, name: str, tag: str, commit: str) -> None:
-    """Tags a commit, and looks that the tag stands for it."""
+    """Tags a commit, and checks the tag."""
     patiently(api.create_tag, name, tag=tag, revision=commit, exist_ok=True)
     if patiently(api.repo_info, name, revision=tag).sha != commit:
         raise ValueError(f"{name} has a tag {tag} already, for something else: choose another --tag.")

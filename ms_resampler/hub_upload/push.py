@@ -40,17 +40,17 @@ def push_to_hub(
 ) -> str | None:
     """Publishes a checkpoint folder on the Hub, in one commit and a tag, and returns its address.
 
-    Stages what may leave the folder and the package's code, inspects it, makes the card, and loads the result in
+    Stages the folder's allowed files and the package's code, inspects them, makes the card, and loads the result in
     another process; after the commit it is downloaded and loaded again, and only then tagged. A dry run prints what it
-    would do and returns None. `max_shard_size` ("5GB") splits the weights; `projector_of` publishes the projector's
-    alone, as made for the model of that name; `confirm` is asked before a public repository is made. Raises ValueError
-    if anything is not as it should be; what fails before the commit publishes nothing.
+    would do and returns None. `max_shard_size` ("5GB") splits the weights; `projector_of` publishes only the
+    projector's, for the model of that name; `confirm` is called before a public repository is created. Raises
+    ValueError if a check fails; a failure before the commit publishes nothing.
     """
     folder = Path(folder)
     message = message or f"Publish {folder.resolve().name}"
     check_names(repo_id, projector_of, branch, tag, create_pr)
     if max_shard_size and not re.fullmatch(r"\d+ ?[KMGT]B", max_shard_size.strip(), re.IGNORECASE):
-        raise ValueError(f"--max-shard-size {max_shard_size!r} is no size: give one like 500MB or 5GB.")
+        raise ValueError(f"--max-shard-size {max_shard_size!r} is not a size: give one such as 500MB or 5GB.")
     if find_secret(message.encode()):
         raise ValueError("Nothing was sent. The message looks like a secret: give another --message.")
     with hub_errors(repo_id), temporary_folder("ms-resampler-push") as place:
@@ -64,7 +64,7 @@ def push_to_hub(
         plan = make_plan(staged, remote, branch, is_loaded, left_out(folder))
         print(describe(plan), flush=True)
         for note in personal_notes(file for file in staged.iterdir() if file.suffix != ".py"):
-            print(f"Whoever may read it sees {note}.")
+            print(f"Everybody with read access sees {note}.")
         if dry_run:
             print(f"\n{(staged / 'README.md').read_text(encoding='utf-8')}\nNothing was sent (--dry-run).")
             return None
@@ -81,7 +81,7 @@ def push_to_hub(
 
 
 def what_stands(repo_id: str, commit: str, tag: str | None) -> tuple[str, str]:
-    """What a failure after the commit leaves behind, and what to do about it."""
+    """The state after a failure that follows the commit, and what to do about it."""
     if tag is None:
         return f"{repo_id} has the commit {commit[:8]} as a pull request", "look at it before you merge it"
     again = "run the push again, which sends only what is missing, checks it and tags it"
@@ -90,7 +90,7 @@ def what_stands(repo_id: str, commit: str, tag: str | None) -> tuple[str, str]:
 
 
 def check_names(repo_id: str, projector_of: str | None, branch: str, tag: str | None, create_pr: bool) -> None:
-    """Raises ValueError for names that the Hub or git does not have, and for a pull request with a tag."""
+    """Raises ValueError for names that the Hub or git does not allow, and for a pull request with a tag."""
     check_repository_name(repo_id)
     if projector_of:
         check_repository_name(projector_of)
@@ -98,11 +98,11 @@ def check_names(repo_id: str, projector_of: str | None, branch: str, tag: str | 
         raise ValueError("A pull request gets no tag: leave out --tag, and set it when the request is merged.")
     for option, reference in (("--tag", tag), ("--revision", branch)):
         if reference and not REFERENCE.fullmatch(reference):
-            raise ValueError(f"{option} {reference!r} is no name for git: use letters, digits, and - _ . / between.")
+            raise ValueError(f"{option} {reference!r} is not a git name: use letters, digits, and - _ . / between.")
 
 
 def look_first(api: HfApi, name: str, branch: str, dry_run: bool) -> Remote:
-    """The repository's state, looked at before any long work; a dry run does without it where there is no network."""
+    """The repository's state, read before any long work; a dry run works without a network."""
     try:
         if not dry_run:
             patiently(api.whoami)
@@ -110,12 +110,12 @@ def look_first(api: HfApi, name: str, branch: str, dry_run: bool) -> Remote:
     except (httpx2.TransportError, OfflineModeIsEnabled):
         if not dry_run:
             raise
-        print(f"The Hub cannot be reached; the plan takes it that {name} does not exist yet.")
+        print(f"The Hub cannot be reached; the plan assumes that {name} does not exist yet.")
         return Remote(name)
 
 
 def stage(folder: Path, target: Path, max_shard_size: str | None, projector_of: str | None) -> Path:
-    """Stages a folder without links or pickles, if the disk has room for it and for the download that checks it."""
+    """Stages a folder without links or pickles, if the disk has room for it and for the download to check."""
     inspect_source(folder)
     check_checkpoint(folder)
     needed = 2 * sum(file.stat().st_size for file in allowed_files(folder))

@@ -1,4 +1,4 @@
-"""Secrets: found in files before they leave this machine, and struck out of what is logged, warned of or raised."""
+"""Finds secrets in files before they are sent, and removes them from logs, warnings and errors."""
 
 import base64
 import logging
@@ -16,8 +16,8 @@ from urllib.parse import unquote_to_bytes
 from huggingface_hub import get_token
 from PIL import Image
 
-# What has a shape of its own, wherever it is found. A scan of these takes linear time: every count has an upper bound.
-# It is fast, for each pattern begins with letters to look for; what must stand before them is asked after them.
+# Secrets with a recognisable form. A scan takes linear time, because every count has an upper bound. It is fast, as
+# each pattern starts with literal letters; conditions on the text before them are checked afterwards.
 TOKENS = {
     "Hugging Face token": (r"hf_[A-Za-z0-9]{30}", r"api_org_[A-Za-z0-9]{30}"),
     "Private Key": (
@@ -63,7 +63,7 @@ TOKENS = {
     "JSON Web Token": (r"eyJhbGciOi[A-Za-z0-9_-]{10}", r"\.eyJ(?<=[A-Za-z0-9_-]{10}\.eyJ)[A-Za-z0-9_-]{10}"),
 }  # fmt: skip
 
-# What is a secret by the words around it, in any case. A placeholder is none, nor is an expression of code.
+# Secrets recognised by the words around them, in any case. Placeholders and code expressions are excluded.
 WORDS = (
     "password", "passwd", "passphrase", "pwd", "secret", "credential", "api[_-]?key", "api[_-]?token",
     "access[_-]?(?:key|token)", "auth[_-]?(?:key|token)", "private[_-]?key", "hf[_-]?token",
@@ -74,7 +74,7 @@ ASSIGNED = (
     rf"[a-z0-9_-]{{0,20}}+(?:{QUOTE})?+(?:"
     rf" {{0,4}}+(?::=|=>|[=:]) {{0,4}}+{QUOTE}{VALUE}[^\s\"'\\]{{3,99}}{QUOTE}"  # "password": "hunter2"
     rf"|=(?=[^\s()\[\].]{{4}}){VALUE}[^\s()\[\]\"'<>{{}}]{{3}}"  # PASSWORD=hunter2
-    # password: hunter2, with a digit and a letter: after a colon there may be words, and numbers of tokens
+    # password: hunter2, with a digit and a letter: after a colon, words and token counts are common
     rf"| {{0,4}}+[=:] {{1,4}}+(?=\S{{0,99}}\d)(?=[\d_-]{{0,99}}[a-z]){VALUE}[^\s()\[\]\"',<>{{}}]{{5,99}}(?!\S))"
 )
 IN_CONTEXT = {
@@ -112,7 +112,7 @@ OWN_SECRETS = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD)$")  # nam
 
 
 def find_token(data: bytes) -> tuple[str, int] | None:
-    """The kind and place of the first secret with a shape of its own, or of one that this process has in use."""
+    """The kind and place of the first secret with a recognisable form, or of one that this process uses."""
     own = [value for name, value in os.environ.items() if OWN_SECRETS.search(name) and len(value) >= 8]
     for kind, values in (("Hugging Face token", [get_token() or ""]), ("secret of this environment", own)):
         for value in filter(None, values):
@@ -124,7 +124,7 @@ def find_token(data: bytes) -> tuple[str, int] | None:
 def holds_token(
     file: Path, *, block: int = 2**22, progress: Callable[[int], object] = lambda size: None
 ) -> tuple[str, None] | None:
-    """The kind of a token in the bytes of a file of any size, tokens across two blocks included."""
+    """The kind of a token in the bytes of a file of any size, also across two blocks."""
     rest = b""
     with file.open("rb") as opened:
         while data := opened.read(block):
@@ -136,13 +136,13 @@ def holds_token(
 
 
 def texts_of(file: Path) -> Iterator[bytes]:
-    """What can be read in a file: the header of weights, the notes of a picture, all of any other."""
+    """The readable text of a file: the header of weights, the metadata of a picture, or everything."""
     if file.suffix == ".safetensors":
         with file.open("rb") as opened:
             yield opened.read(int.from_bytes(opened.read(8), "little"))
     elif file.suffix in PICTURES:
         with Image.open(file) as picture:
-            picture.load()  # notes may stand behind the pixels
+            picture.load()  # metadata may follow the pixels
             for name, note in picture.info.items():
                 yield str(name).encode() + b": " + (note if isinstance(note, bytes) else str(note).encode())
     else:
@@ -163,7 +163,7 @@ def find_secret(data: bytes) -> tuple[str, int | None] | None:
 
 
 def decoded(data: bytes) -> Iterator[bytes]:
-    """What a text says in other codes: UTF-16, escapes of URLs, JSON and HTML, base64 and hexadecimal digits."""
+    """A text decoded from UTF-16, URL, JSON and HTML escapes, base64 and hexadecimal digits."""
     if b"\0" in data:
         yield data.replace(b"\0", b"")
     if re.search(rb"%[4-7][0-9a-fA-F]", data):
@@ -179,13 +179,13 @@ def decoded(data: bytes) -> Iterator[bytes]:
 
 
 def aligned(runs: list[bytes], step: int, decode: Any) -> Iterator[bytes]:
-    """All runs decoded, from each place at which a group of `step` digits may begin."""
+    """All runs decoded, from each position at which a group of `step` digits may begin."""
     for start in range(step if runs else 0):
         yield b"\n".join(decode(run[start : start + (len(run) - start) // step * step]) for run in runs)
 
 
 def redact(text: str) -> str:
-    """The text without tokens and without the queries of addresses."""
+    """The text without tokens and without the query strings of URLs."""
     token = get_token()
     if token:
         text = text.replace(token, "[hidden]")
@@ -194,10 +194,10 @@ def redact(text: str) -> str:
 
 @contextmanager
 def redacted() -> Iterator[None]:
-    """As long as this lasts, no log record and no warning of this process shows a secret.
+    """Within this context, no log record and no warning of this process shows a secret.
 
-    The client's own retry warnings print signed addresses. Records are cleaned where they are made, so that it does
-    not matter which handler, of which library, writes them.
+    The client's retry warnings print signed URLs. Records are cleaned when they are created, so that it does not
+    matter which library's handler writes them.
     """
     make_record, show_warning = logging.getLogRecordFactory(), warnings.showwarning
 

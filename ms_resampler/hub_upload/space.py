@@ -36,8 +36,8 @@ def push_space(
 ) -> str | None:
     """Publishes the demo for one commit of a published model, waits until it runs, and returns its address.
 
-    A dry run prints what it would do and returns None. `timeout` is in seconds. Raises ValueError if the model cannot
-    be seen, if something must not leave this machine, or if the Space does not start.
+    A dry run prints what it would do and returns None. `timeout` is in seconds. Raises ValueError if the model is not
+    visible, if a file must not be published, or if the Space does not start.
     """
     check_repository_name(name)
     check_repository_name(model)
@@ -68,9 +68,9 @@ def push_space(
 
 
 def stage_space(app: Path, staged: Path, model: Any) -> Path:
-    """Copies the app, pins what it needs, and writes for which commit of which model it is.
+    """Copies the app, pins its requirements, and writes the model and commit that it shows.
 
-    `model` is the Hub's account of a model's revision. Raises ValueError for what must not leave this machine.
+    `model` is the Hub's description of a model's revision. Raises ValueError for files that must not be published.
     """
     files = sorted({file for pattern in APP_FILES for file in app.glob(pattern) if file.is_file()})
     refuse_links(files)
@@ -96,13 +96,13 @@ def installed(package: str) -> str:
     try:
         return version(package).partition("+")[0]
     except PackageNotFoundError as error:
-        raise ValueError(f"The Space needs {package}, to be pinned as it is here: pip install {package}") from error
+        raise ValueError(f"The Space needs {package}, in the version installed here: pip install {package}") from error
 
 
 def front_matter(metadata: dict[str, Any], model: Any) -> dict[str, Any]:
     """The Space's settings: the app's own, the versions that are installed here, and the model at a commit.
 
-    A private model is not preloaded: the builder has no token for it.
+    A private model is not preloaded, because the builder has no token.
     """
     settings = metadata | {
         "sdk": "gradio",
@@ -117,7 +117,7 @@ def front_matter(metadata: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def set_variables(api: HfApi, name: str, variables: dict[str, str]) -> None:
-    """Sets those of a Space's variables that are not so already: each change restarts it."""
+    """Sets those of a Space's variables that differ: each change restarts it."""
     present = patiently(api.get_space_variables, name)
     for key, value in variables.items():
         if key not in present or present[key].value != value:
@@ -138,6 +138,6 @@ def wait_until_running(api: HfApi, name: str, commit: str, timeout: int) -> None
                 return
             if runtime.stage in ERRORS:
                 told = runtime.raw.get("errorMessage") or "its page has the log"
-                raise ValueError(f"{name} is published, and does not run ({runtime.stage}): {told}.")
+                raise ValueError(f"{name} is published, but does not run ({runtime.stage}): {told}.")
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    raise ValueError(f"{name} is published, and does not run after {timeout} seconds ({before}): look at its page.")
+    raise ValueError(f"{name} is published, but does not run after {timeout} seconds ({before}): look at its page.")

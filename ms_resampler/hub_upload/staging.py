@@ -1,4 +1,4 @@
-"""Stages a checkpoint: weights, configuration, processor and the code that runs them, in one new folder."""
+"""Stages a checkpoint in a new folder: weights, configuration, processor, and the code that runs them."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from .personal import clean_json, read_json
 
 RECORD = "training_record.json"
 
-# The only files that leave a folder. Code is never taken from the folder: the package's is the only copy.
+# The only files that are published. Code is never taken from the folder, always from this package.
 ALLOWED = (
     "*.safetensors", INDEX, "config.json", "generation_config.json",
     "processor_config.json", "preprocessor_config.json", "tokenizer*.json", "special_tokens_map.json",
@@ -36,10 +36,10 @@ def export(folder: str | Path, model: str | Path | None = None) -> Path:
 def stage_checkpoint(
     source: Path, target: Path, *, max_shard_size: str | None = None, projector_only: bool = False
 ) -> Path:
-    """Copies what may be published of `source`, and the remote code, into `target`, and returns that.
+    """Copies the publishable files of `source`, and the remote code, into `target`, and returns that.
 
-    The weights are copied as they are, or rewritten: in shards of at most `max_shard_size` ("5GB"), or those of the
-    projector alone, as `projector.safetensors`. Raises ValueError if `source` is not a checkpoint or `target` is not
+    The weights are copied unchanged, or rewritten: in shards of at most `max_shard_size` ("5GB"), or only those of the
+    projector, as `projector.safetensors`. Raises ValueError if `source` is not a checkpoint or `target` is not
     empty.
     """
     check_checkpoint(source)
@@ -61,39 +61,39 @@ def stage_checkpoint(
 
 
 def is_allowed(name: str) -> bool:
-    """Whether a file of this name may leave a folder."""
+    """Whether a file of this name may be published."""
     return not {"/", "\\"} & set(name) and any(fnmatch(name, pattern) for pattern in ALLOWED)
 
 
 def allowed_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that may leave it."""
+    """The files of a checkpoint folder that may be published."""
     return [file for file in sorted(folder.iterdir()) if is_allowed(file.name) and file.is_file()]
 
 
 def left_out(folder: Path) -> list[str]:
-    """What is in the folder and is not staged, for the publisher to see."""
+    """The files in the folder that are not staged, to show to the publisher."""
     code = {file.name: file for file in remote_code_files()}
     left = []
     for file in sorted(set(folder.iterdir()) - set(allowed_files(folder))):
         if file.name not in code:
             left.append(f"{file.name}/" if file.is_dir() else file.name)
         elif file.read_bytes() != code[file.name].read_bytes():
-            left.append(f"{file.name} (the package's own goes in its place)")
+            left.append(f"{file.name} (replaced by the package's)")
     return left
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of this name, in a repository, is one that staging puts there."""
+    """Whether a file of this name in a repository comes from staging."""
     return is_allowed(name) or name in {file.name for file in remote_code_files()}
 
 
 def is_loaded(name: str) -> bool:
-    """Whether a file of this name is read when a repository is loaded, so that an outdated one has to go."""
+    """Whether a file of this name is read when a repository is loaded, so that an outdated one must be removed."""
     return is_ours(name) and not fnmatch(name, "*.png") and name not in ("LICENSE", "README.md")
 
 
 def check_checkpoint(folder: Path, name: str | None = None) -> None:
-    """Raises ValueError unless a folder, shown as `name`, holds one whole checkpoint of ours, by its own account."""
+    """Raises ValueError unless a folder, shown as `name`, holds exactly one complete checkpoint of this package."""
     shown = name or folder
     if not (folder / "config.json").is_file():
         raise ValueError(f"{shown} is not a checkpoint folder: it has no config.json.")
@@ -103,7 +103,7 @@ def check_checkpoint(folder: Path, name: str | None = None) -> None:
         raise ValueError(f"{shown} has no weights: neither {WEIGHTS} nor {INDEX}.")
     if len(sets) > 1:
         what = " and ".join(sets).replace(INDEX, "shards with an index")
-        raise ValueError(f"{shown} holds both {what}: remove the ones that are not meant.")
+        raise ValueError(f"{shown} holds both {what}: remove those that you do not mean to publish.")
     try:
         files = tensor_files(folder)
     except ValueError as error:
@@ -115,12 +115,12 @@ def check_checkpoint(folder: Path, name: str | None = None) -> None:
             lacking = {tensor for tensor, where in files.items() if where == file} - set(weights.keys())
         if lacking:
             raise ValueError(
-                f"{shown} is not complete: {INDEX} says that {min(lacking)} is in {file.name}, and it is not."
+                f"{shown} is not complete: {INDEX} says that {min(lacking)} is in {file.name}, but it is not."
             )
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Name of every tensor of a checkpoint -> the file it is in, which is one of the folder's own."""
+    """The file in the folder that each tensor of a checkpoint is in, by the tensor's name."""
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
         names = index.get("weight_map") if isinstance(index, dict) else None
@@ -128,7 +128,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             raise ValueError(f"{INDEX} has no weight_map, which names the file of every tensor.")
         outside = [name for name in names.values() if not (is_allowed(name) and name.endswith(".safetensors"))]
         if outside:
-            raise ValueError(f"{INDEX} names {outside[0]!r}, which is no safetensors file of the same folder.")
+            raise ValueError(f"{INDEX} names {outside[0]!r}, which is not a safetensors file in the same folder.")
         return {tensor: folder / name for tensor, name in names.items()}
     file = next((folder / name for name in (WEIGHTS, PROJECTOR) if (folder / name).is_file()), None)
     if file is None:
@@ -139,7 +139,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 @contextmanager
 def open_weights(file: Path) -> Iterator[Any]:
-    """A file of weights, read lazily. Raises ValueError unless its header describes exactly the bytes that follow."""
+    """A file of weights, read lazily. Raises ValueError unless its header matches the bytes that follow."""
     try:
         opened = safe_open(file, "pt")
     except SafetensorError as error:
@@ -159,7 +159,7 @@ def write_shards(source: Path, target: Path, max_shard_size: str) -> None:
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
-        raise ValueError(f"{max_shard_size!r} is not the size of a shard, which is written as 5GB: {error}") from error
+        raise ValueError(f"{max_shard_size!r} is not a shard size such as 5GB: {error}") from error
     for shard, names in split.filename_to_tensors.items():
         write_tensors({name: files[name] for name in names}, target / shard)
     if split.is_sharded:
@@ -168,7 +168,7 @@ def write_shards(source: Path, target: Path, max_shard_size: str) -> None:
 
 
 def tensor_size(file: Path, name: str) -> int:
-    """Bytes of a tensor in a file, without reading it: its type is "F32", "BF16", "F8_E4M3", "BOOL" or the like."""
+    """Bytes of a tensor in a file, without reading it; its dtype is "F32", "BF16", "F8_E4M3", "BOOL" or the like."""
     with open_weights(file) as weights:
         tensor = weights.get_slice(name)
         bits = re.search(r"\d+", tensor.get_dtype())
@@ -182,7 +182,7 @@ def tensor_elements(file: Path, name: str) -> int:
 
 
 def write_projector(source: Path, path: Path) -> None:
-    """Writes the projector's weights, under the names they have in the whole model."""
+    """Writes the projector's weights, with their names in the whole model."""
     files = {name: file for name, file in tensor_files(source).items() if name.startswith("model.projector.")}
     if not files:
         raise ValueError(f"{source} has no weights of a projector.")
@@ -190,7 +190,7 @@ def write_projector(source: Path, path: Path) -> None:
 
 
 def write_tensors(files: dict[str, Path], path: Path) -> None:
-    """Copies tensors, given with the file that each is in, into one file."""
+    """Copies tensors, each given with its file, into one file."""
     tensors = {}
     for name, file in files.items():
         with open_weights(file) as weights:

@@ -1,4 +1,4 @@
-"""A program of its own: loads a checkpoint as somebody would who has transformers and not this package.
+"""A separate program: loads a checkpoint as a user without this package would.
 
     python stranger.py FOLDER_OR_REPOSITORY REVISION RESULT
 
@@ -20,7 +20,7 @@ class Nowhere(importlib.abc.MetaPathFinder):
 def no_network(event, details):
     """Refuses every connection."""
     if event == "socket.connect":
-        raise OSError("the checkpoint wants something from the network")
+        raise OSError("the checkpoint needs the network")
 
 
 def answer(model, processor):
@@ -46,7 +46,7 @@ def answer(model, processor):
 
 
 def projector_in_place(config, weights, revision):
-    """The weights of a projector, once they have found their places in a model without any."""
+    """The weights of a projector, checked against a model without weights."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -60,7 +60,7 @@ def projector_in_place(config, weights, revision):
 
 
 def ask(checkpoint, revision):
-    """Loads a whole model and asks it, or a projector alone and looks that it fits."""
+    """Loads a whole model and queries it, or loads a projector alone and checks that it fits."""
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
     from transformers.utils import cached_file

@@ -1,4 +1,4 @@
-"""What the tiny model learns from, in order: to look at places, to transcribe and index scenes, and to answer."""
+"""The tiny model's training data, in order: what is at each place, transcribing and indexing scenes, questions."""
 
 from typing import Any
 
@@ -27,9 +27,9 @@ from .scenes import (
 
 ALL_NAMES = [name for names in NAMES.values() for name in names]
 LABELS = {"colours": 1 + len(COLOURS), "names": 1 + len(ALL_NAMES), "heights": HEIGHTS}  # classes of each
-CROWD = 9  # things at most in the scenes of a drill; more to learn from a picture than in those of questions
-DRILL_SHARE = 0.2  # of the later conversations, so that reading the whole picture is not forgotten
-FINDING = ("presence", "where", "relation", "compare", "colour")  # learnt last, so asked more often
+CROWD = 9  # most things in a drill's scene: more to learn from each picture than with questions
+DRILL_SHARE = 0.2  # share of the later conversations, so that reading the whole picture is not forgotten
+FINDING = ("presence", "where", "relation", "compare", "colour")  # learned last, so asked more often
 FINDING_SHARE = 0.5  # of the scenes with questions
 
 
@@ -59,7 +59,7 @@ def labels_of_places(scene: Scene) -> dict[str, list[int]]:
 
 
 class PlacesCollator:
-    """Makes pixels and labels of a list of ScenePlaces."""
+    """Collates a list of ScenePlaces into pixels and labels."""
 
     def __init__(self, processor):
         self.image_processor = processor.image_processor
@@ -71,16 +71,16 @@ class PlacesCollator:
 
 
 class Looking(nn.Module):
-    """Asks every visual token, through linear heads, for the colour, name and height of what is at its place.
+    """Predicts, with linear heads on every visual token, the colour, name and height of what is at its place.
 
-    It trains the tower and the projector inside `model`, in place, before a language model reads them: it stands
-    in for the pretrained tower that other models start from. The heads are thrown away.
+    This trains the tower and the projector of `model` in place before the language model is trained, in place of a
+    pretrained tower. The heads are discarded.
     """
 
     def __init__(self, model: Any):
         super().__init__()
         self.vision_tower, self.projector = model.vision_tower, model.projector
-        self.features_of = [model.get_image_features]  # in a list: the language model is not to be trained here
+        self.features_of = [model.get_image_features]  # in a list, so that the language model is not trained here
         width = model.config.text_config.hidden_size
         self.heads = nn.ModuleDict({key: nn.Linear(width, classes) for key, classes in LABELS.items()})
 
@@ -101,9 +101,9 @@ class Looking(nn.Module):
 class SceneConversations(Dataset):
     """`length` conversations about scenes: the first `drills` are drills, the others ask `turns` questions.
 
-    A drill transcribes the picture place by place, or indexes it name by name. Questions alone hardly teach to find
-    things: an index asks for all of a picture's names in one text, each one word away from its answer. `blind` leaves
-    the images out, for the model that may only guess.
+    A drill transcribes the picture place by place, or indexes it name by name. Questions alone hardly teach the model
+    to find things; an index lists all of a picture's names in one text, each next to its answer. `blind` omits the
+    images, for the model that can only guess.
     """
 
     def __init__(self, length: int, drills: int, turns: int, blind: bool = False):

@@ -1,4 +1,4 @@
-"""How well a model answers about held-out scenes: accuracy by question family, with intervals."""
+"""Accuracy on held-out scenes by question family, with intervals."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ class FamilyScore:
 def evaluate_scenes(
     model: Any, processor: Any, *, split: str = "test", scenes: int = 400, blind: bool = False, batch_size: int = 50
 ) -> list[FamilyScore]:
-    """Asks one question of every family about every scene that allows it, one at a time, decoded greedily."""
+    """Asks one question of every family about every scene that allows it, with greedy decoding."""
     model.eval()
     rows = []
     for name, family in FAMILIES.items():

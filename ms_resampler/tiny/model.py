@@ -1,4 +1,4 @@
-"""The embedded default before training: tokenizer, processor and a model of a few million random weights."""
+"""The embedded model before training: tokenizer, processor and a few million random weights."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ SCENES_FOR_TOKENIZER = 500
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer for the texts of the scenes; bytes let it read anything else, too."""
+    """A byte-level BPE tokenizer trained on the texts of the scenes; it can encode any other text as bytes."""
     texts = [TRANSCRIBE, INDEX, "user\n", "assistant\n", "system\n"] * SCENES_FOR_TOKENIZER
     for index in range(SCENES_FOR_TOKENIZER):
         scene = make_scene("train", index)
@@ -71,7 +71,7 @@ def tiny_config(processor: MSResamplerProcessor) -> MSResamplerConfig:
             pad_token_id=tokenizer.pad_token_id,
         ),
         projector_config={
-            # As the embedded checkpoint has it. With the default it does no better: research/log.md.
+            # As in the embedded checkpoint. The default projector does no better: research/log.md.
             "projector_type": "ms_resampler_branches",
             "branch_form": {"fusion": "head", "patch_conv": False, "tile_heads": False, "cell_residual": False},
             "hidden_size": WIDTH,
@@ -106,7 +106,7 @@ def assemble_tiny(seed: int) -> tuple[MSResamplerForConditionalGeneration, MSRes
 
 @torch.no_grad()
 def keep_variance(part: nn.Module) -> None:
-    """Starts matrices at std 1 / sqrt(inputs): at this width transformers' 0.02 is too faint to learn from."""
+    """Initialises matrices with std 1 / sqrt(inputs): at this width transformers' 0.02 is too small to train."""
     for module in part.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)

@@ -1,6 +1,6 @@
-"""Another projector in the embedded checkpoint, to compare with.
+"""Trains another projector in the embedded checkpoint, to compare with.
 
-Tower and language model stay as they are, so that the projector alone is all there is to keep.
+Tower and language model stay frozen, so that only the projector has to be stored.
 """
 
 import json
@@ -28,7 +28,7 @@ SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "query_grid"
 
 
 def tiny_peer(steps: int = 1000) -> Stage:
-    """A projector learns to be read by a language model that can read already."""
+    """Trains a projector for the frozen, already trained language model."""
     return Stage(
         name="peer",
         dataset=lambda records: SceneConversations(records, drills=records // 4, turns=10),
@@ -50,10 +50,10 @@ def train_tiny_projector(
     seed: int = 0,
     embed: bool = False,
 ) -> Path:
-    """Trains another projector in the embedded checkpoint, or resumes the run that was stopped in `out`.
+    """Trains another projector in the embedded checkpoint, or resumes an interrupted run in `out`.
 
-    The arguments are those of `train_tiny`; `embed` puts the projector alone into this package. Returns the folder of
-    the result, `out`/model. Raises ValueError if `kind` is none of KINDS.
+    The arguments are those of `train_tiny`; `embed` copies the projector into this package. Returns the folder of the
+    result, `out`/model. Raises ValueError if `kind` is not one of KINDS.
     """
     if kind not in KINDS:
         raise ValueError(f"The projector cannot be {kind!r} here: choose one of {', '.join(KINDS)}.")
@@ -75,7 +75,7 @@ def train_tiny_projector(
 
 
 def with_new_projector(kind: str, seed: int) -> MSResamplerForConditionalGeneration:
-    """The embedded checkpoint with a projector of random weights, which is all of it that learns."""
+    """The embedded checkpoint with a new random projector, the only part that is trained."""
     embedded = MSResamplerForConditionalGeneration.from_pretrained(TINY)
     projector, config = embedded.config.projector_config, embedded.config.to_dict()
     config["projector_config"] = {name: getattr(projector, name) for name in SIZES} | {"projector_type": kind}
@@ -89,7 +89,7 @@ def with_new_projector(kind: str, seed: int) -> MSResamplerForConditionalGenerat
 
 
 def embed_projector(folder: Path, target: Path) -> None:
-    """Puts the projector of a folder, its configuration and its record into this package."""
+    """Copies a folder's projector, configuration and record into this package."""
     fresh = target.with_name(f"{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()

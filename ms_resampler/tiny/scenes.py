@@ -1,7 +1,7 @@
 """Scenes: small pictures of handwritten digits, shapes and words, with questions whose answers are known.
 
-Everything follows from (split, index). Digit images are shared out between the splits, so that a digit seen
-in training is never asked about in a test. Answers are drawn so that guessing without the picture gains little.
+Everything is determined by (split, index). Digit images are divided among the splits, so that no test scene contains a
+digit image of the training scenes. Answers are balanced, so that guessing without the picture gains little.
 """
 
 from collections import Counter, defaultdict
@@ -31,17 +31,17 @@ PLACES = tuple(f"{row} {column}".strip() or "centre" for row in ROWS for column 
 SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}  # shares of the digit images
 
 # How scenes are drawn. Lengths are in widths of the picture.
-THEME_ODDS = 0.45  # how often a thing takes the scene's main colour, or kind, so that majorities and pairs exist
+THEME_ODDS = 0.45  # probability of the scene's main colour, or kind, so that majorities and pairs exist
 SIDE = (0.2, 0.35)  # height of a digit or shape
 WORD_WIDTH = (0.3, 0.38)
-CELL_MARGIN = 0.03  # a thing's centre is never nearer to the border of its cell
-EDGE = 2  # pixels of paper between a thing and the edge of the picture
+CELL_MARGIN = 0.03  # least distance of a thing's centre from the border of its cell
+EDGE = 2  # pixels between a thing and the edge of the picture
 GAP = 3  # pixels between two things, one of them for the rim of each
 PAPERS = 12  # textures kept of each style
 FIRM = [min(max((value - 70) * 11 // 5, 0), 255) for value in range(256)]  # grey levels of an enlarged digit
 FAINT = [value * 7 // 10 for value in range(256)]  # grey levels of a rim
 
-# How clear a case must be to be asked about. Lengths are in widths of the picture.
+# How clear a case must be for a question. Lengths are in widths of the picture.
 CLEAR_SHIFT = 0.15  # "left of", "above": between the centres
 CLEAR_HALF = 0.08  # "in the top half": from the centre to the middle of the picture
 CLEAR_RATIO = 1.3  # "taller": of the heights
@@ -76,7 +76,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, what is on it in reading order of the places, and the (split, index) it follows from."""
+    """A picture, its things in reading order of the places, and the (split, index) that determine it."""
 
     image: Image.Image
     things: tuple[Thing, ...]
@@ -101,7 +101,7 @@ def scene_rng(split: str, index: int, stream: int) -> np.random.Generator:
 
 
 def pick(items: Sequence[Item], rng: np.random.Generator) -> Item:
-    """One of the items. (`Generator.choice` is many times slower.)"""
+    """A random item. (`Generator.choice` is many times slower.)"""
     return items[int(rng.integers(len(items)))]
 
 
@@ -112,7 +112,7 @@ def pick(items: Sequence[Item], rng: np.random.Generator) -> Item:
 def load_digit_images() -> tuple[list[np.ndarray], dict[str, dict[str, list[int]]]]:
     """Handwritten 8 x 8 digits (0 to 1, cropped to their ink), and the numbers of those of each split and name.
 
-    Each class is shared out in the proportions of SPLITS.
+    Each class is divided in the proportions of SPLITS.
     """
     try:
         from sklearn.datasets import load_digits
@@ -129,7 +129,7 @@ def load_digit_images() -> tuple[list[np.ndarray], dict[str, dict[str, list[int]
 
 
 def crop_to_ink(pixels: np.ndarray) -> np.ndarray:
-    """Cuts off empty rows and columns, but leaves one pixel of paper, for soft edges when it is enlarged."""
+    """Crops empty rows and columns, but keeps one empty pixel for soft edges when enlarged."""
     ink = pixels > 0.2
     rows, columns = np.flatnonzero(ink.any(1)), np.flatnonzero(ink.any(0))
     return np.pad(pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 1)
@@ -144,7 +144,7 @@ def digit_number(name: str, split: str, rng: np.random.Generator) -> int:
 def digit_mask(number: int, height: int) -> Image.Image:
     """Handwritten digit number `number`, `height` pixels high: smooth, but with firm strokes."""
     pixels = load_digit_images()[0][number]
-    # The padding takes up two of the rows, so the ink is enlarged a little more.
+    # Two of the rows are padding, so the ink is enlarged a little more.
     scale = height / (pixels.shape[0] - 1.3)
     sides = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
     smooth = Image.fromarray((pixels * 255).astype(np.uint8)).resize(sides, Image.Resampling.BICUBIC)
@@ -352,7 +352,7 @@ def plainly_named(scene: Scene) -> list[tuple[Thing, str]]:
 
 
 def named(scene: Scene) -> list[tuple[Thing, str]]:
-    """The things that name, or colour and name, tell from all others: "the circle", "the red circle"."""
+    """The things that are unique by name, or by colour and name: "the circle", "the red circle"."""
     names = Counter(thing.name for thing in scene.things)
     looks = Counter((thing.colour, thing.name) for thing in scene.things)
     return [
@@ -363,7 +363,7 @@ def named(scene: Scene) -> list[tuple[Thing, str]]:
 
 
 def pairs_of(items: Sequence[Item], rng: np.random.Generator) -> list[tuple[Item, Item]]:
-    """Every pair once, in random order and each the random way round, so that the order tells nothing."""
+    """Every pair once, in random order and orientation, so that the order gives nothing away."""
     pairs = [(a, b) if rng.random() < 0.5 else (b, a) for n, a in enumerate(items) for b in items[:n]]
     return shuffled(pairs, rng)
 
@@ -377,7 +377,7 @@ def shuffled(items: Iterable[Item], rng: np.random.Generator) -> list[Item]:
 def fair(by_answer: dict[str, list[str]], rng: np.random.Generator) -> Asked:
     """An order in which every answer is as likely as any other each time, whatever was asked before.
 
-    It ends as soon as an answer has no question left: {"yes": [a, b, c], "no": []} gives none at all, since
+    It ends when an answer has no question left: {"yes": [a, b, c], "no": []} gives none at all, since
     the question would give the answer away.
     """
     piles = {answer: shuffled(questions, rng) for answer, questions in by_answer.items()}
@@ -425,7 +425,7 @@ def half_of(thing: Thing, axis: int, size: int) -> int:
 def ask_presence(scene: Scene, rng: np.random.Generator) -> Asked:
     """Whether a digit, shape or word is in a half of the picture.
 
-    Two thirds of the no's are about things in the other half, so that knowing what there is does not suffice.
+    Two thirds of the negative answers are about things in the other half, so that knowing what exists is not enough.
     """
     piles: dict[str, list[str]] = {"yes": [], "no": []}
     for axis, sides in enumerate((("left", "right"), ("top", "bottom"))):
@@ -450,7 +450,7 @@ def presence_text(name: str, half: str, rng: np.random.Generator) -> str:
 
 
 def absent_name(scene: Scene, rng: np.random.Generator) -> str:
-    """Something that is not on the picture, of a kind that is, so that neither kind nor name gives it away."""
+    """A thing that is absent, of a kind that is present, so that neither kind nor name gives it away."""
     there = {thing.name for thing in scene.things}
     kinds = [thing.kind for thing in scene.things if not there.issuperset(NAMES[thing.kind])]
     kind = pick(kinds or ("digit", "word"), rng)  # a picture of all the shapes lacks none
@@ -459,7 +459,7 @@ def absent_name(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def ask_count(scene: Scene, rng: np.random.Generator) -> Asked:
-    """How many things there are, or how many of a kind; of an absent kind half as often, or 0 would be a good guess."""
+    """How many things there are, or of a kind; absent kinds half as often, or 0 would be a good guess."""
     counts = Counter(thing.kind for thing in scene.things)
     asked = [(count_text("thing", rng), str(len(scene.things)))]
     asked += [(count_text(kind, rng), str(counts[kind])) for kind in NAMES if counts[kind] or rng.random() < 0.5]
@@ -509,7 +509,7 @@ def yes_no(truth: bool) -> str:
 
 
 def ask_compare(scene: Scene, rng: np.random.Generator) -> Asked:
-    """Which of two things is taller, or which has another's colour. Names alone: a colour would be a hint."""
+    """Which of two things is taller, or has the same colour as another. Names only: a colour would be a hint."""
     colours = Counter(thing.colour for thing in scene.things)
     taller, alike = [], []
     for (a, a_text), (b, b_text) in pairs_of(plainly_named(scene), rng):
@@ -537,14 +537,14 @@ def ask_describe(scene: Scene, rng: np.random.Generator) -> Asked:
 
 @dataclass(frozen=True)
 class Family:
-    """Questions of one sort: how far one must look ("local", "regional", "global"), and how they are made."""
+    """A family of questions: the view it needs ("local", "regional", "global"), and how questions are made."""
 
     name: str
     group: str
     make: Callable[[Scene, np.random.Generator], Asked]
 
     def questions(self, scene: Scene, rng: np.random.Generator) -> list[Question]:
-        """What the family asks of the scene, in the order in which to ask; [] where the scene does not allow it."""
+        """The family's questions about the scene, in order; [] if the scene does not allow any."""
         return [Question(self.name, self.group, *asked) for asked in self.make(scene, rng)]
 
 
@@ -585,7 +585,7 @@ def ask(scene: Scene, split: str, index: int, count: int, families: Collection[s
 
 
 def make_piles(scene: Scene, families: Collection[str], rng: np.random.Generator) -> dict[str, list[Question]]:
-    """What each family asks of the scene, the next question last; without the families that ask nothing."""
+    """Each family's questions about the scene, the next one last; without families that have none."""
     piles = {family: FAMILIES[family].questions(scene, rng)[::-1] for family in families}
     piles = {family: asked for family, asked in piles.items() if asked}
     if not piles:

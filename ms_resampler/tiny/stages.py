@@ -1,4 +1,4 @@
-"""The embedded checkpoint's training: its stages, and the run that makes, measures and records it."""
+"""The embedded checkpoint's training: its stages, and the run that trains, evaluates and records it."""
 
 import dataclasses
 import hashlib
@@ -29,10 +29,10 @@ from .scenes import COLOURS, SHAPES, WORDS
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the embedded checkpoint's training; `dataclasses.replace` makes another.
+    """A stage of the embedded checkpoint's training; `dataclasses.replace` changes fields.
 
-    `dataset(records)` gives that many training records, `collator(processor)` makes batches of them. The learning
-    rate rises over `warmup_steps`, stays, and falls to zero over the last `cooldown_steps`.
+    `dataset(records)` returns that many training records, `collator(processor)` makes batches. The learning rate rises
+    over `warmup_steps`, stays constant, and falls to zero over the last `cooldown_steps`.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Stage:
 
 
 def tiny_look(steps: int = 700) -> Stage:
-    """Tower and projector learn to see what is at each place, from random weights."""
+    """Trains tower and projector from random weights to recognise what is at each place."""
     return Stage(
         name="look",
         dataset=ScenePlaces,
@@ -64,7 +64,7 @@ def tiny_look(steps: int = 700) -> Stage:
 
 
 def tiny_read(steps: int = 2400) -> Stage:
-    """The whole model learns to transcribe and index scenes, then to answer questions about them."""
+    """Trains the whole model to transcribe and index scenes, then to answer questions about them."""
     drills = min(600, steps // 3) * 32
     return Stage(
         name="read",
@@ -79,7 +79,7 @@ def tiny_read(steps: int = 2400) -> Stage:
 
 
 def tiny_blind(steps: int = 600) -> Stage:
-    """The same language model without images, which shows what can be had by guessing."""
+    """The same language model trained without images, which shows what guessing achieves."""
     return Stage(
         name="blind",
         dataset=lambda records: SceneConversations(records, drills=0, turns=10, blind=True),
@@ -95,10 +95,10 @@ def tiny_blind(steps: int = 600) -> Stage:
 def train_tiny(
     out: str | Path = "runs/tiny", *, steps: int | None = None, scenes: int = 400, seed: int = 0, embed: bool = False
 ) -> Path:
-    """Trains the embedded checkpoint from random weights, or resumes the run that was stopped in `out`.
+    """Trains the embedded checkpoint from random weights, or resumes an interrupted run in `out`.
 
-    A stage takes `steps` steps at most; the result and a model that sees no image are measured on `scenes` held-out
-    scenes. `embed` puts the result into this package. Returns the folder of the result, `out`/model.
+    A stage has at most `steps` steps. The result, and a model trained without images, are evaluated on `scenes`
+    held-out scenes. `embed` copies the result into this package. Returns the folder of the result, `out`/model.
     """
     check_numbers(steps=steps, scenes=scenes)
     out = Path(out)
@@ -127,20 +127,20 @@ def train_tiny(
 
 
 def check_numbers(**numbers: int | None) -> None:
-    """Raises ValueError for a number that is less than 1; None is left out."""
+    """Raises ValueError for a number below 1; None is ignored."""
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise ValueError(f"The number of {name} must be at least 1, got {value}.")
 
 
 def stage_of(make: Callable[..., Stage], steps: int | None, seed: int) -> Stage:
-    """A stage with a seed, and no more than `steps` steps."""
+    """A stage with a seed and at most `steps` steps."""
     stage = make() if steps is None else make(min(make().steps, steps))
     return dataclasses.replace(stage, seed=seed)
 
 
 def run_stage(stage: Stage, model: nn.Module, processor: Any, folder: Path) -> None:
-    """Trains `model` in place by a stage, in `folder`; resumes from the last checkpoint there, if there is one."""
+    """Trains `model` in place with a stage, in `folder`; resumes from the last checkpoint there, if any."""
     keep_freed_memory()
     folder.mkdir(parents=True, exist_ok=True)
     trainer = CheckedTrainer(
@@ -155,7 +155,7 @@ def run_stage(stage: Stage, model: nn.Module, processor: Any, folder: Path) -> N
 
 
 def training_arguments(stage: Stage, folder: Path) -> TrainingArguments:
-    """The stage in the Trainer's words."""
+    """The stage as TrainingArguments."""
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(folder),
@@ -182,7 +182,7 @@ def training_arguments(stage: Stage, folder: Path) -> TrainingArguments:
 
 
 def evaluate_once(model: Any, processor: Any, path: Path, scenes: int, blind: bool) -> list[FamilyScore]:
-    """Evaluates, or reads what a run before has written to `path`."""
+    """Evaluates, or reads the results of an earlier run from `path`."""
     if not path.exists():
         print(f"Evaluating the {'blind ' if blind else ''}model on {scenes} held-out scenes:")
         rows = evaluate_scenes(model, processor, scenes=scenes, blind=blind)
@@ -238,14 +238,14 @@ def data_hash(dataset: Any, samples: int = 64) -> str:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's log.jsonl; a step whose loss was logged again after a resume counts once, the last time."""
+    """The rows of a run's log.jsonl; of a step that was logged again after resuming, the last row."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = {row["step"]: row for row in rows if "loss" in row}
     return [*losses.values(), *(row for row in rows if "loss" not in row)]
 
 
 def plot_curves(folder: Path, path: Path) -> None:
-    """The loss of every stage against its steps, as a picture."""
+    """Plots the loss of every stage."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -263,7 +263,7 @@ def plot_curves(folder: Path, path: Path) -> None:
 
 
 def put_into_package(folder: Path) -> None:
-    """Replaces the checkpoint in this package; its code stays where it is, one folder up."""
+    """Replaces the embedded checkpoint; its code is in the package, one folder up."""
     old = Path(TINY)
     fresh = old.with_name("tiny.new")
     shutil.rmtree(fresh, ignore_errors=True)

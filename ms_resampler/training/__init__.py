@@ -1,1 +1,1 @@
-"""Training: data of conversations, recipes, runs, and what a run will take."""
+"""Training: conversation data, recipes, runs, and estimates of memory and time."""

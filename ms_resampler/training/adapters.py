@@ -6,14 +6,14 @@ import torch
 
 from .recipes import Adapters, LearningRates
 
-# The matrices of a decoder's layers by the names that every family here gives them, and no others.
+# Names of the matrices in the decoder layers of all supported families.
 TARGETS = r"model\.language_model\.layers\..*\.(q|k|v|o|qkv|gate|up|down|gate_up)_proj"
 
 
 def add_adapters(model: Any, adapters: Adapters, rates: LearningRates) -> Any:
-    """A peft model around `model`: adapters learn, and of the rest the tower and projector if they have a rate.
+    """A peft model around `model`: adapters are trained, and so are tower and projector if they have a learning rate.
 
-    Parts that learn in full are saved beside the adapters, and come back with them.
+    Parts that are trained in full are saved and loaded with the adapters.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -44,5 +44,5 @@ def four_bit_config(bf16: bool) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
-        bnb_4bit_quant_storage=torch.bfloat16,  # what FSDP can shard
+        bnb_4bit_quant_storage=torch.bfloat16,  # a dtype that FSDP can shard
     )

@@ -26,7 +26,7 @@ WORKER_ERROR = re.compile(r"in DataLoader worker process .*^[\w.]*(BadRecord|Val
 
 @contextmanager
 def errors_of_workers() -> Iterator[None]:
-    """Makes ValueErrors of those that a worker of a DataLoader raised, which come as a traceback in text."""
+    """Turns errors of a DataLoader worker, which arrive as the text of a traceback, back into ValueErrors."""
     try:
         yield
     except (RuntimeError, ValueError, OSError) as error:
@@ -37,12 +37,12 @@ def errors_of_workers() -> Iterator[None]:
 
 
 class ConversationCollator:
-    """Makes model inputs and labels of a list of records, through the processor's own chat template.
+    """Makes model inputs and labels from a list of records with the processor's chat template.
 
-    `plain` is the form of LLaVA's first stage: images, caption and a newline, without question or template.
-    A record of more than `max_length` tokens is a bad one, unless `truncate` cuts it, which never cuts images; `cut`
-    has the ids of those of the last batch, each with a sentence.
-    Raises BadRecord, with the record's id, for a record that has no such form or leaves nothing to learn.
+    `plain` is the format of LLaVA's first stage: images, caption and a newline, without question or template.
+    A record of more than `max_length` tokens is bad, unless `truncate` shortens it, which never removes image tokens;
+    `cut` has the ids of those in the last batch, each with a sentence.
+    Raises BadRecord, with the record's id, for a record in another format or without anything to train on.
     """
 
     def __init__(self, processor, max_length: int, plain: bool = False, truncate: bool = False):
@@ -131,7 +131,7 @@ class ConversationCollator:
             raise BadRecord("unreadable image", record, f"cannot be read: {error}") from error
 
     def _fit(self, record: dict[str, Any], ids: Tensor, learned: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that may stay. Raises BadRecord if they are too many, or an image's would be cut."""
+        """The tokens within the length limit. Raises BadRecord if there are too many, or an image would be cut."""
         if len(ids) <= self.max_length:
             return ids, learned
         if not self.truncate:
@@ -144,7 +144,7 @@ class ConversationCollator:
 
 
 def moved(spans: list[Span], replacements: list[list[dict[str, Any]]]) -> list[Span]:
-    """Character ranges of a text, in the text whose image tokens were multiplied."""
+    """Translates character ranges of a text to the text with expanded image tokens."""
     grown = [(r["span"][1], r["new_span"][1] - r["span"][1]) for r in (replacements[0] if replacements else [])]
     ends, shifts = [end for end, _ in grown], [0, *(shift for _, shift in grown)]
     return [tuple(place + shifts[bisect_right(ends, place)] for place in span) for span in spans]
@@ -153,23 +153,23 @@ def moved(spans: list[Span], replacements: list[list[dict[str, Any]]]) -> list[S
 def learned_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
     """Which tokens share a character with one of the spans; offsets are each token's (start, end) in the text.
 
-    A token of no characters (a lone prefix space) counts if it stands before a character of a span. Those that a
-    tokenizer puts around a text have none either, at 0.
+    A token without characters (a lone prefix space) counts if it stands before a character of a span. Tokens that a
+    tokenizer adds around a text have none either, at offset 0.
     """
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     characters = np.zeros(max(ends.max(initial=0), max((end for _, end in spans), default=0)) + 2, dtype=np.int64)
     for start, end in spans:
         characters[start + 1 : end + 1] = 1
-    before = characters.cumsum()  # learned characters in front of each place
+    before = characters.cumsum()  # number of trained characters before each position
     width = np.where((ends == starts) & (starts > 0), 1, 0)
     return before[ends + width] > before[starts]
 
 
 def mend_template(processor: Any) -> str | None:
-    """Sees to it that answers are trained after the text after which they are asked for; returns a sentence about it.
+    """Makes the text before trained answers equal to the generation prompt; returns a sentence about what it changed.
 
-    Where a chat template makes them differ (thinking before an answer), the processor's is replaced by the same with
-    thinking off, if that mends it. Returns None if there is nothing to say.
+    If the chat template makes them differ (thinking before an answer), the processor gets the same template with
+    thinking switched off, if that helps. Returns None if nothing was changed.
     """
     template, tokenizer = processor.chat_template, processor.tokenizer
     problem = None if template is None else ChatFormat(template, tokenizer).check_generation_prompt()
@@ -177,19 +177,19 @@ def mend_template(processor: Any) -> str | None:
         return None
     processor.chat_template = thinking_off(template, tokenizer)
     if processor.chat_template == template:
-        return f"What is trained is not what is asked: {problem} Give the processor another chat template."
-    return f"The chat template is taken with thinking off, and so saved: {problem}"
+        return f"Training and generation prompts differ: {problem} Give the processor another chat template."
+    return f"The chat template is used and saved with thinking switched off: {problem}"
 
 
 class BatchMaker:
     """Collates (record, budget) pairs of one step into model inputs, labels, and `record_ids`.
 
     `collator(processor)` makes inputs and labels of records, and raises ValueError, with its id, for a bad one.
-    `bad_records` "skip" leaves these out. Which were left out, and which were cut, is written into skipped.jsonl and
+    `bad_records` "skip" leaves these out. Records that were left out or shortened are listed in skipped.jsonl and
     cut.jsonl in `folder`, one JSON object a line.
 
-    A batch without any image gets one more row, a blank picture without labels, whose gradient is zero: tower and
-    projector then run in every process at every step, as sharded training requires.
+    A batch without images gets an extra row, a blank picture without labels, whose gradient is zero, so that tower and
+    projector run in every process at every step, as sharded training requires.
     """
 
     def __init__(self, collator: Callable[[Any], ConversationCollator], processor: Any, bad_records: str, folder: Path):
@@ -232,6 +232,6 @@ class BatchMaker:
 
 
 def blank_record() -> dict[str, Any]:
-    """A white picture, and an answer that is not to be learned."""
+    """A white picture, and an answer without labels."""
     said = [{"from": "human", "value": "<image>\n"}, {"from": "gpt", "value": "."}]
     return {"id": "blank", "image": Image.new("RGB", (64, 64), "white"), "conversations": said}

@@ -1,10 +1,10 @@
-r"""Records in the forms that people have them, as chat messages and images; what is not understood is refused.
+r"""Converts records of common formats to chat messages and images; anything else is refused.
 
 LLaVA's turns, in which `<image>` marks where an image goes:
 
     {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, ...]}
 
-Chat messages, with images as parts that hold them or stand for those in `images`; there `<image>` in a text is text:
+Chat messages, whose image parts hold an image or refer to the next of `images`; `<image>` in a text is plain text:
 
     {"id": ..., "images": ["a.jpg"], "messages": [{"role": "user", "content": [{"type": "image"}, ...]}, ...]}
 
@@ -25,7 +25,7 @@ from ..messages_ms_resampler import SOURCES, understood_messages
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 ROLES |= {"developer": "system"}  # OpenAI's name for it
-# Fields that people write and that would be lost: other names of images, and what is not learned here.
+# Common fields that would be dropped: other names of images, and data that is not trained on.
 NOT_READ = {
     **dict.fromkeys(("image_url", "image_urls", "image_path", "image_paths", "image_file", "img", "imgs"), "`images`"),
     **dict.fromkeys(("picture", "pictures", "image_bytes", "image_base64"), "`images`"),
@@ -36,7 +36,7 @@ NAME_LENGTH = 80  # of a record's id in messages
 
 
 class BadRecord(ValueError):
-    """A record that cannot be learned from; `kind` says in a word or two why, the message in a sentence."""
+    """A record that cannot be trained on; `kind` is the reason in a word or two, the message in a sentence."""
 
     def __init__(self, kind: str, record: dict[str, Any], why: str):
         super().__init__(f"Record {name_of(record)} {printable(why)}")
@@ -45,7 +45,7 @@ class BadRecord(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with the parts `text` and `image`, and what the processor opens for each part `image`, in order."""
+    """Messages with the parts `text` and `image`, and the image source of each part `image`, in order."""
 
     messages: list[dict[str, Any]]
     images: list[Any]
@@ -53,7 +53,7 @@ class Conversation:
 
 @contextmanager
 def naming(record: dict[str, Any]) -> Iterator[None]:
-    """Turns whatever a record makes a library raise into a BadRecord."""
+    """Turns any error of a library about a record into a BadRecord."""
     try:
         yield
     except BadRecord:
@@ -64,10 +64,10 @@ def naming(record: dict[str, Any]) -> Iterator[None]:
 
 
 def conversation_of(record: dict[str, Any], image_token: str = "<image>") -> Conversation:
-    """A record's messages and images. Raises BadRecord for what is not understood, or if they do not fit.
+    """A record's messages and images. Raises BadRecord for an unknown format, or if images and placeholders differ.
 
-    `record["folder"]`, if there is one, is where paths start and must stay. The model's own `image_token`, if a person
-    has typed it, is marked as text.
+    `record["folder"]`, if given, is the folder that paths are relative to and must stay in. The model's `image_token`
+    typed in a text is marked as text.
     """
     with naming(record):
         messages = messages_in(record, image_token)
@@ -86,7 +86,7 @@ def conversation_of(record: dict[str, Any], image_token: str = "<image>") -> Con
 
 
 def messages_in(record: dict[str, Any], image_token: str = "<image>") -> list[dict[str, Any]]:
-    """A record's messages, whose parts of type image may hold one. Raises BadRecord."""
+    """A record's messages, whose image parts may hold an image. Raises BadRecord."""
     if isinstance(record.get("problem"), BadRecord):
         raise record["problem"]
     for name, instead in NOT_READ.items():
@@ -138,17 +138,17 @@ def turns_as_messages(record: dict[str, Any], turns: list[Any] | tuple[Any, ...]
 
 
 def check_answer(record: dict[str, Any], message: dict[str, Any], number: int) -> None:
-    """Raises BadRecord for an answer without a word, or with an image."""
+    """Raises BadRecord for an empty answer, or one with an image."""
     if message["role"] != "assistant":
         return
     if any(part["type"] == "image" for part in message["content"]):
-        raise BadRecord("image in an answer", record, "has an <image> in an answer, which only speaks.")
+        raise BadRecord("image in an answer", record, "has an <image> in an answer, which must be text.")
     if not "".join(part["text"] for part in message["content"]).strip():
         raise BadRecord("empty answer", record, f"has an empty answer in turn {number}.")
 
 
 def checked(record: dict[str, Any], text: str) -> str:
-    """The text. Raises BadRecord if it has halves of characters, or bytes that were not UTF-8."""
+    """The text. Raises BadRecord if it contains half a character or bytes that were not UTF-8."""
     if found := re.search("[\ud800-\udfff]", text):
         why = (
             f"has a character that is none ({ascii(found[0])[1:-1]}): if its file is not UTF-8, convert it, for "
@@ -168,12 +168,12 @@ def images_in(record: dict[str, Any]) -> list[Any]:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field holds nothing: tables have all fields in all rows."""
+    """Whether a field is empty: rows of tables have all fields."""
     return value is None or (isinstance(value, (str, list, tuple, dict, bytes)) and not value)
 
 
 def located(image: Any, record: dict[str, Any]) -> Any:
-    """What the processor opens: a path in the record's folder, a URL, bytes, or an image as it is."""
+    """An image source for the processor: a path in the record's folder, a URL, bytes, or an image."""
     if isinstance(image, dict):  # as `datasets` stores one
         stored = {name: value for name, value in image.items() if not is_empty(value)}
         image = next((stored[name] for name in ("bytes", "path", "url") if name in stored), None)
@@ -221,7 +221,7 @@ def path_of(name: str, record: dict[str, Any]) -> Any:
 
 
 def spellings(name: str, folder: Path) -> Iterator[str]:
-    """A path as it is written, with slashes, and without the end of the folder's path that it may repeat."""
+    """A path with slashes, without the end of the folder's path that it may repeat."""
     slashed = name.replace("\\", "/")
     yield name
     yield slashed
@@ -249,5 +249,5 @@ def name_of(record: dict[str, Any]) -> str:
 
 
 def printable(text: str) -> str:
-    """A text in one line, with what cannot be printed escaped."""
+    """A text in one line, with unprintable characters escaped."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

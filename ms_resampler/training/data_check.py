@@ -1,4 +1,4 @@
-"""`check_data`: every record of a data set through the collator, before hours of training."""
+"""`check_data`: puts every record of a data set through the collator, before hours of training."""
 
 import copy
 import os
@@ -26,7 +26,7 @@ NAMED = 5  # ids printed of each problem
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a record: how long it is, or (`problem`) why it cannot be learned from."""
+    """The result for a record: its length, or (`problem`) why it cannot be trained on."""
 
     record_id: str
     images: int = 0
@@ -38,7 +38,7 @@ class Verdict:
 
 
 class Examiner:
-    """Makes verdicts of a list of records, in a worker of a DataLoader."""
+    """Makes verdicts for a list of records, in a worker of a DataLoader."""
 
     def __init__(self, collator: ConversationCollator):
         self.collator = collator
@@ -66,7 +66,7 @@ class Examiner:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What came of every record of a data set, and the first good ones as they are trained on: `str(report)` tells."""
+    """The verdicts on all records, and the first good ones with their labels; `str(report)` is the report."""
 
     verdicts: list[Verdict]
     examples: list[Example]
@@ -75,7 +75,7 @@ class DataReport:
 
     @property
     def trainable(self) -> bool:
-        """Whether training would go through: there is a good record, and no bad one unless these are skipped."""
+        """Whether training would run: there is a good record, and no bad one unless they are skipped."""
         good = [verdict for verdict in self.verdicts if verdict.problem is None]
         return bool(good) and (len(good) == len(self.verdicts) or self.bad_records == "skip")
 
@@ -97,12 +97,12 @@ def check_data(
     examples: int = 2,
     workers: int | None = None,
 ) -> DataReport:
-    """Looks at every record of a data set as training would.
+    """Checks every record of a data set as training would.
 
     `data`, `images`, `split` and `streaming` are what `open_records` takes, `model` the one to train (default: the
     embedded one), `max_length`, `truncate` and `bad_records` ("fatal" or "skip") those of the recipe; `plain` is for
-    recipes of plain captions. `examples` good records are kept to be shown. `workers` processes do it (default: one a
-    core). Raises ValueError or OSError if the data cannot be read or the model is none of this package.
+    recipes of plain captions. `examples` is how many good records to show, `workers` the processes (default: one
+    per core). Raises ValueError or OSError if the data cannot be read or the model is not of this package.
     """
     for name, value, least in (("max_length", max_length, 1), ("examples", examples, 0), ("workers", workers, 0)):
         if value is not None and value < least:
@@ -137,7 +137,7 @@ def first_examples(records: Any, collator: ConversationCollator, number: int) ->
 
 
 def describe(verdicts: Sequence[Verdict], bad_records: str) -> str:
-    """What there is to say about a data set: problems with ids, lengths, images."""
+    """The report on a data set: problems with ids, lengths, images."""
     good = [verdict for verdict in verdicts if verdict.problem is None]
     lines = [f"{len(verdicts):,} records, {len(good):,} of them good."]
     lines += problem_lines([verdict for verdict in verdicts if verdict.problem is not None], bad_records)
@@ -156,14 +156,14 @@ def first_ids(ids: Sequence[str]) -> str:
 
 
 def problem_lines(bad: Sequence[Verdict], bad_records: str) -> list[str]:
-    """Each kind of problem, the most frequent first, with the first ids and one sentence."""
+    """Each kind of problem, most frequent first, with the first ids and one sentence."""
     if not bad:
         return []
     kinds: dict[str, list[Verdict]] = defaultdict(list)
     for verdict in bad:
         kinds[str(verdict.problem)].append(verdict)
     fate = "stop training" if bad_records == "fatal" else "are left out of training"
-    lines = [f"{len(bad):,} cannot be learned from, and {fate}:"]
+    lines = [f"{len(bad):,} cannot be trained on, and {fate}:"]
     for kind, verdicts in sorted(kinds.items(), key=lambda item: -len(item[1])):
         ids = first_ids([verdict.record_id for verdict in verdicts])
         lines += [f"  {kind:<20} {len(verdicts):>7,}  {ids}", f"  {'':<20} {'':>7}  {verdicts[0].why}"]
@@ -171,7 +171,7 @@ def problem_lines(bad: Sequence[Verdict], bad_records: str) -> list[str]:
 
 
 def length_lines(good: Sequence[Verdict]) -> list[str]:
-    """How long the good records are, as a sentence and a histogram, and how much of them is learned."""
+    """The lengths of the good records, as a sentence and a histogram, and the share of trained tokens."""
     tokens = np.array([verdict.tokens for verdict in good])
     longest = good[int(tokens.argmax())]
     share = sum(verdict.learned for verdict in good) / tokens.sum()
@@ -181,7 +181,7 @@ def length_lines(good: Sequence[Verdict]) -> list[str]:
         for start, end, n in zip(edges[:-1], edges[1:], counts, strict=True)
     ]
     return [
-        f"{tokens.sum():,} tokens, {share:.1%} of them learned. Tokens a record: {tokens.min():,} to {tokens.max():,} "
+        f"{tokens.sum():,} tokens, {share:.1%} of them trained. Tokens a record: {tokens.min():,} to {tokens.max():,} "
         f"(the longest is {longest.record_id}), median {np.median(tokens):,.0f}, 95% up to "
         f"{np.quantile(tokens, 0.95):,.0f}.",
         *bars,

@@ -1,4 +1,4 @@
-"""`plan`: what a recipe takes of memory and time on given hardware, before it runs."""
+"""`plan`: estimates the memory and time of a recipe on given hardware."""
 
 import math
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from .run import share_batch
 from .step_time import Measurement, measure_step
 
 GB = 1e9
-CONTEXT = 1e9  # what CUDA and its libraries take before the first tensor, about
+CONTEXT = 1e9  # approximate memory of CUDA and its libraries
 
 
 @dataclass(frozen=True)
 class Plan:
     """Memory and time of a recipe: `str(plan)` is the report.
 
-    `kinds` are bytes on each device by kind (weights, activations, ...), `memory` the bytes that a device has,
-    `visual_tokens` and `patches` those of an image, `records` how many the data have, `measurement` a step run here.
+    `kinds` are the bytes on each device by kind (weights, activations, ...), `memory` the bytes of a device,
+    `visual_tokens` and `patches` those of an image, `records` the size of the data, `measurement` a step run here.
     """
 
     recipe: Recipe
@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """Bytes on each device, without CUDA's own."""
+        """Bytes on each device, without CUDA itself."""
         return sum(self.kinds.values())
 
     @property
@@ -71,7 +71,7 @@ class Plan:
         verdict = (
             f"fits into {self.memory / GB:g} GB, {spare:.1f} to spare (CUDA itself takes about 1)"
             if self.fits
-            else f"does not fit into {self.memory / GB:g} GB: lower --device-batch-size, or take --liger or more --gpus"
+            else f"does not fit into {self.memory / GB:g} GB: lower --device-batch-size, or use --liger or more --gpus"
         )
         return "\n".join([*rows, f"{'total':12}{self.total / GB:>14.2f}  {verdict}"])
 
@@ -87,7 +87,7 @@ class Plan:
         if self.gpus == 1:
             lines[0] += f" The estimate is {self.total / GB:.2f} GB."
         seconds = measurement.step_seconds
-        lines.append(f"On {self.gpus} of these a step takes {seconds:.2f} s, their communication left out.")
+        lines.append(f"On {self.gpus} of these a step takes {seconds:.2f} s, without communication.")
         recipe, records = self.recipe, self.records
         if steps := recipe.steps or (records and math.ceil(recipe.epochs * records / recipe.batch_size)):
             lines.append(f"{steps:,} steps take {duration(steps * seconds)}.")
@@ -109,13 +109,13 @@ def plan(
     records: int | None = None,
     measure: bool = False,
 ) -> Plan:
-    """What a recipe takes of memory and time. Configurations are read, and no weights.
+    """Estimates the memory and time of a recipe from configurations, without loading weights.
 
-    The model is `model`, a folder or Hub name, or one made of the tower `vision` and the language model `llm` with
+    The model is `model`, a folder or Hub name, or assembled from the tower `vision` and the language model `llm` with
     `visual_tokens` an image. There are `gpus` devices of `memory` GB over all machines, started by `launcher` ("ddp",
     "fsdp2", "zero2" or "zero3"; default: fsdp2 for several devices), each with `device_batch` records of `length`
-    tokens at a time (default: as the recipe has it). `records` of the data tell the time of the whole run; `measure`
-    runs a few steps here, with random weights. Raises ValueError if these do not fit each other.
+    tokens at a time (default: the recipe's). `measure` times a few steps here, with random weights; `records` in the
+    data extrapolates that to the whole run. Raises ValueError if these do not fit together.
     """
     recipe = recipe_named(recipe)
     for name, value in {"gpus": gpus, "length": length, "records": records, "memory": memory}.items():
@@ -144,7 +144,7 @@ def plan(
 
 
 def model_config(model: str | Path | None, vision: str | None, llm: str | None, visual_tokens: int) -> Any:
-    """The configuration of a model, or of one made of a tower and a language model."""
+    """The configuration of a model, or of one assembled from a tower and a language model."""
     if model is not None:
         return MSResamplerConfig.from_pretrained(our_model(model))
     if not (vision and llm):

@@ -1,4 +1,4 @@
-"""A run's record.json: what was trained on what, by which versions, and how it went."""
+"""A run's record.json: recipe, model, data, versions and results."""
 
 import dataclasses
 import hashlib
@@ -20,13 +20,13 @@ from .recipes import Recipe
 from .records import StreamedRecords
 
 PACKAGES = ("ms-resampler", "torch", "transformers", "accelerate", "peft", "deepspeed", "bitsandbytes", "liger-kernel")
-SAMPLED = 1000  # records of a Hub data set that make up its hash
-STREAMED = 100  # of a stream, the first ones
+SAMPLED = 1000  # records of a Hub data set that are hashed
+STREAMED = 100  # the first ones of a stream
 SHOWN = 20  # records skipped or cut that are named in record.json; skipped.jsonl and cut.jsonl name all
 
 
 class Journal:
-    """OUT/record.json, written at the start and at the end of a run, by the one process that `writes`."""
+    """OUT/record.json, written at the start and the end of a run by the process with `writes`."""
 
     def __init__(self, out: Path, writes: bool, values: dict[str, Any]):
         self.out = out
@@ -41,7 +41,7 @@ class Journal:
             self.write(self.out / "record.json")
 
     def write(self, path: Path) -> None:
-        """Writes the file whole or not at all."""
+        """Writes the file atomically."""
         write_whole(path, json.dumps(self.values, indent=2) + "\n")
 
     def finish(self, trainer: Trainer) -> None:
@@ -73,9 +73,9 @@ class Journal:
 def open_journal(
     recipe: Recipe, *, model: str, data: str, split: str, schedule: Schedule, out: Path, writes: bool
 ) -> Journal:
-    """The journal of this run, new or as a stopped run left it.
+    """The journal of this run, new or as an interrupted run left it.
 
-    Raises ValueError if that one had another recipe, model or data: its checkpoints are not this run's.
+    Raises ValueError if that run had another recipe, model or data, so that its checkpoints do not fit.
     """
     values = {
         "recipe": dataclasses.asdict(recipe),
@@ -96,7 +96,7 @@ def open_journal(
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of recipe, model and data is not the same; of a stream, how it is shared out, too."""
+    """Which of recipe, model and data differ; for a stream also the numbers of devices and workers."""
     pairs = [(name, before["recipe"].get(name), value) for name, value in now["recipe"].items()]
     pairs += [("model", before["model"], now["model"]), ("data", before["data"]["sha256"], now["data"]["sha256"])]
     shares = {"split": "split", "parts": "number of devices or workers", "device_batch": "device batch size"}
@@ -105,7 +105,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def data_hash(source: str, records: Any) -> str:
-    """SHA-256 of a file, or of the names and contents of a folder's files; of a Hub data set, of some records."""
+    """SHA-256 of a file, of the names and contents of a folder's files, or of some records of a Hub data set."""
     path, digest = Path(source), hashlib.sha256()
     if not path.exists():
         for record in sample(records):
@@ -121,7 +121,7 @@ def data_hash(source: str, records: Any) -> str:
 
 
 def sample(records: Any) -> Iterable[dict[str, Any]]:
-    """Records from all over the data, or the first ones of a stream."""
+    """Evenly spaced records, or the first ones of a stream."""
     if isinstance(records, StreamedRecords):
         return islice(records, STREAMED)
     return (records[index] for index in range(0, len(records), max(1, len(records) // SAMPLED)))
@@ -139,7 +139,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 def read_noted(path: Path) -> dict[str, Any]:
-    """How many records were skipped or cut, and the first of them with the reason; a record counts once."""
+    """The number of records skipped or cut, and the first of them with the reason; a record counts once."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     reasons = {row["id"]: row["why"] for row in rows}
     return {"records": len(reasons), "first": dict(list(reasons.items())[:SHOWN])}

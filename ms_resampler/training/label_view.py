@@ -1,4 +1,4 @@
-"""Shows which tokens of a record are learned: in colour in the terminal, and on a page that stands alone."""
+"""Shows which tokens of a record are trained: in colour in the terminal, and on a self-contained page."""
 
 import base64
 import html
@@ -22,12 +22,12 @@ THUMBNAIL_PIXELS = 280
 
 @dataclass(frozen=True)
 class Piece:
-    """One or several tokens that are shown together: those of an image, or of one character."""
+    """Tokens that are shown together: those of an image, or of one character."""
 
     text: str
     ids: tuple[int, ...]
     learned: bool
-    kind: str  # "text", "added" (a token beside the vocabulary) or "image"
+    kind: str  # "text", "added" (a special or added token) or "image"
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """How many tokens it has."""
+        """The number of tokens."""
         return sum(len(piece.ids) for piece in self.pieces)
 
     @property
     def learned(self) -> int:
-        """How many of them are learned."""
+        """The number of trained tokens."""
         return sum(len(piece.ids) for piece in self.pieces if piece.learned)
 
 
 def example_of(record: dict[str, Any], collator: ConversationCollator) -> Example:
-    """A good record, cut into pieces."""
+    """A good record, split into pieces."""
     row = collator.encode(record)
     learned = (row["labels"] != IGNORED).tolist()
     pieces = pieces_of(row["input_ids"].tolist(), learned, collator.processor)
@@ -59,10 +59,10 @@ def example_of(record: dict[str, Any], collator: ConversationCollator) -> Exampl
 
 
 def pieces_of(ids: Sequence[int], learned: Sequence[bool], processor: Any) -> list[Piece]:
-    """Tokens as text; those of an image, and those that share a character, are one piece."""
+    """Tokens as text; the tokens of an image, or of a shared character, form one piece."""
     tokenizer = processor.tokenizer
     added = set(tokenizer.added_tokens_decoder)
-    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]  # in front, or a word would lose its space
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"]  # decoded before a word to keep its space
     before = len(tokenizer.decode(anchor))
     pieces: list[Piece] = []
     for is_image, group in groupby(zip(ids, learned, strict=True), lambda pair: pair[0] == processor.image_token_id):
@@ -84,15 +84,15 @@ def pieces_of(ids: Sequence[int], learned: Sequence[bool], processor: Any) -> li
 
 
 def coloured_text(example: Example) -> str:
-    """An example for the terminal: learned tokens on green, or between ⟦ and ⟧ where there are no colours."""
+    """An example for the terminal: trained tokens in green, or between ⟦ and ⟧ without colours."""
     colours = (sys.stdout.isatty() or "FORCE_COLOR" in os.environ) and "NO_COLOR" not in os.environ
-    lines = [f"Record {example.record_id}: {example.tokens} tokens, {example.learned} learned"]
+    lines = [f"Record {example.record_id}: {example.tokens} tokens, {example.learned} trained"]
     text = ""
     for learned, group in groupby(example.pieces, lambda piece: piece.learned):
         pieces = list(group)
         if not learned:
             text += "".join(faint(piece, colours) for piece in pieces)
-        elif colours:  # token by token, so that the background does not run to the end of a line
+        elif colours:  # token by token, so that the background ends with the text
             text += "".join(f"{GREEN}{piece.text}{PLAIN}".replace("\n", f"↵{PLAIN}\n{GREEN}") for piece in pieces)
         else:
             text += f"⟦{''.join(piece.text for piece in pieces)}⟧"
@@ -100,13 +100,13 @@ def coloured_text(example: Example) -> str:
 
 
 def faint(piece: Piece, colours: bool) -> str:
-    """A piece that is not learned: grey if it is no text."""
+    """An untrained piece: grey if it is not text."""
     text = f"[{piece.text}]" if piece.kind == "image" else piece.text
     return f"{GREY}{text}{PLAIN}" if colours and piece.kind != "text" else text
 
 
 def page(title: str, report: str, examples: Sequence[Example]) -> str:
-    """A page with the report and the examples, images included, that needs no other file."""
+    """A self-contained page with the report and the examples, images included."""
     title = html.escape(title)
     body = "".join(example_html(example) for example in examples)
     return f"""<!doctype html>
@@ -129,7 +129,7 @@ img {{ max-width: {THUMBNAIL_PIXELS}px; border-radius: 6px; display: block; marg
 @media (prefers-color-scheme: dark) {{ .added {{ color: #d9b75a; }} }}
 </style>
 <h1>{title}</h1>
-<p class="tokens"><span class="learned">learned</span> <span>read only</span> <span class="added">added token</span>
+<p class="tokens"><span class="learned">trained</span> <span>read only</span> <span class="added">added token</span>
 <span class="image">visual tokens</span> point at a token for its number</p>
 {body}
 <pre>{html.escape(report)}</pre>
@@ -141,7 +141,7 @@ def example_html(example: Example) -> str:
     """One example of the page."""
     pictures = "".join(f'<img alt="" src="{data_uri(image)}">' for image in example.images)
     tokens = "".join(piece_html(piece) for piece in example.pieces)
-    about = f"{example.tokens} tokens, {example.learned} learned"
+    about = f"{example.tokens} tokens, {example.learned} trained"
     head = f"<h2>Record {html.escape(example.record_id)}: {about}</h2>"
     return f'<section>{head}<div>{pictures}</div><div class="tokens">{tokens}</div></section>\n'
 
@@ -154,7 +154,7 @@ def piece_html(piece: Piece) -> str:
 
 
 def data_uri(image: Any) -> str:
-    """A small copy of a picture, as the address of itself."""
+    """A small copy of a picture as a data URL."""
     small = image.copy() if isinstance(image, Image.Image) else Image.fromarray(image)
     small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     stored = io.BytesIO()

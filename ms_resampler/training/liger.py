@@ -1,4 +1,4 @@
-"""Liger's fused loss: head and cross-entropy piece by piece, so that the logits are never there all at once."""
+"""Liger's fused loss: head and cross-entropy in chunks, so that all logits never exist at once."""
 
 import os
 from collections.abc import Callable
@@ -16,9 +16,9 @@ FusedLoss = Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
 
 
 def fuse_loss(model: Any, fused: FusedLoss | None = None) -> None:
-    """Makes the forward of a MSResamplerForConditionalGeneration return its loss alone, and no logits.
+    """Makes a MSResamplerForConditionalGeneration's forward return only the loss, without logits.
 
-    Raises ValueError where Liger's kernels cannot run, or for a language model whose head has a bias.
+    Raises ValueError if Liger's kernels cannot run, or if the language model's head has a bias.
     """
     config = model.config
     if model.lm_head.bias is not None:
@@ -38,7 +38,7 @@ def fuse_loss(model: Any, fused: FusedLoss | None = None) -> None:
 
 
 def liger_loss() -> FusedLoss:
-    """Liger's kernel. Raises ValueError where it cannot run: Triton compiles for GPUs, elsewhere it interprets."""
+    """Liger's kernel. Raises ValueError without a GPU, unless Triton's interpreter is switched on."""
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             "Liger's fused loss needs a GPU, and there is none here: leave --liger out, or set TRITON_INTERPRET=1 to "
@@ -47,7 +47,7 @@ def liger_loss() -> FusedLoss:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     def loss(weight: Tensor, hidden: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-        # The pieces' gradients of the head are added up in float32; in bfloat16 the sum would lose their last digits.
+        # The head's gradient is accumulated in float32; bfloat16 would lose precision.
         fused = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap, accum_dtype=torch.float32)
         return fused(weight, hidden, targets)
 

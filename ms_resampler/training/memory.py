@@ -1,4 +1,4 @@
-"""What a training step takes of a device's memory: the real step, run on tensors without data."""
+"""Estimates the memory of a training step by running the real step on tensors without data."""
 
 import weakref
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from .adapters import add_adapters
 from .parameters import count_parameters, eval_frozen, freeze, frozen_parts, set_precision
 from .recipes import Recipe
 
-NF4_BYTES = 4.127 / 8  # a weight in four bits, with its share of the twice quantized scales
+NF4_BYTES = 4.127 / 8  # a 4-bit weight with its share of the double-quantised scales
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a step is made of: parameters by part, and bytes of activations on one device.
+    """What a step consists of: parameters by part, and bytes of activations on one device.
 
-    `layer` counts the parameters of the largest layer, which sharding gathers one at a time; `rest` those outside of
-    layers (tables of words, norms), which stay gathered.
+    `layer` counts the parameters of the largest layer, since sharding gathers one layer at a time; `rest` those outside
+    layers (embeddings, norms), which stay gathered.
     """
 
     parts: dict[str, dict[str, int]]
@@ -57,10 +57,10 @@ class Sizes:
 def device_bytes(sizes: Sizes, recipe: Recipe, launcher: str, devices: int) -> dict[str, float]:
     """The bytes that each device holds, by kind.
 
-    What learns has float32 weights and two float32 moments (Adam). DDP holds everything everywhere, and gradients
-    once more in its buckets; FSDP2 and ZeRO-3 share out weights, gradients and moments, and gather layers in 16 bits
-    as they go, one ahead; ZeRO-2 keeps 16-bit weights everywhere and shares out the rest. Layers in four bits are so
-    everywhere, gathered or not, and have no gradients.
+    Trained parameters have float32 weights and two float32 moments (Adam). DDP replicates everything, and keeps
+    gradients once more in its buckets. FSDP2 and ZeRO-3 shard weights, gradients and moments, and gather layers in 16
+    bits, prefetching one. ZeRO-2 replicates 16-bit weights and shards the rest. 4-bit layers stay in four bits when
+    gathered, and have no gradients.
     """
     narrow = 2 if recipe.bf16 else 4
     layers = sizes.parts["llm"]["frozen"] if recipe.four_bits else 0
@@ -83,7 +83,7 @@ def device_bytes(sizes: Sizes, recipe: Recipe, launcher: str, devices: int) -> d
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, while they live; `peak` is the most at a time."""
+    """Counts the bytes of live tensors that operations create; `peak` is the maximum."""
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
@@ -121,7 +121,7 @@ def step_sizes(config: Any, recipe: Recipe, shape: BatchShape, launcher: str) ->
         model: Any = MSResamplerForConditionalGeneration(config).to(narrow)
         freeze(model, recipe.rates)
         whole = add_adapters(model, recipe.adapters, recipe.rates) if recipe.adapters else model
-        if launcher == "ddp":  # the others hand the layers weights of 16 bits, which autocast need not copy
+        if launcher == "ddp":  # the others give layers 16-bit weights, which autocast does not copy
             set_precision(whole, narrow)
     if recipe.activation_checkpointing:
         whole.activation_checkpointing_enable({"use_reentrant": False})
@@ -135,7 +135,7 @@ def step_sizes(config: Any, recipe: Recipe, shape: BatchShape, launcher: str) ->
 
 
 def imagine_on_cpu(model: nn.Module) -> None:
-    """Gives the tensors of a model on the meta device the ways of a CPU's: it has the kernels that a run would use."""
+    """Makes tensors on the meta device use the kernels of a CPU, as a run would."""
     done: dict[Tensor, Tensor] = {}
     for module in model.modules():
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
@@ -149,7 +149,7 @@ def imagine_on_cpu(model: nn.Module) -> None:
 
 
 def trace(model: Any, recipe: Recipe, shape: BatchShape) -> int:
-    """The most bytes of activations at a time, gradients of parameters left out."""
+    """The peak bytes of activations, without gradients of parameters."""
     live = LiveBytes([*model.parameters(), *model.buffers()])
 
     def leave_out(parameter: Tensor) -> None:
@@ -169,7 +169,7 @@ def trace(model: Any, recipe: Recipe, shape: BatchShape) -> int:
 
 
 def forward(model: Any, shape: BatchShape, fused: bool) -> Tensor:
-    """The model's loss, its parts called one by one: the whole looks at values, which are not there."""
+    """The model's loss, with its parts called one by one, because the whole model reads values, which are missing."""
     base = model.model
     features = base.get_image_features(**image_inputs(model.config, shape), return_dict=True)
     images = torch.stack(list(features.pooler_output))
@@ -178,7 +178,7 @@ def forward(model: Any, shape: BatchShape, fused: bool) -> Tensor:
         raise ValueError(f"{shape.length} tokens are too few for an image of {images.shape[1]} and an answer.")
     words = base.get_input_embeddings()(torch.zeros(shape.records, text, dtype=torch.long))
     hidden = base.language_model(inputs_embeds=torch.cat([images.to(words.dtype), words], dim=1)).last_hidden_state
-    if fused:  # the logits are made and used up piece by piece
+    if fused:  # logits are computed and used in chunks
         loss = hidden.float().mean()
         return loss + GradientMadeAhead.apply(model.lm_head.weight) if model.lm_head.weight.requires_grad else loss
     labels = torch.zeros(hidden.shape[:2], dtype=torch.long)
@@ -188,22 +188,22 @@ def forward(model: Any, shape: BatchShape, fused: bool) -> Tensor:
 
 
 class GradientMadeAhead(torch.autograd.Function):
-    """What Liger's loss does to a head that learns: makes its gradient in the forward, in float32, and keeps it."""
+    """Liger's loss for a trained head: computes the head's gradient in the forward pass, in float32, and keeps it."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        """The head's share of the loss."""
+        """The head's part of the loss."""
         ctx.gradient = torch.zeros_like(weight, dtype=torch.float32)
         return torch.zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Tensor:
-        """Hands the gradient over, which is no one else's from then on."""
+        """Returns the stored gradient and releases it."""
         return ctx.__dict__.pop("gradient")
 
 
 def image_inputs(config: Any, shape: BatchShape) -> dict[str, Any]:
-    """An image a record; SigLIP 2 looks at the values of its grids, so these come in an array, which is not traced."""
+    """One image per record; SigLIP 2 reads the values of its grids, so these are an array, which is not traced."""
     size = pair(shape.image_size)
     pixels = torch.zeros(shape.records, 3, *size)
     if not config.tower.takes_patches:
@@ -213,7 +213,7 @@ def image_inputs(config: Any, shape: BatchShape) -> dict[str, Any]:
 
 
 def unit_sizes(model: Any) -> tuple[int, int]:
-    """Parameters of the largest layer, and of everything outside of layers."""
+    """Parameters of the largest layer, and of everything outside layers."""
     units = model._no_split_modules
     layers = [list(module.parameters()) for module in model.modules() if type(module).__name__ in units]
     inside = {id(parameter) for layer in layers for parameter in layer}

@@ -1,4 +1,4 @@
-"""`merge`: adapters folded into the weights of the model that they were trained on."""
+"""`merge`: adds adapters to the weights of the model that they were trained on."""
 
 import json
 import shutil
@@ -13,9 +13,9 @@ from .adapters import four_bit_config
 
 
 def merge(run: str | Path, out: str | Path, model: str | None = None) -> None:
-    """Writes the model that a run with adapters trained, the adapters folded in, to the new folder `out`.
+    """Writes the model that a run with adapters trained, with merged weights, to the new folder `out`.
 
-    `run` is the run's folder, or the adapters' in it; `model` is where the model that the run began with is now, if it
+    `run` is the run's folder, or the folder of its adapters; `model` is the model that the run started from, if that
     has moved. Raises ValueError if there are no adapters, if that model is not there, or if `out` exists.
     """
     from peft import PeftModel
@@ -30,7 +30,7 @@ def merge(run: str | Path, out: str | Path, model: str | None = None) -> None:
         raise ValueError("The model that these adapters were trained on is not there: name it, --model.") from error
     whole = as_trained(start, json.loads((adapter / "training_record.json").read_text())["recipe"])
     dtype = whole.dtype
-    # Added in float32: in bfloat16 the sum would lose a third of the adapters' digits.
+    # In float32: bfloat16 would lose a third of the adapters' digits.
     merged = PeftModel.from_pretrained(whole.float(), str(adapter)).merge_and_unload().to(dtype)
     with whole_folder(out) as folder:
         merged.save_pretrained(folder)
@@ -39,7 +39,7 @@ def merge(run: str | Path, out: str | Path, model: str | None = None) -> None:
 
 
 def adapter_folder(run: Path) -> Path:
-    """Where the adapters of a run are. Raises ValueError if there are none."""
+    """The folder of a run's adapters. Raises ValueError if there are none."""
     for folder in (run / "adapter", run):
         if (folder / "adapter_config.json").is_file():
             return folder
@@ -47,13 +47,13 @@ def adapter_folder(run: Path) -> Path:
 
 
 def as_trained(start: str, recipe: dict[str, Any]) -> Any:
-    """The model under the adapters: of QLoRA, what its four bits stand for, which is what the adapters belong to."""
+    """The model under the adapters; for QLoRA its dequantised weights, on which the adapters were trained."""
     four_bits = recipe["adapters"]["four_bits"]
     model = MSResamplerForConditionalGeneration.from_pretrained(
         start,
         dtype="auto",
         quantization_config=four_bit_config(recipe["bf16"]) if four_bits else None,
-        # Else transformers puts what is in four bits on the first GPU, where the float32 weights may not fit.
+        # Otherwise transformers puts 4-bit weights on the first GPU, where the float32 weights may not fit.
         device_map="cpu" if four_bits else None,
     )
     return model.dequantize() if four_bits else model

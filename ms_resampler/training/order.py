@@ -1,7 +1,7 @@
-"""What every step of a run trains on: a function of the seed and the step alone, so that any run can go on.
+"""The data of every step, a function of seed and step only, so that any run can resume.
 
-The run is one long list of positions; step k trains on positions k * batch_size and those that follow, however many
-devices share them out.
+A run is a list of positions; step k trains on the `batch_size` positions from k * batch_size, for any number of
+devices.
 """
 
 import itertools
@@ -17,11 +17,11 @@ from .recipes import Recipe
 from .records import StreamedRecords
 
 Budget = int | tuple[int, int]
-POOL = 50  # batches whose records are sorted by length together: more is more alike, and less shuffled
+POOL = 50  # batches sorted by length together: more makes lengths more alike, and shuffles less
 
 
 class Schedule(Dataset):
-    """The records of a whole run in the order of training, epoch after epoch, each with its step's budget."""
+    """The records of a whole run in training order, epoch after epoch, each with its step's budget."""
 
     def __init__(self, records: Any, recipe: Recipe):
         if not len(records):
@@ -33,18 +33,18 @@ class Schedule(Dataset):
 
     @property
     def epochs(self) -> float | None:
-        """How often the run goes through the records, if that is known."""
+        """The number of epochs, if known."""
         return len(self) / len(self.records)
 
     def __str__(self) -> str:
         return f"{self.epochs:.2f} times through {len(self.records):,}"
 
     def notes(self) -> list[str]:
-        """Sentences about what may not be expected."""
+        """Sentences about unexpected behaviour."""
         return []
 
     def extent(self) -> dict[str, int]:
-        """What a run's record says of how much there is, and of what else the order depends on."""
+        """The amount of data, and what else the order depends on, for the run's record."""
         return {"records": len(self.records)}
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class Schedule(Dataset):
         return self.records[self._order[1][place]]
 
     def budget(self, step: int) -> Budget | None:
-        """The visual tokens an image in this step; None is the model's own budget."""
+        """The visual tokens per image in this step; None is the model's default."""
         budgets = self.recipe.token_budgets
         if not budgets:
             return None
@@ -72,21 +72,21 @@ class Schedule(Dataset):
 
 
 class StreamSchedule(Schedule):
-    """A run over a stream, which every worker of every device reads a part of.
+    """A run over a stream, of which every worker of every device reads one part.
 
-    Batches of a device take turns among the parts, as the Trainer hands them out to devices and workers, so each part
-    is read from start to end. A run that goes on reads its parts again up to its place.
+    Batches alternate among the parts as the Trainer assigns them to devices and workers, so that each part is read
+    from start to end. A resumed run reads its parts again up to its position.
     """
 
     def __init__(self, records: StreamedRecords, recipe: Recipe, devices: int, device_batch: int):
         if recipe.steps is None:
-            raise ValueError("A stream has no length that epochs could count: give the number of steps, --steps.")
+            raise ValueError("A stream has no length, so epochs are undefined: give the number of steps, --steps.")
         self.records = records
         self.recipe = recipe
         self.steps = recipe.steps
         self.parts = devices * max(1, recipe.workers)
         self.device_batch = device_batch
-        self._open: dict[int, tuple[int, Iterator[dict[str, Any]]]] = {}  # of a part: records read, and the rest
+        self._open: dict[int, tuple[int, Iterator[dict[str, Any]]]] = {}  # records read of a part, and the rest
 
     epochs = None
 
@@ -94,11 +94,11 @@ class StreamSchedule(Schedule):
         return f"from a stream in {self.parts} parts, shuffled {self.recipe.shuffle_buffer:,} at a time"
 
     def notes(self) -> list[str]:
-        notes = ["A stream cannot be grouped by modality and length: batches are as they come."]
+        notes = ["A stream cannot be grouped by modality and length: batches are in the order of the stream."]
         if (shards := self.records.rows.num_shards) % self.parts:
             notes.append(
                 f"Each of the {self.parts} parts (devices times workers) reads the whole stream and keeps its share: "
-                f"{shards} shards cannot be dealt out evenly."
+                f"{shards} shards cannot be divided evenly."
             )
         return notes
 
@@ -106,7 +106,7 @@ class StreamSchedule(Schedule):
         return {"parts": self.parts, "device_batch": self.device_batch}
 
     def record(self, position: int) -> dict[str, Any]:
-        """The record at a position of the run; going back to an earlier one starts its part again."""
+        """The record at a position of the run; an earlier position restarts its part."""
         batch, place = divmod(position, self.device_batch)
         turn, part = divmod(batch, self.parts)
         number = turn * self.device_batch + place
@@ -119,7 +119,7 @@ class StreamSchedule(Schedule):
 
 
 def check_budgets(recipe: Recipe, config: Any) -> None:
-    """Raises ValueError, with the model's own reason, if the model cannot make one of the recipe's budgets."""
+    """Raises ValueError, with the model's reason, if it cannot produce one of the recipe's budgets."""
     for budget in recipe.token_budgets:
         token_grid(budget, config.native_patch_grid)
 
@@ -127,10 +127,10 @@ def check_budgets(recipe: Recipe, config: Any) -> None:
 def epoch_order(
     records: Any, batch_size: int, seed: int, epoch: int, grouped: bool = False, begun: int = 0
 ) -> Sequence[int]:
-    """The order of the records in an epoch: shuffled, a function of seed and epoch alone.
+    """The shuffled order of the records in an epoch, a function of seed and epoch only.
 
-    `grouped` makes every run of `batch_size` records alike in modality (with images, or text only) and length, but for
-    the rests at both ends. `begun` is how many records of the first batch the epoch before has filled already.
+    `grouped` forms batches of one modality (with images, or text only) and similar length, except at both ends.
+    `begun` is the number of records in the first batch that belong to the epoch before.
     """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(records))

@@ -1,4 +1,4 @@
-"""Which parameters learn, at which rate, in which precision."""
+"""Which parameters are trained, with which learning rate and dtype."""
 
 from functools import partial
 from typing import Any

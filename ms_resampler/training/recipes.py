@@ -1,4 +1,4 @@
-"""Recipes: functions that return complete training runs, listed by name in `RECIPES`."""
+"""Recipes: functions that return complete training configurations, listed by name in `RECIPES`."""
 
 import math
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class LearningRates:
-    """The highest learning rate of each part of a model; None freezes the part."""
+    """The peak learning rate of each part of a model; None freezes the part."""
 
     tower: float | None = None
     projector: float | None = None
     llm: float | None = None
-    embeddings: float | None = None  # the table of words and the output head
+    embeddings: float | None = None  # word embeddings and output head
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Adapters:
     four_bits: bool = False
 
 
-# The least value of a recipe's whole numbers.
+# Minimum values of a recipe's integers.
 LEAST = {
     **dict.fromkeys(("batch_size", "steps", "max_length", "shuffle_buffer", "largest_device_batch"), 1),
     **dict.fromkeys(("save_steps", "kept_checkpoints", "logging_steps"), 1),
@@ -36,13 +36,13 @@ LEAST = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run, complete; `dataclasses.replace` makes another.
+    """A complete training configuration; `dataclasses.replace` changes fields.
 
-    The learning rates rise over the first `warmup_ratio` of the steps and fall along a cosine. `batch_size` counts
-    records a step over all devices. `steps` None means `epochs` times through the data. `text` "plain" trains on
-    `<image>{answer}` without a chat template. `token_budgets` draws the visual tokens of every step from these
-    counts or (rows, columns) grids; without them the model's own budget holds. `truncate` cuts records of more than
-    `max_length` tokens, which are bad ones otherwise. `shuffle_buffer` and no `group_by_modality` are for streams.
+    The learning rates rise over the first `warmup_ratio` of the steps and fall along a cosine. `batch_size` is the
+    number of records a step over all devices. `steps` None means `epochs` passes through the data. `text` "plain"
+    trains on `<image>{answer}` without a chat template. Every step draws its visual tokens from `token_budgets`, counts
+    or (rows, columns) grids; if empty, the model's default is used. `truncate` shortens records of more than
+    `max_length` tokens, which are otherwise bad. Streams use `shuffle_buffer`, and ignore `group_by_modality`.
     """
 
     name: str
@@ -95,12 +95,12 @@ class Recipe:
 
     @property
     def four_bits(self) -> bool:
-        """Whether the language model's matrices are put into four bits."""
+        """Whether the language model's matrices are quantised to four bits."""
         return self.adapters is not None and self.adapters.four_bits
 
 
 def align() -> Recipe:
-    """Stage 1: the projector learns to speak the frozen language model's words, on captions."""
+    """Stage 1: trains the projector on captions, with a frozen language model."""
     return Recipe(
         name="align",
         source="LLaVA-1.5's first stage",
@@ -111,7 +111,7 @@ def align() -> Recipe:
 
 
 def instruct() -> Recipe:
-    """Stage 2: projector and language model learn to answer; the tower stays frozen."""
+    """Stage 2: trains projector and language model on conversations; the tower stays frozen."""
     return Recipe(
         name="instruct",
         source="LLaVA-1.5's second stage",
@@ -122,7 +122,7 @@ def instruct() -> Recipe:
 
 
 def instruct_lora() -> Recipe:
-    """Stage 2 with low-rank adapters in the language model, and the whole projector."""
+    """Stage 2 with the whole projector and low-rank adapters in the language model."""
     return replace(
         instruct(),
         name="instruct_lora",
@@ -133,12 +133,12 @@ def instruct_lora() -> Recipe:
 
 
 def instruct_qlora() -> Recipe:
-    """The same over a language model in four bits, for one small GPU."""
+    """As `instruct_lora`, with the language model in four bits, for one small GPU."""
     return replace(instruct_lora(), name="instruct_qlora", adapters=Adapters(four_bits=True))
 
 
 def elastic() -> Recipe:
-    """Stage 2 with another token grid in every step, so that one model serves any budget."""
+    """Stage 2 with a random token budget in every step, so that one model serves any budget."""
     return replace(
         instruct(),
         name="elastic",
@@ -164,7 +164,7 @@ def mqt_instruct() -> Recipe:
 
 
 def mobilevlm_v2_align() -> Recipe:
-    """MobileVLM V2's stage 1, in which the language model learns, too."""
+    """MobileVLM V2's stage 1, which also trains the language model."""
     rates = LearningRates(projector=1e-3, llm=2e-5, embeddings=2e-5)
     return replace(align(), name="mobilevlm-v2-align", source="MobileVLM V2's pre-training", rates=rates)
 
@@ -195,7 +195,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def recipe_named(recipe: str | Recipe) -> Recipe:
-    """The recipe of a name in `RECIPES`; a recipe is itself. Raises ValueError for an unknown name."""
+    """A recipe by its name in `RECIPES`; a Recipe is returned as it is. Raises ValueError for an unknown name."""
     if isinstance(recipe, Recipe):
         return recipe
     if recipe not in RECIPES:
@@ -213,5 +213,5 @@ def recipe_table() -> str:
 
 
 def rates_text(rates: LearningRates) -> str:
-    """The learning rates of the parts that learn: "projector 0.001, llm 2e-05"."""
+    """The learning rates of the trained parts: "projector 0.001, llm 2e-05"."""
     return ", ".join(f"{part} {rate:g}" for part, rate in vars(rates).items() if rate)

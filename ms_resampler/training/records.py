@@ -1,7 +1,7 @@
-"""Opens training data: JSON and JSON lines, and tables that `datasets` reads, here or on the Hub.
+"""Opens training data: JSON and JSON lines, and tables that `datasets` reads, local or on the Hub.
 
-A record comes out as it is stored, with an id and the folder of its images: it is looked into when a batch is made
-(conversations.py), so that a bad one is known by its id.
+Records are returned as stored, with an id and the folder of their images. They are parsed when a batch is made
+(conversations.py), so that errors name a bad record by its id.
 """
 
 import atexit
@@ -26,9 +26,9 @@ from tqdm import tqdm
 from .conversations import BadRecord, messages_in
 
 CHUNK_BYTES = 1 << 20
-CHARACTERS_A_TOKEN, TOKENS_AN_IMAGE = 4, 144  # for lengths, which need only be right in proportion
+CHARACTERS_A_TOKEN, TOKENS_AN_IMAGE = 4, 144  # for lengths, of which only the proportions matter
 READ_TOGETHER = 32  # rows of a stream
-BETWEEN = re.compile("[\\s,\ufeff]*")  # the mark of UTF-8, too, which some editors put in front
+BETWEEN = re.compile("[\\s,\ufeff]*")  # also UTF-8's byte order mark, which some editors write
 LINE = re.compile(r"[^\r\n]*")
 # The start of a list, or of an object in which it comes after fields of one value each: {"version": "1.0", "data": [
 START = re.compile(
@@ -40,12 +40,12 @@ LINES = (".jsonl", ".ndjson")
 def open_records(
     source: str | Path, images: str | Path | None = None, split: str = "train", streaming: bool = False
 ) -> "JsonRecords | TableRecords | StreamedRecords":
-    """The records of a .json, .jsonl or .ndjson file, packed by gzip or not, of a folder or file of parquet or arrow
-    tables, or of a Hub repository.
+    """The records of a .json, .jsonl or .ndjson file (also gzipped), of a folder or file of parquet or arrow tables, or
+    of a Hub repository.
 
-    `images` is the folder that image paths are relative to: by default the one that the file is in. `split` and
-    `streaming` are for tables; a stream has no length. Raises ValueError or OSError if the source cannot be read; what
-    is wrong with a record is found when a batch is made of it.
+    `images` is the folder that image paths are relative to, by default that of the file. `split` and `streaming` are
+    for tables; a stream has no length. Raises ValueError or OSError if the source cannot be read; problems of single
+    records appear when a batch is made.
     """
     path = Path(source)
     folder = Path(images) if images is not None else path if path.is_dir() else path.parent
@@ -53,14 +53,14 @@ def open_records(
         raise ValueError(f"There is no folder of images {str(images)!r}.")
     if names_json(path) and not path.is_dir():
         if streaming:
-            raise ValueError(f"{source} is read record by record as it is: leave streaming to tables.")
+            raise ValueError(f"{source} is read record by record anyway: use streaming for tables only.")
         return JsonRecords(path, folder)
     rows = open_table(str(source), split, streaming)
     return StreamedRecords(rows, folder) if streaming else TableRecords(rows, folder)
 
 
 class CountedRecords(Dataset):
-    """Records of which it is known how many there are, about how long each is, and (`modality`) if it has images."""
+    """Records with a known number, approximate lengths, and (`modality`) whether each has images."""
 
     modality: np.ndarray
     _lengths: np.ndarray
@@ -74,14 +74,14 @@ class CountedRecords(Dataset):
         return len(self.modality)
 
     def lengths(self) -> np.ndarray:
-        """About how many tokens each record has."""
+        """The approximate number of tokens of each record."""
         return self._lengths
 
 
 class JsonRecords(CountedRecords):
-    """The records of a JSON list or of JSON lines. Only their places in the file are kept, and read from there.
+    """The records of a JSON list or of JSON lines; only their positions in the file are kept in memory.
 
-    Opening reads the file once. Raises ValueError, with the number of the record, if it is no such file.
+    Opening reads the file once. Raises ValueError, with the number of the record, if it cannot be parsed.
     """
 
     def __init__(self, path: Path, images: Path):
@@ -115,7 +115,7 @@ class TableRecords(CountedRecords):
     """The rows of a `datasets.Dataset`, with columns `id`, `image` or `images`, and `conversations` or `messages`."""
 
     def __init__(self, rows: Any, images: Path):
-        self.rows = rows.with_format("arrow")  # which leaves images as they are stored
+        self.rows = rows.with_format("arrow")  # leaves images as stored
         self.images = images
         texts = self.rows.select_columns([name for name in rows.column_names if not name.startswith("image")])
         self._describe(as_record(row, 0, images) for table in texts.iter(batch_size=1000) for row in table.to_pylist())
@@ -126,9 +126,9 @@ class TableRecords(CountedRecords):
 
 
 class StreamedRecords(IterableDataset):
-    """The rows of a `datasets.IterableDataset` as they come; workers of a DataLoader share them out.
+    """The rows of a `datasets.IterableDataset` in order, divided among the workers of a DataLoader.
 
-    Rows without an id are named by their place among those that a worker or part reads.
+    Rows without an id are named by their position among those that a worker or part reads.
     """
 
     def __init__(self, rows: Any, images: Path):
@@ -140,10 +140,10 @@ class StreamedRecords(IterableDataset):
             yield as_record(row, number, self.images)
 
     def part(self, index: int, parts: int, seed: int, buffer: int) -> Iterator[dict[str, Any]]:
-        """One of `parts` that share out the rows, shuffled `buffer` at a time; it starts over without end.
+        """An endless iterator over one of `parts` equal parts of the rows, shuffled `buffer` at a time.
 
-        A part reads shards of its own if `parts` divides their number, or else all of them and keeps its share of the
-        rows. Raises ValueError if it has none.
+        A part reads shards of its own if `parts` divides their number; otherwise it reads all shards and keeps its
+        share of the rows. Raises ValueError if it has none.
         """
         from datasets.distributed import split_dataset_by_node
 
@@ -152,17 +152,17 @@ class StreamedRecords(IterableDataset):
             shuffled = self.rows.shuffle(seed=seed + again, buffer_size=buffer)
             rows = split_dataset_by_node(shuffled, index, parts)
             before = number
-            for batch in rows.iter(batch_size=READ_TOGETHER):  # plain iteration would share out once more
+            for batch in rows.iter(batch_size=READ_TOGETHER):  # plain iteration would divide the rows again
                 for values in zip(*batch.values(), strict=True):
                     number += 1
                     yield as_record(dict(zip(batch, values, strict=True)), f"{number} of part {index}", self.images)
             if number == before:
-                raise ValueError(f"The stream has no rows for {parts} devices times workers: take fewer of them.")
+                raise ValueError(f"The stream has no rows for {parts} devices times workers: use fewer of them.")
 
 
 def open_table(source: str, split: str, streaming: bool) -> Any:
     """A split of the tables in a folder, in a file or on the Hub, by `datasets`."""
-    import datasets  # not everybody's data need it
+    import datasets  # optional dependency
 
     path = Path(source)
     if (path / "dataset_dict.json").is_file():
@@ -170,7 +170,7 @@ def open_table(source: str, split: str, streaming: bool) -> Any:
     kind = path.suffix.removeprefix(".").lower()
     if path.is_file() and kind not in ("parquet", "arrow"):
         kinds = ".json, .jsonl or .ndjson (also with .gz), .parquet or .arrow"
-        raise ValueError(f"{source} is of no kind that is read here: {kinds}.")
+        raise ValueError(f"{source} has an unknown file type; known are {kinds}.")
     if not path.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise ValueError(f"{source!r} is neither a file or folder nor the name of a Hub repository.")
     try:
@@ -187,18 +187,18 @@ def open_table(source: str, split: str, streaming: bool) -> Any:
 
 @dataclass(frozen=True)
 class NoJson:
-    """Stands for a line of a file that is no JSON, and says why."""
+    """A line of a file that is not JSON, with the reason."""
 
     why: str
 
 
 def scan_json(path: Path) -> Iterator[tuple[int, int, Any]]:
-    """The byte range and the value of each record of a JSON list, or of JSON objects one after the other (lines).
+    """The byte range and the value of each record of a JSON list, or of consecutive JSON objects (lines).
 
-    A list may be the field `data` of one object. For a line that is no JSON comes a NoJson, for the lines after it may
-    be good. Raises ValueError, with the number of the record, if a list is damaged or the file is no JSON.
+    A list may be the field `data` of one object. A line that is not JSON yields a NoJson, since later lines may be
+    good. Raises ValueError, with the number of the record, if a list is damaged or the file is not JSON.
     """
-    text, offset, number = "", 0, 0  # `offset` is that of the text in hand, in bytes
+    text, offset, number = "", 0, 0  # `offset` is the byte position of the current text
     in_list = in_object = closed = False
     chunks = text_chunks(path)
     for chunk in chunks:
@@ -236,17 +236,17 @@ def scan_json(path: Path) -> Iterator[tuple[int, int, Any]]:
 
 
 def check_rest(path: Path, text: str) -> None:
-    """Raises ValueError if an object goes on after its list of records with another list of records, or not as JSON."""
+    """Raises ValueError if an object continues after its list of records with another list, or not as JSON."""
     try:
         fields = json.loads("{" + text.lstrip("\ufeff\r\n\t ,"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON after its list: {reason(error)}.") from error
     if others := [name for name, value in fields.items() if isinstance(value, list) and dict in map(type, value)]:
-        raise ValueError(f"{path} has another list, {others[0]!r}: put each into a file of its own.")
+        raise ValueError(f"{path} has another list, {others[0]!r}: put each into a separate file.")
 
 
 def text_chunks(path: Path) -> Iterator[str]:
-    """The text of a UTF-8 file, piece by piece, and "" at its end; other bytes are kept, to be refused in a record."""
+    """The text of a UTF-8 file in chunks, and "" at its end; invalid bytes are kept and refused in their record."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     with path.open("rb") as file:
         while True:
@@ -259,31 +259,31 @@ def text_chunks(path: Path) -> Iterator[str]:
 
 
 def bytes_of(text: str) -> int:
-    """How many bytes a text has in the file."""
+    """The number of bytes of a text in the file."""
     return len(text.encode("utf-8", "surrogateescape"))
 
 
 def may_go_on(error: Exception, length: int) -> bool:
-    """Whether a text may be the beginning of JSON: one that only breaks off fails at its end, or in a string."""
+    """Whether a text may be the beginning of JSON: truncated JSON fails at its end, or in a string."""
     if not isinstance(error, json.JSONDecodeError):  # numbers of too many digits, brackets too deep
         return False
     return error.pos >= length - 16 or error.msg.startswith("Unterminated string")
 
 
 def reason(error: Exception) -> str:
-    """Why a text is no JSON that is read here."""
+    """Why a text cannot be read as JSON."""
     if isinstance(error, RecursionError):
         return "its brackets are too deep"
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def names_json(path: Path, endings: tuple[str, ...] = (".json", *LINES)) -> bool:
-    """Whether a file's name has one of these endings, packed by gzip or not."""
+    """Whether a file's name has one of these suffixes, optionally with .gz."""
     return path.name.lower().removesuffix(".gz").endswith(endings)
 
 
 def in_utf8(path: Path) -> Path:
-    """The file itself, or a copy of what gzip has packed or is UTF-16, that goes when the process ends."""
+    """The file itself, or a temporary copy if it is gzipped or UTF-16."""
     with path.open("rb") as file:
         opened: Any = gzip.open if file.read(2) == b"\x1f\x8b" else open
     try:
@@ -302,7 +302,7 @@ def in_utf8(path: Path) -> Path:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} cannot be unpacked: {error}.") from error
     except UnicodeError as error:
-        raise ValueError(f"{path} is no whole text in {encoding.upper()}: {error}.") from error
+        raise ValueError(f"{path} is not complete text in {encoding.upper()}: {error}.") from error
     return copy
 
 
@@ -318,13 +318,13 @@ def encoding_of(start: bytes) -> str:
 
 
 def remove_own(folder: Path, process: int) -> None:
-    """Removes a folder, but for forks of the process that made it."""
+    """Removes a folder, but not in forks of the process that made it."""
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def as_record(row: Any, number: int | str, folder: Path) -> dict[str, Any]:
-    """A row with an id, and with the folder that its paths start from; what is no row is left to be refused."""
+    """A row with an id and the folder of its paths; a value that is not a row is refused later."""
     if isinstance(row, dict):
         return row | {"id": f"number {number}" if row.get("id") is None else row["id"], "folder": folder}
     record = {"id": f"number {number}"}
@@ -333,10 +333,10 @@ def as_record(row: Any, number: int | str, folder: Path) -> dict[str, Any]:
 
 
 def describe(record: dict[str, Any]) -> tuple[int, bool]:
-    """About how many tokens a record has, and whether it shows an image; of a bad one, nothing and none."""
+    """The approximate number of tokens of a record, and whether it has an image; (0, False) for a bad one."""
     try:
         messages = messages_in(record)
-    except Exception:  # training will say what is wrong with it
+    except Exception:  # training reports what is wrong
         return 0, False
     parts = [part for message in messages for part in message["content"]]
     images = sum(part["type"] == "image" for part in parts)

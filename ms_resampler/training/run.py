@@ -1,4 +1,4 @@
-"""`train`: model and data in, OUT/model (or OUT/adapter) and the run's record out."""
+"""`train`: trains a model on data, and writes OUT/model (or OUT/adapter) and the run's record."""
 
 import importlib.util
 import os
@@ -35,15 +35,15 @@ def train(
     device_batch: int | None = None,
     report_to: str = "none",
 ) -> Path:
-    """Trains a model on conversations, or resumes the run that was stopped in `out`.
+    """Trains a model on conversations, or resumes an interrupted run in `out`.
 
     `recipe` is a Recipe or the name of one, `model` a folder or Hub name, `data` what `open_records` opens (with
-    `images`, `split` and `streaming`), `out` the folder of the run (default: runs/NAME OF THE RECIPE), `device_batch`
+    `images`, `split` and `streaming`), `out` the folder of the run (default: runs/RECIPE NAME), `device_batch`
     the records on a device at a time, `report_to` "none", "tensorboard" or "trackio". Launched by accelerate, every
     process calls it.
 
-    Returns the folder of the result: `out`/model, or `out`/adapter of a recipe with adapters. Raises ValueError if
-    the recipe does not fit the model, the data or the hardware, or if `out` holds a run that was started otherwise.
+    Returns the folder of the result: `out`/model, or `out`/adapter for a recipe with adapters. Raises ValueError if
+    the recipe does not fit the model, the data or the hardware, or if `out` holds a different run.
     """
     recipe = recipe_named(recipe)
     check_packages(recipe, report_to)
@@ -87,9 +87,9 @@ def train(
     )
     if writes:
         print(summary(recipe, schedule, last_checkpoint(out)), *filter(None, [note]), sep="\n")
-    learner.config.use_cache = use_cache  # the Trainer switches it off, and would save it so
+    learner.config.use_cache = use_cache  # the Trainer switches it off, which would be saved
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
-        raise ValueError("accelerate shards (FSDP) on accelerators only, and finds none: launch with ddp.")
+        raise ValueError("FSDP needs accelerators, and accelerate finds none: launch with ddp.")
     with errors_of_workers():
         trainer.train(resume_from_checkpoint=last_checkpoint(out))
     journal.finish(trainer)
@@ -100,17 +100,17 @@ def train(
 
 
 def process_count() -> int:
-    """How many processes train together, each on a device."""
+    """The number of processes that train together, one per device."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this process writes and prints."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def summary(recipe: Recipe, schedule: Schedule, checkpoint: str | None) -> str:
-    """What is about to be run, in a line or two."""
+    """A summary of the run, in one or two lines."""
     size = f"{schedule.steps:,} steps of {recipe.batch_size} records, {schedule}"
     lines = [f"{recipe.name}: {size}; learning rates: {rates_text(recipe.rates)}.", *schedule.notes()]
     return "\n".join([*lines, f"Resuming from {checkpoint}."] if checkpoint else lines)
@@ -119,7 +119,7 @@ def summary(recipe: Recipe, schedule: Schedule, checkpoint: str | None) -> str:
 def training_arguments(
     recipe: Recipe, out: Path, steps: int, device_batch: int, accumulation: int, report_to: str
 ) -> TrainingArguments:
-    """The recipe in the Trainer's words. Raises ValueError if one process would leave GPUs idle."""
+    """The recipe as TrainingArguments. Raises ValueError if one process would leave GPUs idle."""
     on_gpu = torch.cuda.is_available()
     if process_count() == 1 and torch.cuda.device_count() > 1:
         raise ValueError(
@@ -140,11 +140,11 @@ def training_arguments(
         bf16=recipe.bf16,
         activation_checkpointing=recipe.activation_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        ddp_find_unused_parameters=recipe.rates.tower is not None,  # layers above the one that is read
+        ddp_find_unused_parameters=recipe.rates.tower is not None,  # layers after the last one that is read
         use_cpu=not on_gpu,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=on_gpu,
-        train_sampling_strategy="sequential",  # the schedule has shuffled already
+        train_sampling_strategy="sequential",  # the schedule is shuffled already
         remove_unused_columns=False,
         save_steps=recipe.save_steps,
         save_total_limit=recipe.kept_checkpoints,
@@ -152,15 +152,15 @@ def training_arguments(
         logging_nan_inf_filter=False,  # the trainer stops there
         report_to=report_to,
         project="ms-resampler",
-        trackio_static_space_id=False,  # trackio stays on this machine
+        trackio_static_space_id=False,  # trackio stays local
         seed=recipe.seed,
     )
 
 
 def share_batch(recipe: Recipe, devices: int, device_batch: int | None) -> tuple[int, int]:
-    """Records on a device at a time, and how many times a step, so that a step has `recipe.batch_size` records.
+    """Records per device at a time, and accumulation steps, so that a step has `recipe.batch_size` records.
 
-    Raises ValueError if they cannot be shared out evenly.
+    Raises ValueError if they cannot be divided evenly.
     """
     share, rest = divmod(recipe.batch_size, devices)
     if rest:
@@ -185,7 +185,7 @@ def check_packages(recipe: Recipe, report_to: str) -> None:
 
 
 def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
-    """The model, ready to be trained by the recipe, and the precision in which it was stored.
+    """The model, prepared for the recipe, and its stored dtype.
 
     Raises ValueError if weights are missing.
     """
@@ -199,13 +199,13 @@ def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
         raise ValueError(f"{folder} has no weights for {', '.join(sorted(report['missing_keys'])[:3])}, ...")
     dtype = model.dtype
     model = prepare(model, recipe)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # which keeps float32 copies of its own
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":  # which keeps its own float32 copies
         set_precision(model, torch.bfloat16 if recipe.bf16 else torch.float32)
     return model, dtype
 
 
 def save_result(trainer: CheckedTrainer, dtype: torch.dtype, journal: Journal, target: Path) -> None:
-    """Writes weights, processor, code and record, once, under another name first; all processes take part."""
+    """Writes weights, processor, code and record atomically; all processes take part, one writes."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.args.should_save:
         unfinished = target.with_name(f"{target.name}.unfinished")
@@ -220,12 +220,12 @@ def save_result(trainer: CheckedTrainer, dtype: torch.dtype, journal: Journal, t
 
 
 def save_weights(trained: Any, state: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> None:
-    """Saves adapters, or a whole model through one without weights: FSDP puts a class of its own over ours."""
+    """Saves adapters, or a whole model by means of one without weights, because FSDP replaces its class."""
     if hasattr(trained, "peft_config"):
         trained.save_pretrained(folder, state_dict=state)
-        (folder / "README.md").unlink()  # a form, not filled in
+        (folder / "README.md").unlink()  # the model's structure without weights
         return
-    unset_hf_deepspeed_config()  # ZeRO-3 would shard the shell, and wait for the other processes
+    unset_hf_deepspeed_config()  # ZeRO-3 would shard it, and wait for the other processes
     with torch.device("meta"):
         shell = MSResamplerForConditionalGeneration(trained.config).to(dtype)
     shell.generation_config = trained.generation_config

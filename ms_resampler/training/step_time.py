@@ -1,4 +1,4 @@
-"""A few steps of training with random weights: how long they take, and the memory that they take at most."""
+"""Times a few training steps with random weights, and measures their peak memory."""
 
 import json
 import platform
@@ -22,12 +22,12 @@ from .parameters import eval_frozen, frozen_parts, parameter_groups, prepare, se
 from .recipes import Recipe
 from .trainer import keep_freed_memory
 
-WARM_UP, TIMED = 2, 3  # steps, batches; the moments of Adam are there from the second step on
+WARM_UP, TIMED = 2, 3  # steps, batches; Adam's moments exist from the second step on
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of a step of the whole batch on one device, and the bytes that tensors took at most."""
+    """Seconds of a step of the whole batch on one device, and the peak bytes of tensors."""
 
     device: str
     step_seconds: float
@@ -35,7 +35,7 @@ class Measurement:
 
 
 def measure_step(config: Any, recipe: Recipe, shape: BatchShape, accumulation: int) -> Measurement:
-    """Runs forward, backward and optimiser on random batches, on the device that is here."""
+    """Runs forward, backward and optimiser on random batches, on the local device."""
     keep_freed_memory()  # as a run does
     model = random_model(config, recipe).to("cuda" if torch.cuda.is_available() else "cpu").train()
     eval_frozen(frozen_parts(model))
@@ -61,13 +61,13 @@ def measure_step(config: Any, recipe: Recipe, shape: BatchShape, accumulation: i
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """What a model's weights take, the scales of those in four bits included."""
+    """The bytes of a model's weights, with the scales of 4-bit weights."""
     storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.state_dict().values()}
     return sum(storages.values())
 
 
 def random_model(config: Any, recipe: Recipe) -> Any:
-    """The model as the recipe's run would hold it, its weights drawn at random."""
+    """The model as the recipe's run would hold it, with random weights."""
     model: Any = MSResamplerForConditionalGeneration(config)
     if recipe.four_bits:
         model = in_four_bits(model, recipe)
@@ -86,7 +86,7 @@ def in_four_bits(model: Any, recipe: Recipe) -> Any:
 
 
 def backward(model: nn.Module, config: Any, recipe: Recipe, shape: BatchShape) -> None:
-    """Loss and gradients of a random batch, one image a record."""
+    """Loss and gradients of a random batch, one image per record."""
     device = next(model.parameters()).device
     rows, columns = config.token_grid(pair(shape.image_size))
     ids = torch.full((shape.records, shape.length), (config.image_token_id + 1) % config.text_config.vocab_size)
@@ -98,14 +98,14 @@ def backward(model: nn.Module, config: Any, recipe: Recipe, shape: BatchShape) -
 
 
 def update(model: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe) -> None:
-    """The optimiser's part of a step."""
+    """The optimiser step."""
     nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
     optimiser.step()
     optimiser.zero_grad()
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """How long a run takes, the device's queue included, but for what was in it before."""
+    """The time of a run on the device, without work that was queued before."""
     wait_for_device()
     start = time.perf_counter()
     run()
@@ -114,13 +114,13 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def wait_for_device() -> None:
-    """Returns when a GPU, if there is one, has done what it was given."""
+    """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def peak_memory(run: Callable[[], object]) -> int:
-    """The bytes that tensors of a run take at most, beside what was there before."""
+    """The peak bytes of a run's tensors, in addition to those that existed before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

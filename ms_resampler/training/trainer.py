@@ -1,4 +1,4 @@
-"""transformers' Trainer with checkpoints that are whole or absent, a rate a part, and an eye on every loss."""
+"""transformers' Trainer with atomic checkpoints, a learning rate for each part, and a check of every loss."""
 
 import ctypes
 import json
@@ -26,7 +26,7 @@ UNFINISHED = "unfinished"  # the folder in which a checkpoint is written
 class JsonlLog(TrainerCallback):
     """Appends every log of the Trainer to a file, one JSON object a line.
 
-    `epochs` is how often the Trainer's one epoch goes through the data; None leaves epochs out.
+    `epochs` is the number of passes through the data in the Trainer's single epoch; None omits epochs.
     """
 
     def __init__(self, path: Path, epochs: float | None = 1.0):
@@ -44,9 +44,9 @@ class JsonlLog(TrainerCallback):
 
 
 class CheckedTrainer(Trainer):
-    """A Trainer whose checkpoints are whole or absent, and which stops at the first loss that is not finite.
+    """A Trainer with atomic checkpoints, which stops at the first loss that is not finite.
 
-    `rates` None leaves the optimiser's groups to the Trainer.
+    `rates` None uses the Trainer's own optimiser groups.
     """
 
     def __init__(self, *args: Any, rates: LearningRates | None = None, **kwargs: Any):
@@ -54,12 +54,12 @@ class CheckedTrainer(Trainer):
         self.rates = rates
         self.frozen = frozen_parts(self.model)
         self.ids_of_step: list[str] = []
-        if self.is_fsdp_enabled and self.args.bf16:  # else gradients are added up in bfloat16
+        if self.is_fsdp_enabled and self.args.bf16:  # otherwise gradients are accumulated in bfloat16
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW, with a learning rate a part of the model."""
+        """AdamW, with a learning rate for each part of the model."""
         if self.rates is not None and getattr(self, "optimizer", None) is None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = parameter_groups(model or self.model, self.rates, self.args.weight_decay)
@@ -67,7 +67,7 @@ class CheckedTrainer(Trainer):
         return super().create_optimizer(model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The loss of a batch, its gradients added. Raises ValueError if it is not finite."""
+        """Loss and backward pass of a batch. Raises ValueError if the loss is not finite."""
         self.ids_of_step += inputs.pop("record_ids", [])
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._stop_unless_finite(loss, "loss")
@@ -76,7 +76,7 @@ class CheckedTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss, with what is frozen as it is when the model is used; 0 for a step whose records are all bad."""
+        """The loss, with frozen parts in evaluation mode; 0 for a step whose records are all bad."""
         eval_frozen(self.frozen)
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
@@ -92,7 +92,7 @@ class CheckedTrainer(Trainer):
     def _stop_unless_finite(self, value: torch.Tensor | float, what: str) -> None:
         if not math.isfinite(value):
             raise ValueError(
-                f"The {what} of step {self.state.global_step + 1} is not finite ({float(value)}); its records here: "
+                f"The {what} of step {self.state.global_step + 1} is not finite ({float(value)}); its records: "
                 f"{', '.join(self.ids_of_step) or 'unnamed'}. The last checkpoint is from before it: look at these "
                 "records, or lower the learning rate."
             )
@@ -102,11 +102,11 @@ class CheckedTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        # A pickle of all arguments, which may hold a Hub token; everything in it is in the record.
+        # This would be a pickle of all arguments, which may hold a Hub token; the record has the rest.
         Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint under another name, and renames it when all of it is on the disk."""
+        """Writes a checkpoint under another name, and renames it when it is complete on the disk."""
         folder, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         unfinished = folder / UNFINISHED
         if self.args.should_save:
@@ -126,20 +126,20 @@ class CheckedTrainer(Trainer):
 
 @contextmanager
 def writing(what: str, unfinished: Path) -> Iterator[None]:
-    """Removes the folder `unfinished` if it cannot be written, on a full disk say, and raises OSError about it."""
+    """Removes the folder `unfinished` if it cannot be written, for example on a full disk, and raises OSError."""
     try:
         yield
-    except Exception as error:  # the writers of torch and safetensors raise their own kinds
+    except Exception as error:  # torch and safetensors raise errors of their own types
         shutil.rmtree(unfinished, ignore_errors=True)
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise OSError(
-            f"{what} could not be written ({reason}). The last whole checkpoint is "
+            f"{what} could not be written ({reason}). The last complete checkpoint is "
             f"{last_checkpoint(unfinished.parent) or 'none'}: make room, then run the same command."
         ) from error
 
 
 def sync(folder: Path) -> None:
-    """Waits until the files of a folder are on the disk, so that a name never outlives its contents."""
+    """Waits until the files of a folder are on the disk, so that renaming never precedes their contents."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:
@@ -147,13 +147,13 @@ def sync(folder: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to the end: the Trainer writes its state last."""
+    """The newest complete checkpoint: the Trainer writes its state last."""
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def keep_freed_memory() -> None:
-    """Asks glibc to keep freed memory for reuse: page faults otherwise cost a run on a CPU most of its time."""
+    """Makes glibc keep freed memory for reuse; page faults would take most of the time of a CPU run."""
     if sys.platform == "linux" and not torch.cuda.is_available():
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt's options in <malloc.h>
         libc = ctypes.CDLL(None)

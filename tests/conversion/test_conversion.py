@@ -378,7 +378,7 @@ def test_repositories_of_the_hub_are_fetched(hub, monkeypatch, tmp_path, capsys)
     assert all(torch.equal(value, expected[name]) for name, value in model.model.projector.state_dict().items())
     capsys.readouterr()
     assert convert("ada/projector", tmp_path / "no", "--llm", "ada/nothing") == 2
-    assert "ada/nothing is no folder here, and cannot be downloaded" in capsys.readouterr().err
+    assert "ada/nothing is not a folder, and cannot be downloaded" in capsys.readouterr().err
 
 
 class Harmful:
@@ -409,7 +409,7 @@ def test_what_does_not_fit_is_listed_before_anything_is_written(llava, tmp_path,
     state["surprise"] = torch.ones(1)
     save_file(state, broken / "model.safetensors")
     assert convert(broken, tmp_path / "out") == 2
-    assert "holds surprise, which transformers' LLaVA layout has not" in capsys.readouterr().err
+    assert "holds surprise, which transformers' LLaVA layout lacks" in capsys.readouterr().err
     (broken / "config.json").write_text('{"model_type": "blip"}')
     assert convert(broken, tmp_path / "out") == 2
     assert "its model_type is `blip`" in capsys.readouterr().err
@@ -529,7 +529,7 @@ def test_every_weight_of_llava_1_5_7b_has_its_place():
     }
 
 
-def test_another_projector_keeps_the_budget_and_an_impossible_one_is_refused(tmp_path, capsys):
+def test_another_projector_keeps_a_possible_budget(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "ours")
     tiny_processor().save_pretrained(tmp_path / "ours")
     command = [tmp_path / "ours", tmp_path / "out", "--projector", "mqt", *SMALL]

@@ -173,7 +173,7 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path):
     make_pope(tmp_path / "data/pope")
     answerer = Counting()
     evaluate(answerer, ["pope"], tmp_path / "out", Options(data=tmp_path / "data"))
-    with pytest.raises(ValueError, match=r"visual_tokens = None, and this one has 9"):
+    with pytest.raises(ValueError, match=r"visual_tokens = None, but this one has 9"):
         evaluate(answerer, ["pope"], tmp_path / "out", Options(data=tmp_path / "data", visual_tokens=9))
 
 

@@ -42,7 +42,7 @@ def folder(staged, tmp_path):
 
 
 def elsewhere(what):
-    return f"sends its readers to another repository: {what}"
+    return f"refers to another repository: {what}"
 
 
 REFERENCES = {

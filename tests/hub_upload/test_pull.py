@@ -140,11 +140,11 @@ EVIL = "evil/repo--modeling_ms_resampler.MSResamplerModel"
 BAD = {
     "a stray file": (
         lambda folder: (folder / "extra.py").write_text("print()"),
-        "acme/tiny holds what no checkpoint of ours does: extra.py. Nothing was downloaded.",
+        "acme/tiny has files that do not belong to a checkpoint: extra.py. Nothing was downloaded.",
     ),
     "code in a folder": (
         lambda folder: [(folder / "x").mkdir(), (folder / "x" / "config.json").write_text("{}")],
-        "acme/tiny holds what no checkpoint of ours does: x/config.json",
+        "acme/tiny has files that do not belong to a checkpoint: x/config.json",
     ),
     "a pickle": (
         lambda folder: torch.save({}, folder / "more.safetensors"),
@@ -156,11 +156,11 @@ BAD = {
     ),
     "code of another repository": (
         lambda folder: change_config(folder, auto_map={"AutoModel": EVIL}),
-        f"config.json of acme/tiny sends its readers to another repository: {EVIL}.",
+        f"config.json of acme/tiny refers to another repository: {EVIL}.",
     ),
     "a pipeline of another repository": (
         lambda folder: change_config(folder, custom_pipelines={"see": {"impl": EVIL, "pt": []}}),
-        f"config.json of acme/tiny sends its readers to another repository: {EVIL}.",
+        f"config.json of acme/tiny refers to another repository: {EVIL}.",
     ),
     "code that is not there": (
         lambda folder: change_config(folder, auto_map={"AutoModel": "modeling_other.Model"}),
@@ -196,7 +196,7 @@ BAD = {
     ),
     "a shard without its weights": (
         lambda folder: shards(folder, **{"model.other": FIRST}),
-        f"acme/tiny is not complete: model.safetensors.index.json says that model.other is in {FIRST}, and it is not.",
+        f"acme/tiny is not complete: model.safetensors.index.json says that model.other is in {FIRST}, but it is not.",
     ),
     "an index of nothing": (
         lambda folder: [shards(folder), (folder / "model.safetensors.index.json").write_text("[]")],
@@ -305,7 +305,7 @@ def test_a_content_that_is_not_the_announced_one_is_found(hub, api, staged, tmp_
     path = hub.objects.path(files["generation_config.json"].sha256)
     path.write_bytes(path.read_bytes().replace(b"true", b"null"))
     assert main(["verify", NAME]) == 2
-    assert "generation_config.json of acme/tiny came with another content than the Hub says" in capsys.readouterr().err
+    assert "generation_config.json of acme/tiny came with other content than the Hub states" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_content_that_is_not_the_announced_one_is_found(hub, api, staged, tmp_
     [
         ("acme/none", "The Hub knows no acme/none, or the token in use may not see it."),
         ("acme/tiny@v9", "acme/tiny has no such revision."),
-        ("tiny", "'tiny' is no repository: it is ORG/NAME"),
+        ("tiny", "'tiny' is not a repository name: give ORG/NAME"),
     ],
 )
 def test_what_is_not_there_is_a_sentence(repository, sentence, api, capsys):

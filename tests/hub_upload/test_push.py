@@ -99,11 +99,11 @@ def test_one_private_commit_and_a_tag(hub, token, folder, unverified, capsys):
         assert hub.objects.path(files[name].sha256).read_bytes() == data, name
     out = capsys.readouterr().out
     assert "acme/tiny (private, new repository), branch main:" in out
-    assert "Stays here: .env, checkpoint-1/, modeling_ms_resampler.py (the package's own goes in its place)." in out
+    assert "Stays here: .env, checkpoint-1/, modeling_ms_resampler.py (replaced by the package's)." in out
     assert out.endswith(f"Published: {hub.url}/acme/tiny/tree/v1\n")
 
 
-def test_a_second_push_sends_only_what_has_changed_and_removes_what_is_stale(hub, token, folder, unverified, capsys):
+def test_a_second_push_sends_changes_and_removes_what_is_stale(hub, token, folder, unverified, capsys):
     assert main(["push", str(folder), NAME, "--max-shard-size", "50KB"]) == 0
     sharded = set(hub.model(NAME).files("v1"))
     assert "model.safetensors.index.json" in sharded
@@ -182,7 +182,7 @@ def test_a_dry_run_changes_nothing_and_shows_the_card(hub, folder, unverified, c
 
 def test_a_dry_run_works_without_a_network(folder, unverified, capsys):
     assert main(["push", str(folder), NAME, "--dry-run"]) == 0
-    assert "The Hub cannot be reached; the plan takes it that acme/tiny does not exist yet." in capsys.readouterr().out
+    assert "The Hub cannot be reached; the plan assumes that acme/tiny does not exist yet." in capsys.readouterr().out
 
 
 # What is refused
@@ -267,7 +267,7 @@ REFUSED = {
     ),
     "code of another repository": (
         lambda folder: (folder / "tokenizer_config.json").write_text('{"auto_map": [null, "evil/repo--x.Y"]}'),
-        r"tokenizer_config\.json sends its readers to another repository: evil/repo--x\.Y",
+        r"tokenizer_config\.json refers to another repository: evil/repo--x\.Y",
     ),
     "a missing weight": (
         lambda folder: save_file({"model.other": torch.ones(1)}, folder / "model.safetensors", {"format": "pt"}),
@@ -315,7 +315,7 @@ def test_personal_data_is_cleaned_or_named(hub, token, folder, unverified, capsy
     (folder / "generation_config.json").write_text(json.dumps(config | {"made_by": "/home/ada/work/run.py"}))
     (folder / "LICENSE").write_text("Free for all.\nAsk ada@example.org.\n")
     assert main(["push", str(folder), NAME]) == 0
-    assert "Whoever may read it sees LICENSE, line 2: an e-mail address." in capsys.readouterr().out
+    assert "Everybody with read access sees LICENSE, line 2: an e-mail address." in capsys.readouterr().out
     file = hub.model(NAME).files("v1")["generation_config.json"]
     assert json.loads(hub.objects.path(file.sha256).read_text())["made_by"] == "run.py"
 
@@ -372,17 +372,17 @@ def test_a_reader_may_propose_but_not_push(hub, folder, unverified, capsys, monk
 @pytest.mark.parametrize("name", ["tiny", "acme/tiny/more", "acme/ti ny", "acme/-tiny", "acme/../tiny", "acme/ti--ny"])
 def test_a_bad_name_is_refused_before_anything(name, hub, token, folder, capsys):
     assert main(["push", str(folder), name]) == 2
-    assert "is no repository: it is ORG/NAME" in error(capsys)
+    assert "is not a repository name: give ORG/NAME" in error(capsys)
     assert hub.requests == []
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--tag", "v 1"], "--tag 'v 1' is no name for git"),
-        (["--revision", "../x"], "--revision '../x' is no name for git"),
+        (["--tag", "v 1"], "--tag 'v 1' is not a git name"),
+        (["--revision", "../x"], "--revision '../x' is not a git name"),
         (["--tag", "v1", "--create-pr"], "A pull request gets no tag"),
-        (["--max-shard-size", "much"], "--max-shard-size 'much' is no size: give one like"),
+        (["--max-shard-size", "much"], "--max-shard-size 'much' is not a size: give one such as"),
     ],
 )
 def test_bad_options_are_refused(arguments, sentence, hub, token, folder, capsys):
@@ -426,8 +426,8 @@ def test_an_answer_that_gets_lost_makes_no_second_commit(path, hub, token, folde
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
-        ({"path": "/commit/", "status": 500}, r"The Hub answers with an error of its own \(500\), after several tries"),
-        ({"path": "/upload/", "status": 500}, r"The Hub answers with an error of its own \(500\), after several tries"),
+        ({"path": "/commit/", "status": 500}, r"The Hub reports an internal error \(500\), after several tries"),
+        ({"path": "/upload/", "status": 500}, r"The Hub reports an internal error \(500\), after several tries"),
         ({"path": "/upload/", "status": 507}, r"The Hub has no room left for acme/tiny"),
         ({"path": "/upload/", "received": 1000}, r"The Hub at http://127\.0\.0\.1:\d+ cannot be reached"),
         ({"path": "/commit/", "received": 0}, r"The Hub at http://127\.0\.0\.1:\d+ cannot be reached"),
@@ -495,7 +495,7 @@ def test_what_comes_back_different_gets_no_tag(hub, token, folder, unverified, c
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ({"method": "POST", "path": "/tag/", "status": 500}, r"an error of its own \(500\)"),
+        ({"method": "POST", "path": "/tag/", "status": 500}, r"an internal error \(500\)"),
         ({"method": "POST", "path": "/tag/", "received": 0}, r"cannot be reached \(\w+\): check the network"),
         ({"method": "GET", "path": "/object/", "status": 403}, r"may not read acme/tiny"),
     ],

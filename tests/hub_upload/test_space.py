@@ -125,7 +125,7 @@ def test_its_start_is_waited_for(hub, api, capsys, monkeypatch):
 def test_a_failure_to_start_is_told(hub, api, capsys, monkeypatch):
     stages(hub, monkeypatch, "BUILDING", "BUILD_ERROR")
     assert main(["push-space", SPACE, "--model", MODEL]) == 2
-    sentence = "acme/demo is published, and does not run (BUILD_ERROR): No module named 'gradio'."
+    sentence = "acme/demo is published, but does not run (BUILD_ERROR): No module named 'gradio'."
     assert capsys.readouterr().err.splitlines()[-1] == f"ms-resampler push-space: {sentence}"
 
 

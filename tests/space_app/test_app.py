@@ -408,8 +408,9 @@ def test_the_limits_in_the_docs_are_those_that_hold(tmp_path):
             exceed(limit + 1, tmp_path / "file")
         shown, told = rows[name].split(" | ")
         assert (float(shown.split()[-1]), told) == (limit, refusal.value.message)
-    assert f"keeps what it needs to serve {app.SESSIONS} visitors" in docs
-    assert f"last {answering.READINGS} sets of pictures" in docs
+    words = " ".join(docs.split())
+    assert f"keeps what it needs to serve {app.SESSIONS} visitors" in words
+    assert f"last {answering.READINGS} sets of pictures" in words
 
 
 def test_a_page_that_shows_only_the_latest_of_many_changes_has_the_maps(answerer, picture_file):

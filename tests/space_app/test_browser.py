@@ -215,7 +215,7 @@ def test_clear_clears_what_is_being_written(open_page, slow_address):
     expect(page.locator("#chat .message-content")).to_have_count(0)
 
 
-def test_a_scene_that_is_picked_while_an_answer_is_written_leaves_that_answer(open_page, slow_address, picture_files):
+def test_a_scene_picked_during_an_answer_leaves_that_answer(open_page, slow_address, picture_files):
     page = open_page(slow_address)
     send(page, QUESTION, picture_files[:1])
     page.locator("#view .tokens").wait_for()

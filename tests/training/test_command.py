@@ -76,8 +76,8 @@ def test_learning_rates_are_changed_for_all_or_for_a_part(changes, rates, capsys
         ([], "Name a recipe; `ms-resampler train --list` shows them."),
         (["align"], "The recipe align needs --model and --data."),
         (["align", "--model", "gone/away/x", "--data", "d.json"], "neither a folder nor the name of a Hub repository"),
-        (["align", "--learning-rate", "fast"], "'fast' is no learning rate: write 1e-4"),
-        (["align", "--learning-rate", "eyes=1e-4"], "'eyes' is no part of a model: the parts are tower, projector"),
+        (["align", "--learning-rate", "fast"], "'fast' is not a learning rate: write 1e-4"),
+        (["align", "--learning-rate", "eyes=1e-4"], "'eyes' is not a part of a model: the parts are tower, projector"),
         (["align", "--learning-rate", "projector=frozen"], "Every part of the model is frozen"),
         (["align", "--learning-rate", "3"], "The learning rate of the projector must lie between 0 and 1, got 3.0."),
         (["align", "--steps", "0"], "The recipe's steps must be at least 1, got 0."),
@@ -93,7 +93,7 @@ def test_learning_rates_are_changed_for_all_or_for_a_part(changes, rates, capsys
         (["tiny", "--scenes", "0"], "The number of scenes must be at least 1, got 0."),
         (["missing"], "There is no recipe 'missing': choose one of align, instruct"),
         (["instruct_lora", "--learning-rate", "embeddings=1e-5"], "the embeddings stay frozen"),
-        (["tiny", "--data", "d.json"], "The recipe tiny makes its own model and data: it takes no --data."),
+        (["tiny", "--data", "d.json"], "The recipe tiny has its own model and data: it does not accept --data."),
     ],
 )
 def test_what_is_wrong_is_one_sentence(arguments, sentence, capsys):

@@ -60,7 +60,7 @@ def test_a_good_set_is_described(folder, model, capsys):
     tokens = [len(r["labels"]) for r in rows]
     learned = sum(int((r["labels"] != IGNORED).sum()) for r in rows)
     assert "3 records, 3 of them good." in printed
-    assert f"{sum(tokens)} tokens, {learned / sum(tokens):.1%} of them learned" in printed
+    assert f"{sum(tokens)} tokens, {learned / sum(tokens):.1%} of them trained" in printed
     assert f"{min(tokens)} to {max(tokens)} (the longest is two)" in printed
     bars = re.findall(r"^ +\d+ to +\d+ +(\d+)", printed, re.M)
     assert sum(map(int, bars)) == 3
@@ -76,7 +76,7 @@ def test_problems_are_counted_with_their_ids(folder, model, capsys, workers):
     assert check(folder, model, rows, "--max-length", "200", "--workers", workers) == 2
     printed = capsys.readouterr().out
     assert "12 records, 6 of them good." in printed
-    assert "6 cannot be learned from, and stop training:" in printed
+    assert "6 cannot be trained on, and stop training:" in printed
     found = dict(re.findall(r"^  (\w[\w ]+?) +(\d+  .*)$", printed, re.M))
     assert found == {
         "missing image": "2  gone1, gone2",
@@ -93,7 +93,7 @@ def test_problems_may_be_skipped_and_long_records_cut(folder, model, capsys):
     assert check(folder, model, rows, "--max-length", "200", "--bad-records", "skip", "--truncate") == 0
     printed = capsys.readouterr().out
     assert "9 records, 4 of them good." in printed
-    assert "5 cannot be learned from, and are left out of training:" in printed
+    assert "5 cannot be trained on, and are left out of training:" in printed
     assert "1 are cut at 200 tokens: long." in printed
     assert check(folder, model, BAD[:2], "--bad-records", "skip") == 2  # nothing is left to learn from
     assert check(folder, model, []) == 2
@@ -109,7 +109,7 @@ def test_only_the_first_ids_are_printed(folder, model, capsys):
     ("source", "more", "sentence"),
     [
         ("none.json", [], "No such file or directory"),
-        ("whole.png", [], "is of no kind that is read here"),
+        ("whole.png", [], "has an unknown file type"),
         ("data.json", ["--html", "/no/such/folder/page.html"], "There is no folder '/no/such/folder' for the page"),
         ("data.json", ["--images", "/no/such/folder"], "There is no folder of images"),
         ("data.json", ["--model", "tests"], "it has no config.json"),

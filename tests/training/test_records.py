@@ -96,7 +96,7 @@ def test_the_file_is_not_held_in_memory(tmp_path):
         ('{"data": [{"id": 1}], "version": 1', "no JSON after its list"),
         ('{"data": [{"id": 1}], "test": [{"id": 2}]}', "has another list, 'test'"),
         (b"\x1f\x8b rest", "cannot be unpacked"),
-        ("\ufeff[]".encode("utf-16")[:-1], "is no whole text in UTF-16"),
+        ("\ufeff[]".encode("utf-16")[:-1], "is not complete text in UTF-16"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, text, sentence):
@@ -200,7 +200,7 @@ def test_an_error_early_in_a_large_file_does_not_read_it_to_the_end(tmp_path, mo
     ("source", "images", "sentence"),
     [
         ("missing.json", None, "No such file"),
-        ("notes.txt", None, "is of no kind that is read here"),
+        ("notes.txt", None, "has an unknown file type"),
         ("damaged.parquet", None, "damaged.parquet cannot be read as a table: "),
         ("empty", None, "empty cannot be read as a table: "),
         ("no such place", None, "neither a file or folder nor the name of a Hub repository"),

@@ -266,12 +266,12 @@ def test_a_thinking_template_is_mended_and_saved_so(start, tmp_path, capsys):
     (tmp_path / "data.json").write_text(json.dumps(rows))
 
     report = check_data(tmp_path / "data.json", model=model, workers=0)
-    assert "The chat template is taken with thinking off" in str(report)
+    assert "The chat template is used and saved with thinking switched off" in str(report)
     learned = ["".join(piece.text for piece in report.examples[0].pieces if piece.learned)]
     assert learned == [f"{thought}<|im_end|>no<|im_end|>"]
     options = options_in(start, tmp_path / "run", model=str(model), data=str(tmp_path / "data.json"))
     result = train(small("instruct", steps=1), **options)
-    assert "The chat template is taken with thinking off" in capsys.readouterr().out
+    assert "The chat template is used and saved with thinking switched off" in capsys.readouterr().out
     saved = ChatFormat(AutoProcessor.from_pretrained(result).chat_template, tokenizer)
     assert saved.check_generation_prompt() is None
     assert ChatFormat(template, tokenizer).check_generation_prompt() is not None
@@ -401,7 +401,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_so(start, unbroke
     error = run.communicate()[1]
     assert run.returncode != 0
     assert "The checkpoint of step 12 could not be written (" in error
-    assert f"The last whole checkpoint is {out / 'checkpoint-9'}: make room, then run the same command." in error
+    assert f"The last complete checkpoint is {out / 'checkpoint-9'}: make room, then run the same command." in error
     assert not (out / "unfinished").exists()
     finish(start_run(start, out, CHANGES))
     assert_same_weights(out, unbroken)

@@ -137,8 +137,8 @@ def test_a_stream_that_was_shared_out_otherwise_is_not_gone_on_with(start, shard
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["shards", "--streaming"], "A stream has no length that epochs could count: give the number of steps"),
-        (["data.json", "--streaming", "--steps", "2"], "leave streaming to tables"),
+        (["shards", "--streaming"], "A stream has no length, so epochs are undefined: give the number of steps"),
+        (["data.json", "--streaming", "--steps", "2"], "use streaming for tables only"),
         (
             ["shards", "--streaming", "--steps", "2", "--shuffle-buffer", "0"],
             "shuffle_buffer must be at least 1, got 0",

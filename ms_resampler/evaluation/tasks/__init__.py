@@ -1,4 +1,4 @@
-"""The tasks by name, and the sets of them that have a name of their own."""
+"""The tasks by name, and named sets of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ SETS = {"ten": TEN, "all": (*TEN, *MORE)}
 
 
 def find_tasks(names: Sequence[str | Path]) -> list[Task]:
-    """The tasks of names, of sets, and of suites' paths, each once. Raises ValueError if one is unknown."""
+    """The tasks for names, sets and paths of suites, each once. Raises ValueError if one is unknown."""
     found: dict[str, Task] = {}
     for name in map(str, names):
         if name in SETS:

@@ -20,7 +20,7 @@ FILES = {
 
 
 def records_of(language: str) -> Callable[[Path, str], Iterator[Record]]:
-    """What reads the table of a language: with rotations, which are made if the table has none."""
+    """A reader for a language's table, which adds rotations if the table has none."""
 
     def records(folder: Path, split: str) -> Iterator[Record]:
         names = [name.replace("dev", split).replace("DEV", split.upper()) for name in FILES[language]]
@@ -101,7 +101,7 @@ def judged(sample: Sample, reply: str, judge: Judge) -> Outcome:
 
 
 def tally(scored: Sequence[Scored]) -> Iterable[tuple[str, Counts]]:
-    """Questions, those right in every rotation, and those right as they stand; by category, too."""
+    """Counts of questions, those right in every rotation, and those right without rotation; also by category."""
     for rows in groups_of(scored):
         hit = float(all(item.outcome.score == 1 for item in rows))
         first = min(rows, key=lambda item: int(item.sample.id))

@@ -41,7 +41,7 @@ def build(record: Columns) -> Sample:
 
 
 def score(sample: Sample, reply: str) -> Outcome:
-    """POPE takes for yes whatever does not deny; a reply that says neither yes nor no is counted as not understood."""
+    """POPE counts any reply without a denial as yes; one without yes or no is also counted as not understood."""
     answer = pope_answer(reply)
     understood = answer == "no" or first_yes_or_no(reply)
     return Outcome(float(answer == sample.truth), answer if understood else None)
