@@ -13,9 +13,9 @@ import numpy as np
 
 from .aggregation import Aggregation, Counts, Sums, mean_of_scores
 from .metrics import first_yes_or_no, mmbench_letter, only_number, vqa_normalise
+from .protocol import LETTER, LLAVA, SHORT, Task
 from .samples import Columns, Outcome, Problem, Sample, Scored, lettered, picture_file
 from .sources import Record
-from .task import LETTER, LLAVA, SHORT, Task
 
 KINDS = ("yes/no", "choice", "open", "number")
 REQUIRED = {"id", "image", "question", "answer", "kind"}
@@ -113,8 +113,9 @@ def score(sample: Sample, reply: str) -> Outcome:
 
 
 def beside_a_guess(aggregation: Aggregation) -> Aggregation:
-    """An aggregation with one more number, "guess": the score of who says the most common answer of each form of question
-    without looking. A form is a kind of question, and the field `asks` of its `meta` where there is one.
+    """An aggregation with one more number, "guess": the score of always giving the most common answer.
+
+    It is found for each form of question: each kind, and each value of the field `asks` of `meta` where there is one.
     """
 
     def tally(scored: Sequence[Scored]) -> Iterable[tuple[str, Counts]]:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,15 +133,17 @@ class Noun:
         """With its article: "an owl"."""
         return f"{'an' if self.name[0] in 'aeio' or self.name.startswith('umb') else 'a'} {self.name}"
 
-    def clashes(self, other: "Noun") -> bool:
-        """Whether one could pass for the other by its name or tags."""
-        return any(
-            part in word or word in part
-            for one, two in ((self, other), (other, self))
-            for part in one.name.split()
-            for word in two.words
-            if min(len(part), len(word)) > 2
-        )
+
+@cache
+def clash(a: Noun, b: Noun) -> bool:
+    """Whether one could pass for the other by its name or tags."""
+    return any(
+        part in word or word in part
+        for one, other in ((a, b), (b, a))
+        for part in one.name.split()
+        for word in other.words
+        if min(len(part), len(word)) > 2
+    )
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,11 @@ class Region:
 
     name: str
     rings: tuple[np.ndarray, ...] = field(hash=False, compare=False)
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """Of each ring: (west, south, east, north)."""
+        return np.array([[*ring.min(0), *ring.max(0)] for ring in self.rings])
 
 
 @dataclass(frozen=True)

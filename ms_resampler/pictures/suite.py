@@ -32,7 +32,8 @@ def build_pictures(
     """Builds the suite in a new folder, and returns what its suite.json says of it.
 
     questions and train_questions: of each task, in each test split and for training. packages: where the packages lie
-    or are fetched to, laid out like `node_modules`; by default a folder in ~/.cache. The same arguments and versions give the same files.
+    or are fetched to, laid out like `node_modules`; by default a folder in ~/.cache. The same arguments and versions
+    give the same files.
 
     Raises ValueError if a task is unknown, if `out` exists, or if a package is not the pinned one; OSError if one
     cannot be fetched.

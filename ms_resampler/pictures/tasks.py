@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..tiny import scenes as tiny_scenes
 from .scenes import SIDE, Scene, compose, pick, spread
-from .sources import RANKS, SUITS, Noun, Region, Shelf, Split, Table, cutout
+from .sources import RANKS, SUITS, Noun, Region, Shelf, Split, Table, clash, cutout
 
 CLEAR = 0.1  # of the picture's side: how far apart centres are that are asked about
 POPULAR = 30  # the nouns that are drawn most often
@@ -78,7 +78,7 @@ def draw_nouns(
     for place in order:
         if len(chosen) == count:
             break
-        if not any(pool[place][0].clashes(noun) for noun, _ in chosen):
+        if not any(clash(pool[place][0], noun) for noun, _ in chosen):
             chosen.append(pool[place])
     return chosen
 
@@ -106,7 +106,7 @@ def presence(shelf: Shelf, split: Split, rng: np.random.Generator) -> Sheet:
     chosen = draw_nouns(pool, int(rng.integers(3, 7)), rng)
     scene, meta = draw_scene(chosen, rng)
     present = [noun for noun, _ in chosen]
-    absent = [noun for noun, _ in pool if not any(noun.clashes(other) for other in present)]
+    absent = [noun for noun, _ in pool if not any(clash(noun, other) for other in present)]
     how = pick(("random", "popular", "co-occurring"), rng)
     themes = {noun.theme for noun in present}
     among = {
@@ -127,7 +127,7 @@ def naming(shelf: Shelf, split: Split, rng: np.random.Generator) -> Sheet:
     pool = drawn_nouns(shelf, split)
     noun, styles = pick(pool, rng)
     scene, meta = draw_scene([(noun, styles)], rng)
-    others = [other for other, _ in pool if not other.clashes(noun)]
+    others = [other for other, _ in pool if not clash(other, noun)]
     near = sample([other for other in others if other.theme == noun.theme], 1, rng)
     wrong = [*near, *sample([other for other in others if other not in near], 3 - len(near), rng)]
     asked = choice("name", "What is shown in the picture?", noun.name, [other.name for other in wrong], rng)
@@ -368,6 +368,7 @@ def draw_chart(axes: Any, form: str, names: Sequence[str], values: Sequence[floa
         axes.set_yticks(places, names, fontsize=9)
         axes.invert_yaxis()
         axes.margins(x=0.2)
+        axes.locator_params(axis="x", nbins=3)
         return list(zip(values, places, strict=True))
     if form == "columns":
         axes.bar(places, values, color=colours)
@@ -429,13 +430,14 @@ def draw_map(
     ink, paint = ImageDraw.Draw(numbers), ImageDraw.Draw(picture)
     colours = colormaps[palette].colors
     drawn = 0
+    edges = np.array([centre_x - reach / narrow, centre_y - reach, centre_x + reach / narrow, centre_y + reach])
     for number, region in enumerate(regions, start=1):
+        near = (region.bounds[:, :2] < edges[2:]).all(1) & (region.bounds[:, 2:] > edges[:2]).all(1)
         outlines = []
-        for ring in region.rings:
-            x = ((ring[:, 0] - centre_x) * narrow / reach + 1) * SIDE / 2
-            y = (1 - (ring[:, 1] - centre_y) / reach) * SIDE / 2
-            if x.max() > 0 and y.max() > 0 and x.min() < SIDE and y.min() < SIDE:
-                outlines.append(list(zip(x.tolist(), y.tolist(), strict=True)))
+        for place in np.flatnonzero(near):
+            x = ((region.rings[place][:, 0] - centre_x) * narrow / reach + 1) * SIDE / 2
+            y = (1 - (region.rings[place][:, 1] - centre_y) / reach) * SIDE / 2
+            outlines.append(list(zip(x.tolist(), y.tolist(), strict=True)))
         colour = tuple(round(255 * part) for part in colours[drawn % len(colours)])
         for outline in outlines:
             ink.polygon(outline, fill=number)
@@ -443,12 +445,12 @@ def draw_map(
         drawn += bool(outlines)
     pixels = np.asarray(numbers)
     there = {}
-    for number, region in enumerate(regions, start=1):
-        rows, columns = np.nonzero(pixels == number)
-        if len(rows) > 0.012 * SIDE**2:
+    for number in np.flatnonzero(np.bincount(pixels.ravel()) > 0.012 * SIDE**2):
+        if number:  # 0 is the sea
+            rows, columns = np.nonzero(pixels == number)
             x, y = float(columns.mean()), float(rows.mean())
             if 24 < x < SIDE - 24 and 12 < y < SIDE - 26 and pixels[round(y + DOT), round(x)] == number:
-                there[region.name] = (x, y)
+                there[regions[number - 1].name] = (x, y)
     return picture, there
 
 

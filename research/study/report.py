@@ -16,11 +16,11 @@ from .results import ABOUT, ENOUGH_SEEDS, RUNS, Results, fingerprint, load, resu
 from .statistics import GROUPS, Difference, Estimate, corrected
 
 ONE_POINT = 0.01
-MARGINS_EXPLAINED = """In these scenes the centres of things lie on a 3 x 3 grid of places, at most one in each. With 9
-tokens each of TokenPacker's windows, and each of our cells, is exactly one place. To measure what that is worth, the
-same scenes are put on a blank page of 16 x 16 patches and read with 16 tokens, so that cells have the same size: once
-with cells on the places, and once shifted by two patches, so that each place is spread over four cells. (A second
-difference: all 16 cells then hold part of the scene, instead of nine.) Learning rates are those above."""
+MARGINS_EXPLAINED = """In these scenes things lie on a 3 x 3 grid of places, at most one in each. With 9 tokens
+each of TokenPacker's windows, and each of our cells, is exactly one place. To measure what that is worth, the same
+scenes are put on a blank page of 16 x 16 patches and read with 16 tokens, so that cells have the same size: once with
+cells on the places, and once shifted by two patches, so that each place is spread over four cells (and all 16 cells
+hold part of the scene, instead of nine)."""
 PRELIMINARY = (
     "\n\n**Preliminary: the score tables cover {seeds}.** Seeds differ by about as much as neighbouring rows do, so "
     "conclusions need five."
@@ -139,11 +139,6 @@ def signed_interval(mean: float, low: float, high: float) -> str:
     return f"{100 * mean:+.1f}{interval}"
 
 
-def p_value(p: float) -> str:
-    """An adjusted p-value."""
-    return "<0.001" if p < 0.0005 else number(p, 3)
-
-
 def number(value: float, digits: int) -> str:
     """A number, or a dash where there is none."""
     return "–" if np.isnan(value) else f"{value:.{digits}f}"
@@ -154,24 +149,17 @@ def main_table(results: Results, tokens: str) -> str:
 
     The MLP keeps all patches, whatever the budget, and is not compared.
     """
-    contenders, found = results.contenders(tokens), rivals(results, tokens)
-    adjusted = dict(zip(found, corrected([difference.p for difference in found.values()]), strict=True))
-    rows = []
+    contenders, found, rows = results.contenders(tokens), rivals(results, tokens), []
     for (arm, _, _), estimate in sorted(results.estimates(*contenders).items(), key=lambda item: -item[1].mean_G[-1]):
-        compared, stars = [str(len(results.blocks(*contenders))), "–", "–", "–"], [""] * len(GROUPS)
+        compared, stars = [str(len(results.blocks(*contenders))), "–", "–"], [""] * len(GROUPS)
         if arm in found:
             difference = found[arm]
-            compared = [
-                str(difference.seeds),
-                signed(difference, -1),
-                p_value(adjusted[arm]),
-                signed_interval(*difference.validation),
-            ]
+            compared = [str(difference.seeds), signed(difference, -1), signed_interval(*difference.validation)]
             stars = ["*" if excludes_zero(difference.estimate, column) else "" for column in range(len(GROUPS))]
         scores = [f"{100 * mean:.1f}{star}" for mean, star in zip(estimate.mean_G, stars, strict=False)]
         name = f"{arm} (144 tokens)" if arm in REFERENCE else f"**{arm}**" if arm == OURS else arm
         rows.append([name, *compared, f"{100 * estimate.mean_G[-1]:.1f}", *scores])
-    head = ["projector", "seeds", f"`{OURS}` minus it", "p", "validation", "overall", *GROUPS]
+    head = ["projector", "seeds", f"`{OURS}` minus it", "validation", "overall", *GROUPS]
     scored = {arm for arm, _, _ in contenders}
     return markdown_table(head, rows) + left_out([arm for arm in results.arms(tokens) if arm not in scored])
 
@@ -192,7 +180,7 @@ def differences_table(title: str, found: dict[str, Difference]) -> str:
             arm,
             str(difference.seeds),
             signed(difference, -1),
-            p_value(p),
+            "<0.001" if p < 0.0005 else number(p, 3),
             number(difference.effect, 1),
             signed_interval(*difference.validation),
             *(starred(difference.estimate, column) for column in range(len(GROUPS))),
@@ -267,7 +255,7 @@ def margin_tables(results: Results) -> str:
     if not results.comparable(*keys):
         return ""
     rows = [
-        [name, arm, percent(estimate, -1), *(percent(estimate, column) for column in range(len(GROUPS)))]
+        [name, arm, percent(estimate, -1), *(f"{100 * mean:.1f}" for mean in estimate.mean_G[: len(GROUPS)])]
         for (arm, name, _), estimate in results.estimates(*keys).items()
     ]
     found = {f"{AMID_PAPER[1]}, cells {name}": results.difference(*pair) for name, pair in pairs.items()}
