@@ -19,8 +19,8 @@ from transformers.image_utils import ImageInput, get_image_size_for_max_height_w
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .configuration_ms_resampler import AUTO_MAP, patch_grid, token_grid
+from .images_ms_resampler import is_rgb_array, open_picture
 from .messages_ms_resampler import TYPED, as_typed, understood_messages
-from .pictures_ms_resampler import is_rgb_array, open_picture
 
 BACKENDS = "transformers.image_processing_backends"  # where image processors inherit resizing and cropping from
 

@@ -34,8 +34,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from ms_resampler import MSResamplerProcessor, pictures_ms_resampler, processing_ms_resampler
-from ms_resampler.pictures_ms_resampler import open_picture, to_rgb
+from ms_resampler import MSResamplerProcessor, images_ms_resampler, processing_ms_resampler
+from ms_resampler.images_ms_resampler import open_picture, to_rgb
 
 SIDE = {"height": 24, "width": 24}
 IMAGE_PROCESSORS = {
@@ -549,7 +549,7 @@ def test_chat_messages_bring_pictures_from_anywhere(processor, sources):
     [("DOWNLOAD_BYTES", 10**6, "has more than 1,000,000 bytes"), ("DOWNLOAD_SECONDS", -1, "did not arrive within")],
 )
 def test_a_download_without_end_is_given_up(processor, server, monkeypatch, limit, value, sentence):
-    monkeypatch.setattr(pictures_ms_resampler, limit, value)
+    monkeypatch.setattr(images_ms_resampler, limit, value)
     with pytest.raises(ValueError, match=f"'{server}/endless' could not be read as an image: it {sentence}"):
         processor(images=[f"{server}/endless"], text="<image>")
 
@@ -585,7 +585,7 @@ def test_a_grey_array_and_one_with_alpha_are_pictures(processor):
 def test_what_is_no_picture_gets_one_sentence(processor, tmp_path, monkeypatch, server, source, sentence):
     monkeypatch.chdir(tmp_path)
     if "slow" in str(source):
-        monkeypatch.setattr(pictures_ms_resampler, "URL_TIMEOUT_SECONDS", 0.3)
+        monkeypatch.setattr(images_ms_resampler, "URL_TIMEOUT_SECONDS", 0.3)
     Path("text.png").write_text("not a picture")
     Path("empty.png").touch()
     Path("half.png").write_bytes(as_file(picture())[:500])

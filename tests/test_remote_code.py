@@ -30,7 +30,7 @@ SIBLINGS = {
     "messages_ms_resampler": set(),
     "loading_ms_resampler": {"projectors_ms_resampler"},
     "packing_ms_resampler": set(),
-    "pictures_ms_resampler": set(),
+    "images_ms_resampler": set(),
     "resampler_ms_resampler": set(),
     "branches_ms_resampler": {"resampler_ms_resampler"},
     "projectors_ms_resampler": {"branches_ms_resampler", "configuration_ms_resampler", "resampler_ms_resampler"},
@@ -42,7 +42,7 @@ SIBLINGS = {
         "resampler_ms_resampler",
         "towers_ms_resampler",
     },
-    "processing_ms_resampler": {"configuration_ms_resampler", "messages_ms_resampler", "pictures_ms_resampler"},
+    "processing_ms_resampler": {"configuration_ms_resampler", "messages_ms_resampler", "images_ms_resampler"},
 }
 QUESTION = "What is this?"
 
@@ -194,7 +194,7 @@ def test_model_and_processor_each_bring_their_code(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "processor")
     everything = {file.stem for file in CODE}
-    of_processor = {f"{name}_ms_resampler" for name in ("messages", "pictures", "processing")}
+    of_processor = {f"{name}_ms_resampler" for name in ("images", "messages", "processing")}
     assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - of_processor}
     alone = of_processor | {"configuration_ms_resampler", "towers_ms_resampler"}
     assert set(code_in(tmp_path / "processor")) == {f"{stem}.py" for stem in alone}

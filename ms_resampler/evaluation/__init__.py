@@ -1,8 +1,8 @@
 """Evaluation: public benchmarks by their published protocols, and suites of your own. See docs/evaluation.md."""
 
+from .protocol import Judge, Task
 from .report import figure, has_failed_tasks, model_index, report
 from .run import Options, evaluate
-from .task import Judge, Task
 from .tasks import TASKS, find_tasks
 
 __all__ = [

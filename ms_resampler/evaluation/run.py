@@ -16,10 +16,10 @@ from ..folders import write_whole
 from .answering import Answerer, Budget, LocalModel, ServedModel
 from .asking import Reply, ask, is_known, keep, kept_answers, plan, prompt_hash
 from .exports import write_export
+from .protocol import Judge, Task
 from .samples import DataError, Outcome, Picture, Problem, Sample, Scored
 from .sources import Loaded
 from .statistics import interval, value_of
-from .task import Judge, Task
 from .tasks import find_tasks
 
 PROMPTS = "evaluation_prompts.json"

@@ -13,9 +13,9 @@ import numpy as np
 
 from .aggregation import Aggregation, Counts, Sums, mean_of_scores
 from .metrics import first_yes_or_no, mmbench_letter, only_number, vqa_normalise
+from .protocol import LETTER, LLAVA, SHORT, Task
 from .samples import Columns, Outcome, Problem, Sample, Scored, lettered, picture_file
 from .sources import Record
-from .task import LETTER, LLAVA, SHORT, Task
 
 KINDS = ("yes/no", "choice", "open", "number")
 REQUIRED = {"id", "image", "question", "answer", "kind"}

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..pictures_ms_resampler import open_picture
+from ..images_ms_resampler import open_picture
 from .collate import IGNORED, ConversationCollator
 from .conversations import images_of, name_of
 

@@ -19,8 +19,8 @@ ONE_POINT = 0.01
 MARGINS_EXPLAINED = """In these scenes things lie on a 3 x 3 grid of places, at most one in each. With 9 tokens
 each of TokenPacker's windows, and each of our cells, is exactly one place. To measure what that is worth, the same
 scenes are put on a blank page of 16 x 16 patches and read with 16 tokens, so that cells have the same size: once with
-cells on the places, and once shifted by two patches, so that each place is spread over four cells (and all 16 cells hold part of the scene,
-instead of nine)."""
+cells on the places, and once shifted by two patches, so that each place is spread over four cells (and all 16 cells
+hold part of the scene, instead of nine)."""
 PRELIMINARY = (
     "\n\n**Preliminary: the score tables cover {seeds}.** Seeds differ by about as much as neighbouring rows do, so "
     "conclusions need five."

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..protocol import Task
 from ..suite import suite_tasks
-from ..task import Task
 from . import (
     ai2d,
     chartqa,

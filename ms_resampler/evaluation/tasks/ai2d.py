@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..aggregation import mean_of_scores
 from ..metrics import ai2d_letter
+from ..protocol import LETTER, Task
 from ..samples import Columns, Outcome, Sample, lettered
 from ..sources import HubData, Record, one_of, picture_in, read_json, strings
-from ..task import LETTER, Task
 
 
 def records(folder: Path, split: str) -> Iterator[Record]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ..aggregation import mean_of_scores
 from ..metrics import relaxed_match
+from ..protocol import Task
 from ..samples import Columns, Outcome, Problem, Sample
 from ..sources import HubData, Record, picture_in, read_json
-from ..task import Task
 
 
 def records(folder: Path, split: str) -> Iterator[Record | Problem]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ..aggregation import mean_of_scores
 from ..metrics import anls
+from ..protocol import SHORT, Task
 from ..samples import Columns, Outcome, Sample, Scored
 from ..sources import HubData, Record, one_of, picture_in, read_json, strings
-from ..task import SHORT, Task
 
 
 def records(folder: Path, split: str) -> Iterator[Record]:

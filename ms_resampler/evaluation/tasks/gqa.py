@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ..aggregation import mean_of_scores
 from ..metrics import gqa_normalise
+from ..protocol import LLAVA, SHORT, Task
 from ..samples import Columns, Outcome, Sample, Scored
 from ..sources import HubData, Record, one_of, picture_in, read_json
-from ..task import LLAVA, SHORT, Task
 
 
 def records(folder: Path, split: str) -> Iterator[Record]:

@@ -8,9 +8,9 @@ import numpy as np
 
 from ..aggregation import Aggregation, Counts, Sums, groups_of
 from ..metrics import mmbench_letter
+from ..protocol import LETTER, LLAVA, Judge, Task
 from ..samples import Columns, Outcome, Sample, Scored, lettered, stored_picture
 from ..sources import HubData, Record, is_blank, one_of, read_tsv
-from ..task import LETTER, LLAVA, Judge, Task
 
 ROTATION = 1_000_000  # the k-th rotation of question i has the index i + k * 1,000,000
 FILES = {

@@ -7,9 +7,9 @@ import numpy as np
 
 from ..aggregation import Aggregation, Counts, Sums, groups_of
 from ..metrics import mme_answer
+from ..protocol import LLAVA, SHORT, Task
 from ..samples import Columns, DataError, Outcome, Problem, Sample, Scored, picture_file
 from ..sources import HubData, Record
-from ..task import LLAVA, SHORT, Task
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..aggregation import mean_of_scores
 from ..metrics import mmmu_letter, mmmu_open_answers, mmmu_open_match
+from ..protocol import Task
 from ..samples import Columns, Outcome, Sample, Scored, lettered
 from ..sources import HubData, Record, load_rows, rows_with_pictures, strings
-from ..task import Task
 
 NAMES = {"val": "validation", "test": "test", "dev": "dev"}
 

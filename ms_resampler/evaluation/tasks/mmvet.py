@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..aggregation import mean_of_scores
+from ..protocol import LLAVA, Judge, Task
 from ..samples import Columns, Outcome, Sample, Scored
 from ..sources import HubData, Record, one_of, picture_in, read_json
-from ..task import LLAVA, Judge, Task
 
 
 def records(folder: Path, split: str) -> Iterator[Record]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ..aggregation import mean_of_scores
 from ..metrics import ocrbench_match
+from ..protocol import Task
 from ..samples import Columns, Outcome, Sample
 from ..sources import HubData, Record, one_of, picture_in, read_json, strings
-from ..task import Task
 
 
 def records(folder: Path, split: str) -> Iterator[Record]:

@@ -7,9 +7,9 @@ import numpy as np
 
 from ..aggregation import Aggregation, Counts, Sums
 from ..metrics import first_yes_or_no, pope_answer
+from ..protocol import LLAVA, SHORT, Task
 from ..samples import Columns, Outcome, Problem, Sample, Scored
 from ..sources import HubData, Record, picture_in, read_jsonl
-from ..task import LLAVA, SHORT, Task
 
 SPLITS = ("random", "popular", "adversarial")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ..aggregation import mean_of_scores
 from ..metrics import scienceqa_letter
+from ..protocol import LETTER, LLAVA, Task
 from ..samples import Columns, Outcome, Sample, lettered
 from ..sources import HubData, Record, one_of, picture_in, read_json
-from ..task import LETTER, LLAVA, Task
 
 
 def records(folder: Path, split: str) -> Iterator[Record]:

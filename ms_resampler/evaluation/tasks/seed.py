@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..aggregation import mean_of_scores
+from ..protocol import LETTER, LLAVA, Task
 from ..samples import Columns, Outcome, Sample, Scored, lettered
 from ..sources import HubData, Record, one_of, picture_in, read_json
-from ..task import LETTER, LLAVA, Task
 
 
 def records(folder: Path, split: str) -> Iterator[Record]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ..aggregation import mean_of_scores
 from ..metrics import evalai_normalise, vqa_accuracy
+from ..protocol import LLAVA, Task
 from ..samples import Columns, Outcome, Sample, Scored
 from ..sources import HubData, Record, one_of, picture_in, read_json
-from ..task import LLAVA, Task
 
 
 def records(folder: Path, split: str) -> Iterator[Record]:

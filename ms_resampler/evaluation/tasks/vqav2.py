@@ -5,9 +5,9 @@ from pathlib import Path
 
 from ..aggregation import mean_of_scores
 from ..metrics import evalai_normalise, vqa_accuracy
+from ..protocol import LLAVA, SHORT, Task
 from ..samples import Columns, Outcome, Sample, Scored
 from ..sources import HubData, Record, one_of, picture_in, read_json
-from ..task import LLAVA, SHORT, Task
 
 FILES = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
 
