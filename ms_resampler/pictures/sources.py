@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -28,7 +28,13 @@ FONTS = {
 DECKS = {"train": ("game-icons", "twemoji", "noto"), "new": ("svg-cards",)}
 PLOTS = {"train": ("default", "ggplot", "bmh"), "new": ("fivethirtyeight", "dark_background", "Solarize_Light2")}
 PALETTES = {"train": ("Pastel1", "Set3", "tab20"), "new": ("Paired", "tab20b")}
-LOOKS = {"styles": STYLES, "fonts": FONTS, "decks": DECKS, "plots": PLOTS, "palettes": PALETTES}
+LOOKS: dict[str, Mapping[str, tuple[str, ...]]] = {
+    "styles": STYLES,
+    "fonts": FONTS,
+    "decks": DECKS,
+    "plots": PLOTS,
+    "palettes": PALETTES,
+}
 
 # Themes of emoji whose names are names of things.
 THEMES = re.compile(

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from ..evaluation.samples import Columns
 from ..evaluation.suite import build, suite_task
 from ..folders import whole_folder
 from .packages import PACKAGES
@@ -88,7 +89,7 @@ def draw_lines(folder: Path, task: str, shelf: Shelf, split: Split, seed: int, w
 
 def line_of(number: str, image: str, asked: Asked, meta: dict[str, Any]) -> dict[str, Any]:
     """A question as a line of the evaluator's."""
-    line = {
+    line: dict[str, Any] = {
         "id": number,
         "image": image,
         "question": asked.question,
@@ -108,7 +109,7 @@ def llava_records(lines: Sequence[dict[str, Any]], folder: Path) -> list[dict[st
     template = suite_task(folder / "train.jsonl").prompt
     records = []
     for line in lines:
-        prompt = template.format_map(build({**line, "folder": folder}).fields)
+        prompt = template.format_map(build(Columns({**line, "folder": folder})).fields)
         answer = line["answer"][0] if isinstance(line["answer"], list) else line["answer"]
         turns = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]
         records.append({"id": line["id"], "image": line["image"], "conversations": turns})

@@ -183,7 +183,7 @@ def cards(shelf: Shelf, split: Split, rng: np.random.Generator) -> Sheet:
     shown = sample(pack, count, rng)
     scene = compose([shelf.card(deck, *card) for card in shown], rng, ("full", "margin", "corner"))
     rank, suit = shown[0]
-    questions = (
+    questions: tuple[Asked, ...] = (
         Asked(
             "rank",
             "What is the rank of the card?",
@@ -328,7 +328,9 @@ def charts(shelf: Shelf, split: Split, rng: np.random.Generator) -> Sheet | None
         axes.set_title(f"{table.title}: {table.columns[column]}", fontsize=11)
         if printed:
             for (x, y), value in zip(ends, values, strict=True):
-                align = {"ha": "left", "va": "center"} if form == "bars" else {"ha": "center", "va": "bottom"}
+                align: dict[str, Any] = (
+                    {"ha": "left", "va": "center"} if form == "bars" else {"ha": "center", "va": "bottom"}
+                )
                 axes.annotate(shown(value), (x, y), xytext=(2, 2), textcoords="offset points", fontsize=9, **align)
         file = io.BytesIO()
         figure.savefig(file, format="png")
@@ -428,7 +430,7 @@ def draw_map(
     numbers = Image.new("I;16", (SIDE, SIDE))
     picture = Image.new("RGB", (SIDE, SIDE), "#cfe3ee")
     ink, paint = ImageDraw.Draw(numbers), ImageDraw.Draw(picture)
-    colours = colormaps[palette].colors
+    colours = colormaps[palette]
     drawn = 0
     edges = np.array([centre_x - reach / narrow, centre_y - reach, centre_x + reach / narrow, centre_y + reach])
     for number, region in enumerate(regions, start=1):
@@ -438,14 +440,14 @@ def draw_map(
             x = ((region.rings[place][:, 0] - centre_x) * narrow / reach + 1) * SIDE / 2
             y = (1 - (region.rings[place][:, 1] - centre_y) / reach) * SIDE / 2
             outlines.append(list(zip(x.tolist(), y.tolist(), strict=True)))
-        colour = tuple(round(255 * part) for part in colours[drawn % len(colours)])
+        colour = tuple(round(255 * part) for part in colours(drawn % colours.N)[:3])
         for outline in outlines:
             ink.polygon(outline, fill=number)
             paint.polygon(outline, fill=colour, outline="#555555")
         drawn += bool(outlines)
     pixels = np.asarray(numbers)
     there = {}
-    for number in np.flatnonzero(np.bincount(pixels.ravel()) > 0.012 * SIDE**2):
+    for number in np.flatnonzero(np.bincount(pixels.ravel()) > 0.012 * SIDE**2).tolist():
         if number:  # 0 is the sea
             rows, columns = np.nonzero(pixels == number)
             x, y = float(columns.mean()), float(rows.mean())
