@@ -545,7 +545,7 @@ def test_a_model_that_llava_cannot_hold_is_refused(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "ours")
     tiny_processor().save_pretrained(tmp_path / "ours")
     assert convert(tmp_path / "ours", tmp_path / "out", "--to", "llava") == 2
-    assert "no `ms_resampler`" in capsys.readouterr().err
+    assert "not `ms_resampler`" in capsys.readouterr().err
     assert convert(tmp_path / "ours", tmp_path / "ours") == 2
     assert "is there already" in capsys.readouterr().err
 
