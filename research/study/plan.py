@@ -71,15 +71,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 # Without queries, heads are those of all scopes, only the prior tells tokens apart, and the width is another.
 WITH_QUERIES_ONLY = {"no prior", "branches", "branches, separate keys and values", "content queries"}
 WITH_QUERIES_ONLY |= {"three quarters as wide"}
-# By name: what is changed, and the change. Projectors that are one as they are stand in the tables, too: RELATIVES.
+# By name: the projector that is changed, and the change.
 ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     **{change: (OURS, fields) for change, fields in CHANGES.items() if change not in WITH_QUERIES_ONLY},
     "one regional scope": (OURS, PEERS[LOCAL] | {"scope_sigmas": [1.5]}),
     **{change + LEARNED: (WITH_QUERIES, fields) for change, fields in CHANGES.items()},
-}
-RELATIVES = {
-    OURS: [LOCAL, WITH_QUERIES],
-    WITH_QUERIES: [arm for arm in PEERS if arm.startswith((BASELINE, OURS)) and arm != WITH_QUERIES],
 }
 # Trained with a random grid each step, and asked for every budget.
 ELASTIC = (OURS, WITH_QUERIES, "mqt", "avg_pool")

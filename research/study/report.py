@@ -11,7 +11,7 @@ from ms_resampler.folders import write_whole
 
 from ..timing import markdown_table
 from .figures import FIGURES, draw_figures
-from .plan import ABLATIONS, AMID_PAPER, BASELINE, CELLS, ELASTIC, LEARNED, LOCAL, MARGINS, OURS, REFERENCE, RELATIVES
+from .plan import ABLATIONS, AMID_PAPER, BASELINE, CELLS, ELASTIC, LEARNED, LOCAL, MARGINS, OURS, REFERENCE
 from .results import ABOUT, ENOUGH_SEEDS, RUNS, Results, fingerprint, load, results_folder
 from .statistics import GROUPS, Difference, Estimate, corrected
 
@@ -65,7 +65,8 @@ def report_text(results: Results) -> str:
     for tokens in results.budgets:
         sections += [f"## {tokens} tokens", main_table(results, tokens), verdict(results, tokens)]
     sections += ["## Figures", *(f"![{name}](study/{name}.png)\n\n{caption}" for name, caption in FIGURES.items())]
-    ablations = [ablation_table(results, base) for base in RELATIVES if results.ablations(base)]
+    bases = dict.fromkeys(base for base, _ in ABLATIONS.values())
+    ablations = [ablation_table(results, base) for base in bases if results.ablations(base)]
     if ablations:
         sections += [f"## Ablations, {results.middle} tokens", *ablations]
     if any(results.arms(tokens, "elastic") for tokens in results.budgets):
@@ -103,7 +104,7 @@ regional (presence, where, relation, compare) or global view (count, count of a 
 share of patches whose name and colour can be predicted from the tokens. Overall is the mean of the four groups.
 Intervals are 95% bootstrap intervals over images and seeds. Differences are in percentage points, paired by seed and
 image, with runs of the same tower, reader and kind of machine ([how it was made](#how-it-was-made)). p-values are
-t-tests over seeds, adjusted within each table (Benjamini and Hochberg); d is Cohen's d. {EXCLUDES_ZERO}
+t-tests over seeds, adjusted within each table (Benjamini and Hochberg). {EXCLUDES_ZERO}
 
 **Validation.** The design of `{OURS}` was chosen by looking at test scores of two of the seeds
 ([log](../research/log.md)), which favours it over peers built as published. So differences are also given on
@@ -173,7 +174,7 @@ def rivals(results: Results, tokens: str) -> dict[str, Difference]:
 
 
 def differences_table(title: str, found: dict[str, Difference]) -> str:
-    """Differences with intervals, adjusted p-values and effect sizes."""
+    """Differences with intervals and adjusted p-values."""
     adjusted = corrected([difference.p for difference in found.values()])
     rows = [
         [
@@ -181,13 +182,12 @@ def differences_table(title: str, found: dict[str, Difference]) -> str:
             str(difference.seeds),
             signed(difference, -1),
             "<0.001" if p < 0.0005 else number(p, 3),
-            number(difference.effect, 1),
             signed_interval(*difference.validation),
             *(starred(difference.estimate, column) for column in range(len(GROUPS))),
         ]
         for (arm, difference), p in zip(found.items(), adjusted, strict=True)
     ]
-    return markdown_table([title, "seeds", "overall", "p", "d", "validation", *GROUPS], rows)
+    return markdown_table([title, "seeds", "overall", "p", "validation", *GROUPS], rows)
 
 
 def verdict(results: Results, tokens: str) -> str:
@@ -218,14 +218,11 @@ def listed(names: list[str]) -> str:
 
 
 def ablation_table(results: Results, base: str) -> str:
-    """Each change to a design minus that design, with its relatives among the projectors."""
+    """Each change to a design minus that design."""
     default = (base, "fixed", results.middle)
-    relatives = [arm for arm in results.arms(results.middle) if arm in RELATIVES[base]]
-    keys = {arm: (arm, "fixed", results.middle) for arm in (*relatives, *results.ablations(base))}
+    keys = {arm.removesuffix(LEARNED): (arm, "fixed", results.middle) for arm in results.ablations(base)}
     found = {arm: results.difference(key, default) for arm, key in keys.items() if results.comparable(key, default)}
-    labels = {arm: arm.removesuffix(LEARNED) if arm in ABLATIONS else arm for arm in keys}
-    table_of_changes = differences_table("change", {labels[arm]: difference for arm, difference in found.items()})
-    table_of_changes += left_out([labels[arm] for arm in keys if arm not in found])
+    table_of_changes = differences_table("change", found) + left_out([arm for arm in keys if arm not in found])
     return f"Each change to `{base}`, minus that design:\n\n{table_of_changes}"
 
 

@@ -66,14 +66,12 @@ def estimate(scores_SFB: np.ndarray) -> Estimate:
 class Difference:
     """Our score minus another's, same seeds and pictures: estimates, and overall the t-test over seeds.
 
-    `effect` is Cohen's d of paired samples, over seeds. Neither it nor `p` is a number where seeds do not differ, and
-    of fewer than three seeds `effect` is none either: it would say how near the two happen to be. `validation` is the
-    overall difference on validation pictures and its 95% t-interval over seeds.
+    `p` is NaN if the seeds do not differ. `validation` is the overall difference on validation pictures and its 95%
+    t-interval over seeds.
     """
 
     estimate: Estimate
     p: float
-    effect: float
     seeds: int
     validation: tuple[float, float, float]
 
@@ -84,10 +82,8 @@ def difference(ours_SFB: np.ndarray, other_SFB: np.ndarray, validation_S: np.nda
     by_seed_S = group_means(np.nanmean(difference_SFB, axis=2))[:, -1]
     seeds, found, validation = len(by_seed_S), estimate(difference_SFB), mean_over_seeds(validation_S)
     if np.ptp(by_seed_S) == 0:
-        return Difference(found, np.nan, np.nan, seeds, validation)
-    p = float(stats.ttest_1samp(by_seed_S, 0).pvalue)
-    effect = float(by_seed_S.mean() / by_seed_S.std(ddof=1)) if seeds > 2 else np.nan
-    return Difference(found, p, effect, seeds, validation)
+        return Difference(found, np.nan, seeds, validation)
+    return Difference(found, float(stats.ttest_1samp(by_seed_S, 0).pvalue), seeds, validation)
 
 
 def mean_over_seeds(value_S: np.ndarray) -> tuple[float, float, float]:

@@ -351,7 +351,6 @@ def test_a_difference_is_paired_over_seeds_and_pictures():
     by_seed = [[group_means(np.nanmean(part[seed], axis=1))[-1] for seed in range(3)] for part in (ours, other)]
     assert found.p == pytest.approx(stats.ttest_rel(*by_seed).pvalue)
     gaps = np.subtract(*by_seed)
-    assert found.effect == pytest.approx(gaps.mean() / gaps.std(ddof=1))
     assert found.estimate.mean_G[-1] == pytest.approx(gaps.mean())
     # What all seeds and pictures share leaves no doubt, however much scores vary.
     shifted = difference(ours + np.array([0.124, 0.125, 0.126])[:, None, None], ours, validation).estimate
@@ -644,7 +643,7 @@ def test_scores_amid_paper_stand_apart():
         ("across them", OURS, "100.0"),
         ("across them", "token_packer", "0.0"),
     ]
-    assert [(title, local.split()[0]) for title, _, _, _, _, _, local, *_ in rows[-3:]] == [
+    assert [(title, local.split()[0]) for title, _, _, _, _, local, *_ in rows[-3:]] == [
         ("token_packer, cells on the places", "-50.0"),
         ("token_packer, cells across them", "+100.0*"),
         ("change", "+150.0*"),
@@ -671,10 +670,9 @@ def test_a_table_leaves_out_what_shares_no_seed_with_the_default():
     assert [arm for arm, _, _ in results.contenders("16")] == [OURS, WITH_QUERIES, "saep"]
     assert list(rivals(results, "16")) == ["saep", WITH_QUERIES]  # the strongest first
     table = ablation_table(results, OURS)
-    assert re.findall(r"^\| ([\w ,]+) \| 1 ", table, flags=re.MULTILINE) == [WITH_QUERIES, "two scopes"]
+    assert re.findall(r"^\| ([\w ,]+) \| 1 ", table, flags=re.MULTILINE) == ["two scopes"]
     assert table.endswith("Left out (too few shared seeds): mean fusion.")
     table = ablation_table(results, WITH_QUERIES)
-    assert re.findall(r"^\| ([\w ,]+) \| 1 ", table, flags=re.MULTILINE) == [OURS]
     assert table.endswith("Left out (too few shared seeds): two scopes.")
 
 
