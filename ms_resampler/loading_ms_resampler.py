@@ -53,9 +53,9 @@ def finish_quantised(model: nn.Module, skipped: list[str]) -> None:
 
 
 def code_of_folder(cls: type[PreTrainedModel], folder: str | os.PathLike | None) -> type[PreTrainedModel]:
-    """The class of this name in a folder's own code; the same one where there is no other.
+    """The class of this name in a folder's own code, or `cls` itself if there is no other.
 
-    The Auto classes know one model class for a configuration class, and two folders may share the latter.
+    The Auto classes know one model class for each configuration class, which two folders may share.
     """
     is_remote = cls.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
     if not (is_remote and folder and (Path(folder) / "modeling_ms_resampler.py").is_file()):

@@ -1,1 +1,1 @@
-"""What supports the package and is not part of it: the study, benchmarks, variants and their results."""
+"""Research behind the package, not part of it: the study, benchmarks, variants and their results."""

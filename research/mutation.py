@@ -3,8 +3,8 @@
     python -m research.mutation                          100 mutants of all files, on one core
     python -m research.mutation --files packing --count 20 --seed 1
 
-A mutant is killed if a test fails, or takes much longer than it should; one that survives is printed as a diff. Works
-on a copy of the repository. A mutant meets the tests that call the function that it changes, the fastest first.
+A mutant is killed if a test fails or takes much longer than usual; survivors are printed as diffs. Works on a copy of
+the repository. Each mutant is run against the tests that call the changed function, the fastest first.
 """
 
 import argparse
@@ -56,7 +56,7 @@ class Mutant:
 
 
 def changed(node: Any) -> Iterator[Any]:
-    """What a node may become: another operator or number, the opposite, nothing."""
+    """The mutations of a node: another operator or number, its negation, or removal."""
     match node:
         case ast.Compare(left, [operator, *others], comparators) if type(operator) in SWAPS:
             yield ast.Compare(left, [SWAPS[type(operator)](), *others], comparators)
@@ -79,7 +79,7 @@ def changed(node: Any) -> Iterator[Any]:
 
 
 def mutants(file: str, text: str) -> list[Mutant]:
-    """All mutants of a file. Annotations and what an error says stay as they are."""
+    """All mutants of a file, except in annotations and error messages."""
     source = text.encode()
     starts = [0, *accumulate(len(line) for line in source.splitlines(keepends=True))]
     found = []
@@ -93,7 +93,7 @@ def mutants(file: str, text: str) -> list[Mutant]:
 
 
 def nodes(node: Any, function: int | None) -> Iterator[tuple[Any, int | None]]:
-    """A node and all below it that are run, and not only read, each with the first line of the function it is in."""
+    """A node and its executed descendants, each with the first line of the function it is in."""
     if isinstance(node, ast.FunctionDef):
         function = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     yield node, function

@@ -1,4 +1,4 @@
-"""What benchmarks measure with: the machine and its rates, multiply-accumulates, several runs in turn, and tables."""
+"""Benchmark tools: the machine and its rates, multiply-accumulates, interleaved runs, and tables."""
 
 import math
 import platform
@@ -23,7 +23,7 @@ LEAST = 3  # repeats, however long they take
 
 
 def machine() -> str:
-    """The machine, its GPU if there is one, and the versions that the times belong to."""
+    """Describes the machine, its GPU if there is one, and the versions."""
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return (
         f"{gpu}{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
@@ -33,13 +33,13 @@ def machine() -> str:
 
 
 def count_macs(run: Callable[[], object]) -> int:
-    """Multiply-accumulates of a run's products of matrices, attention included; no less on the meta device."""
-    # Attention counts only where it is spelled out as products of matrices.
+    """Multiply-accumulates of a run's matrix products, including attention; also on the meta device."""
+    # Attention is counted only if it is written as matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     flops = counter.get_flop_counts()["Global"]
     convolution, gradients = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
-    if gradients in flops:  # counted as if there were no groups
+    if gradients in flops:  # counted as if it had no groups
         flops[gradients] = 2 * flops[convolution]
     return sum(flops.values()) // 2
 
@@ -65,7 +65,7 @@ def rates(dtype: torch.dtype) -> tuple[float, float]:
 def in_turn(
     runs: Mapping[str, Callable[[], Result]], repeats: int, seconds: float = math.inf
 ) -> dict[str, list[Result]]:
-    """What every run returns, `repeats` times in turn; one that has had its `seconds` stops after `LEAST` times."""
+    """The results of runs, interleaved `repeats` times; a run that has used its `seconds` stops after `LEAST` times."""
     results: dict[str, list[Result]] = {name: [] for name in runs}
     spent = dict.fromkeys(runs, 0.0)
     for repeat in range(repeats):
@@ -85,12 +85,12 @@ def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[
 
 
 def times_as_long(spent: Sequence[float], base: Sequence[float]) -> float:
-    """How many times as long as another a run took: the median over the rounds of which both were part."""
+    """The ratio of two runs' times: the median over the rounds that include both."""
     return statistics.median(one / other for one, other in zip(spent, base, strict=False))
 
 
 def spread(values: list[float], digits: int = 0) -> str:
-    """The least and the largest, for a table."""
+    """Minimum and maximum, for a table."""
     return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
 

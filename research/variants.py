@@ -1,7 +1,7 @@
 """The study's variants of the resamplers: each changes one thing, and is registered as a projector type on first use.
 
 A variant is named by fields that earlier versions of the package had (`DEFAULTS`), under which the study's results are
-stored: `configuration` says what they are now, a shipped projector or a variant. Shapes are named as in
+stored: `configuration` translates them to a shipped projector or a variant. Shapes are named as in
 ms_resampler/resampler_ms_resampler.py; G is the number of query sets: one where scopes share the heads, else S.
 """
 
@@ -33,9 +33,9 @@ from ms_resampler.resampler_ms_resampler import (
     spread,
 )
 
-# What a change is mixed into is said by `variant`, and not to a type checker.
+# The base class of changes, which `variant` combines with others; untyped, since the result is unknown here.
 Change: Any = object
-# What could be chosen beside today's fields, and what was chosen by default; the order is that of the stored results.
+# Former fields and their defaults, in the order of the stored results.
 DEFAULTS: dict[str, Any] = {
     "scope_prior": "gaussian",
     "learn_scopes": True,
@@ -53,7 +53,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def complete_fields(projector: dict[str, Any]) -> dict[str, Any]:
-    """A projector's fields with all defaults, as results are stored; those of a peer as they are."""
+    """A projector's fields with all defaults, as stored with results; a peer's fields unchanged."""
     kind = projector.get("projector_type", "ms_resampler")
     if PROJECTOR_TYPES[kind] == "peer":
         return projector
@@ -74,7 +74,7 @@ def complete_fields(projector: dict[str, Any]) -> dict[str, Any]:
 
 
 def configuration(projector: dict[str, Any]) -> MSResamplerProjectorConfig:
-    """The configuration today of a projector that is named by stored fields."""
+    """Today's configuration of a projector with these stored fields."""
     if PROJECTOR_TYPES[projector.get("projector_type", "ms_resampler")] == "peer":
         return MSResamplerProjectorConfig(**projector)
     fields = complete_fields(projector)
@@ -135,7 +135,7 @@ def variant(fields: dict[str, Any]) -> type[nn.Module]:
 
 
 def has_gaussians(projector: nn.Module) -> bool:
-    """Whether a projector with scopes looks through Gaussians, and not windows or nothing."""
+    """Whether a projector with scopes has Gaussian priors."""
     layers: Any = projector.layers
     return getattr(layers[-1], "bias", gaussian_bias) is gaussian_bias
 
@@ -149,7 +149,7 @@ class FixedPrior(Change):
 
 
 class AlikePrior(Change):
-    """The heads of a scope start all alike, with the whole of it, and only their sigmas are learned."""
+    """All heads of a scope start with its full sigma and no offset; only sigmas are learned."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -166,7 +166,7 @@ class AlikePrior(Change):
 
 
 def fix(module: nn.Module, *names: str) -> None:
-    """Makes buffers of parameters."""
+    """Replaces parameters by buffers."""
     for name in names:
         value = getattr(module, name).data
         delattr(module, name)
@@ -180,7 +180,7 @@ class HeadsPrior(BranchPrior):
 
 
 def distances(prior: ScopePrior, patch_grid: Grid, token_grid: Grid, like: Tensor) -> Tensor:
-    """Squared distances (G, h, M, N) of patches from where each token's heads look, in anchor pitches."""
+    """Squared distances (G, h, M, N) of patches from each token's anchor with the heads' offsets, in anchor pitches."""
     anchor_M2, patch_N2 = (
         torch.cartesian_prod(*((centres(cells, like) - 0.5) * pitches for cells, pitches in axes))
         for axes in (zip(token_grid, token_grid, strict=True), zip(patch_grid, token_grid, strict=True))
@@ -199,7 +199,7 @@ def window_bias(prior: ScopePrior, patch_grid: Grid, token_grid: Grid, like: Ten
     """A disc of radius 2 sigma, which has a Gaussian's variance, and at least the nearest patch; -inf outside."""
     squared_GhMN = distances(prior, patch_grid, token_grid, like)
     radius_Gh11 = 2 * prior.sigma.to(squared_GhMN.dtype)[:, :, None, None]
-    # A patch on the edge is inside, whatever the last digit of its distance.
+    # A patch on the edge counts as inside, despite rounding.
     reach_GhM1 = torch.maximum(radius_Gh11.square(), squared_GhMN.amin(dim=-1, keepdim=True)) + 1e-4
     return torch.zeros_like(squared_GhMN).masked_fill(squared_GhMN > reach_GhM1, -math.inf)
 
@@ -218,7 +218,7 @@ class PriorLayer(ScopeLayer):
 
 
 class ReadPlainly(Change):
-    """Heads that score patches alike for all tokens, with a bias added to every score: no filtering by the axes."""
+    """Heads that score patches once for all tokens, with the prior as a bias on every score instead of by axes."""
 
     def read(self, z_BMD, u_BND, patch_grid, token_grid, output_scopes):
         bias_1hMN = self.bias(self.prior, patch_grid, token_grid, u_BND)
@@ -297,7 +297,7 @@ class SeparateKeys(Change):
 
 
 class StaticGate(Change):
-    """A learned weight for each scope, whatever the token."""
+    """A learned weight for each scope, the same for all tokens."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -333,7 +333,7 @@ class WithoutCellMean(Change):
 
 
 class WithoutNeighbours(Change):
-    """Patches do not see their neighbours."""
+    """No convolution over neighbouring patches."""
 
     def __init__(self, config, vision_width: int, text_width: int):
         super().__init__(config, vision_width, text_width)
@@ -341,14 +341,14 @@ class WithoutNeighbours(Change):
 
 
 class Zero(nn.Module):
-    """Nothing, in the shape of what comes in."""
+    """Zeros in the shape of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
 
 
 class ContentQueries(Change):
-    """Queries begin with the mean of the patches in their cell."""
+    """Queries start from the mean of the patches in their cell."""
 
     def first_tokens(self, anchors_M2: Tensor, token_grid: Grid, mean_BMD: Tensor) -> Tensor:
         return super().first_tokens(anchors_M2, token_grid, mean_BMD) + mean_BMD

@@ -147,10 +147,10 @@ PACKAGES = {
 
 
 def package_folder(name: str, root: Path) -> Path:
-    """The folder of a package under `root`, which is laid out like `node_modules`; what is missing is fetched by npm.
+    """The folder of a package under `root`, which is laid out like `node_modules`; fetched with npm if missing.
 
-    Raises ValueError if another version lies there, or if what npm brings is not the pinned archive; OSError if there
-    is no npm, or npm cannot fetch it.
+    Raises ValueError for another version, or if npm's archive does not have the pinned hash; OSError if npm is missing
+    or cannot fetch it.
     """
     package, folder = PACKAGES[name], root / name
     if not folder.exists():

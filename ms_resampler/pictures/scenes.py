@@ -1,4 +1,4 @@
-"""Cut-outs put together on a ground, and how unevenly what can be seen is spread over a picture."""
+"""Composes cut-outs on a background, and measures how unevenly detail is spread over a picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-SIDE = 336  # pixels of a picture's side
-CELLS = 6  # cells a side in which detail is measured
+SIDE = 336  # side of a picture in pixels
+CELLS = 6  # cells per side for measuring detail
 GAP = 5  # pixels between two things
 
 # Where things may be (left, top, right, bottom) and how large they are (square root of their area), in picture widths.
@@ -23,7 +23,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, the boxes of its things in pixels, in their order, its layout and its ground."""
+    """A picture, the boxes of its things in pixels, in order, its layout and its background."""
 
     image: Image.Image
     boxes: tuple[Box, ...]
@@ -37,7 +37,7 @@ def pick(items: Sequence, rng: np.random.Generator):
 
 
 def compose(cutouts: Sequence[Image.Image], rng: np.random.Generator, layouts: Sequence[str] = tuple(LAYOUTS)) -> Scene:
-    """Puts cut-outs (RGBA) on a ground where they do not touch. "small" things are on a plain ground."""
+    """Places cut-outs (RGBA) on a background without overlap; "small" things have a plain background."""
     layout = pick(layouts, rng)
     ground = "plain" if layout == "small" else pick(list(GROUNDS), rng)
     image = draw_ground(ground, rng)
@@ -53,7 +53,7 @@ def compose(cutouts: Sequence[Image.Image], rng: np.random.Generator, layouts: S
                 break
         if box:
             boxes.append(box)
-        else:  # too large to fit: all begin again, smaller
+        else:  # too large to fit: start again with smaller things
             boxes, shrink = [], shrink * 0.92
     for thing, (left, top, right, bottom) in zip(cutouts, boxes, strict=True):
         image.paste(sized := thing.resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top), sized)
@@ -63,7 +63,7 @@ def compose(cutouts: Sequence[Image.Image], rng: np.random.Generator, layouts: S
 def free_box(
     thing: Image.Image, layout: str, shrink: float, flip: np.ndarray, taken: Sequence[Box], rng: np.random.Generator
 ) -> Box | None:
-    """A random box for a thing, or nothing if it would touch another one or leave the layout's area."""
+    """A random box for a thing; None if it would touch another one or leave the layout's area."""
     area, sizes = LAYOUTS[layout]
     left, top, right, bottom = (round(SIDE * part) for part in area)
     if flip[0]:
@@ -75,7 +75,7 @@ def free_box(
     if width > right - left or height > bottom - top:
         return None
     x, y = int(rng.integers(left, right - width + 1)), int(rng.integers(top, bottom - height + 1))
-    if layout == "margin":  # against one of the four edges
+    if layout == "margin":  # at one of the four edges
         edge = int(rng.integers(4))
         x, y = ((left, y), (right - width, y), (x, top), (x, bottom - height))[edge]
     box = (x, y, x + width, y + height)
@@ -83,7 +83,7 @@ def free_box(
 
 
 def touch(a: Box, b: Box) -> bool:
-    """Whether two boxes are nearer to each other than GAP."""
+    """Whether two boxes are closer than GAP."""
     return a[0] < b[2] + GAP and b[0] < a[2] + GAP and a[1] < b[3] + GAP and b[1] < a[3] + GAP
 
 
@@ -96,16 +96,16 @@ def unevenness(image: Image.Image) -> float:
 
 
 def spread(image: Image.Image) -> dict[str, float | str]:
-    """The fields of a sample that say how evenly detail is spread over its picture."""
+    """The meta fields on how evenly detail is spread over a picture."""
     share = unevenness(image)
     return {"unevenness": round(share, 3), "detail": ["even", "uneven", "very uneven"][(share > 0.45) + (share > 0.7)]}
 
 
-# Grounds -----------------------------------------------------------------------------------------------------------
+# Backgrounds ----------------------------------------------------------------------------------------------------------
 
 
 def draw_ground(name: str, rng: np.random.Generator) -> Image.Image:
-    """A ground in two random colours that are near each other."""
+    """A background in two random similar colours."""
     first = rng.uniform(90, 250, 3)
     second = np.clip(first + rng.uniform(-45, 45, 3), 0, 255)
     mix = np.clip(GROUNDS[name](rng), 0, 1)[..., None]

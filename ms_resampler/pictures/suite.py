@@ -1,4 +1,4 @@
-"""Builds the suite: folders of the evaluator's for each test, and one in LLaVA's format for training."""
+"""Builds the suite: a folder for the evaluator for each test split, and one in LLaVA's format for training."""
 
 import json
 from collections import Counter, defaultdict
@@ -18,7 +18,7 @@ from .sources import SPLITS, Shelf, Split
 from .tasks import TASKS, Asked, draw_sheet
 
 PACKAGE_FOLDER = Path.home() / ".cache" / "ms-resampler" / "packages"
-ONLY_IN = {"scenes": ("train", "test")}  # splits of a task that does not have all
+ONLY_IN = {"scenes": ("train", "test")}  # splits of tasks that do not have all
 
 
 def build_pictures(
@@ -30,11 +30,10 @@ def build_pictures(
     seed: int = 0,
     packages: Path | None = None,
 ) -> dict[str, Any]:
-    """Builds the suite in a new folder, and returns what its suite.json says of it.
+    """Builds the suite in a new folder, and returns the content of its suite.json.
 
-    questions and train_questions: of each task, in each test split and for training. packages: where the packages lie
-    or are fetched to, laid out like `node_modules`; by default a folder in ~/.cache. The same arguments and versions
-    give the same files.
+    questions and train_questions: per task, in each test split and for training. packages: the folder of the packages,
+    laid out like `node_modules`; by default in ~/.cache. The same arguments and versions give the same files.
 
     Raises ValueError if a task is unknown, if `out` exists, or if a package is not the pinned one; OSError if one
     cannot be fetched.
@@ -71,7 +70,7 @@ def build_pictures(
 
 
 def draw_lines(folder: Path, task: str, shelf: Shelf, split: Split, seed: int, wanted: int) -> Iterator[dict[str, Any]]:
-    """The evaluator's lines of a task's questions, whose pictures are written below `folder` as they come."""
+    """The evaluator's lines for a task's questions; writes their pictures below `folder`."""
     (folder / "pictures" / task).mkdir(parents=True)
     done = 0
     with tqdm(total=wanted, desc=f"{split.name}: {task}", unit="question") as progress:
@@ -88,7 +87,7 @@ def draw_lines(folder: Path, task: str, shelf: Shelf, split: Split, seed: int, w
 
 
 def line_of(number: str, image: str, asked: Asked, meta: dict[str, Any]) -> dict[str, Any]:
-    """A question as a line of the evaluator's."""
+    """A question as a line for the evaluator."""
     line: dict[str, Any] = {
         "id": number,
         "image": image,
@@ -105,7 +104,7 @@ def line_of(number: str, image: str, asked: Asked, meta: dict[str, Any]) -> dict
 
 
 def llava_records(lines: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """LLaVA's conversations, as the evaluator asks: one a question, as an answer may follow from another."""
+    """LLaVA's conversations with the evaluator's prompts, one per question, since answers may be related."""
     template = suite_task(folder / "train.jsonl").prompt
     records = []
     for line in lines:
@@ -117,7 +116,7 @@ def llava_records(lines: Sequence[dict[str, Any]], folder: Path) -> list[dict[st
 
 
 def described(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How many questions and pictures a task has, and how evenly these are filled."""
+    """Counts of a task's questions and pictures, and how evenly the pictures are filled."""
     return {
         "questions": len(lines),
         "pictures": len({line["image"] for line in lines}),
@@ -127,7 +126,7 @@ def described(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def contact_sheet(folder: Path, tasks: Sequence[str], side: int = 150) -> Image.Image:
-    """The first pictures of every task (a row) in every split (two columns each)."""
+    """An overview: the first pictures of every task (rows) in every split (two columns each)."""
     head, left = 22, 90
     splits = [name for name in SPLITS if (folder / name).is_dir()]
     sheet = Image.new("RGB", (left + 2 * side * len(splits), head + side * len(tasks)), "white")

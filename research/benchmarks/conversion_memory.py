@@ -2,7 +2,7 @@
 
     python -m research.benchmarks.conversion_memory           needs 28 GB of disk in the temporary folder (TMPDIR)
 
-The weights are made up, in files of 5 GB as on the Hub; the conversion runs in a process of its own.
+The weights are random, in files of 5 GB as on the Hub; the conversion runs in a separate process.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from transformers import (
 
 from ..timing import machine
 
-# Linux counts the most memory that a process has had since it began to run its own program in VmHWM.
+# Linux's VmHWM is the peak memory of a process since it started its program.
 CONVERSION = """
 import sys
 from ms_resampler_cli.main import main

@@ -2,9 +2,9 @@
 
     python -m research.benchmarks.loading                     needs 3.5 GB of disk in the temporary folder (TMPDIR)
 
-Random weights in bfloat16. Every load is a process of its own, the two models in turn; the clock starts when Python has
-imported torch and transformers, and for ours the package, which is counted apart. The peak is Linux's count of the
-process (VmHWM): weights that are read from the disk by mapping count too.
+Random weights in bfloat16. Every load is a separate process, the two models in turn; the clock starts after Python has
+imported torch and transformers, and for ours the package, whose import is timed separately. The peak is Linux's VmHWM
+of the process, which includes memory-mapped weights.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def save_models(parts: dict, folder: Path) -> dict[str, Path]:
 
 
 def load(name: str, folder: Path) -> dict[str, float]:
-    """Seconds of the package's import, of from_pretrained, and of all until every weight is read; peak bytes."""
+    """Seconds of the package's import, of from_pretrained, and until every weight is read; peak bytes."""
     run = subprocess.run([sys.executable, "-c", LOAD, str(folder), name], check=True, capture_output=True, text=True)
     return json.loads(run.stdout)
 

@@ -8,8 +8,8 @@
     python -m research.benchmarks.model --compile --budgets 144 36      and compiled there
 
 Weights are random: times do not depend on them. On a GPU, if there is one, in bfloat16, elsewhere in float32. `--llm
-7b` has the shapes of Vicuna-7B; without a GPU with one layer's weights (0.8 GB in float32, far more than any
-processor's cache holds) in all 32 layers, each with its own keys and values: the same operations in 4 GB instead of 28.
+7b` has the shapes of Vicuna-7B; without a GPU one layer's weights (0.8 GB in float32, far larger than any
+processor cache) serve all 32 layers, each with its own keys and values: the same operations in 4 GB instead of 28.
 `--graphs` runs prompt and tokens as CUDA graphs over a static cache, and not through generate(); `--compile` does the
 same with both compiled before (on a CPU: compiled alone). `--packed` measures both models a second time with packed
 weights (`pack_weights`), on a CPU.
@@ -82,7 +82,7 @@ QWEN = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
-VICUNA = {"vocab_size": 32000, "max_position_embeddings": 8192}  # the rest is a Llama's default
+VICUNA = {"vocab_size": 32000, "max_position_embeddings": 8192}  # the rest are Llama's defaults
 LANGUAGE_MODELS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
     "0.5b": (Qwen2Config, QWEN),
     "7b": (LlamaConfig, VICUNA),
@@ -90,7 +90,7 @@ LANGUAGE_MODELS: dict[str, tuple[type[PreTrainedConfig], dict]] = {
 
 
 def shapes(tower: dict, language_model: PreTrainedConfig) -> dict[str, Any]:
-    """What both models' configurations are made of."""
+    """The shared configurations of both models."""
     parts = {"vision_config": CLIPVisionConfig(**tower), "text_config": language_model}
     return parts | {"image_token_id": language_model.vocab_size - 1}
 
@@ -119,13 +119,13 @@ def make_models(
 
 
 def make_projector(config: MSResamplerConfig) -> nn.Module:
-    """The configuration's projector as a model starts it, with weights, unlike a model on the meta device."""
+    """The configuration's initialised projector, with weights, unlike a model on the meta device."""
     with torch.device(DEVICE):
         return build_projector(config).apply(init_resampler_weights).apply(init_projector_weights)
 
 
 def repeat_layer(language_model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Puts layers around the first one's parts with weights, as many as are configured."""
+    """Makes all layers share the first one's weights."""
     with torch.device("meta"):
         layers = type(language_model)(config).layers
     for name, part in language_model.layers[0].named_modules():
@@ -137,7 +137,7 @@ def repeat_layer(language_model: PreTrainedModel, config: PreTrainedConfig) -> N
 
 
 def make_prompt(model: PreTrainedModel, images: int, visual_tokens: int, requests: int = 1) -> dict[str, Any]:
-    """Requests of images, each with its placeholders, and words after them."""
+    """Requests with images, their placeholders, and words after them."""
     side = model.config.vision_config.image_size
     placeholders = torch.full((requests, images * visual_tokens), model.config.image_token_id)
     ids = torch.cat([placeholders, torch.randint(10, 1000, (requests, WORDS))], dim=1).to(DEVICE)
@@ -162,7 +162,7 @@ def contenders(
 def make_run(
     model: PreTrainedModel, visual_tokens: int, images: int, new_tokens: int, requests: int = 1
 ) -> Callable[..., Tensor]:
-    """A run of generate() that answers every request with so many tokens, and tells a clock of each."""
+    """A run of generate() that answers every request with a number of tokens, and reports the time of each."""
     prompt = make_prompt(model, images, visual_tokens, requests)
     exact = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
 
@@ -183,7 +183,7 @@ def make_recorded_run(
 ) -> Callable[..., Tensor]:
     """The same as two CUDA graphs over a static cache, of the prompt and of a token after it; without generate().
 
-    `compiled` hands both to torch.compile before, one graph each without breaks.
+    `compiled` compiles both with torch.compile first, as one graph each.
     """
     prompt = make_prompt(model, images, visual_tokens, requests)
     del prompt["attention_mask"]  # of ones
@@ -213,13 +213,13 @@ def make_recorded_run(
 
 
 def likeliest(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    """The likeliest next token of every text: (requests, 1)."""
+    """The most likely next token of every text: (requests, 1)."""
     return model(**inputs, logits_to_keep=1).logits.argmax(-1)
 
 
 @torch.no_grad()
 def record(step: Callable[[], Tensor], cache: StaticCache, compiled: bool) -> Callable[[], Tensor]:
-    """A step on tensors that stay where they are, as a CUDA graph; without a GPU the step itself."""
+    """A step on tensors at fixed addresses, as a CUDA graph; without a GPU the step itself."""
     step()  # makes the cache's tensors, and transformers' hooks, which are not compiled
     cache.reset()
     if compiled:
@@ -243,9 +243,9 @@ def record(step: Callable[[], Tensor], cache: StaticCache, compiled: bool) -> Ca
 
 @contextmanager
 def uncounted_placeholders() -> Iterator[None]:
-    """While open, neither model counts its placeholders, for which it would have to wait for the device.
+    """In this context neither model counts its placeholders, which would wait for the device.
 
-    LLaVA does so even with transformers' checks switched off, to have a message.
+    LLaVA counts them even with transformers' checks switched off, for its error message.
     """
 
     def where(llava: LlavaModel, input_ids: Tensor, **_: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ def prompt_macs(model: PreTrainedModel, visual_tokens: int, images: int) -> int:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """What has to be read for a prompt: all weights but a table of embeddings, of which a few rows are."""
+    """The bytes to read for a prompt: all weights but the embeddings, of which only a few rows are read."""
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     return sum(weight.nbytes for weight in model.parameters()) - (0 if table is head else table.nbytes)
 
@@ -286,7 +286,7 @@ def measure_prompts(
     speed: tuple[float, float],
     make: Callable = make_run,
 ) -> dict[str, dict[str, Any]]:
-    """For every contender the times to its first token, and from there to `new_tokens` more, with memory and floor."""
+    """Every contender's times to the first token and for `new_tokens` more, with memory and floor."""
     runs = {name: make(*model, images, 1 + new_tokens) for name, model in names.items()}
     peaks = {name: peak_memory(run) for name, run in runs.items()}  # warms up, too
     times = in_turn({name: partial(token_times, run) for name, run in runs.items()}, repeats)
@@ -305,7 +305,7 @@ def measure_prompts(
 
 
 class TokenClock(StoppingCriteria):
-    """Notes when each token of an answer is there, and stops nothing."""
+    """Records the time of each token, and never stops."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -361,7 +361,7 @@ def batch_table(times: dict[str, list[float]], requests: int) -> str:
 
 
 def bases_of(measured: dict[str, Any]) -> dict[str, Any]:
-    """What a table is relative to: LLaVA, and the packed one if it was measured, too."""
+    """The references of a table: LLaVA, and the packed LLaVA if it was measured."""
     return {name: what for name, what in measured.items() if name.startswith("LLaVA")}
 
 

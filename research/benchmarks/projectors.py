@@ -12,7 +12,7 @@ median milliseconds over interleaved repeats (and their spread), relative to our
 resamplers (medians of the ratios of times in the same round), the share of the floor, and the most that tensors took
 beside the weights. The floor is the time of the run's multiply-accumulates at the rate of a product of large square
 matrices, measured first, or of reading the weights and patches once at the rate of a copy, whichever is longer.
-A projector has had enough after `--seconds`, but is repeated at least three times. `--json` keeps the numbers,
+A projector stops after `--seconds`, but is repeated at least three times. `--json` keeps the numbers,
 `--plot` draws them.
 """
 
@@ -42,9 +42,9 @@ from ..timing import count_macs, in_turn, machine, markdown_table, rates, spread
 from ..variants import configuration
 
 GRID, TOKENS, TEXT_WIDTH = 24, 144, 4096
-SWEPT = {"tokens": "visual tokens", "batch": "images", "grid": "patches a side"}  # what the plot has lines over
+SWEPT = {"tokens": "visual tokens", "batch": "images", "grid": "patches a side"}  # what the plot's lines vary
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# AVX2 has no instructions for bfloat16: products are emulated, several times slower than in float32.
+# AVX2 has no bfloat16 instructions: products are emulated, several times slower than float32.
 HALF = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX512"
 # Sizes of the publications: projector fields, and the tower's layers where there are several.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -126,13 +126,13 @@ def published_config(name: str, setting: Setting) -> MSResamplerConfig:
     )
 
 
-# What `--suite` measures, one thing at a time away from the first setting. The largest projectors take part where they
-# are affordable, and those with goals in most of it.
+# The settings of `--suite`, each of which changes one thing in the first. The largest projectors are measured only
+# where they are affordable.
 EVERY = list(PUBLISHED)
 AFFORDABLE = [name for name in EVERY if name != "idefics2_perceiver"]
-WHOLE_CELLS = ["pixel_shuffle", "saep", "token_packer"]  # 16 x 16 tokens of 24 x 24 patches they do not know
+WHOLE_CELLS = ["pixel_shuffle", "saep", "token_packer"]  # they do not support 16 x 16 tokens of 24 x 24 patches
 RIVALS = ["mlp", "c_abstractor", "ldp_v2", "token_packer", "mqt", "perceiver"]
-BASES = ["resampler", "ms_resampler", "ms_resampler, 1024 wide"]  # what tables relate times to
+BASES = ["resampler", "ms_resampler", "ms_resampler, 1024 wide"]  # references of the tables
 OURS = [*BASES, "resampler, local", "ms_resampler, learned queries"]
 SUITE: list[tuple[list[str], Setting]] = [
     *((EVERY, Setting(tokens=tokens)) for tokens in (144, 64, 36)),
@@ -185,15 +185,15 @@ def record(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def cost(name: str, setting: Setting = Setting()) -> tuple[int, int]:
-    """Parameters, and multiply-accumulates of the run, counted on tensors without data where no code looks at those."""
+    """Parameters, and multiply-accumulates of the run, counted on the meta device if the code does not read values."""
     plain = replace(setting, compiled=False, packed=False)
     projector, run = make_run(name, plain, DEVICE if name == "idefics2_perceiver" else "meta")
-    projector.requires_grad_(setting.backward)  # or the counter would wait for gradients
+    projector.requires_grad_(setting.backward)  # the counter does not support gradients
     return sum(weight.numel() for weight in projector.parameters()), count_macs(run)
 
 
 def floor_ms(setting: Setting, parameters: int, macs: int, mac_rate: float, byte_rate: float) -> float:
-    """The least that a run can take: its operations, or reading weights and patches, and thrice that for gradients."""
+    """The floor of a run: its operations, or reading weights and patches; three times that with gradients."""
     passes, size = 3 if setting.backward else 1, getattr(torch, setting.dtype).itemsize
     moved = passes * size * (parameters + setting.batch * setting.grid**2 * 1024)
     return 1000 * max(macs / mac_rate, moved / byte_rate)
@@ -218,13 +218,13 @@ def measure(setting: Setting, names: list[str], repeats: int, seconds: float = m
 
 
 def ratio_cell(row: dict[str, Any], rows: list[dict[str, Any]], base: str) -> str:
-    """How many times as long as another projector in the same round a row takes; empty if that is not there."""
+    """A row's time relative to another projector in the same rounds; empty if that was not measured."""
     others = [other["ms"] for other in rows if other["projector"] == base]
     return "".join(f"{times_as_long(row['ms'], other):.2f}" for other in others)
 
 
 def digits(ms: float) -> int:
-    """After the point, for milliseconds in a table: more where a GPU takes few."""
+    """Decimals of milliseconds in a table: more for small values."""
     return 1 if ms > 10 else 3
 
 
@@ -273,7 +273,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def along(results: list[dict[str, Any]], axis: str) -> dict[int, list[dict[str, Any]]]:
-    """The rows of the settings that differ from the first one in nothing but this, by its value."""
+    """The rows of the settings that differ from the first only in this field, by its value."""
     first = Setting(**results[0]["setting"])
     found = {
         result["setting"][axis]: result["rows"]
@@ -337,7 +337,7 @@ def arguments() -> argparse.Namespace:
 
 
 def chosen(asked: argparse.Namespace) -> list[tuple[list[str], Setting]]:
-    """The projectors and settings to measure; the suite's in half precision only where that is not hopeless."""
+    """The projectors and settings to measure; the suite's bfloat16 settings only on processors that support it."""
     if asked.suite:
         return [(names, setting) for names, setting in SUITE if setting.dtype == "float32" or HALF]
     combinations = product(asked.grid, asked.tokens, asked.batch, asked.dtype)

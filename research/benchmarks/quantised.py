@@ -1,10 +1,10 @@
 """Memory and agreement of quantised models: the table in docs/loading.md.
 
-    python research/benchmarks/quantised.py
+    python -m research.benchmarks.quantised
 
 The embedded checkpoint is loaded in bfloat16 and by each quantiser that is installed, on a CPU. The table has the
 megabytes of its weights, the mean and the largest distance of its logits from bfloat16's (one minus the cosine of a
-token's logits, over questions about held-out scenes), the share of tokens that it would say next as bfloat16 does, the
+token's logits, over questions about held-out scenes), the share of tokens whose prediction equals bfloat16's, the
 accuracy of its answers, and the largest mean distance of small random models, one for every projector.
 """
 
@@ -31,7 +31,7 @@ EVERY = [*SCOPED_PROJECTORS, *PROJECTORS]
 
 
 def quantisers() -> dict[str, Callable[[], Any]]:
-    """What is installed, by the name that the table gives it."""
+    """The installed quantisers, by their names in the table."""
     found: dict[str, Callable[[], Any]] = {
         "bitsandbytes, 8 bits": lambda: BitsAndBytesConfig(load_in_8bit=True),
         "bitsandbytes, 4 bits (nf4)": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),

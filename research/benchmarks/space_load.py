@@ -1,11 +1,11 @@
-"""How the Space bears a crowd: start-up, many users at once, and memory over many conversations.
+"""The Space under load: start-up, many users at once, and memory over many conversations.
 
     python -m research.benchmarks.space_load                  20 users for 60 seconds, then twice 200 conversations
     python -m research.benchmarks.space_load --users 3 --seconds 5 --conversations 10
 
 Serves the app as `ms-resampler demo` does, with a second model to compare with. Users ask through the API; where there
-are two models, every fourth question goes to both of them, as from the Compare page. Every answer is held against the
-one that the same question got when nobody else was there. Prints a markdown table. Exit code 1 if one was wrong or
+are two models, every fourth question goes to both of them, as from the Compare page. Every answer is compared with
+that to the same question without other users. Prints a markdown table. The exit code is 1 if an answer was wrong or
 missing.
 """
 
@@ -93,7 +93,7 @@ def ask(client: Client, file: str, question: str) -> str:
 
 
 def compare(address: str, file: str, question: str) -> tuple[str, str]:
-    """Both models' answers, got from the Compare page as a browser does: programs have no endpoint for it."""
+    """Both models' answers from the Compare page, as a browser gets them: it has no API endpoint."""
     with httpx.Client(timeout=120) as page:
         events = page.get(f"{address}/config").json()["dependencies"]
         event = next(one for one in events if len(one["inputs"]) == 4 and len(one["outputs"]) == 5)
@@ -111,7 +111,7 @@ def compare(address: str, file: str, question: str) -> tuple[str, str]:
 
 
 def alone(address: str, two_models: bool) -> tuple[list[tuple[str, str]], dict, dict]:
-    """How soon the first answers come, and the answers to all questions: of one model, and of both."""
+    """The times of the first answers, and the answers to all questions: of one model, and of both."""
     rows, compared = [], {}
     with closing(connect(address)) as client:
         first_question = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the study's projectors cost: multiply-accumulates, and times measured in turn in one run."""
+"""Costs of the study's projectors: multiply-accumulates, and interleaved times in one run."""
 
 import statistics
 from collections.abc import Callable

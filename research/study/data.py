@@ -1,6 +1,6 @@
-"""What every run of the study shares: scenes as features of one frozen tower, their questions, and what is where.
+"""Data that all runs of the study share: features of scenes from one frozen tower, questions, and labels of patches.
 
-The tower learns to name what lies under each patch, and never meets a projector; its features are computed once.
+The tower is trained to name what is under each patch, without any projector; its features are computed once.
 Everything is cached in a folder named after its settings.
 """
 
@@ -34,7 +34,7 @@ from .workers import worker_pool
 
 GRID, PATCH_PIXELS, CHANNELS = (12, 12), 8, 128
 PATCHES = GRID[0] * GRID[1]
-LARGE_GRID = (16, 16)  # patches of a picture on which a scene lies amid paper
+LARGE_GRID = (16, 16)  # patches of a blank page with a scene on it
 CROWD = 9  # things at most on a picture
 LABELS = {"name": 1 + len(ALL_NAMES), "colour": 1 + len(COLOURS)}  # classes of a patch; 0 is paper
 # "describe" has no single answer; the dense probe asks the same.
@@ -49,10 +49,10 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class DataSettings:
-    """How much there is to learn from. Another value is another folder of data.
+    """The size of the data. Each setting has its own folder.
 
     `position_scale` is that of the sin-cos codes of patches that are added to features of unit scale: a ViT's features
-    know their place, a ConvNeXt's do not, and some projectors rely on it.
+    contain their position, a ConvNeXt's do not, and some projectors need it.
     """
 
     train_scenes: int = 12_000
@@ -78,8 +78,8 @@ def digest(value: Any) -> str:
 class Split:
     """Scenes of a split. Q is the number of questions, W that of words.
 
-    features_BNC half precision, mapped from disk, or made of what is; labels_BN2 name and colour of each patch;
-    image_Q, family_Q, words_QW and answer_Q the questions, those of a scene side by side.
+    features_BNC: half precision, memory-mapped or computed from mapped ones; labels_BN2: name and colour of each patch;
+    image_Q, family_Q, words_QW and answer_Q: the questions, those of a scene adjacent.
     """
 
     features_BNC: "np.ndarray | AmidPaper"
@@ -95,7 +95,7 @@ class Split:
         return torch.searchsorted(self.image_Q, torch.arange(len(self.labels_BN2)))
 
     def examination(self) -> tuple[Tensor, Tensor]:
-        """One question of each family a scene: words (B, F, W) and answers (B, F), -1 where none is asked."""
+        """One question of each family per scene: words (B, F, W) and answers (B, F), -1 if there is none."""
         shape = len(self.labels_BN2), len(STUDY_FAMILIES)
         words_BFW, answer_BF = torch.zeros(*shape, WORDS_AT_MOST, dtype=torch.long), torch.full(shape, -1)
         words_BFW[self.image_Q, self.family_Q] = self.words_QW
@@ -122,7 +122,7 @@ class AmidPaper:
 
 
 def on_paper(x_BNC: np.ndarray, margin: int, paper_B1C: np.ndarray | int) -> np.ndarray:
-    """What there is of a scene's patches, amid that of paper."""
+    """A scene's patches placed among those of the blank page."""
     (rows, columns), pictures, channels = GRID, len(x_BNC), x_BNC.shape[-1]
     large = np.empty((pictures, LARGE_GRID[0] * LARGE_GRID[1], channels), x_BNC.dtype)
     large[:] = paper_B1C
@@ -132,7 +132,7 @@ def on_paper(x_BNC: np.ndarray, margin: int, paper_B1C: np.ndarray | int) -> np.
 
 
 def amid_paper(split: Split, margin: int, position_scale: float) -> Split:
-    """The scenes of a split amid paper, with the same questions."""
+    """The scenes of a split on a blank page, with the same questions."""
     assert isinstance(split.features_BNC, np.ndarray)
     labels_BN2 = torch.from_numpy(on_paper(split.labels_BN2.numpy(), margin, 0))
     features = AmidPaper(split.features_BNC, split.labels_BN2, margin, position_scale)
@@ -174,7 +174,7 @@ def content_words(question: str) -> list[str]:
 
 
 def questions_of(scene: Scene, split: str, index: int, count: int) -> list[Question]:
-    """`count` questions for training, of all families alike; of other splits one question of each family."""
+    """`count` questions for training, evenly from all families; for other splits one question of each family."""
     if split == "train":
         return ask(scene, split, index, count, STUDY_FAMILIES)
     asked = ask(scene, split, index, 4 * len(STUDY_FAMILIES), STUDY_FAMILIES)
@@ -199,7 +199,7 @@ def described_scene(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class DrawnScene:
-    """All that the study keeps of a scene; its questions as number of the family, content words and answer."""
+    """The study's data of a scene; questions as family number, content words and answer."""
 
     image_HW3: np.ndarray
     labels_N2: np.ndarray
@@ -246,7 +246,7 @@ def see(tower: nn.Module, pixels_BHWC: Tensor) -> Tensor:
 
 
 def train_tower(scenes: Sequence[DrawnScene], steps: int) -> nn.Module:
-    """A tower that has learned, without any projector, to name and colour what lies under each patch."""
+    """A tower trained, without any projector, to predict the name and colour of what is under each patch."""
     torch.manual_seed(0)
     tower, head = make_tower(), nn.Linear(CHANNELS, sum(LABELS.values()))
     optimiser = Optimiser([tower, head], 2e-3, steps)
@@ -283,7 +283,7 @@ class Optimiser:
         )
 
     def step(self, loss: Tensor) -> None:
-        """One step down the gradient of a loss."""
+        """One optimiser step."""
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.adamw.step()
@@ -300,7 +300,7 @@ def data_folder(out: Path, settings: DataSettings) -> Path:
 
 
 def prepare_data(out: Path, settings: DataSettings, workers: int | None = None) -> StudyData:
-    """The study's data, made on first use; scenes are drawn by so many processes (default: one a core)."""
+    """The study's data, made on first use; scenes are drawn by several processes (default: one per core)."""
     folder = data_folder(out, settings)
     if not (folder / "vocabulary.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -334,7 +334,7 @@ def draw_scenes(split: str, settings: DataSettings, pool: ProcessPoolExecutor) -
 
 
 def save_whole(module: nn.Module, path: Path) -> None:
-    """Writes a module's weights whole or not at all."""
+    """Writes a module's weights atomically."""
     with whole_file(path) as fresh:
         save_file(module.state_dict(), fresh)
 
@@ -354,7 +354,7 @@ def write_features(
 
 @cache
 def place_codes(grid: tuple[int, int], position_scale: float) -> np.ndarray:
-    """What is added to the features (N, C) of a grid's patches, so that they know their place."""
+    """The position codes (N, C) added to the features of a grid's patches."""
     return (position_scale * sincos_positions(cell_centres(grid), CHANNELS)).numpy()
 
 

@@ -1,4 +1,4 @@
-"""What the study trains: projectors and ablations, token budgets, seeds and learning rates, as a list of runs."""
+"""The study's runs: projectors and ablations, token budgets, seeds and learning rates."""
 
 import dataclasses
 import math
@@ -18,11 +18,11 @@ from ..variants import complete_fields, configuration
 from .data import CHANNELS, GRID, LARGE_GRID, PATCH_PIXELS, PATCHES, DataSettings, digest
 from .reader import WIDTH
 
-LOCAL = "resampler, local"  # ms_resampler but for its scopes, and so with its learning rate
+LOCAL = "resampler, local"  # ms_resampler with one scope, and its learning rate
 LEARNED = ", learned queries"
 OURS, BASELINE, WITH_QUERIES = "ms_resampler", "resampler", "ms_resampler" + LEARNED
 HEADS = 8
-VERSION = 2  # of how runs are made: another one makes results anew
+VERSION = 2  # version of how runs are made; changing it invalidates results
 WIDTHS = range(4 * HEADS, 256 + 1, HEADS)
 
 # Projectors by name: their fields beside width and budget, as results are stored (research/variants.py). Depths are
@@ -34,9 +34,9 @@ PEERS: dict[str, dict[str, Any]] = {
     "resampler, local, learned queries": {"projector_type": "resampler", "scope_sigmas": [0.5]},
     "resampler, regional, learned queries": {"projector_type": "resampler", "scope_sigmas": [1.5]},
     WITH_QUERIES: {"query_init": "learned"},
-    # The plain reading of the claim: a resampler for each scope.
+    # The literal reading of the claim: a resampler for each scope.
     "ms_resampler, branches": {"scope_layout": "branches", "fusion": "head", "cell_residual": False},
-    # What is usually meant by a resampler. With one scope, layout and fusion change nothing.
+    # The usual resampler. With one scope, layout and fusion have no effect.
     "resampler, no cell mean": {
         "projector_type": "resampler",
         "scope_layout": "branches",
@@ -45,8 +45,8 @@ PEERS: dict[str, dict[str, Any]] = {
     },
     **{name: {"projector_type": name} for name in PROJECTORS if name != "mlp"},
 }
-PEERS["q_former"]["num_hidden_layers"] = 2  # every second layer looks at patches: one that does, and one that does not
-# The MLP keeps every patch: what could be had without a budget.
+PEERS["q_former"]["num_hidden_layers"] = 2  # every second layer attends to patches
+# The MLP keeps every patch: the result without a budget.
 REFERENCE: dict[str, dict[str, Any]] = {"mlp": {"projector_type": "mlp"}}
 
 # Changes to ms_resampler and to it with learned queries, one at a time.
@@ -68,7 +68,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "two layers": {"num_hidden_layers": 2},
     "three quarters as wide": {"hidden_size": 3 * WIDTH // 4, "intermediate_size": 3 * WIDTH // 4},
 }
-# Without queries, heads are those of all scopes, only the prior tells tokens apart, and the width is another.
+# Without queries, scopes share the heads, only the prior distinguishes tokens, and the width differs.
 WITH_QUERIES_ONLY = {"no prior", "branches", "branches, separate keys and values", "content queries"}
 WITH_QUERIES_ONLY |= {"three quarters as wide"}
 # By name: the projector that is changed, and the change.
@@ -77,17 +77,17 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "one regional scope": (OURS, PEERS[LOCAL] | {"scope_sigmas": [1.5]}),
     **{change + LEARNED: (WITH_QUERIES, fields) for change, fields in CHANGES.items()},
 }
-# Trained with a random grid each step, and asked for every budget.
+# Trained with a random grid each step, and evaluated at every budget.
 ELASTIC = (OURS, WITH_QUERIES, "mqt", "avg_pool")
-# Scenes amid paper (see AmidPaper), where 16 tokens have cells as large as 9 have without. The centres of things lie in
-# 3 x 3 places, one at most in each: by the margin above and left, a cell is a place, or a place lies across four cells.
+# Scenes on a blank page (see AmidPaper), where 16 tokens have cells as large as those of 9 tokens without it. Things
+# lie on 3 x 3 places: depending on the margin above and left, a cell is a place, or a place spans four cells.
 MARGINS = {"on the places": 0, "across them": 2}
 AMID_PAPER, CELLS = (OURS, "token_packer"), 16
 
 
 @dataclass(frozen=True)
 class Study:
-    """The settings of a study, complete."""
+    """The complete settings of a study."""
 
     arms: tuple[str, ...] = (*PEERS, *REFERENCE)
     budgets: tuple[int, ...] = (36, 16, 9)
@@ -117,12 +117,12 @@ QUICK = Study(
 
 @dataclass(frozen=True)
 class Run:
-    """One training: all that decides its result. `grids` are those trained on, and tested, in tokens; with a `margin`,
-    scenes lie amid paper.
+    """One training run: everything that determines its result. `grids` are the token grids trained and tested; with a
+    `margin`, scenes lie on a blank page.
     """
 
     arm: str
-    projector: dict[str, Any]  # complete, so that a result is known by what was trained, whatever becomes a default
+    projector: dict[str, Any]  # complete, so that results do not depend on defaults
     grids: tuple[tuple[int, int], ...]
     seed: int
     learning_rate: float
@@ -135,7 +135,7 @@ class Run:
     def name(self) -> str:
         """The name of the result: a hash of everything but the arm's name."""
         fields = {"version": VERSION, **dataclasses.asdict(self), "arm": None}
-        if self.margin is None:  # as it was before there were any
+        if self.margin is None:  # as before margins existed
             del fields["margin"]
         return digest(fields)
 
@@ -146,7 +146,7 @@ class Run:
 
     @property
     def tokens(self) -> str:
-        """The budget, for people: "16", or "9 to 36"."""
+        """The readable budget: "16", or "9 to 36"."""
         counts = sorted(rows * columns for rows, columns in self.grids)
         return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
@@ -157,7 +157,7 @@ def grid_of(margin: int | None) -> tuple[int, int]:
 
 
 def fields_of(arm: str) -> dict[str, Any]:
-    """The projector fields of an arm. Raises ValueError if there is no such arm."""
+    """The projector fields of an arm. Raises ValueError for an unknown arm."""
     known = PEERS | REFERENCE | {name: PEERS[base] | fields for name, (base, fields) in ABLATIONS.items()}
     if arm not in known:
         raise ValueError(f"The study knows no projector {arm!r}; it knows {', '.join(known)}.")
@@ -167,8 +167,8 @@ def fields_of(arm: str) -> dict[str, Any]:
 def make_run(
     study: Study, arm: str, budgets: Sequence[int], seed: int, learning_rate: float, margin: int | None = None
 ) -> Run:
-    """The run of an arm, at a budget or (elastic) at several. The projector is as wide as makes its parameters
-    comparable, and the same at every budget but for the tokens.
+    """The run of an arm, at a budget or (elastic) at several. The projector's width makes its number of
+    parameters comparable; it is the same at every budget except for the tokens.
     """
     grids = tuple(token_grid(PATCHES if arm in REFERENCE else budget, grid_of(margin)) for budget in budgets)
     largest = max(grids)
@@ -178,25 +178,25 @@ def make_run(
 
 
 def size_of(arm: str) -> dict[str, int]:
-    """Width, heads and FFN of an arm: as wide as makes its parameters comparable; an ablation as what it changes."""
+    """Width, heads and FFN of an arm, for a comparable number of parameters; an ablation's are those of its base."""
     return sizes(matched_width(changed_by(arm)))
 
 
 def changed_by(arm: str) -> str:
-    """What an ablation changes; of a projector, itself. An ablation has its width and learning rate."""
+    """The projector that an ablation changes, whose width and learning rate it has; a projector itself."""
     return ABLATIONS[arm][0] if arm in ABLATIONS else arm
 
 
 def sizes(width: int) -> dict[str, int]:
-    """Width, heads and FFN of a projector that is so wide."""
+    """Width, heads and FFN of a projector of this width."""
     return {"hidden_size": width, "intermediate_size": width, "num_attention_heads": HEADS}
 
 
 @cache
 def matched_width(arm: str) -> int:
-    """The width at which an arm comes nearest, to a percent, to the parameters of a resampler of the reader's width.
+    """The width with the number of parameters nearest, to a percent, to that of a resampler of the reader's width.
 
-    Where several do, or there is no width, that nearest to the reader's.
+    Of several, or without a free width, the one nearest to the reader's.
     """
     grid = token_grid(16, GRID)
     aim = count_parameters(PEERS[BASELINE] | {"query_grid": grid, "visual_tokens": grid} | sizes(WIDTH))
@@ -232,7 +232,7 @@ def model_config(projector: dict[str, Any], patch_grid: tuple[int, int]) -> MSRe
 
 
 def make_projector(projector: dict[str, Any], patch_grid: tuple[int, int] = GRID) -> torch.nn.Module:
-    """The projector as a model here starts it."""
+    """The initialised projector."""
     return MSResamplerModel(model_config(projector, patch_grid)).projector
 
 
@@ -243,7 +243,7 @@ def count_parameters(projector: dict[str, Any]) -> int:
 
 
 def rehearse(study: Study) -> None:
-    """Runs every projector once at every budget. Raises ValueError, before hours of training, if one cannot."""
+    """Runs every projector once at every budget, and raises ValueError before hours of training if one fails."""
     for run in main_runs(dataclasses.replace(study, seeds=1), dict.fromkeys(study.arms, 0.0)):
         make_projector(run.projector)(torch.zeros(1, PATCHES, CHANNELS), GRID, run.grids[0])
 
@@ -257,7 +257,7 @@ def sweep_runs(study: Study) -> list[Run]:
 
 
 def main_runs(study: Study, rates: dict[str, float]) -> list[Run]:
-    """Every projector at every budget with every seed; seed after seed, so that a part is a smaller study."""
+    """Every projector at every budget with every seed; ordered by seed, so that a part is a smaller study."""
     return [
         make_run(study, arm, [budget], seed, rates[arm])
         for seed in range(study.seeds)
@@ -284,7 +284,7 @@ def further_runs(study: Study, rates: dict[str, float]) -> list[Run]:
 
 
 def margin_runs(study: Study, rates: dict[str, float]) -> list[Run]:
-    """Scenes amid paper, if the study has all that are compared there."""
+    """The runs on blank pages, if the study has all projectors that are compared there."""
     if not study.ablations or not rates.keys() >= set(AMID_PAPER):
         return []
     asked = product(range(study.seeds), AMID_PAPER, MARGINS.values())

@@ -1,7 +1,7 @@
-"""The reader that stands in for a language model: it answers questions about visual tokens, and gives patches back.
+"""The reader that stands in for a language model: it answers questions about visual tokens, and reconstructs patches.
 
-It first learns its questions on descriptions in words (`learn_descriptions`), so that every projector meets the same
-trained reader, which has seen the tokens of none. Shapes are named as in resampler_ms_resampler.py; Q is the number
+It is pretrained on descriptions in words (`learn_descriptions`), so that every projector starts with the same trained
+reader, which has not seen any projector's tokens. Shapes are named as in resampler_ms_resampler.py; Q is the number
 of questions of an image, W their words, L the answers or labels.
 """
 
@@ -17,11 +17,11 @@ from .data import BATCH, GRID, LABELS, WORDS_AT_MOST, Optimiser, StudyData, patc
 
 WIDTH, HEADS, DEPTH = 96, 4, 2
 READER = "reader.safetensors"
-QUESTIONS, PROBES = 8, 32  # questions of an image, and patches asked for, in one training step
+QUESTIONS, PROBES = 8, 32  # questions and patches per image in one training step
 
 
 class ReaderBlock(nn.Module):
-    """States of an image's questions look at each other (if there are several) and at the visual tokens."""
+    """States of an image's questions attend to each other (if there are several) and to the visual tokens."""
 
     def __init__(self, words: bool):
         super().__init__()
@@ -35,7 +35,7 @@ class ReaderBlock(nn.Module):
         )
 
     def forward(self, z_BQWD: Tensor, y_BMD: Tensor, hidden_BQW: Tensor | None = None) -> Tensor:
-        """`hidden_BQW` is -inf where there is no word; without it, states do not look at each other."""
+        """`hidden_BQW` is -inf where there is no word; without it, states do not attend to each other."""
         if hidden_BQW is not None:
             z = z_BQWD.flatten(0, 1)
             h = self.word_norm(z)
@@ -49,7 +49,7 @@ class ReaderBlock(nn.Module):
 
 
 class Reader(nn.Module):
-    """Answers questions (their content words) by one choice among all answers, and names what is under a patch."""
+    """Answers questions (their content words) by classification over all answers, and names what is under a patch."""
 
     def __init__(self, words: int, answers: int):
         super().__init__()
@@ -62,12 +62,12 @@ class Reader(nn.Module):
         self.label = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(LABELS.values())))
 
     def place(self, y_BMD: Tensor, points: Tensor) -> Tensor:
-        """Visual tokens at unit scale with the codes of their places (y, x), (M, 2) or (B, M, 2)."""
+        """Visual tokens at unit scale with position codes of (y, x), (M, 2) or (B, M, 2)."""
         codes = sincos_positions(points.flatten(0, -2), WIDTH).unflatten(0, points.shape[:-1])
         return self.token_norm(y_BMD) + codes
 
     def forward(self, y_BMD: Tensor, words_BQW: Tensor) -> Tensor:
-        """Logits of the answers (B, Q, L); word 0 is no word. The answer is read at a state before the words."""
+        """Logits of the answers (B, Q, L); word 0 is padding. The answer is read from a state before the words."""
         z_BQWD = F.pad(self.word_embedding(words_BQW), (0, 0, 1, 0)) + self.order[: 1 + words_BQW.shape[-1]]
         hidden_BQW = F.pad(torch.zeros(words_BQW.shape).masked_fill(words_BQW.cpu() == 0, -torch.inf), (1, 0))
         for block in self.blocks:
@@ -82,7 +82,7 @@ class Reader(nn.Module):
 
 
 class Description(nn.Module):
-    """Tokens for the nine places of a scene, of what a text would say: name, colour and height."""
+    """Tokens for the nine places of a scene, from embeddings of name, colour and height."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def make_reader(data: StudyData) -> Reader:
 
 
 def pretrained_reader(data: StudyData, steps: int) -> Reader:
-    """The reader that has learned from descriptions; made on first use, beside the data."""
+    """The pretrained reader; made on first use, beside the data."""
     path, reader = data.folder / READER, make_reader(data)
     if not path.exists():
         save_whole(learn_descriptions(data, steps), path)
@@ -137,7 +137,7 @@ def pretrained_reader(data: StudyData, steps: int) -> Reader:
 
 
 def learn_descriptions(data: StudyData, steps: int) -> Reader:
-    """Teaches a reader its questions on scenes told in words: one token for each place, and where the thing is."""
+    """Trains a reader on descriptions of scenes: one token for each place, with the thing's position."""
     torch.manual_seed(0)
     reader, description = make_reader(data), Description()
     told = load_file(data.folder / "train.safetensors")

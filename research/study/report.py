@@ -125,7 +125,7 @@ def signed(difference: Difference, column: int) -> str:
 
 
 def starred(estimate: Estimate, column: int) -> str:
-    """A difference in percentage points, with a star where its interval excludes zero: "+1.2*"."""
+    """A difference in percentage points, with a star if its interval excludes zero: "+1.2*"."""
     return f"{100 * estimate.mean_G[column]:+.1f}{'*' if excludes_zero(estimate, column) else ''}"
 
 
@@ -135,13 +135,13 @@ def excludes_zero(estimate: Estimate, column: int) -> bool:
 
 
 def signed_interval(mean: float, low: float, high: float) -> str:
-    """The same of three numbers; of a single seed, which has no interval, the mean alone."""
+    """As `signed`, from three numbers; the mean alone for a single seed, which has no interval."""
     interval = "" if np.isnan(low) else f" ({100 * low:+.1f} to {100 * high:+.1f})"
     return f"{100 * mean:+.1f}{interval}"
 
 
 def number(value: float, digits: int) -> str:
-    """A number, or a dash where there is none."""
+    """A number, or a dash for NaN."""
     return "–" if np.isnan(value) else f"{value:.{digits}f}"
 
 
@@ -232,7 +232,7 @@ def left_out(arms: list[str]) -> str:
 
 
 def elastic_table(results: Results) -> str:
-    """Weights trained with random budgets beside weights trained for each."""
+    """Weights trained with random budgets, compared with weights trained for each budget."""
     rows, missing = [], []
     for arm, tokens in product(ELASTIC, results.budgets):
         keys = [(arm, mode, tokens) for mode in ("elastic", "fixed")]

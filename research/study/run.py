@@ -1,4 +1,4 @@
-"""One run of the study: trains a projector and the reader behind it, and examines them."""
+"""One run of the study: trains and evaluates a projector and its reader."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from .results import made_with, result_path
 from .statistics import overall
 
 PICTURES_AT_ONCE = 50
-SHOWN = 3  # test scenes whose maps are kept
+SHOWN = 3  # test scenes whose maps are stored
 
 
 class Student(nn.Module):
@@ -46,16 +46,16 @@ class Student(nn.Module):
 
 
 def perform(run: Run, out: Path) -> dict[str, Any]:
-    """The result of a run, from `OUT/runs` if it is there; else it is trained, examined and written there.
+    """The result of a run, from `OUT/runs` if it exists; else it is trained, evaluated and written there.
 
-    Raises ValueError if what is there does not say how it was made, as an early version left it.
+    Raises ValueError if the stored result does not say how it was made, as in an early version.
     """
     path = result_path(out, run)
     if path.exists():
         result = json.loads(path.read_text())
         if "made_with" not in result:
             raise ValueError(f"{path} was made by another version of the study: remove it, or work in a new folder.")
-        return {**result, "run": dataclasses.asdict(run)}  # under the name it has today
+        return {**result, "run": dataclasses.asdict(run)}  # under its current name
     keep_freed_memory()
     data = data_of(run, out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,7 +79,7 @@ def perform(run: Run, out: Path) -> dict[str, Any]:
 
 
 def data_of(run: Run, out: Path) -> StudyData:
-    """The data of a run's settings, its scenes amid paper if it has a margin."""
+    """The data of a run's settings, with its scenes on blank pages if it has a margin."""
     data = prepare_data(out, run.data)
     if run.margin is None:
         return data
@@ -130,12 +130,12 @@ def score_split(student: Student, grid: tuple[int, int], split: Split, device: t
 
 
 def batched(count: int) -> Iterator[slice]:
-    """Slices of pictures that are examined together."""
+    """Slices of pictures that are evaluated together."""
     return (slice(start, start + PICTURES_AT_ONCE) for start in range(0, count, PICTURES_AT_ONCE))
 
 
 def patches_right(logits_BNL: Tensor, labels_BN2: Tensor) -> Tensor:
-    """Of the patches that hold a thing or are said to, the share (B,) with the right name and colour."""
+    """The share (B,) of patches with the right name and colour, of those that have or are predicted to have a thing."""
     name_BN, colour_BN = (part.argmax(-1) for part in logits_BNL.split(list(LABELS.values()), dim=-1))
     there_BN = labels_BN2[..., 0] > 0
     right_BN = (name_BN == labels_BN2[..., 0]) & (colour_BN == labels_BN2[..., 1]) & there_BN
@@ -143,7 +143,7 @@ def patches_right(logits_BNL: Tensor, labels_BN2: Tensor) -> Tensor:
 
 
 def describe_scopes(student: Student, grid: tuple[int, int], split: Split, device: torch.device) -> dict[str, Any]:
-    """Learned sigmas, how much each family's questions rest on each scope, and maps of the first few scenes."""
+    """Learned sigmas, each family's fusion weights by scope, and maps of the first few scenes."""
     words_BFW, answer_BF = split.examination()
     trust_BFS = []
     for rows in batched(len(answer_BF)):

@@ -1,4 +1,4 @@
-"""What the scores say: means by group of questions, intervals over pictures and seeds, paired differences.
+"""Statistics of scores: means by group of questions, intervals over pictures and seeds, paired differences.
 
 Dimensions, as name suffixes: S seeds, B pictures, F families of questions (and the dense probe, last), G groups (and
 the overall mean, last), R resamples.
@@ -18,7 +18,7 @@ RESAMPLES = 2_000
 
 
 def score_matrix(scores: dict[str, str]) -> np.ndarray:
-    """A run's scores (F, B) in [0, 1]; not a number where a family does not ask about a picture."""
+    """A run's scores (F, B) in [0, 1]; NaN where a family has no question about a picture."""
     letters = [[{"1": 1.0, "0": 0.0, "-": np.nan}[letter] for letter in scores[family]] for family in STUDY_FAMILIES]
     return np.array([*letters, np.frombuffer(bytes.fromhex(scores["dense"]), np.uint8) / 100])
 
@@ -87,7 +87,7 @@ def difference(ours_SFB: np.ndarray, other_SFB: np.ndarray, validation_S: np.nda
 
 
 def mean_over_seeds(value_S: np.ndarray) -> tuple[float, float, float]:
-    """The mean and its 95% t-interval, which a single seed does not have."""
+    """The mean and its 95% t-interval (NaN for a single seed)."""
     mean, seeds = float(value_S.mean()), len(value_S)
     if seeds == 1:
         return mean, np.nan, np.nan
@@ -96,7 +96,7 @@ def mean_over_seeds(value_S: np.ndarray) -> tuple[float, float, float]:
 
 
 def corrected(p_values: Sequence[float]) -> np.ndarray:
-    """p-values adjusted for their number (Benjamini and Hochberg); those that are not numbers stay so."""
+    """p-values adjusted by Benjamini and Hochberg's method; NaN is kept."""
     p = np.array(p_values, float)
     known = ~np.isnan(p)
     if known.any():
