@@ -312,7 +312,7 @@ def test_a_message_with_a_secret_is_refused(hub, token, folder, capsys):
 
 def test_personal_data_is_cleaned_or_named(hub, token, folder, unverified, capsys):
     config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(config | {"made_by": "/home/ada/work/run.py"}))
+    (folder / "generation_config.json").write_text(json.dumps(config | {"made_by": "/home/ada/models/run.py"}))
     (folder / "LICENSE").write_text("Free for all.\nAsk ada@example.org.\n")
     assert main(["push", str(folder), NAME]) == 0
     assert "Everybody with read access sees LICENSE, line 2: an e-mail address." in capsys.readouterr().out
