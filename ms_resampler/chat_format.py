@@ -6,11 +6,12 @@ This works for any language model: templates are probed by rendering conversatio
 import json
 import re
 from functools import cached_property
-from importlib.resources import files
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from .folders import PACKAGE
 
 Span = tuple[int, int]
 
@@ -23,7 +24,7 @@ GENERATION_TAG = re.compile(r"\{%(-?\s*(?:end)?generation\s*-?)%\}")
 
 def packaged_template(name: str) -> str:
     """The text of a file in the folder chat_templates, such as "chatml"."""
-    return (files("ms_resampler") / "chat_templates" / f"{name}.jinja").read_text()
+    return (PACKAGE / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 class ChatFormat:
@@ -157,12 +158,14 @@ def thinking_off(template: str, tokenizer: Any) -> str:
         return template
     said = [{"role": "user", "content": [{"type": "text", "text": "Q1"}]}]
     try:
-        on, off = (own.render(said, add_generation_prompt=True, enable_thinking=on) for on in (True, False))
+        thinking, plain = (own.render(said, add_generation_prompt=True, enable_thinking=on) for on in (True, False))
         end = own.turn_ends[1]
     except ValueError:
         return template
-    on = on.rstrip().removesuffix("<think>") if on.rstrip().endswith("<think>") else on
-    block = off.removeprefix(on) if "</think>" in off.removeprefix(on) and off.startswith(on) else NO_THINKING
+    if thinking.rstrip().endswith("<think>"):
+        thinking = thinking.rstrip().removesuffix("<think>")
+    block = plain.removeprefix(thinking) if plain.startswith(thinking) else ""
+    block = block if "</think>" in block else NO_THINKING
     mended = packaged_template("thinking_off").rstrip("\n")
     for name, value in {"MARK": ANSWER_MARK, "END": end, "NO_THINKING": block}.items():
         mended = mended.replace(f"'{name}'", json.dumps(value, ensure_ascii=False))

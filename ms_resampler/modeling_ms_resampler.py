@@ -162,8 +162,9 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         """
         layers, shape = self.config.feature_layers, self.tower_shape
         attentions = kwargs.get("output_attentions") or self.config.vision_config.output_attentions
-        skip = kwargs["output_hidden_states"] == layers and not attentions
-        if skip := skip and shape.unread_layers(layers) > 0:
+        as_configured = kwargs["output_hidden_states"] == layers and not attentions
+        skip = as_configured and shape.unread_layers(layers) > 0
+        if skip:
             kwargs["skip_unread"] = True  # not passed to towers that do not accept it
         if not shape.can_stop_early:
             kwargs["output_hidden_states"] = True

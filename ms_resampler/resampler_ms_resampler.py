@@ -142,7 +142,7 @@ class ScopeLayer(GradientCheckpointingLayer):
         self, z_BMD: Tensor, u_BND: Tensor, cell_BMD: Tensor, patch_grid: Grid, token_grid: Grid, output_scopes: bool
     ) -> tuple[Tensor, ScopeMaps | None]:
         """Returns the next tokens, with the cell means added, and maps; z is (1, M, D) in the first layer."""
-        o_BMD, attention_BSMN = self.read(z_BMD, u_BND, patch_grid, token_grid, output_scopes)
+        o_BMD, attention_BSMN = self.read(u_BND, patch_grid, token_grid, output_scopes)
         g_BMS = self.gate(self.gate_norm(o_BMD + z_BMD)).softmax(dim=-1)
         # Repeated for each head by expand: indexing would copy the index to the GPU at every call.
         g_BMh = torch.cat([g.expand(-1, -1, n) for g, n in zip(g_BMS.split(1, -1), self.scope_heads, strict=True)], -1)
@@ -152,7 +152,7 @@ class ScopeLayer(GradientCheckpointingLayer):
         return z_BMD, None if attention_BSMN is None else ScopeMaps(g_BMS.mT, attention_BSMN)
 
     def read(
-        self, z_BMD: Tensor, u_BND: Tensor, patch_grid: Grid, token_grid: Grid, output_scopes: bool
+        self, u_BND: Tensor, patch_grid: Grid, token_grid: Grid, output_scopes: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The heads' output (B, M, D) and, if requested, each scope's attention (B, S, M, N)."""
         score_BhN = self.score(u_BND).mT.contiguous()  # the memory layout of the terms that are added

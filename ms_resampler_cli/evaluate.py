@@ -1,6 +1,8 @@
 """`ms-resampler evaluate`: scores models on benchmarks, beside published rows."""
 
 import argparse
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -87,35 +89,40 @@ def evaluated(arguments: argparse.Namespace) -> list[Path]:
 
     if arguments.batch_size < 1 or (arguments.limit is not None and arguments.limit < 1):
         raise ValueError("--batch-size and --limit must be at least 1.")
-    runs = []
-    for model in arguments.model:
-        for visual_tokens in arguments.visual_tokens:
-            out = arguments.out / run_name(model, visual_tokens, arguments.blind)
-            options = Options(
-                data=arguments.data,
-                splits=dict(arguments.split),
-                visual_tokens=visual_tokens,
-                batch_size=arguments.batch_size,
-                limit=arguments.limit,
-                blind=arguments.blind,
-                judge=function(arguments.judge) if arguments.judge else None,
-                revision=arguments.revision,
-                url=arguments.url,
+    options = Options(
+        data=arguments.data,
+        splits=dict(arguments.split),
+        batch_size=arguments.batch_size,
+        limit=arguments.limit,
+        blind=arguments.blind,
+        judge=judge_named(arguments.judge) if arguments.judge else None,
+        revision=arguments.revision,
+        url=arguments.url,
+    )
+    asked: dict[Path, tuple[str, Any]] = {}
+    for model, visual_tokens in product(arguments.model, arguments.visual_tokens):
+        out = arguments.out / run_name(model, visual_tokens, arguments.blind)
+        if out in asked:
+            raise ValueError(
+                f"{asked[out][0]} and {model} would both be evaluated in {out}: evaluate them one at a time, each with "
+                "another --out, and compare them with --report."
             )
-            evaluate(model, arguments.tasks, out, options)
-            runs.append(out)
+        asked[out] = model, visual_tokens
+    for out, (model, visual_tokens) in asked.items():
+        evaluate(model, arguments.tasks, out, replace(options, visual_tokens=visual_tokens))
+    runs = list(asked)
     return runs if PartialState().is_main_process else []
 
 
 def run_name(model: str, visual_tokens: Any, blind: bool) -> str:
-    """A folder name that is unique among the runs of one command."""
+    """The folder of a run: the model's name, the budget and whether it is blind."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
     grid = "x".join(map(str, visual_tokens)) if isinstance(visual_tokens, tuple) else visual_tokens
     return "-".join(str(part) for part in (name, grid, "blind" if blind else None) if part is not None)
 
 
-def function(name: str) -> Any:
-    """A function by its name. Raises ValueError if there is none."""
+def judge_named(name: str) -> Any:
+    """The function MODULE:FUNCTION. Raises ValueError if there is none."""
     from importlib import import_module
 
     module, _, attribute = name.partition(":")

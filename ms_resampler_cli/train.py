@@ -8,6 +8,7 @@ from typing import Any
 
 PARTS = ("tower", "projector", "llm", "embeddings")
 LAUNCHERS = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "zero2": "zero2.json", "zero3": "zero3.json"}
+TINY_OPTIONS = ("scenes", "projector", "embed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tiny = parser.add_argument_group("for the recipe tiny")
     tiny.add_argument("--scenes", type=int, default=400, help="held-out scenes to evaluate on (default: 400)")
     tiny.add_argument(
-        "--projector", metavar="KIND", help="train another projector, such as avg_pool, in the embedded checkpoint"
+        "--projector", metavar="TYPE", help="train another projector, such as avg_pool, in the embedded checkpoint"
     )
     tiny.add_argument("--embed", action="store_true", help="copy the result into this package")
 
@@ -79,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("Name a recipe; `ms-resampler train --list` shows them.")
     elif arguments.recipe == "tiny":
         run_tiny(arguments)
+    elif misplaced := [option(name) for name in given(arguments) if name in TINY_OPTIONS]:
+        raise ValueError(f"{misplaced[0]} is an option of the recipe tiny, and the recipe here is {arguments.recipe}.")
     elif arguments.show:
         print(json.dumps(dataclasses.asdict(changed_recipe(arguments)), indent=2))
     else:
@@ -135,13 +138,23 @@ def run_recipe(arguments: argparse.Namespace) -> None:
         print(result)
 
 
+def given(arguments: argparse.Namespace) -> list[str]:
+    """The names of the options that differ from their defaults."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return [name for name, default in vars(parser.parse_args([])).items() if getattr(arguments, name) != default]
+
+
+def option(name: str) -> str:
+    """An option as it is typed."""
+    return "--no-bf16" if name == "bf16" else f"--{name.replace('_', '-')}"
+
+
 def run_tiny(arguments: argparse.Namespace) -> None:
     """Trains the embedded checkpoint again, or another projector in it."""
-    for name in ("model", "data", "images", "learning_rate", "batch_size", "epochs"):
-        if getattr(arguments, name) is not None:
-            raise ValueError(
-                f"The recipe tiny has its own model and data: it does not accept --{name.replace('_', '-')}."
-            )
+    for name in given(arguments):
+        if name not in ("recipe", "out", "steps", "seed", *TINY_OPTIONS):
+            raise ValueError(f"The recipe tiny has its own model and data: it does not accept {option(name)}.")
     options = {"scenes": arguments.scenes, "steps": arguments.steps, "seed": arguments.seed or 0}
     if arguments.projector is None:
         from ms_resampler.tiny.stages import train_tiny

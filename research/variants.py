@@ -220,7 +220,7 @@ class PriorLayer(ScopeLayer):
 class ReadPlainly(Change):
     """Heads that score patches once for all tokens, with the prior as a bias on every score instead of by axes."""
 
-    def read(self, z_BMD, u_BND, patch_grid, token_grid, output_scopes):
+    def read(self, u_BND, patch_grid, token_grid, output_scopes):
         bias_1hMN = self.bias(self.prior, patch_grid, token_grid, u_BND)
         attention_BhMN = (self.score(u_BND).mT[:, :, None] + bias_1hMN).softmax(dim=-1)
         value_BhNd = split_heads(self.v_proj(u_BND), self.heads)

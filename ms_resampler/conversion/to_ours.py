@@ -88,11 +88,11 @@ def output_of(source: Source, weight: Weight, target: str, place: tuple[int, ...
 
 def new_weights(source: Source, missing: set[str]) -> dict[str, Tensor]:
     """Initialised weights: those of a new projector, and those that upcycling adds."""
-    if not source.begins:
-        return {name: value for name, value in source.new.items() if name in missing}
-    projector = build_projector(source.config)
-    projector.apply(empty_model(source.config).model._init_weights)
-    state = {f"model.projector.{name}": value for name, value in projector.state_dict().items()}
+    state = source.new
+    if source.begins:
+        projector = build_projector(source.config)
+        projector.apply(empty_model(source.config).model._init_weights)
+        state = {f"model.projector.{name}": value for name, value in projector.state_dict().items()}
     return {name: value for name, value in state.items() if name in missing}
 
 

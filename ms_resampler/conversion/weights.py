@@ -25,10 +25,6 @@ class Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @property
-    def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
     def read(self) -> Tensor:
         """The tensor, from the disk."""
         if self.file.suffix == ".safetensors":

@@ -52,7 +52,7 @@ def kept_answers(folder: Path, name: str) -> dict[tuple[str, str], Reply]:
     """The results of earlier runs, of any number of processes, by prompt; truncated lines are skipped."""
     kept: dict[tuple[str, str], Reply] = {}
     for path in sorted(folder.glob(f"{name}.rank*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines, which cuts at U+2028
             try:
                 row = json.loads(line)
             except ValueError:

@@ -349,7 +349,10 @@ def remarks(
     if problems:
         said.append(f"{len(problems)} samples have problems and are left out: see `problems`.")
     if scored and len(scored) < len(rows):
-        said.append(f"{len(rows) - len(scored)} answered samples are not scored: their groups are incomplete.")
+        said.append(
+            f"{len(rows) - len(scored)} answered samples are not scored: they have no public answer or grade, or their "
+            "groups are incomplete."
+        )
     return said
 
 
@@ -383,7 +386,7 @@ def sample_row(sample: Sample, text: str, reply: Reply, outcome: Outcome) -> dic
 
 def read_scored(path: Path) -> list[Scored]:
     """The scored samples of a task's JSONL, in whole groups."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     samples = [
         Sample(
             row["id"], {}, tuple(Picture(key, str) for key in row["pictures"]), row["truth"], row["group"], row["meta"]

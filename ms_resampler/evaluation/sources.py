@@ -193,9 +193,16 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not valid JSON: {error}") from error
 
 
+def known_split(split: str, names: Mapping[str, str]) -> str:
+    """The name of a split in a release's files. Raises DataError if there is no such split."""
+    if split not in names:
+        raise DataError(f"There is no split {split!r}; the splits are {', '.join(names)}.")
+    return names[split]
+
+
 def read_jsonl(path: Path) -> Iterator[Any]:
     """The lines of a JSONL file. Raises DataError, with the line, if one is damaged."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
             try:
                 yield json.loads(line, object_hook=Columns)

@@ -1,6 +1,6 @@
 """Intervals and tests: a bootstrap over pictures, paired between models, and Holm's correction over tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,14 +37,18 @@ def headline(aggregation: Aggregation, names: Sequence[str], sums: np.ndarray) -
     return finish_sums(aggregation, names, sums)[aggregation.headline]
 
 
-def draws(units: int, seed: int) -> list[np.ndarray]:
+def draws(units: int, seed: int) -> Iterator[np.ndarray]:
     """How many times each unit is drawn in each resample, in blocks (resamples, units)."""
     rng = np.random.default_rng(seed)
-    return [rng.multinomial(units, np.full(units, 1 / units), size=BLOCK) for _ in range(RESAMPLES // BLOCK)]
+    for _ in range(RESAMPLES // BLOCK):
+        yield rng.multinomial(units, np.full(units, 1 / units), size=BLOCK)
 
 
 def interval(aggregation: Aggregation, scored: Sequence[Scored], seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of the headline number, over resampled pictures."""
+    """The 95% percentile interval of the headline number, over resampled pictures.
+
+    Resamples that leave a split or category of the task without a picture have no number, and are left out.
+    """
     units, names, counts = count_units(aggregation, scored)
     values = np.concatenate([headline(aggregation, names, block @ counts) for block in draws(len(units), seed)])
     if np.isnan(values).all():
@@ -73,6 +77,8 @@ def compare(aggregation: Aggregation, first: Sequence[Scored], second: Sequence[
         return headline(aggregation, names, sums_b) - headline(aggregation, names, sums_a)
 
     observed = float(difference(a.sum(axis=0), b.sum(axis=0)))
+    if np.isnan(observed):  # the shared samples have no headline number, such as an F1 without a positive
+        return Difference(np.nan, np.nan, np.nan, 1.0, len(shared))
     values = np.concatenate([difference(block @ a, block @ b) for block in draws(len(a), seed)])
     rng = np.random.default_rng(seed + 1)
     extreme = 0

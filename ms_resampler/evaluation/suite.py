@@ -50,7 +50,7 @@ def suite_task(path: Path) -> Task:
 
 def records(path: Path, split: str) -> Iterator[Record | Problem]:
     """The lines of a file; one that is not a JSON object is a problem."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
             try:
                 yield {**json.loads(line), "folder": path.parent}
@@ -85,7 +85,7 @@ def check_answers(kind: str, answers: list[str], options: list[str] | None) -> N
     if kind not in KINDS:
         raise ValueError(f"The kind is {kind!r}; it is one of {', '.join(KINDS)}.")
     if (kind == "choice") != (options is not None):
-        raise ValueError("`options` is allowed for the kind `choice` only.")
+        raise ValueError("A record has `options` if its kind is `choice`, and only then.")
     if not answers:
         raise ValueError("The record has no answer.")
     allowed = {"yes/no": ["yes", "no"], "choice": [chr(65 + index) for index in range(len(options or []))]}.get(kind)

@@ -1,19 +1,17 @@
 """The embedded model before training: tokenizer, processor and a few million random weights."""
 
-from pathlib import Path
-
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import ConvNextConfig, PreTrainedTokenizerFast, Qwen3Config, ViTImageProcessorPil
 
+from ..chat_format import packaged_template
 from ..configuration_ms_resampler import MSResamplerConfig
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..processing_ms_resampler import MSResamplerProcessor
 from .scenes import INDEX, TRANSCRIBE, ask, index_by_name, make_scene, scene_rng, transcript
 
 IMAGE_PIXELS, PATCH_PIXELS, TOKEN_GRID, WIDTH = 96, 8, [6, 6], 256
-CHAT_TEMPLATE = Path(__file__).parent.parent / "chat_templates" / "chatml.jinja"
 VOCABULARY = 640
 SCENES_FOR_TOKENIZER = 500
 
@@ -96,7 +94,7 @@ def assemble_tiny(seed: int) -> tuple[MSResamplerForConditionalGeneration, MSRes
         train_tokenizer(),
         patch_size=PATCH_PIXELS,
         visual_tokens=TOKEN_GRID,
-        chat_template=CHAT_TEMPLATE.read_text(),
+        chat_template=packaged_template("chatml"),
     )
     model = MSResamplerForConditionalGeneration(tiny_config(processor))
     keep_variance(model.model.vision_tower)

@@ -179,7 +179,7 @@ def located(image: Any, record: dict[str, Any]) -> Any:
         image = next((stored[name] for name in ("bytes", "path", "url") if name in stored), None)
         if image is None or stored.keys() - {"bytes", "path", "url"}:
             raise BadRecord("unreadable image", record, f"has an image with the fields {', '.join(map(str, stored))}.")
-    if isinstance(image, Path) or not isinstance(image, str):
+    if not isinstance(image, str):
         if image is None or isinstance(image, (bool, int, float, list, tuple)):
             kind = type(image).__name__
             why = f"has an image that is of type {kind}: it is a path, a URL, a data: URI, base64 or bytes."
@@ -213,7 +213,7 @@ def path_of(name: str, record: dict[str, Any]) -> Any:
     if found := next(filter(os.path.isfile, within), None):
         return found
     if BASE64.fullmatch(name):
-        return base64.b64decode("".join(name.translate({45: 43, 95: 47}).split()) + "==")
+        return base64.b64decode("".join(name.translate(str.maketrans("-_", "+/")).split()) + "==")
     if "://" in name or len(within) < len(paths):
         why = f"names the image {name[:NAME_LENGTH]!r}: a path must stay within the folder of images."
         raise BadRecord("image path", record, why)

@@ -133,6 +133,31 @@ def test_splits_without_public_answers(name, split, tmp_path):
     assert all(sample.truth is None for sample in loaded.samples)
 
 
+@pytest.mark.parametrize("name", ["vqav2", "mmmu"])
+def test_a_split_that_a_release_does_not_have_is_named(name, tmp_path):
+    with pytest.raises(DataError, match="There is no split 'train'; the splits are val"):
+        load(name, tmp_path, "train")
+
+
+def test_one_bad_row_costs_its_own_sample_alone(tmp_path):
+    make_mmbench(tmp_path, circular=False)
+    (table,) = tmp_path.glob("*.tsv")
+    lines = table.read_text().split("\n")
+    lines[1:2] = [lines[1].replace("\tB\t", "\tE\t"), "x" + lines[1]]
+    table.write_text("\n".join(lines))
+    found = TASKS["mmbench"].load(None, tmp_path)
+    assert {problem.id for problem in found.problems} == {"241", "line 3"}
+    assert {sample.group for sample in found.samples} == {"252"}
+
+    MAKERS["textvqa"](tmp_path)
+    (tokens,) = tmp_path.glob("TextVQA_Rosetta*.json")
+    data = json.loads(tokens.read_text())
+    tokens.write_text(json.dumps(data | {"data": data["data"][1:]}))
+    found = TASKS["textvqa"].load(None, tmp_path)
+    assert [problem.id for problem in found.problems] == ["34602"]
+    assert [sample.id for sample in found.samples] == ["34603"]
+
+
 # The Hub's copies: tables with the columns and types that they have there.
 
 HUB = {

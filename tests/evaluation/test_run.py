@@ -307,6 +307,18 @@ def test_suite_files_refuse_what_they_do_not_know(tmp_path):
     }  # fmt: skip
 
 
+def test_lines_end_at_a_newline_alone(tmp_path):
+    """Texts may hold what str.splitlines() takes for the end of a line."""
+    text = "one\u2028two\x85three"
+    record = {"id": 1, "image": [], "question": text, "answer": "yes", "kind": "yes/no"}
+    (tmp_path / "odd.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    answerer = Counting(reply=text)
+    for _ in range(2):  # the second run asks nothing again
+        task = evaluate(answerer, [tmp_path / "odd.jsonl"], tmp_path / "out")["tasks"]["odd"]
+        assert task["problems"] == {}
+        assert len(answerer.prompts) == 1
+
+
 def command(model, suite, out, *more, launcher=()):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     arguments = ["ms_resampler_cli.main", "evaluate", model, "--tasks", suite, "--out", out, "--batch-size", "3", *more]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from ms_resampler.evaluation import Options, evaluate, figure, model_index, report
+from ms_resampler.evaluation import TASKS, Options, evaluate, figure, model_index, report
 from ms_resampler.evaluation.aggregation import mean_of_scores
 from ms_resampler.evaluation.published import comparable_rows, published_rows
 from ms_resampler.evaluation.report import Run, published_points
@@ -75,6 +75,16 @@ def test_only_shared_samples_are_compared():
     assert (found.value, found.samples) == (pytest.approx(-200 / 3), 3)
     with pytest.raises(ValueError, match="no sample in common"):
         compare(MEAN, first[:1], second)
+
+
+def test_a_difference_without_a_number_is_not_significant():
+    """F1 of no positives is no number."""
+    pope = TASKS["pope"]
+    samples = [Sample(str(n), {}, (Picture(str(n), str),), "no", meta={"category": "random"}) for n in range(4)]
+    answered = [Scored(sample, "no", pope.score(sample, "no")) for sample in samples]
+    found = compare(pope.aggregation, answered, answered)
+    assert np.isnan([found.value, found.low, found.high]).all()
+    assert found.p == 1
 
 
 def test_holm():

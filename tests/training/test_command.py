@@ -93,7 +93,15 @@ def test_learning_rates_are_changed_for_all_or_for_a_part(changes, rates, capsys
         (["tiny", "--scenes", "0"], "The number of scenes must be at least 1, got 0."),
         (["missing"], "There is no recipe 'missing': choose one of align, instruct"),
         (["instruct_lora", "--learning-rate", "embeddings=1e-5"], "the embeddings stay frozen"),
-        (["tiny", "--data", "d.json"], "The recipe tiny has its own model and data: it does not accept --data."),
+        (["tiny", "--show"], "it does not accept --show."),
+        (["tiny", "--workers", "2"], "it does not accept --workers."),
+        (["tiny", "--no-bf16"], "it does not accept --no-bf16."),
+        (["tiny", "--streaming"], "it does not accept --streaming."),
+        (["align", "--scenes", "5"], "--scenes is an option of the recipe tiny, and the recipe here is align."),
+        (
+            ["tiny", "--data", "d.json"],
+            "The recipe tiny has its own model and data: it does not accept --data.",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_sentence(arguments, sentence, capsys):

@@ -180,11 +180,12 @@ def test_latin_1_says_how_to_convert_it(tmp_path):
 def test_a_copy_of_a_packed_file_goes_with_the_process(tmp_path):
     (tmp_path / "data.jsonl.gz").write_bytes(packed(LINES))
     code = (
-        f"from ms_resampler.training.records import open_records; open_records({str(tmp_path / 'data.jsonl.gz')!r})[0]"
+        "import os; from ms_resampler.training.records import open_records; "
+        f"open_records({str(tmp_path / 'data.jsonl.gz')!r})[0]; assert os.listdir(os.environ['TMPDIR'])"
     )
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": os.pathsep.join(sys.path)}
     (tmp_path / "tmp").mkdir()
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "data.jsonl.gz")], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert list((tmp_path / "tmp").iterdir()) == []
 
 

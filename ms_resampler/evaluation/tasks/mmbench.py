@@ -9,7 +9,7 @@ import numpy as np
 from ..aggregation import Aggregation, Counts, Sums, groups_of
 from ..metrics import mmbench_letter
 from ..protocol import LETTER, LLAVA, Judge, Task
-from ..samples import Columns, Outcome, Sample, Scored, lettered, stored_picture
+from ..samples import Columns, Outcome, Problem, Sample, Scored, lettered, stored_picture
 from ..sources import HubData, Record, is_blank, one_of, read_tsv
 
 ROTATION = 1_000_000  # the k-th rotation of question i has the index i + k * 1,000,000
@@ -19,13 +19,18 @@ FILES = {
 }
 
 
-def records_of(language: str) -> Callable[[Path, str], Iterator[Record]]:
+def records_of(language: str) -> Callable[[Path, str], Iterator[Record | Problem]]:
     """A reader for a language's table, which adds rotations if the table has none."""
 
-    def records(folder: Path, split: str) -> Iterator[Record]:
+    def records(folder: Path, split: str) -> Iterator[Record | Problem]:
         names = [name.replace("dev", split).replace("DEV", split.upper()) for name in FILES[language]]
         path = one_of(folder, *names)
-        rows = list(read_tsv(path))
+        rows = []
+        for number, row in enumerate(read_tsv(path), start=2):
+            if (row.get("index") or "0").isdecimal():
+                rows.append(row)
+            else:
+                yield Problem(f"line {number}", "unusable record", f"The index is {row['index']!r}, not a number.")
         pictures = {row.get("index"): row.get("image") for row in rows}
         has_rotations = any(int(row["index"]) >= ROTATION for row in rows if row.get("index"))
         for row in rows:
@@ -40,10 +45,14 @@ def records_of(language: str) -> Callable[[Path, str], Iterator[Record]]:
     return records
 
 
-def rotations(record: Record) -> Iterator[Record]:
-    """A question with its options in every rotation, and the answer's letter with them."""
+def rotations(record: Record) -> Iterator[Record | Problem]:
+    """A question with its options in every rotation, and the answer's letter with them; a wrong letter is a problem."""
     letters = [letter for letter in "ABCD" if not is_blank(record.get(letter))]
     answer = record.get("answer")
+    if not is_blank(answer) and answer not in letters:
+        why = f"The answer is {answer!r}, and the options are {', '.join(letters)}."
+        yield Problem(str(record["index"]), "unusable record", why)
+        return
     for shift in range(len(letters)):
         turned = {letter: record[letters[(i + shift) % len(letters)]] for i, letter in enumerate(letters)}
         index = int(record["index"]) + shift * ROTATION

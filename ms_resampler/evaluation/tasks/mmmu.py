@@ -8,15 +8,16 @@ from ..aggregation import mean_of_scores
 from ..metrics import mmmu_letter, mmmu_open_answers, mmmu_open_match
 from ..protocol import Task
 from ..samples import Columns, Outcome, Sample, Scored, lettered
-from ..sources import HubData, Record, load_rows, rows_with_pictures, strings
+from ..sources import HubData, Record, known_split, load_rows, rows_with_pictures, strings
 
 NAMES = {"val": "validation", "test": "test", "dev": "dev"}
 
 
 def records(folder: Path, split: str) -> Iterator[Record]:
     """The rows of every subject's Parquet table."""
-    for subject in sorted(path.parent for path in folder.glob(f"*/{NAMES[split]}-*.parquet")):
-        yield from rows_with_pictures(load_rows(str(subject), None, NAMES[split], "main"), str(subject), None)
+    name = known_split(split, NAMES)
+    for subject in sorted(path.parent for path in folder.glob(f"*/{name}-*.parquet")):
+        yield from rows_with_pictures(load_rows(str(subject), None, name, "main"), str(subject), None)
 
 
 def build(record: Columns) -> Sample:
@@ -61,7 +62,7 @@ def export(scored: Sequence[Scored]) -> tuple[str, dict]:
 TASK = Task(
     name="mmmu",
     title="MMMU",
-    hub=HubData("lmms-lab/MMMU", {"val": "validation", "test": "test", "dev": "dev"}),
+    hub=HubData("lmms-lab/MMMU", NAMES),
     split="val",
     published_split="val",
     prompt="{question}\n\n{instruction}",

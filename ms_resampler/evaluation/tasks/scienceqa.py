@@ -21,7 +21,7 @@ def records(folder: Path, split: str) -> Iterator[Record]:
 
 
 def build(record: Columns) -> Sample:
-    """A problem; its truth is a letter. The Hub's copy has no ids, so that the question and choices stand for one."""
+    """A problem; its truth is a letter. In the Hub's copy, which has no ids, the number of the row stands for one."""
     choices, hint = record["choices"], record.get("hint")
     question = record["question"]
     image = record["image"]

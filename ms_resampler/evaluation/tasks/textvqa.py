@@ -6,17 +6,20 @@ from pathlib import Path
 from ..aggregation import mean_of_scores
 from ..metrics import evalai_normalise, textvqa_accuracy
 from ..protocol import LLAVA, Task
-from ..samples import Columns, Outcome, Sample, Scored
+from ..samples import Columns, Outcome, Problem, Sample, Scored
 from ..sources import HubData, Record, one_of, picture_in, read_json
 
 
-def records(folder: Path, split: str) -> Iterator[Record]:
+def records(folder: Path, split: str) -> Iterator[Record | Problem]:
     """The questions of TextVQA_0.5.1_*.json, with the tokens of TextVQA_Rosetta_OCR_v0.2_*.json."""
     tokens = read_json(one_of(folder, f"TextVQA_Rosetta_OCR_*_{split}.json"))["data"]
     tokens = {row["image_id"]: row["ocr_tokens"] for row in tokens}
     pictures = "test_images" if split == "test" else "train_images"
     for question in read_json(one_of(folder, f"TextVQA_0.5.1_{split}.json"))["data"]:
         name = question["image_id"]
+        if name not in tokens:
+            yield Problem(str(question["question_id"]), "unusable record", f"The picture {name} has no OCR tokens.")
+            continue
         yield question | {"ocr_tokens": tokens[name], "image": picture_in(folder, f"{pictures}/{name}.jpg")}
 
 

@@ -7,14 +7,14 @@ from ..aggregation import mean_of_scores
 from ..metrics import evalai_normalise, vqa_accuracy
 from ..protocol import LLAVA, SHORT, Task
 from ..samples import Columns, Outcome, Sample, Scored
-from ..sources import HubData, Record, one_of, picture_in, read_json
+from ..sources import HubData, Record, known_split, one_of, picture_in, read_json
 
 FILES = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
 
 
 def records(folder: Path, split: str) -> Iterator[Record]:
     """The questions of v2_OpenEnded_mscoco_*_questions.json, with their annotations if there are any."""
-    name = FILES[split]
+    name = known_split(split, FILES)
     questions = read_json(one_of(folder, f"v2_OpenEnded_mscoco_{name}_questions.json"))["questions"]
     annotations = {}
     if split == "val":
