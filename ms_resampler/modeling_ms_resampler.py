@@ -26,7 +26,7 @@ from .loading_ms_resampler import LoadingMixin
 from .packing_ms_resampler import PackedLinear, pack_linears
 from .projectors_ms_resampler import PROJECTORS, SCOPED_PROJECTORS, build_projector, init_projector_weights
 from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
-from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features
+from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features, states_of
 
 # The name of the key-value cache: until transformers 5.23, and since.
 _CACHE_NAMES = ("past_key_values", "cache")
@@ -37,7 +37,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     """What `get_image_features` returns: one entry per image, in order.
 
     pooler_output: visual tokens (M, T); patch_grids, token_grids: (rows, columns).
-    last_hidden_state, attentions and all hidden_states of the tower: if requested, see get_image_features.
+    last_hidden_state: of the tower's last layer that is read; attentions and all hidden_states: if requested.
     scope_weights (S, M) and scope_attentions (S, M, N): with `output_scopes=True`, see ScopeMaps.
     """
 
@@ -157,14 +157,13 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         them as a list of tuples, and compiles once for every list. Gemma's embedding multiplier is not applied to
         visual tokens, because it belongs to the word embeddings; Granite's is, because it belongs to the decoder.
 
-        The tower runs up to the last layer that is read, and last_hidden_state is None if that is not the last.
-        `output_hidden_states=True` or `output_attentions=True` runs all layers.
+        The tower runs up to the last layer that is read, which is last_hidden_state; `output_hidden_states=True` or
+        `output_attentions=True` runs all layers.
         """
         layers, shape = self.config.feature_layers, self.tower_shape
         attentions = kwargs.get("output_attentions") or self.config.vision_config.output_attentions
         as_configured = kwargs["output_hidden_states"] == layers and not attentions
-        skip = as_configured and shape.unread_layers(layers) > 0
-        if skip:
+        if as_configured and shape.unread_layers(layers) > 0:
             kwargs["skip_unread"] = True  # not passed to towers that do not accept it
         if not shape.can_stop_early:
             kwargs["output_hidden_states"] = True
@@ -179,7 +178,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         wanted = self._token_grids(token_grids, patch_grids)
         tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
         return MSResamplerImageFeatures(
-            last_hidden_state=None if skip else tower.last_hidden_state,
+            last_hidden_state=states_of(tower)[max(layer % len(shape.states) for layer in layers)],
             pooler_output=tokens,
             hidden_states=tower.hidden_states,
             attentions=getattr(tower, "attentions", None),

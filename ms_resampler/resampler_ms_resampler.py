@@ -26,6 +26,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 Grid = tuple[int, int]
+GLOBAL = 1e30  # sigma of the global scope: its prior is zero, and unlike infinity it can be subtracted from itself
 
 
 @dataclass
@@ -81,7 +82,7 @@ def spread(sigma: float | None, heads: int) -> tuple[Tensor, Tensor]:
     Several heads start at half the scope's sigma, at points of a sunflower spiral over a disc of radius sigma.
     """
     if sigma is None or heads == 1:
-        return torch.full((heads,), math.inf if sigma is None else float(sigma)), torch.zeros(heads, 2)
+        return torch.full((heads,), float(sigma or GLOBAL)), torch.zeros(heads, 2)
     number = torch.arange(heads) + 0.5
     radius, angle = (number / heads).sqrt(), number * math.pi * (3 - math.sqrt(5))
     points_h2 = torch.stack([radius * angle.sin(), radius * angle.cos()], dim=-1)
@@ -97,7 +98,7 @@ class ScopePrior(nn.Module):
         super().__init__()
         self.config = config
         sigma, offset = self.initial()
-        self.register_buffer("sigma", sigma)  # (1, h), as configured; infinite in the global scope
+        self.register_buffer("sigma", sigma)  # (1, h), as configured
         self.log_scale = nn.Parameter(torch.zeros_like(sigma))  # learned
         self.offset = nn.Parameter(offset)  # (1, h, 2)
 

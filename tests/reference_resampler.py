@@ -130,7 +130,7 @@ def attend(weights, at, config, q, head, query_set, u, anchor, patches, token_gr
 def prior(weights, at, config, query_set, head, anchor, patch, patches, token_grid) -> float:
     """B of one anchor and patch."""
     sigma = weights[at + "prior.sigma"][query_set, head]
-    if config.scope_prior == "none" or math.isinf(sigma):
+    if config.scope_prior == "none" or sigma >= 1e30:
         return 0.0
     if config.scope_prior == "gaussian":
         if config.tile_heads:

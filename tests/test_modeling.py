@@ -212,8 +212,9 @@ def test_the_tower_cut_short_equals_the_whole_tower_to_the_bit(kind, dtype, trai
         features = model.get_image_features(images, **options)
         tokens = torch.stack(features.pooler_output)
         tokens.float().square().sum().backward()
-        runs.append({"tokens": tokens} | {name: weight.grad for name, weight in weights if weight.grad is not None})
-        assert (features.last_hidden_state is None) == (options == {})
+        results = {"tokens": tokens, "last": features.last_hidden_state}
+        runs.append(results | {name: weight.grad for name, weight in weights if weight.grad is not None})
+        assert_close(features.last_hidden_state, features.hidden_states[model.config.feature_layers[-1]], **EXACT)
     short, whole = runs
     assert len(short) > 20
     assert_close(short, whole, **EXACT)

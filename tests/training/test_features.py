@@ -13,6 +13,7 @@ from tiny_models import ragged_batch
 from torch.testing import assert_close
 
 from ms_resampler import MSResamplerForConditionalGeneration, MSResamplerModel
+from ms_resampler.resampler_ms_resampler import GLOBAL
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 EXACT = {"atol": 0, "rtol": 0}
@@ -370,10 +371,12 @@ def assert_initialised(projector) -> None:
     if projector.config.projector_type == "ms_resampler_branches":
         assert_close(projector.query.float().std().item(), 0.02, rtol=0.4, atol=0)
         assert (projector.layers[0].scope_logits == 0).all()
-        assert prior.sigma.tolist() == [[torch.inf if sigma is None else sigma / 2] * 2 for sigma in sigmas]
+        assert torch.equal(
+            prior.sigma, torch.tensor([[sigma / 2 if sigma else GLOBAL] * 2 for sigma in sigmas]).to(prior.sigma)
+        )
         shared = [(offset_h2, sigma or 0) for offset_h2, sigma in zip(prior.offset, sigmas, strict=True)]
     else:
-        assert prior.sigma.tolist() == [[0.25, 0.25, 1.5, torch.inf]]
+        assert torch.equal(prior.sigma, torch.tensor([[0.25, 0.25, 1.5, GLOBAL]]).to(prior.sigma))
         shared = [(prior.offset[0, :2], 0.5), (prior.offset[0, 2:], 0)]
     for offset_h2, sigma in shared:
         assert_close(offset_h2.float(), opposite * offset_h2[1].float(), rtol=1e-2, atol=0)
