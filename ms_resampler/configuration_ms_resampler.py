@@ -454,6 +454,8 @@ class MSResamplerConfig(PretrainedConfig):
         image_token_id: the placeholder in the text; one for every visual token.
         vision_feature_layer: the tower layer to read, or a list of layers (joined in width).
         vision_prefix_tokens: tokens before the patches (CLS, registers); None counts them in the tower's output.
+        visual_words: token ids; visual tokens are then mixtures of these words' embeddings E, softmax(y E^T) E of the
+            projector's output y, after Ovis (arXiv 2405.20797), whose table of visual words is learned instead.
     """
 
     model_type = "ms_resampler"
@@ -481,6 +483,7 @@ class MSResamplerConfig(PretrainedConfig):
     image_token_id: int = 31999
     vision_feature_layer: int | list[int] = -2
     vision_prefix_tokens: int | None = None
+    visual_words: list[int] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -528,6 +531,13 @@ class MSResamplerConfig(PretrainedConfig):
             raise ValueError(
                 f"`image_token_id` {self.image_token_id} is outside the language model's vocabulary of "
                 f"{self.text_config.vocab_size}: add the token to the tokenizer and resize the embeddings."
+            )
+        words = self.visual_words
+        if words is not None and (len(words) < 2 or len(set(words)) < len(words) or self.image_token_id in words):
+            raise ValueError("`visual_words` must be two or more different token ids, without the image token's.")
+        if words is not None and not 0 <= min(words) <= max(words) < self.text_config.vocab_size:
+            raise ValueError(
+                f"`visual_words` has an id outside the language model's vocabulary of {self.text_config.vocab_size}."
             )
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -38,11 +39,13 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
 
     pooler_output: visual tokens (M, T); patch_grids, token_grids: (rows, columns).
     last_hidden_state: of the tower's last layer that is read; attentions and all hidden_states: if requested.
+    word_weights (M, words): the share of each of the configured `visual_words` in each token.
     scope_weights (S, M) and scope_attentions (S, M, N): with `output_scopes=True`, see ScopeMaps.
     """
 
     patch_grids: list[tuple[int, int]] | None = None
     token_grids: list[tuple[int, int]] | None = None
+    word_weights: list[Tensor] | None = None
     scope_weights: list[Tensor] | None = None
     scope_attentions: list[Tensor] | None = None
 
@@ -173,10 +176,12 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         x_BNC = x_BNC.to(next(p.dtype for p in self.projector.parameters() if p.is_floating_point()))
         if torch.compiler.is_exporting():  # graphs cannot split it: (B, M, T), in the configured budget
             grid = token_grid(self.config.projector_config.visual_tokens, patch_grid)
-            return MSResamplerImageFeatures(pooler_output=self._run_projector(x_BNC, patch_grid, grid, False)[0])
+            tokens_BMT = self._run_projector(x_BNC, patch_grid, grid, False)[0]
+            return MSResamplerImageFeatures(pooler_output=self._mix_words([tokens_BMT])[0][0])
         patch_grids = [patch_grid] * len(x_BNC) if spatial_shapes is None else list(map(tuple, spatial_shapes.tolist()))
         wanted = self._token_grids(token_grids, patch_grids)
         tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
+        tokens, words = self._mix_words(tokens)
         return MSResamplerImageFeatures(
             last_hidden_state=states_of(tower)[max(layer % len(shape.states) for layer in layers)],
             pooler_output=tokens,
@@ -184,6 +189,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             attentions=getattr(tower, "attentions", None),
             patch_grids=patch_grids,
             token_grids=wanted,
+            word_weights=words,
             scope_weights=[weights for weights, _ in maps] if output_scopes else None,
             scope_attentions=[attentions for _, attentions in maps] if output_scopes else None,
         )
@@ -239,6 +245,18 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
                 if output_scopes:
                     maps[index] = scopes.weights_BSM[row], scopes.attentions_BSMN[row]
         return [tokens[index] for index in sorted(tokens)], [maps[index] for index in sorted(maps)]
+
+    def _mix_words(self, tokens: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Visual tokens y as softmax(y E^T) E over the embeddings E of the configured words, if any, and the weights.
+
+        E is what the language model reads, so that it includes Gemma's multiplier.
+        """
+        if not self.config.visual_words:
+            return tokens, None
+        ids = torch.tensor(self.config.visual_words, device=tokens[0].device)
+        e_WT = self.get_input_embeddings()(ids).to(tokens[0].device, tokens[0].dtype)
+        weights = [F.linear(y_MT, e_WT).softmax(dim=-1, dtype=torch.float32) for y_MT in tokens]
+        return [weight_MW.to(e_WT.dtype) @ e_WT for weight_MW in weights], weights
 
     def _placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, visual_tokens: int) -> Tensor:
         """The mask (batch, L, 1) of image tokens in the text. Raises ValueError if the counts differ."""
