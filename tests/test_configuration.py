@@ -429,3 +429,14 @@ def test_one_place_counts_tokens():
     assert config.token_grid((336, 672), 32) == (4, 8)
     assert config.feature_width == 1024
     assert MSResamplerConfig(vision_feature_layer=[-2, 5]).feature_width == 2048
+
+
+def test_the_defaults_are_llavas_parts():
+    """CLIP ViT-L/14 at 336 pixels, read before its last layer, as LLaVA-1.5's paper and CLIP's table 20 have them."""
+    config = MSResamplerConfig()
+    assert config.vision_feature_layer == -2
+    vision = config.vision_config
+    assert (vision.hidden_size, vision.intermediate_size, vision.projection_dim) == (1024, 4096, 768)
+    assert (vision.num_hidden_layers, vision.num_attention_heads) == (24, 16)
+    assert (vision.image_size, vision.patch_size) == (336, 14)
+    assert config.native_patch_grid == (24, 24)

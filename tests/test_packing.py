@@ -40,6 +40,7 @@ def test_a_packed_layer_is_the_formula(rows, bias, dtype):
     expected = x.double() @ weight.T + (model[0].bias.double() if bias else 0)
     pack_linears(model)
     assert type(model[0]) is PackedLinear
+    assert model[0].to("cpu", dtype) is model[0]
     assert model(x).dtype == dtype
     torch.testing.assert_close(model(x).double(), expected, rtol=0, atol={torch.float32: 2e-6}.get(dtype, 2e-2))
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProces
 
 from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration
 from ms_resampler.assembly import init
-from ms_resampler.towers_ms_resampler import read_tower
+from ms_resampler.towers_ms_resampler import TowerState, _read_state, read_tower
 
 EXACT = {"atol": 0, "rtol": 0}
 _VIT = tiny.TOWERS["vit"]
@@ -94,6 +94,21 @@ def test_a_towers_shape_is_read_from_the_tower(kind):
     features, patch_grid = reaches_the_projector(model, tiny.pixels(2, size))
     assert patch_grid == grid
     assert features.shape == (2, grid[0] * grid[1], width)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "state"),
+    [
+        ((32, 80), (1, 8, 2, 5), TowerState(8, (2, 5), (16, 16), axis=1)),
+        ((32, 80), (1, 2, 5, 8), TowerState(8, (2, 5), (16, 16), axis=3)),
+        ((40, 80), (1, 8, 2, 5), TowerState(8, (2, 5), (16, 16), axis=1)),  # half a cell cut
+        ((40, 80), (1, 8, 3, 5), TowerState(8, (3, 5), (16, 16), axis=1)),  # and padded to a whole one
+        ((60, 84), (1, 8, 10, 14), TowerState(8, (10, 14), (6, 6), axis=1)),
+        ((60, 42), (1, 16, 10, 7), TowerState(16, (10, 7), (6, 6), axis=1)),
+    ],
+)
+def test_rows_and_columns_have_strides_of_their_own(size, shape, state):
+    assert _read_state(shape, size, (4, 4)) == state
 
 
 @pytest.mark.parametrize("kind", ["swin", "hiera", "resnet", "efficientnet", "mobilenet_v2", "vitdet"])

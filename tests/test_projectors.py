@@ -12,6 +12,7 @@ from tiny_models import picture, tiny_model, tiny_processor
 from transformers import AutoModelForImageTextToText, Blip2Config, Blip2ForConditionalGeneration, Idefics2Config
 from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
 
+from ms_resampler.branches_ms_resampler import init_branches_weights
 from ms_resampler.configuration_ms_resampler import PROJECTOR_TYPES
 from ms_resampler.projectors_ms_resampler import (
     PROJECTORS,
@@ -21,6 +22,7 @@ from ms_resampler.projectors_ms_resampler import (
     rename,
     resize_table,
     sincos_table,
+    windows,
 )
 
 ORIGINALS = Path(__file__).parent / "reference_projectors"
@@ -220,6 +222,21 @@ def test_a_table_of_positions_tells_the_column_and_then_the_row():
                 wave(index * rate) for index in (column, row) for wave in (math.sin, math.cos) for rate in (1, 0.01)
             ]
             torch.testing.assert_close(table[row, column], torch.tensor(waves))
+    rates = [10000 ** (-number / 3) for number in range(3)]
+    waves = [wave(2 * rate) for wave in (math.sin, math.cos) for rate in rates] + [0.0] * 3 + [1.0] * 3
+    torch.testing.assert_close(sincos_table((1, 3), 12)[2], torch.tensor(waves))
+
+
+def test_oblong_cells_are_read_row_by_row():
+    """Cells of one row and three columns, whose patches pixel_shuffle lays side by side."""
+    patches = torch.arange(2 * 6, dtype=torch.float32).reshape(1, 12, 1)
+    assert windows(patches, (2, 6), (1, 3))[0, :, :, 0].tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    model = tiny_model(projector={"projector_type": "pixel_shuffle", "visual_tokens": [6, 2]})
+    shuffle = model.model.projector
+    assert shuffle.cell == (1, 3)
+    x = torch.randn(1, 36, model.config.feature_width)
+    side_by_side = x.reshape(1, 12, 3 * model.config.feature_width)  # three patches that follow one another
+    torch.testing.assert_close(shuffle(x, (6, 6), (6, 2)), shuffle.mlp(shuffle.norm(side_by_side)))
 
 
 def test_a_table_is_resized_between_its_values_and_not_at_its_own_size():
@@ -351,3 +368,11 @@ def test_a_projector_of_ones_own_is_registered_by_name(monkeypatch, tmp_path):
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(loaded.model.projector) is Renamed
     assert loaded.get_image_features(pixels, output_scopes=True).scope_weights[0].shape == (2, 4)
+
+
+def test_two_branches_start_with_different_scopes():
+    torch.manual_seed(0)
+    model = tiny_model(projector={"projector_type": "ms_resampler_branches", "scope_sigmas": [0.5, None]})
+    layer = model.model.projector.layers[0]
+    init_branches_weights(layer)
+    torch.testing.assert_close(layer.scope_embedding.std().item(), 1.0, rtol=0.3, atol=0)
