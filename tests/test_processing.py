@@ -560,6 +560,8 @@ def test_a_grey_array_and_one_with_alpha_are_pictures(processor):
     assert torch.equal(grey, pixel_values(processor, values[..., :1].repeat(3, -1)))
     opaque = np.concatenate([values, np.full_like(values[..., :1], 255)], axis=-1)
     assert torch.equal(pixel_values(processor, opaque), pixel_values(processor, values))
+    clear = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
+    assert torch.equal(pixel_values(processor, clear), pixel_values(processor, np.full_like(values, 255)))
 
 
 @pytest.mark.parametrize(
