@@ -7,13 +7,15 @@ from importlib.util import find_spec, module_from_spec
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `demo`."""
-    parser.add_argument("--model", help="folder or Hub repository (default: the embedded checkpoint)")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", help="folder or Hub repository (default: the embedded checkpoint)")
+    model.add_argument("--small", action="store_true", help="the small model of real parts, built on first use")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
     parser.add_argument(
         "--compare",
         metavar="MODEL",
         help="a second folder or repository, to compare with "
-        "(default for the embedded checkpoint: the same with one global scope)",
+        "(default for the embedded checkpoint: the same with one global scope; for --small: the embedded one)",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this computer only)")
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
@@ -28,11 +30,17 @@ def run(arguments: argparse.Namespace) -> int:
         assert spec is not None
         sys.modules["ms_resampler"] = module_from_spec(spec)
     from ms_resampler.demo import serve
+    from ms_resampler.folders import EMBEDDED
 
+    model, compare = arguments.model, arguments.compare
+    if arguments.small:
+        from ms_resampler.small import kept_small
+
+        model, compare = kept_small(), compare or EMBEDDED
     return serve(
-        arguments.model,
+        model,
         revision=arguments.revision,
-        compare=arguments.compare,
+        compare=compare,
         host=arguments.host,
         port=arguments.port,
         browser=not arguments.no_browser,

@@ -34,6 +34,7 @@ except ImportError:
     spaces = None
 
 KEPT_PIXELS = 1024  # longest side of a stored picture; maps are shown smaller
+WORDS_SHOWN = 3  # of a token
 READINGS = 8  # number of sets of pictures whose visual tokens are kept for later questions
 
 
@@ -42,7 +43,8 @@ class ScopeMaps:
     """The projector's result for one picture: S scopes, M visual tokens in a grid, N patches in a grid.
 
     picture is the model's input (cropped and scaled); weights (S, M) sum to one over the scopes, attentions
-    (S, M, N) over the patches; grids are (rows, columns). S is 0 for a projector without scopes.
+    (S, M, N) over the patches; grids are (rows, columns). S is 0 for a projector without scopes. words: the most
+    likely words of each token with their shares, if tokens are mixtures of words.
     """
 
     picture: Image.Image
@@ -50,6 +52,7 @@ class ScopeMaps:
     attentions: np.ndarray
     token_grid: tuple[int, int]
     patch_grid: tuple[int, int]
+    words: list[list[tuple[str, float]]]
 
     @property
     def patches(self) -> int:
@@ -196,7 +199,19 @@ class Answerer:
             weights = features.scope_weights[number].float().cpu().numpy()
             attentions = features.scope_attentions[number].float().cpu().numpy()
         seen = seen_picture(self.processor.image_processor, pixels["pixel_values"][number], picture)
-        return ScopeMaps(seen, weights, attentions, token_grid, patch_grid)
+        return ScopeMaps(seen, weights, attentions, token_grid, patch_grid, self._words_of(features, number))
+
+    def _words_of(self, features: Any, number: int) -> list[list[tuple[str, float]]]:
+        """The WORDS_SHOWN most likely words of each token of a picture; empty if the model's tokens are no words."""
+        shares = getattr(features, "word_weights", None)  # code saved with earlier weights lacks it
+        if shares is None:
+            return []
+        ids, decode = self.model.config.visual_words, self.processor.tokenizer.decode
+        values, places = shares[number].float().cpu().topk(WORDS_SHOWN)
+        return [
+            [(decode([ids[place]]).strip(), value) for value, place in zip(*token, strict=True)]
+            for token in zip(values.tolist(), places.tolist(), strict=True)
+        ]
 
     def look(self, pictures: list[Image.Image], settings: Settings) -> list[ScopeMaps]:
         """The maps of pictures, which do not depend on the question."""

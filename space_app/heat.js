@@ -112,6 +112,21 @@ function paintMap(canvas, picture, map, colour, {mode, opacity, paper, dark}) {
   context.globalAlpha = 1;
 }
 
+// The most likely word of each token in its cell, the surer the stronger; the background is left out.
+function paintTokenWords(canvas, {token_grid: [rows, columns], words}, {ink, paper}) {
+  const context = canvas.getContext('2d'), width = canvas.width / columns, height = canvas.height / rows;
+  Object.assign(context, {textAlign: 'center', textBaseline: 'middle', fillStyle: ink, strokeStyle: paper, lineWidth: 3});
+  context.font = `${Math.max(9, Math.min(16, width / 4.2))}px system-ui`;
+  words.forEach(([[word, share]], token) => {
+    if (word === 'background' || share < 0.15) return;
+    const place = [(token % columns + 0.5) * width, (Math.floor(token / columns) + 0.5) * height, width - 4];
+    context.globalAlpha = Math.min(1, 0.35 + share);
+    context.strokeText(word, ...place);
+    context.fillText(word, ...place);
+  });
+  context.globalAlpha = 1;
+}
+
 // A mark around a cell of a grid, visible on any ground.
 function paintFrame(canvas, [rows, columns], cell) {
   const context = canvas.getContext('2d'), width = canvas.width / columns, height = canvas.height / rows;

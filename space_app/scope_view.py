@@ -44,6 +44,7 @@ def picture_value(maps: ScopeMaps) -> dict[str, Any]:
         "token_grid": list(maps.token_grid),
         "patch_grid": list(maps.patch_grid),
         "weights": packed(maps.weights.astype("<f4")),
+        "words": maps.words,
         **packed_rows(maps.attentions),
     }
 

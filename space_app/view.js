@@ -108,6 +108,7 @@ function paintFigure(figure, answer, picture, selection, ofTokens, look) {
   else if (kind === 'tokens') {
     const faded = ['place', 'word'].includes(selection.kind) ? ofTokens : tokenShares(picture, ALL);
     paintTokens(canvas, picture, faded, answer.scopes.map(scope => scope.colour), look);
+    if (picture.words.length) paintTokenWords(canvas, picture, look);
   } else {
     const scope = answer.scopes[kind], map = scope ? scopeMap(picture, Number(kind), ofTokens) : fusedMap(picture, ofTokens);
     paintMap(canvas, picture, map, scope ? scope.colour : props.fused_colour, look);
@@ -136,9 +137,11 @@ function detailOf(answer, picture, {kind, token, word}, ofTokens) {
     .map(reader => `${place(picture.token_grid, reader)} (${percent(ofTokens[reader])})`).join('; ');
   if (kind === 'word') return `gave ${percent(sum(word.shares))} of its attention to the picture, the rest to text. Of that, most to the tokens in ${readers()}.`;
   if (kind === 'place') return `is read most by the tokens in ${readers()}, of all that read it.`;
-  if (!picture.scopes) return '';
+  const says = kind === 'token' && picture.words.length
+    ? `says ${picture.words[token].map(([said, share]) => `“${said}” ${percent(share)}`).join(', ')}; ` : '';
+  if (!picture.scopes) return says;
   if (kind === 'all') return 'together. Point at a token, or at a place in the picture; click to keep it.';
-  return `trusts ${answer.scopes.map(({name}, scope) => `${name} ${percent(trustIn(picture, scope, ofTokens))}`).join(', ')}.`;
+  return `${says}trusts ${answer.scopes.map(({name}, scope) => `${name} ${percent(trustIn(picture, scope, ofTokens))}`).join(', ')}.`;
 }
 
 // All figures on one sheet, as they are now.

@@ -103,6 +103,11 @@ PACKAGES = {
         "Apache-2.0",
         "sha512-DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
     ),
+    "@iconify-json/noto-v1": Package(
+        "1.2.5",
+        "Apache-2.0",
+        "sha512-/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
+    ),
     "@iconify-json/openmoji": Package(
         "1.2.29",
         "CC-BY-SA-4.0",

@@ -343,13 +343,13 @@ def svg_text(icon: dict[str, Any], width: int, height: int) -> str:
 
 
 def rasterised(svg: str, side: int) -> Image.Image:
-    """An SVG as a picture (RGBA), `side` pixels high."""
+    """An SVG as a picture (RGBA), `side` pixels high; sizes in millimetres need a resolution."""
     import resvg_py
 
-    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, height=side)))).convert("RGBA")
+    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, height=side, dpi=90)))).convert("RGBA")
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=4096)
 def cutout(drawing: str | Path) -> Image.Image:
     """A drawing without its empty margins (RGBA), about 160 pixels large."""
     if isinstance(drawing, str):

@@ -20,7 +20,7 @@ from .. import TINY
 from ..hub_upload.card import results_table, write_card
 from ..hub_upload.staging import allowed_files
 from ..training.collate import ConversationCollator
-from ..training.trainer import CheckedTrainer, JsonlLog, keep_freed_memory, last_checkpoint
+from ..training.trainer import CheckedTrainer, JsonlLog, fast_bfloat16, keep_freed_memory, last_checkpoint
 from .curriculum import Looking, PlacesCollator, SceneConversations, ScenePlaces
 from .evaluate import FamilyScore, evaluate_scenes
 from .model import assemble_tiny
@@ -167,7 +167,7 @@ def training_arguments(stage: Stage, folder: Path) -> TrainingArguments:
         warmup_steps=stage.warmup_steps,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": stage.cooldown_steps},
-        bf16=on_gpu or "AVX512" in torch.backends.cpu.get_cpu_capability(),  # elsewhere it is 30 times slower
+        bf16=fast_bfloat16(),
         use_cpu=not on_gpu,
         dataloader_num_workers=stage.workers,
         dataloader_pin_memory=on_gpu,
