@@ -12,14 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from ..evaluation.run import Options, evaluate
 from ..folders import PROJECTOR, write_whole
+from ..hub_upload.staging import RECORD
 from ..pictures.packages import PACKAGES
 from ..pictures.sources import Shelf
 from ..pictures.suite import PACKAGE_FOLDER
-from ..tiny.stages import Stage, run_stage
+from ..tiny.stages import Stage, read_log, run_stage
 from ..training.merge import merge
 from ..training.recipes import Adapters, LearningRates, Recipe
 from ..training.run import train
 from ..training.trainer import fast_bfloat16
+from .card import write_small_card
 from .features import Features
 from .parts import ADAPTER, CACHE, LLM, TOWER, TRAINED, start_small, things
 from .plain import answers_of, right_answers
@@ -84,12 +86,12 @@ def train_small(
     pictures, answer `questions` questions of every task. `embed` copies the result into this package. Returns the
     folder of the model, `out`/model.
     """
-    out = Path(out)
+    out, steps = Path(out), steps or round(1.5 * scenes / 32)
     shelf, clipart = Shelf(PACKAGE_FOLDER), clipart_folder(CACHE)
     drawings = find_drawings(shelf, clipart)
     painters = {split: Painter(found, split) for split, found in drawings.items()}
     if not (out / "start" / "config.json").is_file():
-        learn_words(out, painters["train"], scenes, steps or round(1.5 * scenes / 32), seed)
+        learn_words(out, painters["train"], scenes, steps, seed)
     plain = answers_of(out / "start", PLAIN["train"], out / "plain.json")
     if not (out / "talk" / "adapter").is_dir():
         data = write_conversations(out / "conversations", painters["train"], talks, plain)
@@ -100,7 +102,7 @@ def train_small(
         if not (out / "suite" / split).is_dir():
             write_suite(out / "suite" / split, painters[split], questions)
     record = {
-        "what": "the small model: projector and adapters of EfficientNet-Lite0 and SmolLM2-135M",
+        "stages": [words_row(out, scenes, steps, seed), talk_row(out, talks)],
         "pretrained": [vars(TOWER), vars(LLM)],
         "pictures": {
             "packages": {name: f"{PACKAGES[name].version} ({PACKAGES[name].licence})" for name in sorted(shelf.used)},
@@ -108,8 +110,6 @@ def train_small(
             "drawings": {split: sum(map(len, found.values())) for split, found in drawings.items()},
             "nouns": len(things()),
         },
-        "words": {"scenes": scenes, "steps": steps or round(1.5 * scenes / 32), "seconds": seconds(out / "words")},
-        "talk": json.loads((out / "talk" / "record.json").read_text()),
         "results": measure(out, questions),
         "versions": {
             "python": platform.python_version(),
@@ -118,7 +118,8 @@ def train_small(
         },
         "threads": torch.get_num_threads(),
     }
-    write_whole(out / "model" / "training_record.json", json.dumps(record, indent=1, default=str) + "\n")
+    write_whole(out / "model" / RECORD, json.dumps(record, indent=1) + "\n")
+    write_small_card(out / "model")
     if embed:
         embed_small(out)
     return out / "model"
@@ -152,7 +153,8 @@ def measure(out: Path, questions: int) -> dict[str, Any]:
     ):
         folder = out / "results" / name.replace(", ", "-").replace(" ", "-")
         summary = evaluate(str(out / "model"), [str(out / "suite" / split)], folder, options)
-        results[name] = {task: summary["tasks"][task] for task in TASKS}
+        kept = ("value", "interval", "numbers", "samples", "not_parsed", "seconds_per_question")
+        results[name] = {task: {key: summary["tasks"][task][key] for key in kept} for task in TASKS}
     results["plain questions"] = {
         "base": right_answers(out / "start", PLAIN["test"], out / "results" / "plain_base.json"),
         "small": right_answers(out / "model", PLAIN["test"], out / "results" / "plain_small.json"),
@@ -160,10 +162,21 @@ def measure(out: Path, questions: int) -> dict[str, Any]:
     return results
 
 
-def seconds(folder: Path) -> float | None:
-    """The time of a stage's last session."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return next((row["train_runtime"] for row in reversed(rows) if "train_runtime" in row), None)
+def words_row(out: Path, scenes: int, steps: int, seed: int) -> dict[str, Any]:
+    """The words stage in the record."""
+    numbers = {"scenes": scenes, "steps": steps, "batch_size": 32, "learning_rate": 1e-3, "seed": seed}
+    rows = read_log(out / "words")
+    times = [row["train_runtime"] for row in rows if "train_runtime" in row]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    return {"name": "words", **numbers, "seconds": max(times), "last_loss": losses[-1]}
+
+
+def talk_row(out: Path, talks: int) -> dict[str, Any]:
+    """The talk stage in the record."""
+    run = json.loads((out / "talk" / "record.json").read_text())
+    numbers = {name: run["recipe"][name] for name in ("batch_size", "adapters", "token_budgets", "seed")}
+    result = {"steps": run["steps"], "seconds": run["last_session_seconds"], "last_loss": run["last_loss"]}
+    return {"name": "talk", "conversations": talks, **numbers, "learning_rate": run["recipe"]["rates"]["llm"], **result}
 
 
 def embed_small(out: Path) -> None:
@@ -176,7 +189,8 @@ def embed_small(out: Path) -> None:
     adapter = out / "talk" / "adapter"
     save_half(load_file(adapter / ADAPTER), TRAINED / ADAPTER)
     shutil.copyfile(adapter / "adapter_config.json", TRAINED / "adapter_config.json")
-    shutil.copyfile(out / "model" / "training_record.json", TRAINED / "training_record.json")
+    for name in (RECORD, "README.md"):
+        shutil.copyfile(out / "model" / name, TRAINED / name)
 
 
 def save_half(tensors: dict[str, torch.Tensor], path: Path) -> None:
