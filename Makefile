@@ -18,8 +18,8 @@ unexport PYTHONPATH
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.demo  ## open the demo in the browser, with the embedded checkpoint
-	$(BIN)/ms-resampler demo
+demo: $(VENV)/.demo  ## open the demo in the browser, with the small model beside the embedded checkpoint
+	$(BIN)/ms-resampler demo --small
 
 test: $(VENV)/.dev chromium  ## run every test: fast ones first, then slow ones and the browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not browser"
@@ -48,10 +48,10 @@ clean:  ## remove .venv, caches and build output
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp for each set of extras; dev holds everything that demo does.
+# One stamp for each set of extras; dev holds everything that demo and small do.
 $(VENV)/.demo: $(LOCK) pyproject.toml | $(BIN)/python
 	@echo "Installing what the demo needs in $(VENV) (a few minutes the first time) ..."
-	$(INSTALL) --editable '.[demo]'
+	$(INSTALL) --editable '.[demo,small]'
 	@touch $@
 
 $(VENV)/.dev: $(LOCK) pyproject.toml | $(BIN)/python

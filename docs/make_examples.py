@@ -11,6 +11,10 @@ which the embedded checkpoint's card says that it does more than guess; whether 
 import json
 from pathlib import Path
 
+from ms_resampler.pictures.sources import Shelf
+from ms_resampler.pictures.suite import PACKAGE_FOLDER
+from ms_resampler.small.scenes import Painter, find_drawings
+from ms_resampler.small.talk import phrase
 from ms_resampler.tiny.scenes import ask, make_scene
 
 FOLDER = Path(__file__).resolve().parent.parent / "space_app" / "examples"
@@ -22,6 +26,16 @@ CHOSEN = [
     (134, "count_colour", 3),
     (53, "majority", 3),
     (166, "describe", 0),
+]
+# For the small model: scene number, from FIRST on, in a style that it has not seen, and the question.
+FIRST = 2_000_000
+CHOSEN_FOR_SMALL = [
+    (1, "What is in the picture?"),
+    (17, "Is the tree above the rocket?"),
+    (16, "How many ants are in the picture?"),
+    (37, "Where is the guitar?"),
+    (49, "Is there a dog in the picture?"),
+    (8, "Describe the picture."),
 ]
 
 
@@ -35,11 +49,24 @@ def make_example(index: int, family: str, number: int) -> dict[str, str]:
     return {"file": name, "question": question, "alt": f"A drawn scene: {things}"}
 
 
+def make_small_example(painter: Painter, number: int, question: str) -> dict[str, str]:
+    """The same for the small model."""
+    scene = painter.scene(FIRST + number)
+    name = f"things_{number}.png"
+    scene.image.save(FOLDER / name, optimize=True)
+    return {"file": name, "question": question, "alt": f"Drawings: {', '.join(phrase(noun) for noun in scene.nouns)}"}
+
+
 def main() -> None:
-    for old in FOLDER.glob("scene_*.png"):
+    for old in [*FOLDER.glob("scene_*.png"), *FOLDER.glob("things_*.png")]:
         old.unlink()
     file = FOLDER / "examples.json"
-    examples = json.loads(file.read_text()) | {"scenes": [make_example(*chosen) for chosen in CHOSEN]}
+    painter = Painter(find_drawings(Shelf(PACKAGE_FOLDER), None)["test-style"], "test-style")
+    for_small = [make_small_example(painter, *chosen) for chosen in CHOSEN_FOR_SMALL]
+    examples = json.loads(file.read_text()) | {
+        "scenes": [make_example(*chosen) for chosen in CHOSEN],
+        "scenes_of": {"small": for_small},
+    }
     file.write_text(json.dumps(examples, indent=2) + "\n")
 
 

@@ -72,20 +72,21 @@ NAMES_SCRIPT = """() => {
 
 
 def about_the_model() -> dict[str, Any]:
-    """Notes on models' abilities, by model name, and the example scenes with their questions."""
+    """Notes on models' abilities and examples of their own, by model name, and the example scenes of all others."""
     return json.loads((EXAMPLES / "examples.json").read_text())
 
 
 def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
     """The pages and the API for a model, and a second one to compare it with."""
     about = about_the_model()
+    scenes = about["scenes_of"].get(answerer.name, about["scenes"])
     with gr.Blocks(title="MS-Resampler", analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE) as demo:
         header(about["models"].get(answerer.name, ""))
         with gr.Tab("Ask and see"):
-            AskPage(answerer, about["scenes"]).build()
+            AskPage(answerer, scenes).build()
         with gr.Tab("Compare"):
             second = other or answerer
-            ComparePage(answerer, second, about["scenes"], about["models"].get(second.name)).build()
+            ComparePage(answerer, second, scenes, about["models"].get(second.name)).build()
         Api(answerer).build()
         for side in {answerer, other or answerer}:
             demo.unload(side.forget)

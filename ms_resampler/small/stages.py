@@ -20,7 +20,7 @@ from ..tiny.stages import Stage, read_log, run_stage
 from ..training.merge import merge
 from ..training.recipes import Adapters, LearningRates, Recipe
 from ..training.run import train
-from ..training.trainer import fast_bfloat16
+from ..training.trainer import fast_bfloat16, keep_freed_memory
 from .card import write_small_card
 from .features import Features
 from .parts import ADAPTER, CACHE, LLM, TOWER, TRAINED, start_small, things
@@ -86,6 +86,7 @@ def train_small(
     pictures, answer `questions` questions of every task. `embed` copies the result into this package. Returns the
     folder of the model, `out`/model.
     """
+    keep_freed_memory()
     out, steps = Path(out), steps or round(1.5 * scenes / 32)
     shelf, clipart = Shelf(PACKAGE_FOLDER), clipart_folder(CACHE)
     drawings = find_drawings(shelf, clipart)
