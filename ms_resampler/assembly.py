@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import cached_file
 
 from .chat_format import ChatFormat, image_aware, packaged_template, thinking_off
 from .configuration_ms_resampler import MSResamplerConfig, MSResamplerProjectorConfig, token_grid
@@ -45,7 +47,7 @@ class Components:
 
     Fields:
         vision, llm: folders or Hub repositories of the tower (or a whole CLIP or SigLIP) and the language model;
-            the language model may be a GGUF file, which is dequantised.
+            the language model may be a GGUF file, or an installed package that holds one; it is dequantised.
         projector: fields of MSResamplerProjectorConfig; the budget is 144 tokens by default.
         vision_feature_layer: the tower layers to read; None is the last but one, or the last if shapes differ.
         vision_prefix_tokens: tokens before the tower's patches, which are dropped; None is the number its type has.
@@ -153,11 +155,35 @@ def naming(component: str) -> Iterator[None]:
 
 def in_transformers_terms(llm: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes for a language model: its name, or the folder and the name of a GGUF file."""
+    llm = in_package(llm) or llm
     if not llm.endswith(".gguf"):
         return model_or_embedded(llm), {}
     if not Path(llm).is_file():
         raise ValueError(f"There is no file {llm}.")
     return os.path.dirname(llm) or ".", {"gguf_file": os.path.basename(llm)}
+
+
+def in_package(name: str) -> str | None:
+    """The GGUF file of an installed package, which is not imported; None for any other name, or if a model has it, too.
+
+    Raises ValueError if the package does not hold exactly one.
+    """
+    spec = find_spec(name) if name.isidentifier() and not Path(name).exists() else None
+    if spec is None or not spec.submodule_search_locations or is_on_hub(name):
+        return None
+    files = sorted(file for place in spec.submodule_search_locations for file in Path(place).rglob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise ValueError(f"{name} is an installed package, and must hold one .gguf file to be a model; it has {found}.")
+    return str(files[0])
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether this names a model on the Hub, or in its cache."""
+    try:
+        return cached_file(name, "config.json") is not None
+    except OSError:
+        return False
 
 
 def load_tokenizer(llm: str) -> Any:

@@ -1,14 +1,17 @@
 """`ms-resampler init`: the parts arrive whole, the tokenizer and the template fit, and nothing is left half-written."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import pytest
 import tiny_models as tiny
 import torch
 from components import CHATML, LLAMA_3, TOKENIZERS, save_llm, save_tower
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
@@ -272,6 +275,53 @@ def test_memory_stays_near_one_copy_of_the_weights(parts, tmp_path):
     command = [sys.executable, "-c", MEASURED, parts["clip"], str(tmp_path / "big"), str(tmp_path / "model")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert weights < int(done.stdout) < 1.25 * weights
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installed package with a model in it, which fails if it is imported."""
+    folder = tmp_path / "site" / "llm_in_a_package"
+    (folder / "data").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    save_llm(tmp_path / "llm", "qwen2", "llama")
+    llm, tokenizer = (kind.from_pretrained(tmp_path / "llm") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    write_gguf(folder / "data" / "tiny.gguf", llm, tokenizer)
+    monkeypatch.syspath_prepend(folder.parent)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_a_package_that_holds_a_language_model_is_named(parts, package, tmp_path, capsys):
+    parts = parts | {"package": package.name, "file": str(package / "data" / "tiny.gguf")}
+    assert init(parts, tmp_path / "named", "clip", "package") == 0
+    assert init(parts, tmp_path / "given", "clip", "file") == 0
+    named, given = (load_file(tmp_path / out / "model.safetensors") for out in ("named", "given"))
+    assert named.keys() == given.keys()
+    assert all(torch.equal(named[name], given[name]) for name in named)
+    capsys.readouterr()
+    (package / "more.gguf").write_bytes(b"")
+    assert init(parts, tmp_path / "none", "clip", "package") == 2
+    told = "is an installed package, and must hold one .gguf file to be a model; it has"
+    assert f"{package.name} {told} tiny.gguf, more.gguf." in capsys.readouterr().err
+    assert init(parts | {"package": "json"}, tmp_path / "none", "clip", "package") == 2
+    assert f"json {told} none." in capsys.readouterr().err
+    assert init(parts | {"package": "math"}, tmp_path / "none", "clip", "package") == 2  # a module, but no package
+    assert "math cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["folder", "cache of the Hub"])
+def test_a_folder_or_a_model_on_the_hub_comes_before_a_package(place, parts, package, tmp_path):
+    cache = Path(constants.HF_HUB_CACHE) / f"models--{package.name}"
+    folder = tmp_path / package.name if place == "folder" else cache / "snapshots" / "abc"
+    shutil.copytree(parts["qwen2"], folder)
+    if place != "folder":
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text("abc")
+    try:
+        assert init(parts | {"package": package.name}, tmp_path / "model", "clip", "package") == 0
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "model").config.text_config.model_type == "qwen2"
 
 
 def write_gguf(file, llm, tokenizer):
