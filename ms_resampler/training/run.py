@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_callback import PrinterCallback
 
 from ..folders import our_model
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
@@ -20,7 +22,7 @@ from .order import Schedule, StreamSchedule, check_budgets
 from .parameters import count_parameters, prepare, set_precision
 from .recipes import Recipe, rates_text, recipe_named
 from .records import StreamedRecords, open_records
-from .trainer import CheckedTrainer, JsonlLog, keep_freed_memory, last_checkpoint, sync, writing
+from .trainer import CheckedTrainer, JsonlLog, ProgressLines, keep_freed_memory, last_checkpoint, sync, writing
 
 
 def train(
@@ -85,6 +87,9 @@ def train(
         processing_class=processor,
         callbacks=[JsonlLog(out / "log.jsonl", schedule.epochs)],
     )
+    if arguments.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(ProgressLines())
     if writes:
         print(summary(recipe, schedule, last_checkpoint(out)), *filter(None, [note]), sep="\n")
     learner.config.use_cache = use_cache  # the Trainer switches it off, which would be saved
@@ -151,6 +156,7 @@ def training_arguments(
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,  # the trainer stops there
         report_to=report_to,
+        disable_tqdm=not sys.stderr.isatty(),
         project="ms-resampler",
         trackio_static_space_id=False,  # trackio stays local
         seed=recipe.seed,
