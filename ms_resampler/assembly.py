@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -51,7 +52,8 @@ class Components:
         projector: fields of MSResamplerProjectorConfig; the budget is 144 tokens by default.
         vision_feature_layer: the tower layers to read; None is the last but one, or the last if shapes differ.
         vision_prefix_tokens: tokens before the tower's patches, which are dropped; None is the number its type has.
-        image_token: the placeholder of a visual token; added to the tokenizer if missing.
+        image_token: the placeholder of a visual token; added to the tokenizer, unless this has it as a token of its own
+            without another use.
         chat_template: "chatml", "vicuna" or a file; None is the language model's.
     """
 
@@ -120,6 +122,7 @@ def assemble(components: Components) -> Assembled:
     with naming(components.vision):
         image_processor = AutoImageProcessor.from_pretrained(components.vision)
     tokenizer = load_tokenizer(components.llm)
+    require_idle(components.image_token, tokenizer)
     template, template_note = choose_template(tokenizer, components)
     tokenizer.chat_template = None  # the processor saves it
 
@@ -226,6 +229,17 @@ def choose_template(tokenizer: Any, components: Components) -> tuple[str, str]:
     )
 
 
+def require_idle(image_token: str, tokenizer: Any) -> None:
+    """Raises ValueError if the image token has another use; that in the chat template is checked with the template."""
+    roles = {token: name for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    known = tokenizer.get_vocab().get(image_token)
+    use = f"is the tokenizer's {roles[image_token]}" if image_token in roles else None
+    if known is not None and known not in tokenizer.added_tokens_decoder:
+        use = "is a piece of ordinary words"
+    if use is not None:
+        raise ValueError(f"{image_token} {use}, and cannot be the image token: name a new token, or one without a use.")
+
+
 def template_text(name: str, image_token: str, tokenizer: Any) -> str:
     """A template of this package by name, or from a file. Raises ValueError if the tokenizer lacks its tokens."""
     if name not in TEMPLATES:
@@ -323,8 +337,8 @@ def fit_embeddings(llm: PreTrainedModel, tokenizer: Any, image_token: str) -> st
     New rows are the mean of the old ones, so that new tokens are neither likely nor unlikely.
     """
     known = image_token in tokenizer.get_vocab()
-    if not known:
-        tokenizer.add_tokens([image_token], special_tokens=True)
+    # Also if it is known: one that the tokenizer finds in normalised text could be typed.
+    tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
     rows = llm.get_input_embeddings().weight.shape[0]
     about = f"Image token: {image_token}, id {tokenizer.get_vocab()[image_token]}, {'reused' if known else 'added'}"
     if len(tokenizer) <= rows:
