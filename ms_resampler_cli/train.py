@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder of the run; the result is OUT/model (default: runs/RECIPE)")
     parser.add_argument("--report-to", choices=["none", "trackio", "tensorboard"], default="none")
     parser.add_argument("--device-batch-size", type=int, help="records on a device at a time (default: at most 16)")
+    parser.add_argument(
+        "--cache-features", type=Path, metavar="DIR", help="keep the features of a frozen tower on disk, for all epochs"
+    )
     add_recipe_changes(parser)
     tiny = parser.add_argument_group("for the recipe tiny")
     tiny.add_argument("--scenes", type=int, default=400, help="held-out scenes to evaluate on (default: 400)")
@@ -163,6 +166,7 @@ def run_recipe(arguments: argparse.Namespace) -> None:
         split=arguments.split,
         streaming=arguments.streaming,
         device_batch=arguments.device_batch_size,
+        features=arguments.cache_features,
         report_to=arguments.report_to,
     )
     if is_main_process():

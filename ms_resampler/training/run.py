@@ -17,6 +17,7 @@ from ..folders import our_model
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import four_bit_config
 from .collate import BatchMaker, ConversationCollator, errors_of_workers, mend_template
+from .feature_cache import cache_features
 from .journal import Journal, open_journal
 from .order import Schedule, StreamSchedule, check_budgets
 from .parameters import count_parameters, prepare, set_precision
@@ -35,14 +36,15 @@ def train(
     split: str = "train",
     streaming: bool = False,
     device_batch: int | None = None,
+    features: str | Path | None = None,
     report_to: str = "none",
 ) -> Path:
     """Trains a model on conversations, or resumes an interrupted run in `out`.
 
     `recipe` is a Recipe or the name of one, `model` a folder or Hub name, `data` what `open_records` opens (with
     `images`, `split` and `streaming`), `out` the folder of the run (default: runs/RECIPE NAME), `device_batch`
-    the records on a device at a time, `report_to` "none", "tensorboard" or "trackio". Launched by accelerate, every
-    process calls it.
+    the records on a device at a time, `features` a folder for the features of a frozen tower, which are computed once,
+    `report_to` "none", "tensorboard" or "trackio". Launched by accelerate, every process calls it.
 
     Returns the folder of the result: `out`/model, or `out`/adapter for a recipe with adapters. Raises ValueError if
     the recipe does not fit the model, the data or the hardware, or if `out` holds a different run.
@@ -71,6 +73,10 @@ def train(
     check_budgets(recipe, learner.config)
     use_cache = getattr(learner.config, "use_cache", None)
     journal.note(parameters=count_parameters(learner))
+    notes = [note] if note else []
+    if features is not None:
+        cached = cache_features(learner, Path(features), recipe)
+        notes.append(cached.notice(None if streaming else int(records.modality.sum())))
     keep_freed_memory()
     collator = partial(
         ConversationCollator,
@@ -91,7 +97,7 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(ProgressLines())
     if writes:
-        print(summary(recipe, schedule, last_checkpoint(out)), *filter(None, [note]), sep="\n")
+        print(summary(recipe, schedule, last_checkpoint(out)), *notes, sep="\n")
     learner.config.use_cache = use_cache  # the Trainer switches it off, which would be saved
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
         raise ValueError("FSDP needs accelerators, and accelerate finds none: launch with ddp.")
