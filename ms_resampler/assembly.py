@@ -8,12 +8,14 @@ import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -24,6 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import cached_file
 
 from .chat_format import ChatFormat, image_aware, packaged_template, thinking_off
 from .configuration_ms_resampler import MSResamplerConfig, MSResamplerProjectorConfig, token_grid
@@ -45,11 +48,12 @@ class Components:
 
     Fields:
         vision, llm: folders or Hub repositories of the tower (or a whole CLIP or SigLIP) and the language model;
-            the language model may be a GGUF file, which is dequantised.
+            the language model may be a GGUF file, or an installed package that holds one; it is dequantised.
         projector: fields of MSResamplerProjectorConfig; the budget is 144 tokens by default.
         vision_feature_layer: the tower layers to read; None is the last but one, or the last if shapes differ.
         vision_prefix_tokens: tokens before the tower's patches, which are dropped; None is the number its type has.
-        image_token: the placeholder of a visual token; added to the tokenizer if missing.
+        image_token: the placeholder of a visual token; added to the tokenizer, unless this has it as a token of its own
+            without another use.
         chat_template: "chatml", "vicuna" or a file; None is the language model's.
     """
 
@@ -118,6 +122,7 @@ def assemble(components: Components) -> Assembled:
     with naming(components.vision):
         image_processor = AutoImageProcessor.from_pretrained(components.vision)
     tokenizer = load_tokenizer(components.llm)
+    require_idle(components.image_token, tokenizer)
     template, template_note = choose_template(tokenizer, components)
     tokenizer.chat_template = None  # the processor saves it
 
@@ -153,11 +158,35 @@ def naming(component: str) -> Iterator[None]:
 
 def in_transformers_terms(llm: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes for a language model: its name, or the folder and the name of a GGUF file."""
+    llm = in_package(llm) or llm
     if not llm.endswith(".gguf"):
         return model_or_embedded(llm), {}
     if not Path(llm).is_file():
         raise ValueError(f"There is no file {llm}.")
     return os.path.dirname(llm) or ".", {"gguf_file": os.path.basename(llm)}
+
+
+def in_package(name: str) -> str | None:
+    """The GGUF file of an installed package, which is not imported; None for any other name, or if a model has it, too.
+
+    Raises ValueError if the package does not hold exactly one.
+    """
+    spec = find_spec(name) if name.isidentifier() and not Path(name).exists() else None
+    if spec is None or not spec.submodule_search_locations or is_on_hub(name):
+        return None
+    files = sorted(file for place in spec.submodule_search_locations for file in Path(place).rglob("*.gguf"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise ValueError(f"{name} is an installed package, and must hold one .gguf file to be a model; it has {found}.")
+    return str(files[0])
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether this names a model on the Hub, or in its cache."""
+    try:
+        return cached_file(name, "config.json") is not None
+    except OSError:
+        return False
 
 
 def load_tokenizer(llm: str) -> Any:
@@ -198,6 +227,17 @@ def choose_template(tokenizer: Any, components: Components) -> tuple[str, str]:
         f"Chat template: {source}{prelude}{thinking}; answers end with {chat_format.end_token}."
         + (f" Training needs another template: {problem}" if problem else "")
     )
+
+
+def require_idle(image_token: str, tokenizer: Any) -> None:
+    """Raises ValueError if the image token has another use; that in the chat template is checked with the template."""
+    roles = {token: name for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    known = tokenizer.get_vocab().get(image_token)
+    use = f"is the tokenizer's {roles[image_token]}" if image_token in roles else None
+    if known is not None and known not in tokenizer.added_tokens_decoder:
+        use = "is a piece of ordinary words"
+    if use is not None:
+        raise ValueError(f"{image_token} {use}, and cannot be the image token: name a new token, or one without a use.")
 
 
 def template_text(name: str, image_token: str, tokenizer: Any) -> str:
@@ -297,8 +337,8 @@ def fit_embeddings(llm: PreTrainedModel, tokenizer: Any, image_token: str) -> st
     New rows are the mean of the old ones, so that new tokens are neither likely nor unlikely.
     """
     known = image_token in tokenizer.get_vocab()
-    if not known:
-        tokenizer.add_tokens([image_token], special_tokens=True)
+    # Also if it is known: one that the tokenizer finds in normalised text could be typed.
+    tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
     rows = llm.get_input_embeddings().weight.shape[0]
     about = f"Image token: {image_token}, id {tokenizer.get_vocab()[image_token]}, {'reused' if known else 'added'}"
     if len(tokenizer) <= rows:

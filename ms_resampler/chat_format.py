@@ -182,7 +182,9 @@ def image_aware(template: str, image_token: str, tokenizer: Any) -> str:
     for candidate in (template, prelude + template):
         if _writes_images(ChatFormat(candidate, tokenizer), image_token):
             return candidate
-    raise ValueError("The chat template does not write images and text: give another one.")
+    raise ValueError(
+        f"The chat template does not write texts, and {image_token} once for an image: give another template or token."
+    )
 
 
 def _writes_images(chat_format: ChatFormat, image_token: str) -> bool:

@@ -36,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plans and writes the conversion; shows the plan or compares the result if requested."""
-    from tqdm import tqdm
     from transformers.utils import logging
 
     from ms_resampler.conversion.comparison import largest_difference
     from ms_resampler.conversion.convert import plan_conversion, write
+    from ms_resampler.progress import progress
 
     if arguments.verify and arguments.to == "projector":
         raise ValueError("A projector alone does not run: there is nothing to --verify.")
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(f"{plan.table()}\nNothing was written (--dry-run).")
         return 0
-    with tqdm(total=plan.bytes, unit="B", unit_scale=True, desc="Converting") as bar:
+    with progress(total=plan.bytes, unit="B", unit_scale=True, desc="Converting") as bar:
         write(plan, arguments.out, bar.update)
     print(plan.summary("written"))
     if arguments.verify:

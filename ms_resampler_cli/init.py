@@ -9,7 +9,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `init`."""
     parser.add_argument("--vision", required=True, metavar="ID", help="folder or Hub repository of the vision tower")
     parser.add_argument(
-        "--llm", required=True, metavar="ID", help="folder or Hub repository of the language model, or a .gguf file"
+        "--llm",
+        required=True,
+        metavar="ID",
+        help="folder or Hub repository of the language model, a .gguf file, or an installed package that holds one",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the model")
     parser.add_argument("--projector", metavar="TYPE", help="the projector's type (default: ms_resampler)")

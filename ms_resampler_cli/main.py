@@ -64,6 +64,9 @@ if (Path(__file__).parents[1] / "research" / "study").is_dir():  # in a checkout
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     arguments = build_parser().parse_args(argv)
+    if not sys.stderr.isatty():  # libraries' bars would fill a log file
+        for library in ("HUB", "DATASETS"):
+            os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     command, _ = COMMANDS[arguments.command]
     try:
         return command.run(arguments)

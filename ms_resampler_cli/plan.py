@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--visual-tokens", type=int, default=144, help="visual tokens per image for --vision and --llm (default: 144)"
     )
-    parser.add_argument("--gpus", type=int, default=1, help="devices over all machines (default: 1)")
-    parser.add_argument("--memory", type=float, default=80, help="GB of each device (default: 80)")
+    parser.add_argument("--gpus", type=int, help="GPUs over all machines (default: this machine, as it is)")
+    parser.add_argument("--memory", type=float, help="GB of each GPU (default: 80)")
     parser.add_argument("--launcher", choices=LAUNCHERS, help="default: ddp for one device, fsdp2 for several")
     parser.add_argument("--device-batch-size", type=int, help="records on a device at a time")
     parser.add_argument("--length", type=int, help="tokens of a record (default: the recipe's longest)")

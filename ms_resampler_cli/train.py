@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder of the run; the result is OUT/model (default: runs/RECIPE)")
     parser.add_argument("--report-to", choices=["none", "trackio", "tensorboard"], default="none")
     parser.add_argument("--device-batch-size", type=int, help="records on a device at a time (default: at most 16)")
+    parser.add_argument(
+        "--cache-features", type=Path, metavar="DIR", help="keep the features of a frozen tower on disk, for all epochs"
+    )
     add_recipe_changes(parser)
     tiny = parser.add_argument_group("for the recipe tiny")
     tiny.add_argument("--scenes", type=int, default=400, help="held-out scenes to evaluate on (default: 400)")
@@ -63,6 +66,21 @@ def add_recipe_changes(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="use Liger's fused loss, which stores no logits (needs a GPU)",
     )
+    changes.add_argument(
+        "--no-activation-checkpointing",
+        dest="activation_checkpointing",
+        action="store_false",
+        default=None,
+        help="keep all activations: faster, with more memory",
+    )
+    changes.add_argument("--lora-rank", type=int, metavar="N", help="rank of a recipe's adapters")
+    changes.add_argument("--lora-alpha", type=int, metavar="N", help="their weight: alpha / rank multiplies them")
+    changes.add_argument(
+        "--lora-targets",
+        nargs="+",
+        metavar="NAME",
+        help="matrices that have them, such as q_proj v_proj (default: all)",
+    )
     changes.add_argument("--seed", type=int)
 
 
@@ -96,7 +114,23 @@ def changed_recipe(arguments: argparse.Namespace) -> Any:
     recipe = recipe_named(arguments.recipe)
     names = {field.name for field in dataclasses.fields(Recipe)}
     changes = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
-    return dataclasses.replace(recipe, **changes, rates=changed_rates(recipe.rates, arguments.learning_rate or []))
+    changes["rates"] = changed_rates(recipe.rates, arguments.learning_rate or [])
+    return dataclasses.replace(recipe, **changes, adapters=changed_adapters(recipe, arguments))
+
+
+def changed_adapters(recipe: Any, arguments: argparse.Namespace) -> Any:
+    """The recipe's adapters with the changes of the command line. Raises ValueError for changes to none."""
+    targets = arguments.lora_targets and tuple(arguments.lora_targets)
+    options = {"rank": arguments.lora_rank, "alpha": arguments.lora_alpha, "targets": targets}
+    changes = {name: value for name, value in options.items() if value is not None}
+    if not changes:
+        return recipe.adapters
+    if recipe.adapters is None:
+        raise ValueError(
+            f"--lora-{next(iter(changes))} is for recipes with adapters, such as instruct_lora, and {recipe.name} has "
+            "none."
+        )
+    return dataclasses.replace(recipe.adapters, **changes)
 
 
 def changed_rates(rates: Any, changes: list[str]) -> Any:
@@ -132,6 +166,7 @@ def run_recipe(arguments: argparse.Namespace) -> None:
         split=arguments.split,
         streaming=arguments.streaming,
         device_batch=arguments.device_batch_size,
+        features=arguments.cache_features,
         report_to=arguments.report_to,
     )
     if is_main_process():
@@ -147,7 +182,8 @@ def given(arguments: argparse.Namespace) -> list[str]:
 
 def option(name: str) -> str:
     """An option as it is typed."""
-    return "--no-bf16" if name == "bf16" else f"--{name.replace('_', '-')}"
+    negated = name in ("bf16", "activation_checkpointing")
+    return f"--{'no-' if negated else ''}{name.replace('_', '-')}"
 
 
 def run_tiny(arguments: argparse.Namespace) -> None:

@@ -1,21 +1,29 @@
 """`ms-resampler init`: the parts arrive whole, the tokenizer and the template fit, and nothing is left half-written."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import pytest
 import tiny_models as tiny
 import torch
 from components import CHATML, LLAMA_3, TOKENIZERS, save_llm, save_tower
+from huggingface_hub import constants
 from safetensors.torch import load_file
+from tiny_runs import small
+from tokenizers import AddedToken
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPModel
 
 import ms_resampler
 from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.chat_format import ChatFormat, image_aware
+from ms_resampler.training.collate import ConversationCollator
+from ms_resampler.training.records import open_records
+from ms_resampler.training.run import train
 from ms_resampler_cli.main import main
 
 TOWERS = ("clip", "siglip", "siglip2", "dinov2", "convnext")
@@ -129,12 +137,74 @@ def test_the_image_token_is_reused_and_rows_are_added_only_if_needed(parts, tmp_
     assert f"added; the {rows + 1} rows of embeddings have room for it" in capsys.readouterr().out
     assert len(load_file(tmp_path / "same" / "model.safetensors")["lm_head.weight"]) == rows + 1
 
-    assert init(parts, tmp_path / "reused", "clip", "qwen2", "--image-token", "<|endoftext|>") == 0
-    assert "<|endoftext|>, id 0, reused" in capsys.readouterr().out
-    processor = AutoProcessor.from_pretrained(tmp_path / "reused")
-    picture = {"type": "image", "image": tiny.picture()}
-    ids = processor.apply_chat_template([{"role": "user", "content": [picture]}], tokenize=True, return_dict=True)
-    assert ids["input_ids"][0].count(0) == 4
+
+def save_llm_with_idle_tokens(folder):
+    """Qwen2 whose tokenizer has a special token without a use, and one that it looks for in normalised text."""
+    tokenizer = TOKENIZERS["qwen2"]()
+    tokenizer.add_tokens(["<|idle|>"], special_tokens=True)
+    tokenizer.add_tokens([AddedToken("<idle>", special=False, normalized=True)])
+    save_llm(folder, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+@pytest.mark.parametrize("token", ["<|idle|>", "<idle>"])
+def test_an_idle_token_becomes_the_image_token_and_no_row_is_added(token, parts, tmp_path, capsys):
+    """From the template to training and back, and nobody can type or say it."""
+    rows = save_llm_with_idle_tokens(tmp_path / "llm")
+    parts = parts | {"idle": str(tmp_path / "llm")}
+    assert init(parts, tmp_path / "model", "clip", "idle", "--image-token", token) == 0
+    idle = AutoTokenizer.from_pretrained(tmp_path / "llm").get_vocab()[token]
+    assert f"{token}, id {idle}, reused; the {rows} rows of embeddings have room for it" in capsys.readouterr().out
+    old, new = load_file(tmp_path / "llm" / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(old["lm_head.weight"], new["lm_head.weight"])
+    assert torch.equal(old["model.embed_tokens.weight"], new["model.language_model.embed_tokens.weight"])
+
+    data = [{"id": "r", "image": "0.png", "conversations": [
+        {"from": "human", "value": f"<image>\nWhat is {token}?"}, {"from": "gpt", "value": f"A {token}."},
+    ]}]  # fmt: skip
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    tiny.picture().save(tmp_path / "0.png")
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    record = open_records(tmp_path / "data.json")[0]
+    batch = ConversationCollator(processor, 200)([record])
+    learned = batch["labels"][0][batch["labels"][0] != -100]
+    assert (batch["input_ids"] == idle).sum() == 4
+    assert processor.decode(learned) == f"A {token}.<|im_end|>"
+    assert idle not in learned
+
+    options = {"data": tmp_path / "data.json", "out": tmp_path / "run"}
+    result = train(small("instruct", steps=1, batch_size=1), model=tmp_path / "model", **options)
+    model = AutoModelForImageTextToText.from_pretrained(result, dtype=torch.float32)
+    assert model.config.image_token_id == idle
+    content = [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": f"What is {token}?"}]
+    prompt = AutoProcessor.from_pretrained(result).apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    assert (prompt["input_ids"] == idle).sum() == 4
+    with torch.no_grad():
+        model.lm_head.weight[idle] = 100 * model.model(**prompt).last_hidden_state[0, -1]
+        assert model(**prompt).logits[0, -1].argmax() == idle
+    assert idle not in model.generate(**prompt, max_new_tokens=3)[0, prompt["input_ids"].shape[1] :]
+    assert ms_resampler.ask("What is it?", tiny.picture(), result, max_new_tokens=3).visual_tokens == [4]
+
+
+@pytest.mark.parametrize(
+    ("token", "sentence"),
+    [
+        (
+            "<|endoftext|>",
+            "<|endoftext|> is the tokenizer's pad_token, and cannot be the image token: name a new token",
+        ),
+        ("<|im_end|>", "<|im_end|> is the tokenizer's eos_token, and cannot be the image token"),
+        ("<|im_start|>", "does not write texts, and <|im_start|> once for an image: give another template or token."),
+        ("a", "a is a piece of ordinary words, and cannot be the image token"),
+    ],
+)
+def test_a_token_with_a_use_is_no_image_token(token, sentence, parts, tmp_path, capsys):
+    assert init(parts, tmp_path / "model", "clip", "qwen2", "--image-token", token) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_tied_embeddings_stay_tied(parts, tmp_path, capsys):
@@ -200,7 +270,7 @@ def test_a_tokenizer_without_a_template_speaks_as_vicuna(parts, tmp_path, capsys
         (["--chat-template", "vicuna"], "needs the token </s>"),
         (["--chat-template", "no.jinja"], "There is no chat template 'no.jinja'"),
         (["--chat-template", "ENDLESS"], "ends answers with no token of its own"),
-        (["--chat-template", "DEAF"], "does not write images and text"),
+        (["--chat-template", "DEAF"], "does not write texts, and <image> once for an image"),
         (["--vision", "QWEN"], "The vision tower `qwen2` does not take images"),
         (["--llm", "nobody/nothing"], "nobody/nothing cannot be loaded: "),
         (["--vision", "no/such/folder"], "neither a folder nor the name"),
@@ -272,6 +342,53 @@ def test_memory_stays_near_one_copy_of_the_weights(parts, tmp_path):
     command = [sys.executable, "-c", MEASURED, parts["clip"], str(tmp_path / "big"), str(tmp_path / "model")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert weights < int(done.stdout) < 1.25 * weights
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installed package with a model in it, which fails if it is imported."""
+    folder = tmp_path / "site" / "llm_in_a_package"
+    (folder / "data").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')")
+    save_llm(tmp_path / "llm", "qwen2", "llama")
+    llm, tokenizer = (kind.from_pretrained(tmp_path / "llm") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    write_gguf(folder / "data" / "tiny.gguf", llm, tokenizer)
+    monkeypatch.syspath_prepend(folder.parent)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_a_package_that_holds_a_language_model_is_named(parts, package, tmp_path, capsys):
+    parts = parts | {"package": package.name, "file": str(package / "data" / "tiny.gguf")}
+    assert init(parts, tmp_path / "named", "clip", "package") == 0
+    assert init(parts, tmp_path / "given", "clip", "file") == 0
+    named, given = (load_file(tmp_path / out / "model.safetensors") for out in ("named", "given"))
+    assert named.keys() == given.keys()
+    assert all(torch.equal(named[name], given[name]) for name in named)
+    capsys.readouterr()
+    (package / "more.gguf").write_bytes(b"")
+    assert init(parts, tmp_path / "none", "clip", "package") == 2
+    told = "is an installed package, and must hold one .gguf file to be a model; it has"
+    assert f"{package.name} {told} tiny.gguf, more.gguf." in capsys.readouterr().err
+    assert init(parts | {"package": "json"}, tmp_path / "none", "clip", "package") == 2
+    assert f"json {told} none." in capsys.readouterr().err
+    assert init(parts | {"package": "math"}, tmp_path / "none", "clip", "package") == 2  # a module, but no package
+    assert "math cannot be loaded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["folder", "cache of the Hub"])
+def test_a_folder_or_a_model_on_the_hub_comes_before_a_package(place, parts, package, tmp_path):
+    cache = Path(constants.HF_HUB_CACHE) / f"models--{package.name}"
+    folder = tmp_path / package.name if place == "folder" else cache / "snapshots" / "abc"
+    shutil.copytree(parts["qwen2"], folder)
+    if place != "folder":
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text("abc")
+    try:
+        assert init(parts | {"package": package.name}, tmp_path / "model", "clip", "package") == 0
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "model").config.text_config.model_type == "qwen2"
 
 
 def write_gguf(file, llm, tokenizer):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..folders import write_whole
+from ..progress import progress
 from .answering import Answerer, Budget, LocalModel, ServedModel
 from .asking import Reply, ask, is_known, keep, kept_answers, plan, prompt_hash
 from .exports import write_export
@@ -219,14 +220,12 @@ def ask_task(
     state: Any,
 ) -> None:
     """Asks this process's share of the open questions, and stores every batch of answers."""
-    from tqdm import tqdm
-
     known = kept_answers(folder, task.name)
     windows = plan(samples, texts, batch_size)[state.process_index :: state.num_processes]
     places = [place for window in windows for batch in window for place in batch]
     done = sum(is_known(known, samples[place], texts[place]) for place in places)
     path = folder / f"{task.name}.rank{state.process_index}.jsonl"
-    with tqdm(
+    with progress(
         total=len(places), initial=done, desc=task.title, unit="question", disable=not state.is_main_process
     ) as bar:
         for batch in ask(answerer, samples, texts, shown, windows, known, task.max_new_tokens):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from tqdm.auto import tqdm
 
+from ..progress import progress
 from .personal import load_json
 from .secrets import PICTURES, find_secret, holds_token, texts_of
 from .staging import allowed_files
@@ -56,7 +56,7 @@ def inspect_files(files: Iterable[Path]) -> None:
     large = [file for file in files if file.stat().st_size > limit_of(file)]
     refuse(large, "too large; weights can be split with --max-shard-size 5GB")
     total = sum(file.stat().st_size for file in files)
-    with tqdm(total=total, desc="Looking for secrets", unit="B", unit_scale=True, delay=2, leave=False) as bar:
+    with progress(total=total, desc="Looking for secrets", unit="B", unit_scale=True, delay=2, leave=False) as bar:
         for file in files:
             try:
                 check_content(file)

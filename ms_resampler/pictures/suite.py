@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from ..evaluation.samples import Columns
 from ..evaluation.suite import build, suite_task
 from ..folders import whole_folder
+from ..progress import progress
 from .packages import PACKAGES
 from .sources import SPLITS, Shelf, Split
 from .tasks import TASKS, Asked, draw_sheet
@@ -73,7 +73,7 @@ def draw_lines(folder: Path, task: str, shelf: Shelf, split: Split, seed: int, w
     """The evaluator's lines for a task's questions; writes their pictures below `folder`."""
     (folder / "pictures" / task).mkdir(parents=True)
     done = 0
-    with tqdm(total=wanted, desc=f"{split.name}: {task}", unit="question") as progress:
+    with progress(total=wanted, desc=f"{split.name}: {task}", unit="question") as bar:
         for index in count():
             sheet = draw_sheet(task, shelf, split, seed, index)
             name = f"pictures/{task}/{index:06}.jpg"
@@ -81,7 +81,7 @@ def draw_lines(folder: Path, task: str, shelf: Shelf, split: Split, seed: int, w
             for asked in sheet.questions[: wanted - done]:
                 yield line_of(f"{split.name}-{task}-{done}", name, asked, sheet.meta)
                 done += 1
-                progress.update()
+                bar.update()
             if done == wanted:
                 return
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ..folders import our_model
 from ..processing_ms_resampler import MSResamplerProcessor
+from ..progress import progress
 from .collate import IGNORED, ConversationCollator, errors_of_workers, mend_template
 from .conversations import BadRecord, images_of, name_of
 from .label_view import Example, example_of
@@ -120,10 +120,10 @@ def examine_all(records: Any, examiner: Examiner, workers: int) -> Iterator[Verd
     """The verdict of every record, in order (those of a stream: as they come), with progress on stderr."""
     total = len(records) if hasattr(records, "__len__") else None
     loader = DataLoader(records, batch_size=16, collate_fn=examiner, num_workers=workers if total != 0 else 0)
-    with tqdm(total=total, desc="records", unit="") as progress, errors_of_workers():
+    with progress(total=total, desc="records", unit="") as bar, errors_of_workers():
         for verdicts in loader:
             yield from verdicts
-            progress.update(len(verdicts))
+            bar.update(len(verdicts))
 
 
 def first_examples(records: Any, collator: ConversationCollator, number: int) -> Iterator[Example]:

@@ -1,9 +1,12 @@
 """`plan`: estimates the memory and time of a recipe on given hardware."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..assembly import Components, make_config, text_config_of, tower_config_of
 from ..configuration_ms_resampler import MSResamplerConfig
@@ -23,7 +26,8 @@ class Plan:
     """Memory and time of a recipe: `str(plan)` is the report.
 
     `kinds` are the bytes on each device by kind (weights, activations, ...), `memory` the bytes of a device,
-    `visual_tokens` and `patches` those of an image, `records` the size of the data, `measurement` a step run here.
+    `visual_tokens` and `patches` those of an image, `records` the size of the data, `measurement` a step run here,
+    `cores` those of this machine if the plan is for its processor.
     """
 
     recipe: Recipe
@@ -36,6 +40,7 @@ class Plan:
     patches: int
     records: int | None = None
     measurement: Measurement | None = None
+    cores: int | None = None
 
     @property
     def total(self) -> float:
@@ -45,7 +50,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether a device has that much memory."""
-        return self.total + CONTEXT <= self.memory
+        return self._spare >= 0
+
+    @property
+    def _spare(self) -> float:
+        return self.memory - self.total - (0 if self.cores else CONTEXT)
 
     def __str__(self) -> str:
         sections = [self._parameters(), self._memory(), self._tokens()]
@@ -67,13 +76,17 @@ class Plan:
         rows = [f"{'memory':12}{'GB a device':>14}"]
         kinds = {kind: size for kind, size in self.kinds.items() if size}
         rows += [f"{kind:12}{size / GB:>14.2f}  {notes.get(kind, '')}".rstrip() for kind, size in kinds.items()]
-        spare = (self.memory - self.total - CONTEXT) / GB
-        verdict = (
-            f"fits into {self.memory / GB:g} GB, {spare:.1f} to spare (CUDA itself takes about 1)"
-            if self.fits
-            else f"does not fit into {self.memory / GB:g} GB: lower --device-batch-size, or use --liger or more --gpus"
-        )
-        return "\n".join([*rows, f"{'total':12}{self.total / GB:>14.2f}  {verdict}"])
+        return "\n".join([*rows, f"{'total':12}{self.total / GB:>14.2f}  {self._verdict()}"])
+
+    def _verdict(self) -> str:
+        memory, spare = f"{self.memory / GB:.3g} GB", f"{self._spare / GB:.1f} to spare"
+        if self.cores:
+            memory += f" of this machine, which has {self.cores} cores and no GPU"
+            more = "lower --device-batch-size, or plan for --gpus"
+        else:
+            spare += " (CUDA itself takes about 1)"
+            more = "lower --device-batch-size, or use --liger or more --gpus"
+        return f"fits into {memory}, {spare}" if self.fits else f"does not fit into {memory}: {more}"
 
     def _tokens(self) -> str:
         batch = self.recipe.batch_size
@@ -101,8 +114,8 @@ def plan(
     vision: str | None = None,
     llm: str | None = None,
     visual_tokens: int = 144,
-    gpus: int = 1,
-    memory: float = 80,
+    gpus: int | None = None,
+    memory: float | None = None,
     launcher: str | None = None,
     device_batch: int | None = None,
     length: int | None = None,
@@ -112,9 +125,10 @@ def plan(
     """Estimates the memory and time of a recipe from configurations, without loading weights.
 
     The model is `model`, a folder or Hub name, or assembled from the tower `vision` and the language model `llm` with
-    `visual_tokens` an image. There are `gpus` devices of `memory` GB over all machines, started by `launcher` ("ddp",
-    "fsdp2", "zero2" or "zero3"; default: fsdp2 for several devices), each with `device_batch` records of `length`
-    tokens at a time (default: the recipe's). `measure` times a few steps here, with random weights; `records` in the
+    `visual_tokens` an image. There are `gpus` devices of `memory` GB (default: 80) over all machines, or if neither is
+    given, the one device of this machine. They are started by `launcher` ("ddp", "fsdp2", "zero2" or "zero3"; default:
+    fsdp2 for several devices), each with `device_batch` records of `length` tokens at a time (default: the recipe's).
+    `measure` times a few steps here, with random weights; `records` in the
     data extrapolates that to the whole run. Raises ValueError if these do not fit together.
     """
     recipe = recipe_named(recipe)
@@ -124,6 +138,8 @@ def plan(
     if length is not None and length > recipe.max_length:
         raise ValueError(f"The recipe takes records of {recipe.max_length} tokens at most: change --max-length, too.")
     config = model_config(model, vision, llm, visual_tokens)
+    is_here = gpus is None and memory is None
+    gpus, memory = gpus or 1, memory_here() if is_here else (memory or 80) * GB
     launcher = launcher or ("ddp" if gpus == 1 else "fsdp2")
     device_batch, accumulation = share_batch(recipe, gpus, device_batch)
     rows, columns = config.native_patch_grid
@@ -134,13 +150,23 @@ def plan(
         shape=shape,
         sizes=sizes,
         kinds=device_bytes(sizes, recipe, launcher, gpus),
-        memory=memory * GB,
+        memory=memory,
         gpus=gpus,
         visual_tokens=math.prod(config.token_grid(pair(shape.image_size))),
         patches=rows * columns,
         records=records,
         measurement=measure_step(config, recipe, shape, accumulation) if measure else None,
+        cores=os.cpu_count() if is_here and not torch.cuda.is_available() else None,
     )
+
+
+def memory_here() -> float:
+    """The bytes of this machine's GPU, or else of its memory, of which a container may have a part."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    return min(memory, int(text)) if limit.is_file() and (text := limit.read_text().strip()).isdigit() else memory
 
 
 def model_config(model: str | Path | None, vision: str | None, llm: str | None, visual_tokens: int) -> Any:

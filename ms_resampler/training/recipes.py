@@ -18,12 +18,21 @@ class LearningRates:
 
 @dataclass(frozen=True)
 class Adapters:
-    """LoRA on every matrix of the language model's layers; `four_bits` is QLoRA: these matrices in NF4."""
+    """LoRA on matrices of the language model's layers; `four_bits` is QLoRA: all of these in NF4.
+
+    `targets` are the names of the matrices, such as "q_proj"; if empty, all of them have adapters.
+    """
 
     rank: int = 128
     alpha: int = 256
     dropout: float = 0.05
+    targets: tuple[str, ...] = ()
     four_bits: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"The adapters' {name} must be at least 1, got {getattr(self, name)}.")
 
 
 # Minimum values of a recipe's integers.

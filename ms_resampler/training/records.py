@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
-from tqdm import tqdm
 
+from ..progress import progress
 from .conversations import BadRecord, messages_in
 
 CHUNK_BYTES = 1 << 20
@@ -93,10 +93,10 @@ class JsonRecords(CountedRecords):
 
     def _scan(self, places: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         size, name = self.path.stat().st_size, self.path.name
-        with tqdm(total=size, unit="B", unit_scale=True, desc=name, delay=2) as progress:
+        with progress(total=size, unit="B", unit_scale=True, desc=name, delay=2) as bar:
             for number, (start, end, row) in enumerate(scan_json(self.path), start=1):
                 places.append((start, end))
-                progress.update(end - progress.n)
+                bar.update(end - bar.n)
                 yield as_record(row, number, self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,17 +11,19 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_callback import PrinterCallback
 
 from ..folders import our_model
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .adapters import four_bit_config
 from .collate import BatchMaker, ConversationCollator, errors_of_workers, mend_template
+from .feature_cache import cache_features
 from .journal import Journal, open_journal
 from .order import Schedule, StreamSchedule, check_budgets
 from .parameters import count_parameters, prepare, set_precision
 from .recipes import Recipe, rates_text, recipe_named
 from .records import StreamedRecords, open_records
-from .trainer import CheckedTrainer, JsonlLog, keep_freed_memory, last_checkpoint, sync, writing
+from .trainer import CheckedTrainer, JsonlLog, ProgressLines, keep_freed_memory, last_checkpoint, sync, writing
 
 
 def train(
@@ -33,14 +36,15 @@ def train(
     split: str = "train",
     streaming: bool = False,
     device_batch: int | None = None,
+    features: str | Path | None = None,
     report_to: str = "none",
 ) -> Path:
     """Trains a model on conversations, or resumes an interrupted run in `out`.
 
     `recipe` is a Recipe or the name of one, `model` a folder or Hub name, `data` what `open_records` opens (with
     `images`, `split` and `streaming`), `out` the folder of the run (default: runs/RECIPE NAME), `device_batch`
-    the records on a device at a time, `report_to` "none", "tensorboard" or "trackio". Launched by accelerate, every
-    process calls it.
+    the records on a device at a time, `features` a folder for the features of a frozen tower, which are computed once,
+    `report_to` "none", "tensorboard" or "trackio". Launched by accelerate, every process calls it.
 
     Returns the folder of the result: `out`/model, or `out`/adapter for a recipe with adapters. Raises ValueError if
     the recipe does not fit the model, the data or the hardware, or if `out` holds a different run.
@@ -69,6 +73,10 @@ def train(
     check_budgets(recipe, learner.config)
     use_cache = getattr(learner.config, "use_cache", None)
     journal.note(parameters=count_parameters(learner))
+    notes = [note] if note else []
+    if features is not None:
+        cached = cache_features(learner, Path(features), recipe)
+        notes.append(cached.notice(None if streaming else int(records.modality.sum())))
     keep_freed_memory()
     collator = partial(
         ConversationCollator,
@@ -85,8 +93,11 @@ def train(
         processing_class=processor,
         callbacks=[JsonlLog(out / "log.jsonl", schedule.epochs)],
     )
+    if arguments.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(ProgressLines())
     if writes:
-        print(summary(recipe, schedule, last_checkpoint(out)), *filter(None, [note]), sep="\n")
+        print(summary(recipe, schedule, last_checkpoint(out)), *notes, sep="\n")
     learner.config.use_cache = use_cache  # the Trainer switches it off, which would be saved
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
         raise ValueError("FSDP needs accelerators, and accelerate finds none: launch with ddp.")
@@ -151,6 +162,7 @@ def training_arguments(
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,  # the trainer stops there
         report_to=report_to,
+        disable_tqdm=not sys.stderr.isatty(),
         project="ms-resampler",
         trackio_static_space_id=False,  # trackio stays local
         seed=recipe.seed,

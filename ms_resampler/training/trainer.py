@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..progress import progress
 from .parameters import eval_frozen, frozen_parts, parameter_groups
 from .recipes import LearningRates
 
@@ -41,6 +42,21 @@ class JsonlLog(TrainerCallback):
                 row["epoch"] = epoch * self.epochs
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+class ProgressLines(TrainerCallback):
+    """A run's steps, where stderr is not a terminal, for which the Trainer has a bar."""
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        self.lines = progress(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training steps",
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        self.lines.update()
 
 
 class CheckedTrainer(Trainer):

@@ -65,6 +65,31 @@ def test_adapters_are_in_every_matrix_of_the_language_model_alone(text):
     assert all("lora_" in name or ".projector.modules_to_save." in name for name in learning)
 
 
+def test_adapters_are_in_the_targets_alone():
+    adapters = Adapters(rank=2, targets=("q_proj", "down_proj"))
+    model = add_adapters(tiny_model(text="qwen2"), adapters, LearningRates(projector=1e-3, llm=1e-4))
+    adapted = {name.split("layers.")[1].split(".lora_A")[0] for name in model.state_dict() if "lora_A" in name}
+    assert adapted == {f"{layer}.{name}" for layer in range(2) for name in ("self_attn.q_proj", "mlp.down_proj")}
+
+
+def test_the_command_trains_the_adapters_that_it_names(start, tmp_path, capsys):
+    command = ["train", "instruct_lora", "--model", str(start / "start"), "--data", str(start / "data.json")]
+    command += ["--images", str(start / "images"), "--steps", "1", "--batch-size", "2", "--workers", "0", "--no-bf16"]
+    command += ["--no-activation-checkpointing", "--lora-rank", "3", "--lora-alpha", "6", "--lora-targets", "v_proj"]
+    assert cli.main([*command, "--out", str(tmp_path / "run")]) == 0
+    state = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    ranks = {name: min(value.shape) for name, value in state.items() if "lora_" in name}
+    assert len(ranks) == 4  # A and B in two layers
+    assert all("v_proj" in name and rank == 3 for name, rank in ranks.items())
+    recipe = json.loads((tmp_path / "run" / "record.json").read_text())["recipe"]
+    assert recipe["adapters"] == vars(Adapters(rank=3, alpha=6)) | {"targets": ["v_proj"]}
+    assert not recipe["activation_checkpointing"]
+    capsys.readouterr()
+    assert cli.main([*command, "query", "--out", str(tmp_path / "other")]) == 2
+    told = capsys.readouterr().err
+    assert "The language model has no matrix 'query' for adapters; it has down_proj, gate_proj, k_proj" in told
+
+
 def test_the_projector_is_saved_with_the_adapters_and_comes_back(start, trained):
     before = MSResamplerForConditionalGeneration.from_pretrained(start / "start")
     plain = logits(before)

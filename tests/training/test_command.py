@@ -57,6 +57,18 @@ def test_a_few_fields_are_changed_and_the_others_stay(capsys):
     assert set(whole) == {field.name for field in dataclasses.fields(Recipe)}
 
 
+def test_adapters_and_checkpointing_are_changed(capsys):
+    changes = ["--lora-rank", "16", "--lora-alpha", "24", "--lora-targets", "q_proj", "v_proj"]
+    changed, whole = (shown(capsys, "instruct_qlora", *changes) for changes in (changes, []))
+    assert changed.pop("adapters") == {
+        "rank": 16, "alpha": 24, "targets": ["q_proj", "v_proj"], "dropout": 0.05, "four_bits": True,
+    }  # fmt: skip
+    assert whole.pop("adapters") == {"rank": 128, "alpha": 256, "targets": [], "dropout": 0.05, "four_bits": True}
+    assert changed == whole
+    assert shown(capsys, "align")["activation_checkpointing"]
+    assert not shown(capsys, "align", "--no-activation-checkpointing")["activation_checkpointing"]
+
+
 @pytest.mark.parametrize(
     ("changes", "rates"),
     [
@@ -93,6 +105,15 @@ def test_learning_rates_are_changed_for_all_or_for_a_part(changes, rates, capsys
         (["tiny", "--scenes", "0"], "The number of scenes must be at least 1, got 0."),
         (["missing"], "There is no recipe 'missing': choose one of align, instruct"),
         (["instruct_lora", "--learning-rate", "embeddings=1e-5"], "the embeddings stay frozen"),
+        (["instruct_lora", "--lora-rank", "0"], "The adapters' rank must be at least 1, got 0."),
+        (["instruct_lora", "--lora-alpha", "-1"], "The adapters' alpha must be at least 1, got -1."),
+        (
+            ["instruct", "--lora-rank", "8"],
+            "--lora-rank is for recipes with adapters, such as instruct_lora, and instr",
+        ),
+        (["align", "--lora-targets", "q_proj"], "--lora-targets is for recipes with adapters"),
+        (["tiny", "--lora-alpha", "8"], "it does not accept --lora-alpha."),
+        (["tiny", "--no-activation-checkpointing"], "it does not accept --no-activation-checkpointing."),
         (["tiny", "--show"], "it does not accept --show."),
         (["tiny", "--workers", "2"], "it does not accept --workers."),
         (["tiny", "--no-bf16"], "it does not accept --no-bf16."),

@@ -1,13 +1,17 @@
 """The plan of a run: what it tells, held against a step that is run and against sizes counted by hand."""
 
 import dataclasses
+import multiprocessing
 import re
+from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import tiny_config, tiny_model
 from transformers import CLIPConfig, CLIPVisionConfig, LlamaConfig, Qwen2Config, Siglip2VisionConfig
 
 from ms_resampler import MSResamplerConfig
+from ms_resampler.training import estimate
 from ms_resampler.training.estimate import Plan, duration
 from ms_resampler.training.memory import BatchShape, Sizes, device_bytes, step_sizes
 from ms_resampler.training.recipes import RECIPES
@@ -138,7 +142,7 @@ def components(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_plan_for_seven_billion_parameters_needs_no_weights(components, capsys):
-    assert cli.main(["plan", "instruct_lora", *components, "--device-batch-size", "4", "--liger"]) == 0
+    assert cli.main(["plan", "instruct_lora", *components, "--gpus", "1", "--device-batch-size", "4", "--liger"]) == 0
     told = capsys.readouterr().out
     assert float(re.search(r"^llm +([\d,.]+) M", told, re.M)[1].replace(",", "")) == pytest.approx(6476 + 320, abs=5)
     assert re.search(r"^weights +15\.\d\d$", told, re.M)
@@ -154,6 +158,30 @@ def test_what_does_not_fit_is_said(memory, verdict):
     assert verdict in told
     assert "4 records of 2048 tokens at a time" in told
     assert re.search(r"^total +20\.00", told, re.M)
+
+
+def test_a_plan_is_for_this_machine_unless_others_are_named(monkeypatch, tmp_path, capsys):
+    """Its memory is read as `free` reads it."""
+    tiny_config(text="qwen2").save_pretrained(tmp_path)
+    command = ["plan", "align", "--model", str(tmp_path), "--length", "64"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    found = re.search(r"fits into ([\d.]+) GB of this machine, which has (\d+) cores and no GPU, ", told)
+    size = int(re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024 / 1e9
+    assert 0 < float(found[1]) <= size * 1.01
+    assert int(found[2]) == multiprocessing.cpu_count()
+    assert "CUDA" not in told
+    assert cli.main([*command, "--memory", "24"]) == 0
+    assert re.search(r"fits into 24 GB, 2[23]\.\d to spare \(CUDA", capsys.readouterr().out)
+    assert cli.main([*command, "--gpus", "2"]) == 0
+    assert "fits into 80 GB, " in capsys.readouterr().out
+    monkeypatch.setattr(estimate, "memory_here", lambda: 3e6)
+    assert cli.main(command) == 0
+    told = capsys.readouterr().out
+    assert "does not fit into 0.003 GB of this machine, which has" in told
+    assert "cores and no GPU: lower --device-batch-size, or plan for --gpus" in told
+    assert "--liger" not in told
 
 
 @pytest.mark.parametrize(

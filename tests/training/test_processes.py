@@ -131,6 +131,18 @@ def test_two_processes_share_a_stream_as_two_workers_do(start, tmp_path, capsys)
 
 
 @pytest.mark.slow
+def test_two_processes_fill_one_folder_of_features(start, tmp_path, capsys):
+    """With and without pictures that both see, since an epoch ends in the middle."""
+    ddp, kept = launcher("ddp", capsys), tmp_path / "kept"
+    launch(ddp, start, tmp_path / "plain")
+    launch(ddp, start, tmp_path / "cached", options={"features": str(kept)})
+    assert_close_weights(tmp_path / "cached", tmp_path / "plain", rtol=0, atol=0)
+    files = [file for file in kept.rglob("*") if file.is_file()]
+    assert len(files) >= 18
+    assert {file.suffix for file in files} == {".safetensors"}
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_two_processes_learn_adapters_over_four_bits_as_one_does(name, start, tmp_path, capsys):
