@@ -181,9 +181,12 @@ def forward(model: Any, shape: BatchShape, fused: bool) -> Tensor:
     if fused:  # logits are computed and used in chunks
         loss = hidden.float().mean()
         return loss + GradientMadeAhead.apply(model.lm_head.weight) if model.lm_head.weight.requires_grad else loss
-    labels = torch.zeros(hidden.shape[:2], dtype=torch.long)
+    learned = hidden[:, -text:].flatten(0, 1)  # at most: every word
     return model.loss_function(
-        logits=model._logits(hidden), labels=labels, vocab_size=model.config.text_config.vocab_size
+        logits=model._logits(learned),
+        labels=None,
+        vocab_size=model.config.text_config.vocab_size,
+        shift_labels=torch.zeros(len(learned), dtype=torch.long),
     )
 
 

@@ -10,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapters import add_adapters
 from .liger import fuse_loss
+from .loss import skip_unlearned
 from .recipes import LearningRates, Recipe
 
 _PREFIXES = {
@@ -63,10 +64,12 @@ def checkpointed(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def prepare(model: Any, recipe: Recipe) -> Any:
-    """The model with frozen parts, fused loss and adapters as the recipe has them, in the precision that it came in."""
+    """The model with frozen parts, loss and adapters as the recipe has them, in the precision that it came in."""
     freeze(model, recipe.rates)
     if recipe.liger:
         fuse_loss(model)
+    else:
+        skip_unlearned(model)
     if recipe.adapters is None:
         return model
     set_seed(recipe.seed)  # adapters start at random
