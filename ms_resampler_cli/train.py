@@ -9,6 +9,7 @@ from typing import Any
 PARTS = ("tower", "projector", "llm", "embeddings")
 LAUNCHERS = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "zero2": "zero2.json", "zero3": "zero3.json"}
 TINY_OPTIONS = ("scenes", "projector", "embed")
+SMALL_OPTIONS = ("recipe", "out", "seed", "embed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache-features", type=Path, metavar="DIR", help="keep the features of a frozen tower on disk, for all epochs"
     )
     add_recipe_changes(parser)
-    tiny = parser.add_argument_group("for the recipe tiny")
-    tiny.add_argument("--scenes", type=int, default=400, help="held-out scenes to evaluate on (default: 400)")
+    tiny = parser.add_argument_group("for the recipes tiny and small")
+    tiny.add_argument("--scenes", type=int, default=400, help="of tiny: held-out scenes to evaluate on (default: 400)")
     tiny.add_argument(
-        "--projector", metavar="TYPE", help="train another projector, such as avg_pool, in the embedded checkpoint"
+        "--projector",
+        metavar="TYPE",
+        help="of tiny: train another projector, such as avg_pool, in the embedded checkpoint",
     )
     tiny.add_argument("--embed", action="store_true", help="copy the result into this package")
 
@@ -98,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("Name a recipe; `ms-resampler train --list` shows them.")
     elif arguments.recipe == "tiny":
         run_tiny(arguments)
+    elif arguments.recipe == "small":
+        run_small(arguments)
     elif misplaced := [option(name) for name in given(arguments) if name in TINY_OPTIONS]:
         raise ValueError(f"{misplaced[0]} is an option of the recipe tiny, and the recipe here is {arguments.recipe}.")
     elif arguments.show:
@@ -200,3 +205,13 @@ def run_tiny(arguments: argparse.Namespace) -> None:
         from ms_resampler.tiny.peer import train_tiny_projector
 
         train_tiny_projector(arguments.projector, arguments.out, embed=arguments.embed, **options)
+
+
+def run_small(arguments: argparse.Namespace) -> None:
+    """Trains the small model's projector and adapters again."""
+    for name in given(arguments):
+        if name not in SMALL_OPTIONS:
+            raise ValueError(f"The recipe small has its own model and data: it does not accept {option(name)}.")
+    from ms_resampler.small.stages import train_small
+
+    print(train_small(arguments.out or "runs/small", seed=arguments.seed or 0, embed=arguments.embed))

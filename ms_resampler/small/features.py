@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ..folders import write_whole
+from ..progress import progress
 from ..towers_ms_resampler import states_of
 from .parts import LAYERS
 from .scenes import Painter, Scene
@@ -45,7 +45,7 @@ class Features:
         """Computes what is missing, with the tower of `model`."""
         tower = model.model.vision_tower
         about = {"desc": f"features: {self.folder.name}", "unit": "scene", "initial": len(self.scenes)}
-        with tqdm(total=self.count, **about) as progress:
+        with progress(total=self.count, **about) as done:
             missing: Any = range(len(self.scenes), self.count)
             # Another process draws while the tower runs here.
             for scenes in DataLoader(missing, PART, num_workers=1, collate_fn=self._draw, prefetch_factor=4):
@@ -56,7 +56,7 @@ class Features:
                 for array, state in ((self.top, states[LAYERS[0]]), (self.fine, states[LAYERS[1]])):
                     array[part] = state.flatten(2).mT.half().cpu().numpy()
                 self.scenes += [{"nouns": scene.nouns, "boxes": scene.boxes} for scene in scenes]
-                progress.update(len(scenes))
+                done.update(len(scenes))
                 if begin // PART % KEPT == KEPT - 1 or len(self.scenes) == self.count:
                     self.top.flush()
                     self.fine.flush()

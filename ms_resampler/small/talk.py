@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..evaluation.protocol import SHORT
+from ..progress import progress
 from .parts import things
 from .scenes import Box, Painter, Scene
 
@@ -171,13 +170,15 @@ def write_conversations(folder: Path, painter: Painter, count: int, plain: Seque
     """Conversations about `count` scenes in LLaVA's format, with plain ones among them; returns the file."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
-    for number in tqdm(range(count), desc="conversations", unit="scene"):
-        rng, scene = random.Random(f"talk {number}"), painter.scene(FIRST_OF_TALK + number)
-        name = f"pictures/{number:05}.jpg"
-        scene.image.save(folder / name, quality=95, subsampling=0)
-        turns = [text for turn in conversation(scene, rng) for text in turn]
-        said = as_llava([f"<image>\n{turns[0]}", *turns[1:]])
-        records.append({"id": str(number), "image": name, "conversations": said})
+    with progress(total=count, desc="conversations", unit="scene") as done:
+        for number in range(count):
+            rng, scene = random.Random(f"talk {number}"), painter.scene(FIRST_OF_TALK + number)
+            name = f"pictures/{number:05}.jpg"
+            scene.image.save(folder / name, quality=95, subsampling=0)
+            turns = [text for turn in conversation(scene, rng) for text in turn]
+            said = as_llava([f"<image>\n{turns[0]}", *turns[1:]])
+            records.append({"id": str(number), "image": name, "conversations": said})
+            done.update()
     for number, pair in enumerate(plain):
         records.append({"id": f"plain {number}", "conversations": as_llava(pair)})
     path = folder / "train.json"

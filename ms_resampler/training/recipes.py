@@ -218,7 +218,13 @@ def recipe_table() -> str:
     for make in RECIPES.values():
         recipe = make()
         rows.append(f"{recipe.name:24}{recipe.batch_size:>6}  {rates_text(recipe.rates):46}{recipe.source}")
-    return "\n".join([*rows, f"{'tiny':24}{'':>6}  {'':46}the checkpoint in this package, from random weights"])
+    return "\n".join(
+        [
+            *rows,
+            f"{'tiny':24}{'':>6}  {'':46}the checkpoint in this package, from random weights",
+            f"{'small':24}{'':>6}  {'':46}the small model of real parts: see docs/small.md",
+        ]
+    )
 
 
 def rates_text(rates: LearningRates) -> str:
