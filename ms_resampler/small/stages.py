@@ -30,7 +30,7 @@ from .talk import PLAIN, TASKS, write_conversations, write_suite
 from .words import SayingWords, WordsCollator, WordsOfScenes, add_dropout, say_the_towers_classes
 
 SCENES = 16_000  # that the words stage learns from
-TALKS = 1500  # conversations
+TALKS = 2000  # conversations
 
 
 def small_words(features: Features, steps: int, seed: int) -> Stage:
