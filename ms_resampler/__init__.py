@@ -35,6 +35,7 @@ TINY = str(EMBEDDED)
 FUNCTIONS = {
     "ask": "answers",
     "build_pictures": "pictures.suite",
+    "build_small": "small.parts",
     "check_card": "hub_upload.card",
     "check_data": "training.data_check",
     "convert": "conversion.convert",
