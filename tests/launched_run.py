@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from tiny_runs import options_in, small
 
-from ms_resampler.training.recipes import Adapters
+from ms_resampler.training.recipes import Adapters, LearningRates
 from ms_resampler.training.run import train
 
 honest_init = PartialState.__init__
@@ -32,5 +32,7 @@ start, out, recipe = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 changes, options = map(json.loads, sys.argv[4:])
 if "adapters" in changes:
     changes["adapters"] = Adapters(**changes["adapters"])
+if "rates" in changes:
+    changes["rates"] = LearningRates(**changes["rates"])
 torch.set_num_threads(1)
 train(small(recipe, **changes), **options_in(start, out, device_batch=2, **options))

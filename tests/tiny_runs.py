@@ -6,8 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import picture, tiny_model, tiny_processor
+from tiny_models import (
+    CHAT_TEMPLATE,
+    IMAGE,
+    loud,
+    picture,
+    text_config,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+)
+from transformers import AutoConfig, CLIPImageProcessorPil
 
+from ms_resampler import MSResamplerConfig, MSResamplerForConditionalGeneration, MSResamplerProcessor
 from ms_resampler.training.recipes import RECIPES, Recipe
 from ms_resampler.training.run import train
 from ms_resampler.training.trainer import CheckedTrainer
@@ -22,6 +33,37 @@ def make_start(folder: Path, records: int = 24, **text_changes) -> Path:
     (folder / "images").mkdir()
     rows = [make_row(number, folder / "images") for number in range(records)]
     (folder / "data.json").write_text(json.dumps(rows))
+    return folder
+
+
+def save_efficientnet(folder: Path, dropout: float = 0.5) -> Path:
+    """A model whose tower has batch norms and dropout, and whose language model has dropout."""
+    tower = AutoConfig.for_model(
+        "efficientnet",
+        image_size=64,
+        width_coefficient=0.25,
+        depth_coefficient=0.1,
+        hidden_dim=320,
+        depth_divisor=4,
+        drop_connect_rate=dropout,
+    )
+    config = MSResamplerConfig(
+        vision_config=tower,
+        text_config=text_config("qwen2", max_position_embeddings=512, attention_dropout=dropout),
+        projector_config={"hidden_size": 16, "num_attention_heads": 4, "visual_tokens": 4},
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    loud(MSResamplerForConditionalGeneration(config)).save_pretrained(folder)
+    side = {"height": 64, "width": 64}
+    MSResamplerProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=side),
+        tiny_tokenizer(),
+        patch_size=config.patch_size,
+        visual_tokens=4,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
     return folder
 
 

@@ -76,7 +76,8 @@ def train(
     notes = [note] if note else []
     if features is not None:
         cached = cache_features(learner, Path(features), recipe)
-        notes.append(cached.notice(None if streaming else int(records.modality.sum())))
+        count = None if isinstance(records, StreamedRecords) else int(records.modality.sum())
+        notes.append(cached.notice(count))
     keep_freed_memory()
     collator = partial(
         ConversationCollator,

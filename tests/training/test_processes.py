@@ -13,8 +13,9 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from frozen_parts import PARTS, assert_frozen
 from safetensors.torch import load_file
-from tiny_runs import losses_of, make_shards, make_start, options_in, small
+from tiny_runs import losses_of, make_shards, make_start, options_in, save_efficientnet, small
 from transformers import AutoModelForImageTextToText
 
 from ms_resampler.training.recipes import Adapters
@@ -128,6 +129,18 @@ def test_two_processes_share_a_stream_as_two_workers_do(start, tmp_path, capsys)
     launch(ddp, start, tmp_path / "two", options=options)
     torch.testing.assert_close(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-4, atol=0)
     assert_close_weights(tmp_path / "two", tmp_path / "one", rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "frozen"), [*(("ddp", part) for part in PARTS), ("fsdp2", "tower"), ("fsdp2", "embeddings")]
+)
+def test_two_processes_leave_what_is_frozen(name, frozen, start, tmp_path, capsys):
+    begin = save_efficientnet(tmp_path / "start")
+    rates = {part: None if part == frozen else 1e-3 for part in PARTS}
+    sizes = {"token_budgets": [], "steps": 3}
+    launch(launcher(name, capsys), start, tmp_path / "run", options={"model": str(begin)}, rates=rates, **sizes)
+    assert_frozen(frozen, begin, tmp_path / "run" / "model")
 
 
 @pytest.mark.slow

@@ -9,12 +9,12 @@ from functools import partial
 
 import pytest
 import torch
+from frozen_parts import PARTS, assert_frozen, changed_parts
 from killed_runs import assert_same_weights, finish, kill_at, start_run, weights
 from labelled_records import THINKING, turns
 from tiny_models import tiny_model, tiny_processor
-from tiny_runs import losses_of, make_start, options_in, run_interrupted, small
+from tiny_runs import losses_of, make_start, options_in, run_interrupted, save_efficientnet, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings
 
 from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.chat_format import ChatFormat, image_aware
@@ -34,11 +34,6 @@ def start(tmp_path_factory):
     return make_start(tmp_path_factory.mktemp("training"))
 
 
-def changed_parts(before, after):
-    assert before.keys() == after.keys()
-    return {part_of(name) for name in before if not torch.equal(before[name], after[name])}
-
-
 @pytest.mark.parametrize(
     ("recipe", "rates", "learning"),
     [
@@ -55,38 +50,39 @@ def test_the_parts_with_a_rate_learn_and_no_other(recipe, rates, learning, start
     assert changed_parts(weights(start / "start"), weights(result)) == learning
 
 
-PARTS = ("tower", "projector", "llm", "embeddings")
-
-
 @pytest.mark.parametrize("frozen", PARTS)
 def test_what_is_frozen_keeps_every_tensor_and_buffer(frozen, start, tmp_path, monkeypatch):
-    """Batch statistics, too, in a run that is stopped and resumed."""
-    plain_init = ConvNextEmbeddings.__init__
+    """Batch statistics, and buffers that no file has, too, in a run that is stopped and resumed."""
+    kept, plain_save = {}, run.save_result
 
-    def init_with_batch_norm(self, config):
-        plain_init(self, config)
-        self.layernorm = torch.nn.BatchNorm2d(config.hidden_sizes[0])
+    def save_result(trainer, *rest):
+        kept.update({name: value.clone() for name, value in trainer.model.named_buffers()})
+        plain_save(trainer, *rest)
 
-    monkeypatch.setattr(ConvNextEmbeddings, "__init__", init_with_batch_norm)
-    tiny_model("convnext", "qwen2").save_pretrained(tmp_path / "start")
-    tiny_processor("convnext").save_pretrained(tmp_path / "start")
+    monkeypatch.setattr(run, "save_result", save_result)
+    begin = save_efficientnet(tmp_path / "start")
     rates = LearningRates(**{part: None if part == frozen else 1e-3 for part in PARTS})
-    options = options_in(start, tmp_path / "run", model=str(tmp_path / "start"))
+    options = options_in(start, tmp_path / "run", model=str(begin))
     run_interrupted(small("instruct", rates=rates), options, 2, monkeypatch)
-    before, after = weights(tmp_path / "start"), weights(tmp_path / "run" / "model")
-    assert changed_parts(before, after) == {*PARTS} - {frozen}
-    statistics = "model.vision_tower.embeddings.layernorm.running_mean"
-    assert torch.equal(before[statistics], after[statistics]) == (frozen == "tower")
+    assert_frozen(frozen, begin, tmp_path / "run" / "model")
+    buffers = dict(MSResamplerForConditionalGeneration.from_pretrained(begin).named_buffers())
+    assert buffers.keys() == kept.keys()
+    moved = {part_of(name) for name in buffers if not torch.equal(buffers[name], kept[name])}
+    assert moved == {"tower"} - {frozen}
 
 
-def test_dropout_is_off_in_what_is_frozen(start, tmp_path):
+@pytest.mark.parametrize("tower", ["clip_vision_model", "efficientnet"])
+def test_dropout_is_off_in_what_is_frozen(tower, start, tmp_path):
     """Through layers whose activations are checkpointed, too."""
     runs = []
     for rate in (0.0, 0.5):
         folder = tmp_path / str(rate)
-        dropout = {"attention_dropout": rate}
-        tiny_model("clip_vision_model", "qwen2", tower_changes=dropout, text_changes=dropout).save_pretrained(folder)
-        tiny_processor().save_pretrained(folder)
+        if tower == "efficientnet":
+            save_efficientnet(folder, rate)
+        else:
+            dropout = {"attention_dropout": rate}
+            tiny_model(tower, "qwen2", tower_changes=dropout, text_changes=dropout).save_pretrained(folder)
+            tiny_processor().save_pretrained(folder)
         train(small("align", steps=2), **options_in(start, folder / "run", model=str(folder)))
         runs.append(weights(folder / "run" / "model"))
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
