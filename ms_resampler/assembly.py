@@ -5,7 +5,7 @@ Weights are moved, not copied: each is loaded once, in the dtype of the language
 
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -55,6 +55,7 @@ class Components:
         image_token: the placeholder of a visual token; added to the tokenizer, unless this has it as a token of its own
             without another use.
         chat_template: "chatml", "vicuna" or a file; None is the language model's.
+        visual_words: words that visual tokens are mixtures of, each one token; None leaves visual tokens free.
     """
 
     vision: str
@@ -64,6 +65,7 @@ class Components:
     vision_prefix_tokens: int | None = None
     image_token: str = "<image>"
     chat_template: str | None = None
+    visual_words: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def init(
     vision_prefix_tokens: int | None = None,
     image_token: str = "<image>",
     chat_template: str | None = None,
+    visual_words: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Assembled:
     """Assembles a model (see Components) in the new folder `out`; the projector has random weights drawn with `seed`.
@@ -99,6 +102,7 @@ def init(
         vision_prefix_tokens=vision_prefix_tokens,
         image_token=image_token,
         chat_template=chat_template,
+        visual_words=visual_words,
     )
     with whole_folder(Path(out)) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -125,12 +129,14 @@ def assemble(components: Components) -> Assembled:
     require_idle(components.image_token, tokenizer)
     template, template_note = choose_template(tokenizer, components)
     tokenizer.chat_template = None  # the processor saves it
+    words = None if components.visual_words is None else word_ids(tokenizer, components.visual_words)
 
     llm = load_llm(components.llm)
     token_note = fit_embeddings(llm, tokenizer, components.image_token)
     tower = load_tower(components.vision, tower_config, llm.dtype)
     token_id = tokenizer.get_vocab()[components.image_token]
     config: Any = make_config(components, tower.config, llm.config, token_id)
+    config.visual_words = words
     processor = MSResamplerProcessor(
         image_processor,
         tokenizer,
@@ -144,6 +150,23 @@ def assemble(components: Components) -> Assembled:
     set_generation(model, llm, tokenizer, ChatFormat(template, tokenizer).end_token)
     notes = [template_note, token_note, check_grids(model, processor)]
     return Assembled(model.eval(), processor, notes)
+
+
+def word_ids(tokenizer: Any, words: Sequence[str]) -> list[int]:
+    """The tokens of words as they stand within a sentence.
+
+    Raises ValueError for fewer than two words, for one that comes twice, and for those that are several tokens.
+    """
+    ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
+    if several := [word for word, tokens in zip(words, ids, strict=True) if len(tokens) != 1]:
+        raise ValueError(
+            f"{len(several)} visual words are more than one token of the language model: {', '.join(several[:20])}"
+            f"{', ...' if len(several) > 20 else ''}. Leave them out."
+        )
+    tokens = [token for (token,) in ids]
+    if len(tokens) < 2 or len(set(tokens)) < len(tokens):
+        raise ValueError("Visual words must be two or more different ones.")
+    return tokens
 
 
 @contextmanager

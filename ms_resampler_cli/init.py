@@ -1,6 +1,7 @@
 """`ms-resampler init`: assembles a model from a vision tower, a language model and a new projector."""
 
 import argparse
+from pathlib import Path
 
 from .arguments import assignment, budget
 
@@ -44,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template", metavar="NAME", help="chatml, vicuna or a file (default: the language model's)"
     )
+    parser.add_argument(
+        "--visual-words", type=Path, metavar="FILE", help="words, one a line, that visual tokens are mixtures of"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the projector's random weights (default: 0)")
 
 
@@ -65,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         vision_prefix_tokens=arguments.vision_prefix_tokens,
         image_token=arguments.image_token,
         chat_template=arguments.chat_template,
+        visual_words=arguments.visual_words and arguments.visual_words.read_text(encoding="utf-8").split(),
         seed=arguments.seed,
     )
     print(parameter_table(assembled.model))

@@ -6,6 +6,9 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText
 
+from ms_resampler.assembly import word_ids
+from ms_resampler.conversion.from_ours import with_projector
+from ms_resampler.conversion.to_llava import check_fits
 from ms_resampler.projectors_ms_resampler import PROJECTORS, SCOPED_PROJECTORS
 
 WORDS = [7, 200, 31, 5, 90]
@@ -71,3 +74,28 @@ def test_words_are_saved_and_loaded(tmp_path):
 def test_words_that_cannot_be_mixed_are_refused(words, why):
     with pytest.raises(ValueError, match=why):
         type(tiny.tiny_model().config)(**tiny.tiny_model().config.to_dict() | {"visual_words": words})
+
+
+class Dictionary:
+    """A tokenizer of known words; others are spelled."""
+
+    def __call__(self, text, add_special_tokens):
+        known = {" cat": [5], " dog": [6], " Cat": [7]}
+        return type("Encoding", (), {"input_ids": known.get(text, [8] * len(text))})
+
+
+def test_words_are_the_tokens_within_a_sentence():
+    assert word_ids(Dictionary(), ["dog", "cat"]) == [6, 5]
+    with pytest.raises(ValueError, match="2 visual words are more than one token of the language model: otter, yak"):
+        word_ids(Dictionary(), ["dog", "otter", "yak"])
+    for words in (["dog"], ["dog", "dog"], []):
+        with pytest.raises(ValueError, match="two or more different ones"):
+            word_ids(Dictionary(), words)
+
+
+def test_conversion_keeps_words_or_refuses_them():
+    config = tiny.tiny_config(visual_words=WORDS)
+    assert with_projector(config, {"projector_type": "avg_pool", "visual_tokens": 4}).visual_words == WORDS
+    plain = tiny.tiny_config(projector={"projector_type": "mlp", "visual_tokens": [6, 6]}, visual_words=WORDS)
+    with pytest.raises(ValueError, match="LLaVA has no visual tokens that are words"):
+        check_fits(plain)

@@ -60,4 +60,6 @@ def around_projector(folder: Path, config: Any, tower: str | None, llm: str | No
 def with_projector(config: Any, fields: dict[str, Any]) -> Any:
     """A configuration with another projector."""
     components = Components("", "", fields, config.vision_feature_layer, config.vision_prefix_tokens)
-    return make_config(components, config.vision_config, config.text_config, config.image_token_id)
+    made = make_config(components, config.vision_config, config.text_config, config.image_token_id)
+    made.visual_words = config.visual_words
+    return made

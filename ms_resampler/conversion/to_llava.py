@@ -69,6 +69,8 @@ def check_fits(config: Any) -> None:
     kind = config.projector_config.projector_type
     if kind != "mlp":
         raise ValueError(f"transformers' LLaVA has an MLP for every patch, not `{kind}`: it cannot hold this model.")
+    if config.visual_words:
+        raise ValueError("transformers' LLaVA has no visual tokens that are words: it cannot hold this model.")
     if config.num_prefix_tokens != 1:
         raise ValueError(
             "transformers' LLaVA drops one token before the patches, but this tower has "

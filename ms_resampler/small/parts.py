@@ -101,13 +101,6 @@ def things() -> dict[str, dict[str, Any]]:
     return json.loads(THINGS.read_text(encoding="utf-8"))
 
 
-def visual_words(tokenizer: Any) -> list[int]:
-    """The ids of the words that visual tokens are mixtures of: the nouns in order, and the background."""
-    words = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in (*things(), BACKGROUND)]
-    assert all(len(ids) == 1 for ids in words), "a noun of things.json is more than one token"
-    return [ids[0] for ids in words]
-
-
 def build_small(out: str | Path) -> Assembled:
     """Builds the small model in the new folder `out`: pretrained parts, the trained projector, and merged adapters.
 
@@ -144,22 +137,20 @@ def kept_small() -> Path:
     return folder
 
 
-def start_small(projector: dict[str, Any] | None = None, words: bool = True, seed: int = 0) -> Assembled:
-    """The pretrained parts with a new projector, of which `projector` has other fields than FIELDS."""
+def start_small(seed: int = 0) -> Assembled:
+    """The pretrained parts with a new projector."""
     with temporary_folder("ms-resampler-tower") as place, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         write_tower(place)
-        assembled = assemble(
+        return assemble(
             Components(
                 vision=str(place),
                 llm=str(weights_file(LLM)),
-                projector=FIELDS | (projector or {}),
+                projector=FIELDS,
                 vision_feature_layer=LAYERS,
+                visual_words=(*things(), BACKGROUND),
             )
         )
-    if words:
-        assembled.model.config.visual_words = visual_words(assembled.processor.tokenizer)
-    return assembled
 
 
 def write_tower(folder: Path) -> None:

@@ -91,6 +91,11 @@ class ConversationCollator:
                 **{name: torch.from_numpy(np.stack(values)) for name, values in row.items()},
             }
 
+    def blank(self) -> dict[str, Tensor]:
+        """A blank picture and an answer, without labels."""
+        row = self.encode(blank_record())
+        return row | {"labels": torch.full_like(row["labels"], IGNORED)}
+
     def _render_chat(self, record: dict[str, Any], conversation: Conversation) -> tuple[str, list[Span]]:
         try:
             return self.chat_format.render_with_answers(conversation.messages)
@@ -213,8 +218,7 @@ class BatchMaker:
             else:
                 ids.append(name_of(record))
         if not any("pixel_values" in row for row in rows):
-            rows.append(collate.encode(blank_record()))
-            rows[-1]["labels"][:] = IGNORED
+            rows.append(collate.blank())
         for record_id, why in collate.cut.items():
             self._note("cut", record_id, why)
         return collate.join(rows) | {"record_ids": ids}

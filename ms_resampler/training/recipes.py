@@ -49,9 +49,10 @@ class Recipe:
 
     The learning rates rise over the first `warmup_ratio` of the steps and fall along a cosine. `batch_size` is the
     number of records a step over all devices. `steps` None means `epochs` passes through the data. `text` "plain"
-    trains on `<image>{answer}` without a chat template. Every step draws its visual tokens from `token_budgets`, counts
-    or (rows, columns) grids; if empty, the model's default is used. `truncate` shortens records of more than
-    `max_length` tokens, which are otherwise bad. Streams use `shuffle_buffer`, and ignore `group_by_modality`.
+    trains on `<image>{answer}` without a chat template, "words" on the visual words in the answers. Every step draws
+    its visual tokens from `token_budgets`, counts or (rows, columns) grids; if empty, the model's default is used.
+    `truncate` shortens records of more than `max_length` tokens, which are otherwise bad. Streams use `shuffle_buffer`,
+    and ignore `group_by_modality`.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Recipe:
     adapters: Adapters | None = None
     epochs: float = 1
     steps: int | None = None
-    text: Literal["chat", "plain"] = "chat"
+    text: Literal["chat", "plain", "words"] = "chat"
     max_length: int = 2048
     truncate: bool = False
     group_by_modality: bool = False
@@ -116,6 +117,21 @@ def align() -> Recipe:
         rates=LearningRates(projector=1e-3),
         batch_size=256,
         text="plain",
+    )
+
+
+def words() -> Recipe:
+    """Before stage 1, for a model with visual words: the projector says those of the captions, without the LLM."""
+    return Recipe(
+        name="words",
+        source="this project; visual words after Ovis",
+        rates=LearningRates(projector=1e-3),
+        batch_size=64,
+        text="words",
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        activation_checkpointing=False,
+        largest_device_batch=64,
     )
 
 
@@ -185,6 +201,7 @@ def mobilevlm_v2_instruct() -> Recipe:
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
+    "words": words,
     "align": align,
     "instruct": instruct,
     "instruct_lora": instruct_lora,

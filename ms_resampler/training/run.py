@@ -24,6 +24,7 @@ from .parameters import count_parameters, prepare, set_precision
 from .recipes import Recipe, rates_text, recipe_named
 from .records import StreamedRecords, open_records
 from .trainer import CheckedTrainer, JsonlLog, ProgressLines, keep_freed_memory, last_checkpoint, sync, writing
+from .words import SayingWords, WordsCollator, learner_of
 
 
 def train(
@@ -71,6 +72,9 @@ def train(
         return result
     learner, dtype = load_model(recipe, model)
     check_budgets(recipe, learner.config)
+    whole = learner
+    if recipe.text == "words":
+        learner = learner_of(whole, recipe.adapters is not None)
     use_cache = getattr(learner.config, "use_cache", None)
     journal.note(parameters=count_parameters(learner))
     notes = [note] if note else []
@@ -79,12 +83,14 @@ def train(
         count = None if isinstance(records, StreamedRecords) else int(records.modality.sum())
         notes.append(cached.notice(count))
     keep_freed_memory()
-    collator = partial(
+    collator: Any = partial(
         ConversationCollator,
         max_length=recipe.max_length,
         plain=recipe.text == "plain",
         truncate=recipe.truncate,
     )
+    if recipe.text == "words":
+        collator = partial(WordsCollator, visual_words=whole.config.visual_words)
     trainer = CheckedTrainer(
         model=learner,
         rates=recipe.rates,
@@ -105,7 +111,7 @@ def train(
     with errors_of_workers():
         trainer.train(resume_from_checkpoint=last_checkpoint(out))
     journal.finish(trainer)
-    save_result(trainer, dtype, journal, result)
+    save_result(trainer, whole, dtype, journal, result)
     if writes:
         print("".join(f"{sentence}\n" for sentence in journal.left_out()), end="")
     return result
@@ -217,14 +223,20 @@ def load_model(recipe: Recipe, folder: str) -> tuple[Any, torch.dtype]:
     return model, dtype
 
 
-def save_result(trainer: CheckedTrainer, dtype: torch.dtype, journal: Journal, target: Path) -> None:
-    """Writes weights, processor, code and record atomically; all processes take part, one writes."""
+def save_result(trainer: CheckedTrainer, whole: Any, dtype: torch.dtype, journal: Journal, target: Path) -> None:
+    """Writes weights, processor, code and record atomically; all processes take part, one writes.
+
+    `whole` is the model, if only some of its parts were in the trainer.
+    """
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(trained, SayingWords):
+        state, trained = whole.state_dict() | state, whole
     if trainer.args.should_save:
         unfinished = target.with_name(f"{target.name}.unfinished")
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
         with writing("The result", unfinished):
-            save_weights(trainer.accelerator.unwrap_model(trainer.model), state, dtype, unfinished)
+            save_weights(trained, state, dtype, unfinished)
             trainer.processing_class.save_pretrained(unfinished)
             journal.write(unfinished / "training_record.json")
             sync(unfinished)
