@@ -12,18 +12,23 @@ PACKAGE = Path(__file__).resolve().parent.with_name("ms_resampler")
 EXTRAS = {
     "bitsandbytes": ["qlora"],
     "datasets": ["train", "eval"],
-    "gguf": ["gguf"],
+    "gguf": ["gguf", "small"],
     "gradio": ["demo"],
     "liger_kernel": ["liger"],
     "lmms_eval": ["lmms"],
     "matplotlib": ["train", "eval", "pictures"],
     "openpyxl": ["eval"],
-    "peft": ["train"],
+    "peft": ["train", "small"],
     "resvg_py": ["pictures"],
     "scipy": ["eval"],
     "sklearn": ["train", "eval", "pictures"],
 }
-COMMAND_EXTRAS = {"evaluate": "eval", "pictures": "pictures", "study": "eval"}  # for modules of several extras
+COMMAND_EXTRAS = {
+    "evaluate": "eval",
+    "pictures": "pictures",
+    "small": "small",
+    "study": "eval",
+}  # for modules of several extras
 
 
 def sentence_for(error: Exception, command: str) -> str | None:

@@ -197,7 +197,9 @@ def extras():
 @pytest.mark.parametrize(("extra", "module"), list(extras()))
 def test_a_missing_package_is_named_with_its_extra(extra, module, monkeypatch, capsys):
     assert extra in errors.EXTRAS[module]
-    command = {"eval": ["evaluate", "x"], "pictures": ["pictures", "x"]}.get(extra, [*ASK, "--image", "x"])
+    command = {"eval": ["evaluate", "x"], "pictures": ["pictures", "x"], "small": ["small", "x"]}.get(
+        extra, [*ASK, "--image", "x"]
+    )
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(cli.COMMANDS[command[0]][0], "run", in_module("ms_resampler.x", f"import {module}"))
     assert cli.main(command) == 2

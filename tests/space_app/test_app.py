@@ -533,7 +533,7 @@ def test_colour_blind_people_tell_the_scopes_apart(kind):
 def test_the_note_on_the_projector_to_compare_with_is_found_and_true(answerer):
     about, peer = app.about_the_model(), space_server.make_answerer()
     peer.name = Path(PEER).name
-    assert list(about["models"]) == ["tiny", peer.name]
+    assert list(about["models"]) == ["tiny", peer.name, "small"]
     radios = [block for block in app.build_demo(answerer, peer).blocks.values() if isinstance(block, gr.Radio)]
     assert [radio.info for radio in radios] == [about["models"][peer.name]]
     for folder in (PEER, TINY):
@@ -549,11 +549,39 @@ def test_the_note_on_the_model_is_shown_for_that_model_only(answerer, monkeypatc
     assert (app.about_the_model()["models"]["tiny"].partition(".")[0] in header) == (name == "tiny")
 
 
+@torch.no_grad()
+def test_tokens_that_are_words_say_the_likeliest(answerer, monkeypatch):
+    monkeypatch.setattr(answerer.model.config, "visual_words", [260, 261, 262, 263])
+    picture = Image.new("RGB", (96, 96), "red")
+    (maps,) = answerer.look([picture], settings.Settings())
+    pixels = answerer.processor(images=[picture], return_tensors="pt")
+    (shares,) = answerer.model.get_image_features(**pixels).word_weights
+    vocabulary = [answerer.processor.tokenizer.decode([token]).strip() for token in (260, 261, 262, 263)]
+    for said, row in zip(maps.words, shares, strict=True):
+        assert [word for word, _ in said] == [vocabulary[place] for place in row.argsort(descending=True)[:3]]
+        np.testing.assert_allclose([share for _, share in said], row.sort(descending=True).values[:3], atol=1e-5)
+    (shown,) = scope_view.view_value(answerer.scopes, answering.Step("", 1, 1, [maps]), settings.Settings())["pictures"]
+    assert shown["words"] == maps.words
+
+
 def test_example_scenes_are_there():
     for scene in app.about_the_model()["scenes"]:
         assert conversation.check_question(scene["question"])
         assert pictures.open_picture(elements.EXAMPLES / scene["file"]).size == (96, 96)
         assert scene["alt"].startswith("A drawn scene")
+
+
+def test_the_small_model_has_examples_of_its_own(answerer, monkeypatch):
+    about = app.about_the_model()
+    for scene in about["scenes_of"]["small"]:
+        assert conversation.check_question(scene["question"])
+        assert pictures.open_picture(elements.EXAMPLES / scene["file"]).size == (256, 256)
+    shown = []
+    monkeypatch.setattr(app.AskPage, "build", lambda page: shown.append(page.scenes))
+    for name in ("small", "tiny"):
+        monkeypatch.setattr(answerer, "name", name)
+        app.build_demo(answerer)
+    assert shown == [about["scenes_of"]["small"], about["scenes"]]
 
 
 def test_server_keeps_nothing(answerer):
