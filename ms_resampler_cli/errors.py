@@ -28,7 +28,7 @@ COMMAND_EXTRAS = {
     "pictures": "pictures",
     "small": "small",
     "study": "eval",
-}  # for modules of several extras
+}
 
 
 def sentence_for(error: Exception, command: str) -> str | None:
