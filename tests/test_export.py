@@ -94,6 +94,12 @@ def test_tower_and_projector_are_exported(kind, tmp_path):
 
 
 @pytest.mark.slow
+def test_tokens_that_are_words_are_exported(tmp_path):
+    model, images = tiny.tiny_base_model(visual_words=[7, 200, 31]), tiny.pixels(5)
+    assert_exported_alike(Images(model), (images[:3],), (images,), ({0: BATCH},), tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tower", [*tiny.TOWERS])
 def test_every_tower_is_exported(tower, tmp_path):
     model, images = tiny.tiny_base_model(tower), tiny.pixels(5)
