@@ -78,6 +78,7 @@ def add_recipe_changes(parser: argparse.ArgumentParser) -> None:
     )
     changes.add_argument("--lora-rank", type=int, metavar="N", help="rank of a recipe's adapters")
     changes.add_argument("--lora-alpha", type=int, metavar="N", help="their weight: alpha / rank multiplies them")
+    changes.add_argument("--lora-dropout", type=float, metavar="P", help="dropout before them")
     changes.add_argument(
         "--lora-targets",
         nargs="+",
@@ -126,7 +127,8 @@ def changed_recipe(arguments: argparse.Namespace) -> Any:
 def changed_adapters(recipe: Any, arguments: argparse.Namespace) -> Any:
     """The recipe's adapters with the changes of the command line. Raises ValueError for changes to none."""
     targets = arguments.lora_targets and tuple(arguments.lora_targets)
-    options = {"rank": arguments.lora_rank, "alpha": arguments.lora_alpha, "targets": targets}
+    options = {"rank": arguments.lora_rank, "alpha": arguments.lora_alpha, "dropout": arguments.lora_dropout}
+    options["targets"] = targets
     changes = {name: value for name, value in options.items() if value is not None}
     if not changes:
         return recipe.adapters

@@ -1,46 +1,48 @@
 """Low-rank adapters in the language model (LoRA, QLoRA), through peft."""
 
-from collections.abc import Iterable
+import re
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .recipes import Adapters, LearningRates
 
-# Names of the matrices in the decoder layers of all supported families.
-TARGETS = r"model\.language_model\.layers\..*\.(q|k|v|o|qkv|gate|up|down|gate_up)_proj"
+# What precedes the name of a matrix in a decoder layer. Mamba's kernels read weights themselves, past adapters.
+LAYER = r"model\.language_model\.(?:\w+\.)*\d+\.(?!mamba\.)(?:\w+\.)*"
+
+
+def matrices(model: Any) -> dict[str, type]:
+    """Names of the matrices in the language model's layers, such as q_proj, and the classes of their modules."""
+    found = ((re.fullmatch(rf"{LAYER}(\w+)", name), module) for name, module in model.named_modules())
+    return {match[1]: type(module) for match, module in found if match and isinstance(module, nn.Linear | Conv1D)}
 
 
 def add_adapters(model: Any, adapters: Adapters, rates: LearningRates) -> Any:
     """A peft model around `model`: adapters are trained, and so are tower and projector if they have a learning rate.
 
     Parts that are trained in full are saved and loaded with the adapters. Raises ValueError if the language model has
-    no matrix with the name of a target.
+    no matrices of the names in `targets`.
     """
     from peft import LoraConfig, get_peft_model
 
+    known = matrices(model)
+    if unknown := [name for name in adapters.targets if name not in known]:
+        kind = model.config.text_config.model_type
+        raise ValueError(f"`{kind}` has no matrix {unknown[0]} in its layers: the LoRA targets are {', '.join(known)}.")
+    targets = adapters.targets or tuple(known)
     whole = {"vision_tower": rates.tower, "projector": rates.projector}
     config = LoraConfig(
         r=adapters.rank,
         lora_alpha=adapters.alpha,
         lora_dropout=adapters.dropout,
-        target_modules=pattern_of(model, adapters.targets) if adapters.targets else TARGETS,
+        target_modules=rf"{LAYER}({'|'.join(targets)})",
+        fan_in_fan_out=any(known[name] is Conv1D for name in targets),  # GPT-2's are transposed
         modules_to_save=[name for name, rate in whole.items() if rate is not None] or None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config, autocast_adapter_dtype=False)
-
-
-def pattern_of(model: Any, targets: Iterable[str]) -> str:
-    """The pattern of the whole names of these matrices. Raises ValueError if the language model has none of a name."""
-    modules = model.base_model.language_model.named_modules()
-    known = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
-    if unknown := sorted(set(targets) - known):
-        raise ValueError(
-            f"The language model has no matrix {unknown[0]!r} for adapters; it has {', '.join(sorted(known))}."
-        )
-    return rf"model\.language_model\..*\.({'|'.join(targets)})"
 
 
 def four_bit_config(bf16: bool) -> Any:

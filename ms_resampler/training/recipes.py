@@ -33,6 +33,8 @@ class Adapters:
         for name in ("rank", "alpha"):
             if getattr(self, name) < 1:
                 raise ValueError(f"The adapters' {name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"The adapters' dropout must be at least 0 and below 1, got {self.dropout}.")
 
 
 # Minimum values of a recipe's integers.

@@ -44,50 +44,59 @@ def logits(model):
         return model.eval()(**batch, pixel_values=pixels()).logits
 
 
-@pytest.mark.parametrize("text", ["qwen2", "llama", "phi3", "gemma2"])
-def test_adapters_are_in_every_matrix_of_the_language_model_alone(text):
+FAMILIES = {
+    "qwen2": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+    "phi3": "qkv_proj o_proj gate_up_proj down_proj",
+    "gemma2": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+    "phi": "q_proj k_proj v_proj dense fc1 fc2",
+    "gpt2": "c_attn attn.c_proj c_fc mlp.c_proj",
+    "gpt_neox": "query_key_value attention.dense dense_h_to_4h dense_4h_to_h",
+    "opt": "q_proj k_proj v_proj out_proj fc1 fc2",
+    "falcon_h1": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+}
+
+
+@pytest.mark.parametrize("text", FAMILIES)
+def test_adapters_are_in_every_matrix_of_the_language_models_layers_alone(text):
     model = add_adapters(tiny_model(text=text), Adapters(rank=2), LearningRates(projector=1e-3, llm=1e-4))
     adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
-    layers = model.base_model.model.model.language_model.layers
-    matrices = {
-        f"base_model.model.model.language_model.layers.{name}"
-        for name, module in layers.named_modules()
-        if hasattr(module, "base_layer")
-    }
-    linear = {
-        name
-        for name, module in tiny_model(text=text).model.language_model.layers.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    assert adapted == matrices
-    assert {name.split("layers.")[1] for name in adapted} == linear
+    assert len(adapted) == 2 * len(FAMILIES[text].split())  # in two layers
+    for name in FAMILIES[text].split():
+        for layer in (0, 1):
+            assert [place for place in adapted if f".{layer}." in place and place.endswith(f".{name}")], name
+    assert all(place.startswith("base_model.model.model.language_model.") for place in adapted)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name or ".projector.modules_to_save." in name for name in learning)
 
 
-def test_adapters_are_in_the_targets_alone():
-    adapters = Adapters(rank=2, targets=("q_proj", "down_proj"))
-    model = add_adapters(tiny_model(text="qwen2"), adapters, LearningRates(projector=1e-3, llm=1e-4))
-    adapted = {name.split("layers.")[1].split(".lora_A")[0] for name in model.state_dict() if "lora_A" in name}
-    assert adapted == {f"{layer}.{name}" for layer in range(2) for name in ("self_attn.q_proj", "mlp.down_proj")}
-
-
-def test_the_command_trains_the_adapters_that_it_names(start, tmp_path, capsys):
+def test_the_options_of_the_command_reach_the_adapters_and_the_record(start, tmp_path):
     command = ["train", "instruct_lora", "--model", str(start / "start"), "--data", str(start / "data.json")]
-    command += ["--images", str(start / "images"), "--steps", "1", "--batch-size", "2", "--workers", "0", "--no-bf16"]
-    command += ["--no-activation-checkpointing", "--lora-rank", "3", "--lora-alpha", "6", "--lora-targets", "v_proj"]
-    assert cli.main([*command, "--out", str(tmp_path / "run")]) == 0
-    state = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    ranks = {name: min(value.shape) for name, value in state.items() if "lora_" in name}
-    assert len(ranks) == 4  # A and B in two layers
-    assert all("v_proj" in name and rank == 3 for name, rank in ranks.items())
-    recipe = json.loads((tmp_path / "run" / "record.json").read_text())["recipe"]
-    assert recipe["adapters"] == vars(Adapters(rank=3, alpha=6)) | {"targets": ["v_proj"]}
+    command += ["--images", str(start / "images"), "--out", str(tmp_path), "--steps", "1", "--batch-size", "2"]
+    command += ["--workers", "0", "--no-bf16", "--max-length", "512", "--no-activation-checkpointing"]
+    chosen = ["--lora-rank", "3", "--lora-alpha", "5", "--lora-dropout", "0.2", "--lora-targets", "q_proj", "down_proj"]
+    assert cli.main([*command, *chosen]) == 0
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    adapters = {name: tensor for name, tensor in weights.items() if "lora_A" in name}
+    assert {name.split(".")[-3] for name in adapters} == {"q_proj", "down_proj"}
+    assert {len(tensor) for tensor in adapters.values()} == {3}
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (settings["lora_alpha"], settings["lora_dropout"]) == (5, 0.2)
+    recipe = json.loads((tmp_path / "adapter" / "training_record.json").read_text())["recipe"]
     assert not recipe["activation_checkpointing"]
-    capsys.readouterr()
-    assert cli.main([*command, "query", "--out", str(tmp_path / "other")]) == 2
-    told = capsys.readouterr().err
-    assert "The language model has no matrix 'query' for adapters; it has down_proj, gate_proj, k_proj" in told
+    assert recipe["adapters"] == {
+        "rank": 3, "alpha": 5, "dropout": 0.2, "targets": ["q_proj", "down_proj"], "four_bits": False,
+    }  # fmt: skip
+    assert cli.main([*command, *chosen]) == 0  # it is the same run
+
+
+def test_an_unknown_target_is_refused_and_the_known_ones_are_named(start, tmp_path, capsys):
+    command = ["train", "instruct_lora", "--model", str(start / "start"), "--data", str(start / "data.json")]
+    command += ["--out", str(tmp_path / "run"), "--lora-targets", "q_proj", "embed_tokens"]
+    assert cli.main(command) == 2
+    known = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.endswith(f"`qwen2` has no matrix embed_tokens in its layers: the LoRA targets are {known}.")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_projector_is_saved_with_the_adapters_and_comes_back(start, trained):
