@@ -76,7 +76,7 @@ def train_small(
     scenes: int = SCENES,
     talks: int = TALKS,
     steps: int | None = None,
-    questions: int = 200,
+    questions: int = 150,
     seed: int = 0,
     embed: bool = False,
 ) -> Path:
