@@ -13,12 +13,15 @@ unexport PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint format train-tiny screenshot clean chromium
+.PHONY: help demo demo-small test test-fast lint format train-tiny screenshot clean chromium
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.demo  ## open the demo in the browser, with the small model beside the embedded checkpoint
+demo: $(VENV)/.demo  ## open the demo in the browser, with the embedded checkpoint
+	$(BIN)/ms-resampler demo
+
+demo-small: $(VENV)/.demo  ## the same with the small model of real parts
 	$(BIN)/ms-resampler demo --small
 
 test: $(VENV)/.dev chromium  ## run every test: fast ones first, then slow ones and the browser

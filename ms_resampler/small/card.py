@@ -10,16 +10,16 @@ from ..hub_upload.staging import RECORD
 NOTES = Path(__file__).with_name("notes.md")
 TITLE = "MS-Resampler small"
 FIELDS = {"license": "apache-2.0", "language": "en", "base_model": ["HuggingFaceTB/SmolLM2-135M-Instruct"]}
-EMPTY = "<!-- notes -->\n\n<!-- /notes -->"
 
 
 def write_small_card(folder: Path) -> None:
     """Writes README.md of a folder with the small model and its record."""
     write_card(folder, TITLE, **FIELDS)
     path = folder / "README.md"
-    text = path.read_text(encoding="utf-8")
-    assert EMPTY in text, "the card's template has no room for notes"
-    write_whole(path, text.replace(EMPTY, f"<!-- notes -->\n{notes(read_json(folder / RECORD))}\n<!-- /notes -->"))
+    before, begin, rest = path.read_text(encoding="utf-8").partition("<!-- notes -->")
+    _, end, after = rest.partition("<!-- /notes -->")
+    assert begin and end, "the card's template has no room for notes"
+    write_whole(path, f"{before}{begin}\n{notes(read_json(folder / RECORD))}\n{end}{after}")
 
 
 def notes(record: dict[str, Any]) -> str:
