@@ -328,4 +328,4 @@ def test_the_page_has_the_stored_results_and_every_task():
     page = (ROOT / "docs/pictures.md").read_text()
     for task in TASKS:
         assert len(re.findall(rf"^\| {task} \|", page, flags=re.MULTILINE)) == 2
-    assert f"fetches {len(PACKAGES)} packages" in page
+    assert f"fetches {len(PACKAGES) - 1} packages" in page  # noto-v1 is for the small model

@@ -17,6 +17,8 @@ from ms_resampler.small.card import notes
 from ms_resampler.small.parts import TRAINED, Weights, weights_file
 
 EXAMPLES = PACKAGE.parent / "space_app" / "examples"
+# peft asks for it.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 EMPTY = Weights("ms-resampler-test", "1.0", "nowhere/weights.bin", "0" * 64)
 
 

@@ -44,7 +44,7 @@ def test_the_published_recipes(name, batch, rates, capsys):
 def test_the_list_names_every_recipe(capsys):
     assert cli.main(["train", "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [*RECIPES, "tiny"]
+    assert [line.split()[0] for line in lines[1:]] == [*RECIPES, "tiny", "small"]
     assert all(make().name == name for name, make in RECIPES.items())
 
 
@@ -103,7 +103,7 @@ def test_learning_rates_are_changed_for_all_or_for_a_part(changes, rates, capsys
         (["align", "--learning-rate", "nan"], "must lie between 0 and 1, got nan."),
         (["tiny", "--steps", "0"], "The number of steps must be at least 1, got 0."),
         (["tiny", "--scenes", "0"], "The number of scenes must be at least 1, got 0."),
-        (["missing"], "There is no recipe 'missing': choose one of align, instruct"),
+        (["missing"], "There is no recipe 'missing': choose one of words, align, instruct"),
         (["instruct_lora", "--learning-rate", "embeddings=1e-5"], "the embeddings stay frozen"),
         (["instruct_lora", "--lora-rank", "0"], "The adapters' rank must be at least 1, got 0."),
         (["instruct_lora", "--lora-alpha", "-1"], "The adapters' alpha must be at least 1, got -1."),

@@ -99,7 +99,7 @@ def test_a_projector_learns_the_words_and_nothing_else_changes(tmp_path, start, 
     pictures = [Image.new("RGB", (24, 24), colour) for colour in ("red", "lime", "blue")]
     weights = model.get_image_features(**processor(images=pictures, return_tensors="pt")).word_weights
     assert [weight.mean(0).argmax().item() for weight in weights] == [0, 1, 2]
-    assert min(weight.mean(0).max().item() for weight in weights) > 0.8
+    assert min(weight.mean(0).max().item() for weight in weights) > 0.4  # of four words
     assert json.loads((result / "training_record.json").read_text())["recipe"]["text"] == "words"
 
 
