@@ -137,6 +137,9 @@ def assemble(components: Components) -> Assembled:
     token_id = tokenizer.get_vocab()[components.image_token]
     config: Any = make_config(components, tower.config, llm.config, token_id)
     config.visual_words = words
+    for part in (config.vision_config, config.text_config):
+        if os.path.exists(part._name_or_path):  # a folder of this machine is nobody else's business
+            part._name_or_path = ""
     processor = MSResamplerProcessor(
         image_processor,
         tokenizer,

@@ -62,6 +62,13 @@ def test_the_parts_arrive_whole(parts, tmp_path, llm, capsys):
     assert len(known) == len(clip) + len(original)
 
 
+@pytest.mark.parametrize("vision", ["clip", "dinov2"])
+def test_no_folder_of_this_machine_is_saved(parts, tmp_path, vision):
+    init(parts, tmp_path / "model", vision)
+    for file in (tmp_path / "model").glob("*.json"):
+        assert str(Path(parts[vision]).parent) not in file.read_text(), file.name
+
+
 def test_the_projector_starts_as_in_a_new_model(parts, tmp_path):
     init(parts, tmp_path / "model")
     model = MSResamplerForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32)
