@@ -1,6 +1,7 @@
 """Takes the pictures of the demo that README and docs/space.md show: asks, waits for the answer, looks around.
 
 python docs/make_screenshot.py [--model FOLDER] [--only space_dark.png] [--folder docs]
+python docs/make_screenshot.py --small
 """
 
 import argparse
@@ -40,6 +41,12 @@ def ask(page: Page, example: int) -> None:
 def pick_a_token(page: Page) -> None:
     """The example asks about the green triangle, where this token has its place."""
     ask(page, 2)
+    page.locator("#view [data-token='27']").click()
+
+
+def pick_a_token_of_the_small_model(page: Page) -> None:
+    """A token on the picture's lion."""
+    ask(page, 0)
     page.locator("#view [data-token='27']").click()
 
 
@@ -85,6 +92,7 @@ SHOTS = {
     "space_compare.png": Shot(compare),
     "space_wide.png": Shot(play_a_word, width=2560),
 }
+SHOTS_OF_SMALL = {"small.png": Shot(pick_a_token_of_the_small_model)}
 
 
 def main() -> None:
@@ -92,12 +100,14 @@ def main() -> None:
     parser.add_argument("--model", help="folder or Hub repository (default: the embedded checkpoint)")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs", help="where the pictures go")
     parser.add_argument("--only", choices=SHOTS, help="take just this one")
+    parser.add_argument("--small", action="store_true", help="the picture of the small model instead")
     arguments = parser.parse_args()
-    names = [arguments.only] if arguments.only else SHOTS
-    with serve(arguments.model) as address, sync_playwright() as playwright:
+    shots = SHOTS_OF_SMALL if arguments.small else SHOTS
+    model = ["--small"] if arguments.small else ["--model", arguments.model] if arguments.model else []
+    with serve(model) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=BROWSER_OPTIONS)
-        for name in names:
-            take(browser, address, SHOTS[name], arguments.folder / name)
+        for name in [arguments.only] if arguments.only else shots:
+            take(browser, address, shots[name], arguments.folder / name)
         browser.close()
 
 
@@ -116,13 +126,13 @@ def take(browser: Browser, address: str, shot: Shot, path: Path) -> None:
 
 
 @contextmanager
-def serve(model: str | None) -> Iterator[str]:
+def serve(model: list[str]) -> Iterator[str]:
     """`ms-resampler demo` on a free port, as long as the context lasts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "ms_resampler_cli.main", "demo", "--no-browser", "--port", str(port)]
-    app = subprocess.Popen([*command, *(["--model", model] if model else [])], cwd=ROOT)
+    app = subprocess.Popen([*command, *model], cwd=ROOT)
     try:
         address = f"http://127.0.0.1:{port}"
         wait_for(address, app)

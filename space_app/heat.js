@@ -115,14 +115,16 @@ function paintMap(canvas, picture, map, colour, {mode, opacity, paper, dark}) {
 // The most likely word of each token in its cell, the surer the stronger; the background is left out.
 function paintTokenWords(canvas, {token_grid: [rows, columns], words}, {ink, paper}) {
   const context = canvas.getContext('2d'), width = canvas.width / columns, height = canvas.height / rows;
-  Object.assign(context, {textAlign: 'center', textBaseline: 'middle', fillStyle: ink, strokeStyle: paper, lineWidth: 3});
-  context.font = `${Math.max(9, Math.min(16, width / 4.2))}px system-ui`;
+  Object.assign(context, {textAlign: 'center', textBaseline: 'middle'});
+  context.font = `${Math.max(9, Math.min(15, width / 4.5))}px system-ui`;
   words.forEach(([[word, share]], token) => {
     if (word === 'background' || share < 0.15) return;
-    const place = [(token % columns + 0.5) * width, (Math.floor(token / columns) + 0.5) * height, width - 4];
-    context.globalAlpha = Math.min(1, 0.35 + share);
-    context.strokeText(word, ...place);
-    context.fillText(word, ...place);
+    const [left, middle] = [(token % columns + 0.5) * width, (Math.floor(token / columns) + 0.5) * height];
+    const wide = Math.min(width - 4, context.measureText(word).width + 6);
+    Object.assign(context, {fillStyle: paper, globalAlpha: Math.min(0.9, 0.5 + share)});
+    context.fillRect(left - wide / 2, middle - 9, wide, 18);
+    Object.assign(context, {fillStyle: ink, globalAlpha: 1});
+    context.fillText(word, left, middle, wide - 4);
   });
   context.globalAlpha = 1;
 }
