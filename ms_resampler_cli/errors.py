@@ -23,12 +23,8 @@ EXTRAS = {
     "scipy": ["eval"],
     "sklearn": ["train", "eval", "pictures"],
 }
-COMMAND_EXTRAS = {
-    "evaluate": "eval",
-    "pictures": "pictures",
-    "small": "small",
-    "study": "eval",
-}
+# For modules of several extras.
+COMMAND_EXTRAS = {"evaluate": "eval", "pictures": "pictures", "small": "small", "study": "eval"}
 
 
 def sentence_for(error: Exception, command: str) -> str | None:

@@ -19,5 +19,6 @@ def run(arguments: argparse.Namespace) -> int:
     logging.set_verbosity_error()
     assembled = build_small(arguments.out)
     print(parameter_table(assembled.model))
-    print(f"The model is in {arguments.out}. Next: ms-resampler chat PICTURE --model {arguments.out}")
+    ask = f'ms-resampler chat --model {arguments.out} --image PICTURE "What is in the picture?"'
+    print(f"The model is in {arguments.out}. Next: {ask}")
     return 0

@@ -82,9 +82,9 @@ def free_box(
     return None if any(touch(box, other) for other in taken) else box
 
 
-def touch(a: Box, b: Box) -> bool:
-    """Whether two boxes are closer than GAP."""
-    return a[0] < b[2] + GAP and b[0] < a[2] + GAP and a[1] < b[3] + GAP and b[1] < a[3] + GAP
+def touch(a: Box, b: Box, gap: int = GAP) -> bool:
+    """Whether two boxes are closer than `gap` pixels."""
+    return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
 
 
 def unevenness(image: Image.Image) -> float:

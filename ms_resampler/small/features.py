@@ -34,8 +34,12 @@ class Features:
 
     def _open(self, name: str, shape: tuple[int, int, int]) -> np.memmap:
         path, whole = self.folder / f"{name}.npy", (self.count, shape[0] * shape[1], shape[2])
-        mode = "r+" if path.is_file() else "w+"
-        return np.lib.format.open_memmap(path, mode, None if mode == "r+" else np.float16, whole)
+        if not path.is_file():
+            return np.lib.format.open_memmap(path, "w+", np.float16, whole)
+        found = np.lib.format.open_memmap(path, "r+")
+        if found.shape != whole:
+            raise ValueError(f"{path} has features of {len(found)} scenes, not of {self.count}: give another folder.")
+        return found
 
     def _draw(self, numbers: Sequence[int]) -> list[Scene]:
         return [self.painter.scene(number) for number in numbers]

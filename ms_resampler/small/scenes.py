@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from ..folders import whole_folder
-from ..pictures.scenes import GROUNDS, draw_ground
+from ..pictures.scenes import GROUNDS, draw_ground, touch
 from ..pictures.sources import Shelf, cutout
 from .parts import SIDE, things
 
@@ -193,7 +193,7 @@ def place(cutouts: Sequence[Image.Image], rng: random.Random) -> list[tuple[int,
                 width, height = max(8, int(cut.width * scale)), max(8, int(cut.height * scale))
                 x, y = rng.randint(0, SIDE - width), rng.randint(0, SIDE - height)
                 box = (x, y, x + width, y + height)
-                if not any(touch(box, other) for other in boxes):
+                if not any(touch(box, other, GAP) for other in boxes):
                     boxes.append(box)
                     break
             else:
@@ -201,8 +201,3 @@ def place(cutouts: Sequence[Image.Image], rng: random.Random) -> list[tuple[int,
         if len(boxes) == len(cutouts):
             return boxes
         shrink *= 0.94
-
-
-def touch(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
-    """Whether two boxes are closer than GAP."""
-    return a[0] < b[2] + GAP and b[0] < a[2] + GAP and a[1] < b[3] + GAP and b[1] < a[3] + GAP

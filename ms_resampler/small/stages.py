@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from ..evaluation.run import Options, evaluate
-from ..folders import PROJECTOR, write_whole
+from ..folders import PROJECTOR, whole_folder, write_whole
 from ..hub_upload.staging import RECORD
 from ..pictures.packages import PACKAGES
 from ..pictures.sources import Shelf
@@ -27,7 +27,7 @@ from .parts import ADAPTER, CACHE, LLM, TOWER, TRAINED, start_small, things
 from .plain import answers_of, right_answers
 from .scenes import CLIPART, Painter, clipart_folder, find_drawings
 from .talk import PLAIN, TASKS, write_conversations, write_suite
-from .words import SayingWords, WordsCollator, WordsOfScenes, add_dropout, say_the_towers_classes
+from .words import CellsCollator, CellsOfScenes, SayingCells, add_dropout, say_the_towers_classes
 
 SCENES = 16_000  # that the words stage learns from
 TALKS = 2000  # conversations
@@ -37,8 +37,8 @@ def small_words(features: Features, steps: int, seed: int) -> Stage:
     """Trains the projector to say what is at each place."""
     return Stage(
         name="words",
-        dataset=lambda records: WordsOfScenes(features, records, 32, seed),
-        collator=lambda _: WordsCollator(features),
+        dataset=lambda records: CellsOfScenes(features, records, 32, seed),
+        collator=lambda _: CellsCollator(features),
         steps=steps,
         batch_size=32,
         learning_rate=1e-3,
@@ -91,7 +91,7 @@ def train_small(
     shelf, clipart = Shelf(PACKAGE_FOLDER), clipart_folder(CACHE)
     drawings = find_drawings(shelf, clipart)
     painters = {split: Painter(found, split) for split, found in drawings.items()}
-    if not (out / "start" / "config.json").is_file():
+    if not (out / "start").is_dir():
         learn_words(out, painters["train"], scenes, steps, seed)
     plain = answers_of(out / "start", PLAIN["train"], out / "plain.json")
     if not (out / "talk" / "adapter").is_dir():
@@ -132,15 +132,16 @@ def learn_words(out: Path, painter: Painter, scenes: int, steps: int, seed: int)
     model, projector = assembled.model, assembled.model.model.projector
     features = Features(out / "features", painter, scenes)
     features.compute(model, assembled.processor.image_processor)
-    saying = SayingWords(model)
+    saying = SayingCells(model)
     say_the_towers_classes(projector, saying.table_WT)
     handles = add_dropout(projector)
     run_stage(small_words(features, steps, seed), saying, assembled.processor, out / "words")
     for handle in handles:
         handle.remove()
     projector.requires_grad_(True)
-    model.save_pretrained(out / "start")
-    assembled.processor.save_pretrained(out / "start")
+    with whole_folder(out / "start") as folder:
+        model.save_pretrained(folder)
+        assembled.processor.save_pretrained(folder)
 
 
 def measure(out: Path, questions: int) -> dict[str, Any]:

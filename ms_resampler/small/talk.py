@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.protocol import SHORT
+from ..folders import whole_folder
+from ..pictures.tasks import centre
 from ..progress import progress
 from .parts import things
 from .scenes import Box, Painter, Scene
@@ -41,11 +43,6 @@ def plural(noun: str) -> str:
 def listed(parts: Sequence[str]) -> str:
     """A list in words: "a cat, two dogs and an owl"."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-
-
-def centre(box: Box) -> tuple[float, float]:
-    """The (x, y) of a box's centre."""
-    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
 
 def place(box: Box) -> str:
@@ -193,10 +190,11 @@ def as_llava(turns: Sequence[str]) -> list[dict[str, str]]:
 
 def write_suite(folder: Path, painter: Painter, questions: int) -> None:
     """A suite for the evaluator with so many questions of each of TASKS."""
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    for task in TASKS:
-        lines = list(suite_lines(folder, painter, task, questions))
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with whole_folder(folder) as partial:
+        (partial / "pictures").mkdir()
+        for task in TASKS:
+            lines = list(suite_lines(partial, painter, task, questions))
+            (partial / f"{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def suite_lines(folder: Path, painter: Painter, task: str, questions: int) -> Iterator[dict[str, Any]]:

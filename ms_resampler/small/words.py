@@ -22,7 +22,7 @@ DROPOUT = 0.15
 CLASS_GROUPS = ((3, 1), (10, 2), (40, 4), (1000, 8))  # up to so many classes of a noun are so many groups
 
 
-class WordsOfScenes(Dataset):
+class CellsOfScenes(Dataset):
     """Scene numbers in training order, epoch after epoch, with the token grid of their step."""
 
     def __init__(self, features: Features, length: int, batch_size: int, seed: int = 0):
@@ -38,7 +38,7 @@ class WordsOfScenes(Dataset):
         return {"number": number, "grid": step.choices(GRIDS, OFTEN)[0]}
 
 
-class WordsCollator:
+class CellsCollator:
     """Patches and shares of words of a batch of scenes."""
 
     def __init__(self, features: Features):
@@ -68,8 +68,8 @@ def overlap(cells: int, begin: float, end: float) -> Tensor:
     return (edges[1:].clamp(max=end) - edges[:-1].clamp(min=begin)).clamp(min=0) * cells
 
 
-class SayingWords(nn.Module):
-    """The projector, and the loss of its words: cross-entropy, in which the background counts less."""
+class SayingCells(nn.Module):
+    """The projector, and the loss of its words in every cell: cross-entropy, in which the background counts less."""
 
     table_WT: Tensor
     weight_W: Tensor
@@ -90,7 +90,7 @@ class SayingWords(nn.Module):
         return F.linear((y[0] if self.scoped else y).float(), self.table_WT).log_softmax(dim=-1)
 
     def forward(self, x_BNC: Tensor, share_BMW: Tensor) -> dict[str, Tensor]:
-        """The loss; shares are those of WordsCollator, of a square grid."""
+        """The loss; shares are those of CellsCollator, of a square grid."""
         side = round(share_BMW.shape[1] ** 0.5)
         said_BMW = self.says(x_BNC, (side, side))
         return {"loss": -(share_BMW * said_BMW * self.weight_W).sum(-1).mean()}

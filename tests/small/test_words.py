@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from ms_resampler.small import words
 from ms_resampler.small.features import FINE, TOP, Features
 from ms_resampler.small.scenes import Scene
-from ms_resampler.small.words import SayingWords, WordsCollator, WordsOfScenes, say_the_towers_classes
+from ms_resampler.small.words import CellsCollator, CellsOfScenes, SayingCells, say_the_towers_classes
 
 NOUNS = {"ant": {"classes": [3, 5]}, "bat": {}, "cat": {"classes": [7]}}
 
@@ -24,11 +24,11 @@ def three_nouns(monkeypatch):
 
 def test_shares_are_the_covered_areas():
     scene = {"nouns": ["ant", "cat", "cat"], "boxes": [(0, 0, 0.5, 0.5), (0.5, 0.25, 0.75, 1), (0.75, 0.25, 1, 1)]}
-    shares = WordsCollator(SimpleNamespace()).shares(scene, (2, 2))
+    shares = CellsCollator(SimpleNamespace()).shares(scene, (2, 2))
     background = [0, 0.5, 1, 0]
     assert_close(shares, torch.tensor([[1, 0, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0, 1], [0, 0, 1, 0.0]]))
     assert shares[:, -1].tolist() == background
-    odd = WordsCollator(SimpleNamespace()).shares(scene, (3, 3))
+    odd = CellsCollator(SimpleNamespace()).shares(scene, (3, 3))
     assert_close(odd[0], torch.tensor([1, 0, 0, 0.0]))
     assert_close(odd[4], torch.tensor([0.25, 0, 0.5, 0.25]))  # from a third to two thirds: a quarter ant, half cat
 
@@ -47,7 +47,7 @@ def saying():
         config=SimpleNamespace(visual_words=[4, 2, 7, 1], projector_config=SimpleNamespace(num_scopes=0)),
         get_input_embeddings=lambda: table,
     )
-    return SayingWords(model), table.weight.detach()[[4, 2, 7, 1]]
+    return SayingCells(model), table.weight.detach()[[4, 2, 7, 1]]
 
 
 def test_the_loss_is_cross_entropy_with_less_background():
@@ -80,7 +80,7 @@ def test_the_towers_classes_are_said_untrained(monkeypatch):
 
 
 def test_every_scene_is_learned_in_every_epoch_in_another_order():
-    order = WordsOfScenes(SimpleNamespace(count=40), 80, 8)
+    order = CellsOfScenes(SimpleNamespace(count=40), 80, 8)
     numbers = [order[index]["number"] for index in range(80)]
     assert sorted(numbers[:40]) == sorted(numbers[40:]) == list(range(40))
     assert numbers[:40] != numbers[40:]

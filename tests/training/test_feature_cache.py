@@ -58,6 +58,9 @@ def test_a_run_learns_the_same_bits_and_its_second_epoch_does_not_run_the_tower(
     assert_same_weights(tmp_path / "again", tmp_path / "plain")
     assert seen == []
     assert {file.suffix for file in files_in(folder)} == {".safetensors"}
+    later = options_in(start, tmp_path / "later", features=folder) | {"model": tmp_path / "plain" / "model"}
+    train(recipe, **later)  # a later stage, with the saved tower
+    assert seen == []
 
 
 def test_a_run_that_is_resumed_learns_the_same_bits(start, tmp_path, monkeypatch):
