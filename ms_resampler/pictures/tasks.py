@@ -156,7 +156,7 @@ def relations(shelf: Shelf, split: Split, rng: np.random.Generator) -> Sheet | N
     return Sheet(scene.image, tuple(questions), meta) if questions else None
 
 
-def centre(box: Sequence[int]) -> tuple[float, float]:
+def centre(box: Sequence[float]) -> tuple[float, float]:
     """The (x, y) of a box's centre."""
     return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
 
