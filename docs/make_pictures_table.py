@@ -13,6 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "research" / "results" / "pictures.json"
 COLUMNS = ("test", "test-concept", "test-style", "test, blind")
+SHOWN = ("test", "test, blind")
 
 
 def collect(runs: list[Path]) -> dict:
@@ -35,9 +36,9 @@ def collect(runs: list[Path]) -> dict:
 
 def table(results: dict) -> str:
     """The results as Markdown."""
-    lines = [["task", *COLUMNS, "most common answer (test)", "not understood (test)"]]
+    lines = [["task", *SHOWN, "most common answer", "not understood"]]
     for name, first in results["test"].items():
-        found = [results[column].get(name) for column in COLUMNS]
+        found = [results[column].get(name) for column in SHOWN]
         cells = [f"{task['value']} ±{task['half_interval']}" if task else "" for task in found]
         unknown = f"{first['not_understood']} of {first['questions']}"
         lines.append([name, *cells, str(first["most_common_answer"]), unknown])

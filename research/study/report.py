@@ -17,15 +17,15 @@ from .statistics import GROUPS, Difference, Estimate, corrected
 
 ONE_POINT = 0.01
 MARGINS_EXPLAINED = """In these scenes things lie on a 3 x 3 grid of places, at most one in each. With 9 tokens
-each of TokenPacker's windows, and each of our cells, is exactly one place. To measure what that is worth, the same
-scenes are put on a blank page of 16 x 16 patches and read with 16 tokens, so that cells have the same size: once with
-cells on the places, and once shifted by two patches, so that each place is spread over four cells (and all 16 cells
-hold part of the scene, instead of nine)."""
+each of TokenPacker's windows, and each of our cells, is exactly one place. Here the same scenes are put on a blank page
+of 16 x 16 patches and read with 16 tokens, which keeps the size of the cells: once with cells on the places, and once
+shifted by two patches, so that each place is spread over four cells (and all 16 cells, not nine, hold part of the
+scene)."""
 PRELIMINARY = (
     "\n\n**Preliminary: the score tables cover {seeds}.** Seeds differ by about as much as neighbouring rows do, so "
     "conclusions need five."
 )
-EXCLUDES_ZERO = "In all tables * marks a group in which the 95% interval of the difference excludes zero."
+EXCLUDES_ZERO = "* marks a number for which the 95% interval of the difference excludes zero."
 
 
 def write_report(folder: Path) -> None:
@@ -88,56 +88,49 @@ def introduction(results: Results) -> str:
 
 The claim: at a fixed token budget, several resamplers, each with its own spatial scope, fused adaptively, beat one
 global resampler. A single-scope resampler, global *or local*, that is as good on every task at equal or lower cost
-would refute it. `python -m research.study` writes this page from the stored results.{preliminary}
+would refute it.{preliminary}
 
 **Setting.** {data["train_scenes"]:,} synthetic scenes of one to nine handwritten digits, shapes and words, on 12 x 12
-patches. The vision tower is a frozen ConvNeXt, trained to name what is under each patch, with position codes added to
-its features. A two-layer reader, pretrained on textual descriptions of scenes, stands in for the language model. Each
-run trains a new projector and a copy of the reader for {study["steps"]} steps of {study["batch_size"]} images with
-eight questions each. Every projector chooses among the same learning rates ({rates}) by validation score at
-{results.middle} tokens (`{LOCAL}`, which is `{OURS}` with one scope, uses that of `{OURS}`). Widths are set so that
-parameter counts match `{BASELINE}`, where a projector has a free width. Test scenes use digits that no part was
-trained on.
+patches. The tower is a frozen ConvNeXt, trained to name what is under each patch, with position codes added to its
+features. A two-layer reader, pretrained on textual descriptions of scenes, stands in for the language model. Each run
+trains a new projector and a copy of the reader for {study["steps"]} steps of {study["batch_size"]} images with eight
+questions each, at the best of the learning rates ({rates}) by validation score at {results.middle} tokens (`{LOCAL}`,
+which is `{OURS}` with one scope, uses that of `{OURS}`). Free widths are set to match the parameters of `{BASELINE}`.
+Test scenes use digits that no part was trained on.
 
 **Scores** on {data["test_scenes"]} test scenes: exact answers to questions that need a local (read, colour, shape),
 regional (presence, where, relation, compare) or global view (count, count of a colour, majority), and *dense*, the
 share of patches whose name and colour can be predicted from the tokens. Overall is the mean of the four groups.
 Intervals are 95% bootstrap intervals over images and seeds. Differences are in percentage points, paired by seed and
-image, with runs of the same tower, reader and kind of machine ([how it was made](#how-it-was-made)). p-values are
-t-tests over seeds, adjusted within each table (Benjamini and Hochberg). {EXCLUDES_ZERO}
+image, with runs of the same tower, reader and kind of machine ([how it was made](#how-it-was-made)), over
+{ENOUGH_SEEDS} seeds unless a name is followed by another number. p-values are t-tests over seeds, adjusted within each
+table (Benjamini and Hochberg). {EXCLUDES_ZERO}
 
 **Validation.** The design of `{OURS}` was chosen by looking at test scores of two of the seeds
-([log](../research/log.md)), which favours it over peers built as published. So differences are also given on
-{data["validation_scenes"]} validation scenes, which chose nothing but learning rates: overall, with a 95% t-interval
-over seeds."""
-
-
-def percent(estimate: Estimate, column: int) -> str:
-    """A mean and its interval: "81.2 (80.1 to 82.0)"."""
-    mean, low, high = (100 * part[column] for part in (estimate.mean_G, estimate.low_G, estimate.high_G))
-    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
+([log](../research/log.md)), which favours it over peers built as published. So overall differences from other
+projectors are also given on {data["validation_scenes"]} validation scenes, which chose nothing but learning rates
+(* by a t-interval over seeds)."""
 
 
 def signed(difference: Difference, column: int) -> str:
     """A difference in percentage points and its interval: "+1.2 (+0.3 to +2.0)"."""
-    parts = (difference.estimate.mean_G, difference.estimate.low_G, difference.estimate.high_G)
-    return signed_interval(*(part[column] for part in parts))
+    mean, low, high = interval(difference.estimate, column)
+    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def starred(estimate: Estimate, column: int) -> str:
+def interval(estimate: Estimate, column: int) -> tuple[float, float, float]:
+    """The mean of a group, and the ends of its interval."""
+    return estimate.mean_G[column], estimate.low_G[column], estimate.high_G[column]
+
+
+def starred(mean: float, low: float, high: float) -> str:
     """A difference in percentage points, with a star if its interval excludes zero: "+1.2*"."""
-    return f"{100 * estimate.mean_G[column]:+.1f}{'*' if excludes_zero(estimate, column) else ''}"
+    return f"{100 * mean:+.1f}{star(low, high)}"
 
 
-def excludes_zero(estimate: Estimate, column: int) -> bool:
-    """Whether the interval of a difference lies on one side of zero."""
-    return bool(estimate.low_G[column] > 0 or estimate.high_G[column] < 0)
-
-
-def signed_interval(mean: float, low: float, high: float) -> str:
-    """As `signed`, from three numbers; the mean alone for a single seed, which has no interval."""
-    interval = "" if np.isnan(low) else f" ({100 * low:+.1f} to {100 * high:+.1f})"
-    return f"{100 * mean:+.1f}{interval}"
+def star(low: float, high: float) -> str:
+    """A star if the interval of a difference lies on one side of zero; that of a single seed is NaN."""
+    return "*" if low > 0 or high < 0 else ""
 
 
 def number(value: float, digits: int) -> str:
@@ -152,17 +145,22 @@ def main_table(results: Results, tokens: str) -> str:
     """
     contenders, found, rows = results.contenders(tokens), rivals(results, tokens), []
     for (arm, _, _), estimate in sorted(results.estimates(*contenders).items(), key=lambda item: -item[1].mean_G[-1]):
-        compared, stars = [str(len(results.blocks(*contenders))), "–", "–"], [""] * len(GROUPS)
+        seeds, compared, stars = len(results.blocks(*contenders)), ["–", "–"], [""] * len(GROUPS)
         if arm in found:
             difference = found[arm]
-            compared = [str(difference.seeds), signed(difference, -1), signed_interval(*difference.validation)]
-            stars = ["*" if excludes_zero(difference.estimate, column) else "" for column in range(len(GROUPS))]
-        scores = [f"{100 * mean:.1f}{star}" for mean, star in zip(estimate.mean_G, stars, strict=False)]
+            seeds, compared = difference.seeds, [signed(difference, -1), starred(*difference.validation)]
+            stars = [star(*interval(difference.estimate, column)[1:]) for column in range(len(GROUPS))]
+        scores = [f"{100 * mean:.1f}{mark}" for mean, mark in zip(estimate.mean_G, stars, strict=False)]
         name = f"{arm} (144 tokens)" if arm in REFERENCE else f"**{arm}**" if arm == OURS else arm
-        rows.append([name, *compared, f"{100 * estimate.mean_G[-1]:.1f}", *scores])
-    head = ["projector", "seeds", f"`{OURS}` minus it", "validation", "overall", *GROUPS]
+        rows.append([with_seeds(name, seeds), *compared, f"{100 * estimate.mean_G[-1]:.1f}", *scores])
+    head = ["projector", f"`{OURS}` minus it", "validation", "overall", *GROUPS]
     scored = {arm for arm, _, _ in contenders}
     return markdown_table(head, rows) + left_out([arm for arm in results.arms(tokens) if arm not in scored])
+
+
+def with_seeds(name: str, seeds: int) -> str:
+    """A name, and the number of seeds if it is not the usual one: "mqt (3 seeds)"."""
+    return name if seeds == ENOUGH_SEEDS else f"{name} ({seeds} seed{'s' if seeds > 1 else ''})"
 
 
 def rivals(results: Results, tokens: str) -> dict[str, Difference]:
@@ -173,21 +171,15 @@ def rivals(results: Results, tokens: str) -> dict[str, Difference]:
     return dict(sorted(found.items(), key=lambda item: item[1].estimate.mean_G[-1]))
 
 
-def differences_table(title: str, found: dict[str, Difference]) -> str:
-    """Differences with intervals and adjusted p-values."""
-    adjusted = corrected([difference.p for difference in found.values()])
-    rows = [
-        [
-            arm,
-            str(difference.seeds),
-            signed(difference, -1),
-            "<0.001" if p < 0.0005 else number(p, 3),
-            signed_interval(*difference.validation),
-            *(starred(difference.estimate, column) for column in range(len(GROUPS))),
-        ]
-        for (arm, difference), p in zip(found.items(), adjusted, strict=True)
-    ]
-    return markdown_table([title, "seeds", "overall", "p", "validation", *GROUPS], rows)
+def differences_table(title: str, found: dict[str, Difference], every_group: bool) -> str:
+    """Differences with intervals and adjusted p-values; of every group, or of those in which zero is excluded."""
+    adjusted, rows = corrected([difference.p for difference in found.values()]), []
+    for (arm, difference), p in zip(found.items(), adjusted, strict=True):
+        groups = [starred(*interval(difference.estimate, column)) for column in range(len(GROUPS))]
+        clear = [f"{name} {cell[:-1]}" for name, cell in zip(GROUPS, groups, strict=True) if cell.endswith("*")]
+        cells = [signed(difference, -1), "<0.001" if p < 0.0005 else number(p, 3)]
+        rows.append([with_seeds(arm, difference.seeds), *cells, *(groups if every_group else [", ".join(clear)])])
+    return markdown_table([title, "overall", "p", *(GROUPS if every_group else ["in groups"])], rows)
 
 
 def verdict(results: Results, tokens: str) -> str:
@@ -222,8 +214,8 @@ def ablation_table(results: Results, base: str) -> str:
     default = (base, "fixed", results.middle)
     keys = {arm.removesuffix(LEARNED): (arm, "fixed", results.middle) for arm in results.ablations(base)}
     found = {arm: results.difference(key, default) for arm, key in keys.items() if results.comparable(key, default)}
-    table_of_changes = differences_table("change", found) + left_out([arm for arm in keys if arm not in found])
-    return f"Each change to `{base}`, minus that design:\n\n{table_of_changes}"
+    table_of_changes = differences_table("change", found, False) + left_out([arm for arm in keys if arm not in found])
+    return f"Each change to `{base}`, minus that design, and groups whose interval excludes zero:\n\n{table_of_changes}"
 
 
 def left_out(arms: list[str]) -> str:
@@ -238,7 +230,8 @@ def elastic_table(results: Results) -> str:
         keys = [(arm, mode, tokens) for mode in ("elastic", "fixed")]
         if results.comparable(*keys):
             elastic, fixed = results.estimates(*keys).values()
-            rows.append([arm, tokens, percent(elastic, -1), percent(fixed, -1), signed(results.difference(*keys), -1)])
+            scores = [f"{100 * estimate.mean_G[-1]:.1f}" for estimate in (elastic, fixed)]
+            rows.append([arm, tokens, *scores, signed(results.difference(*keys), -1)])
         elif keys[0] in results.scores:
             missing.append(f"{arm} at {tokens} tokens")
     head = ["projector", "tokens", "trained with random budgets", "trained for this budget", "difference"]
@@ -252,17 +245,17 @@ def margin_tables(results: Results) -> str:
     if not results.comparable(*keys):
         return ""
     rows = [
-        [name, arm, percent(estimate, -1), *(f"{100 * mean:.1f}" for mean in estimate.mean_G[: len(GROUPS)])]
+        [name, arm, *(f"{100 * mean:.1f}" for mean in estimate.mean_G[[-1, *range(len(GROUPS))]])]
         for (arm, name, _), estimate in results.estimates(*keys).items()
     ]
     found = {f"{AMID_PAPER[1]}, cells {name}": results.difference(*pair) for name, pair in pairs.items()}
     found["change"] = results.change(*pairs.values())
     scores = markdown_table(["cells", "projector", "overall", *GROUPS], rows)
-    return f"{scores}\n\n`{OURS}` minus the other:\n\n{differences_table('minus', found)}"
+    return f"{scores}\n\n`{OURS}` minus the other:\n\n{differences_table('minus', found, True)}"
 
 
 def cost_table(results: Results) -> str:
-    """Sizes, learning rates, multiply-accumulates, and times as ratios to the single-scope resampler."""
+    """Sizes, multiply-accumulates, and times as ratios to the single-scope resampler."""
     costs = results.costs
     budgets = {arm: count for arm, _, count in results.contenders(results.middle)}
     arms = {shown: shown.removesuffix(" (144 tokens)") for shown in costs["projectors"]}
@@ -270,14 +263,13 @@ def cost_table(results: Results) -> str:
         [
             shown,
             f"{results.parameters(arms[shown], budgets[arms[shown]]) / 1000:.0f}" if arms[shown] in budgets else "–",
-            f"{results.rates[arms[shown]]:g}",
             f"{cost['macs'] / 1e6:.1f}",
             f"{cost['forward_x']:.2f}",
             f"{cost['backward_x']:.2f}",
         ]
         for shown, cost in costs["projectors"].items()
     ]
-    head = ["projector", "thousand parameters", "learning rate", "million MACs an image", "forward", "with backward"]
+    head = ["projector", "thousand parameters", "million MACs an image", "forward", "with backward"]
     return (
         f"Projectors alone, {results.middle} tokens, batch {results.study['batch_size']}, median times relative "
         f"to `{BASELINE}` in the same round. {costs['machine']}. At the published sizes overheads weigh less: "
