@@ -6,6 +6,7 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 
 import pytest
 
@@ -65,6 +66,22 @@ def hub(tmp_path, monkeypatch):
         template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield hub
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Waits between retries, shortened."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+
+
+@pytest.fixture
+def picture_file(tmp_path) -> str:
+    """A file with the first picture of `tiny_models`."""
+    from tiny_models import picture
+
+    picture().save(tmp_path / "picture.png")
+    return str(tmp_path / "picture.png")
 
 
 @pytest.fixture(scope="session")

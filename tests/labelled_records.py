@@ -11,18 +11,6 @@ from ms_resampler.chat_format import image_aware, packaged_template
 VICUNA = packaged_template("vicuna")
 UNMARKED_VICUNA = re.sub(r"\{%-? (end)?generation -?%\}", "", VICUNA)
 
-# As Qwen3's: an empty block before the last answer, none in the prompt, and thoughts of earlier turns dropped.
-THINKING = (
-    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}{%- if m.role == 'assistant' %}"
-    "{%- set parts = m.content.split('</think>') %}"
-    "{%- set thought = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' %}"
-    "{%- if loop.last %}{{- '<think>\n' + thought + '\n</think>\n\n' }}{%- endif %}"
-    "{{- parts[-1].lstrip('\n') }}{%- else %}{{- m.content }}{%- endif %}{{- '<|im_end|>\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
-    "{%- endif %}"
-)
-
 HARD = "Zwei Katzen 🐈🐈, 猫  auf\n\nder Matte\tnaïve </answer>"
 RECORD = {
     "id": "dialogue",

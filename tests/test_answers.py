@@ -23,14 +23,7 @@ def folder(tmp_path_factory):
 
 def expected(model, processor, pictures, new_tokens=20):
     """The answer by transformers' own two steps, and the maps by another."""
-    content = [{"type": "image", "image": picture} for picture in pictures]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": [*content, {"type": "text", "text": QUESTION}]}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = tiny_models.asked(processor, QUESTION, *pictures)
     ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 

@@ -34,9 +34,7 @@ PROJECTOR = ["--visual-tokens", "4", "--set", "hidden_size=16", "--set", "num_at
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
-    towers = {
-        kind: str(save_tower(folder / kind, kind)) for kind in ("clip", "siglip", "siglip2", "dinov2", "convnext")
-    }
+    towers = {kind: str(save_tower(folder / kind, kind)) for kind in TOWERS}
     llms = {name: str(save_llm(folder / name, name, "llama" if "llama" in name else name)) for name in TOKENIZERS}
     return towers | llms
 
@@ -86,14 +84,7 @@ def test_every_tower_answers_through_the_auto_classes(parts, tmp_path, vision):
     assert init(parts, tmp_path / "model", vision, "qwen2", *more) == 0
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
-    content = [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": "What is it?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.dtype)
+    inputs = tiny.asked(processor, "What is it?", tiny.picture()).to(model.dtype)
     ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert 1 <= len(ids) <= 3
     assert model.config.image_token_id not in ids
@@ -184,11 +175,7 @@ def test_an_idle_token_becomes_the_image_token_and_no_row_is_added(token, parts,
     result = train(small("instruct", steps=1, batch_size=1), model=tmp_path / "model", **options)
     model = AutoModelForImageTextToText.from_pretrained(result, dtype=torch.float32)
     assert model.config.image_token_id == idle
-    content = [{"type": "image", "image": tiny.picture()}, {"type": "text", "text": f"What is {token}?"}]
-    prompt = AutoProcessor.from_pretrained(result).apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
-        return_tensors="pt",
-    )  # fmt: skip
+    prompt = tiny.asked(AutoProcessor.from_pretrained(result), f"What is {token}?", tiny.picture())
     assert (prompt["input_ids"] == idle).sum() == 4
     with torch.no_grad():
         model.lm_head.weight[idle] = 100 * model.model(**prompt).last_hidden_state[0, -1]

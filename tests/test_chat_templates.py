@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from components import CHATML, LLAMA_2, LLAMA_3, TOKENIZERS, qwen_tokenizer
+from components import CHATML, LLAMA_2, LLAMA_3, THINKING, TOKENIZERS, qwen_tokenizer
 from jinja2 import Environment, TemplateError, nodes
 from PIL import Image
 from tiny_models import IMAGE, picture, tiny_processor, tiny_tokenizer
@@ -367,19 +367,7 @@ def test_a_switch_for_thinking_is_nothing_to_a_template_without_it(form, process
 # What is trained is what is asked
 
 THINKERS = {
-    # As Qwen3's template: an empty block before the last answer, none in the prompt, thoughts of earlier turns dropped.
-    "qwen3": (
-        "{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}"
-        "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}{%- for m in messages %}"
-        "{{- '<|im_start|>' + m.role + '\n' }}{%- if m.role == 'assistant' %}"
-        "{%- set parts = m.content.split('</think>') %}"
-        "{%- set thought = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' %}"
-        "{%- if loop.index0 > ns.last %}{{- '<think>\n' + thought + '\n</think>\n\n' }}{%- endif %}"
-        "{{- parts[-1].lstrip('\n') }}{%- else %}{{- m.content }}{%- endif %}{{- '<|im_end|>\n' }}{%- endfor %}"
-        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
-        "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
-        "{%- endif %}"
-    ),
+    "qwen3": THINKING,
     # As DeepSeek R1's: the prompt begins a thought, and answers are written without theirs.
     "r1": (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<User>' + m['content'] }}{% endif %}"

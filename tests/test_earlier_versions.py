@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_models import pixels, tiny_model
+from tiny_models import asked, pixels, tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ms_resampler import TINY, MSResamplerForConditionalGeneration
@@ -149,17 +149,7 @@ def test_the_embedded_checkpoints_answer_as_they_did(name, embedded_in):
     model = AutoModelForImageTextToText.from_pretrained(embedded_in(name))
     processor = AutoProcessor.from_pretrained(TINY)
     for number, scene in enumerate(json.loads((EXAMPLES / "examples.json").read_text())["scenes"]):
-        content = [
-            {"type": "image", "image": Image.open(EXAMPLES / scene["file"])},
-            {"type": "text", "text": scene["question"]},
-        ]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        inputs = asked(processor, scene["question"], Image.open(EXAMPLES / scene["file"]))
         logits = model(**inputs, logits_to_keep=1).logits[0, 0]
         torch.testing.assert_close(logits, recorded[f"{name}.{number}.logits"], rtol=1e-5, atol=1e-5)
         answer = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import picture, tiny_model, tiny_processor
+from tiny_models import asked, picture, save_tiny, tiny_model, tiny_processor
 from torch import Tensor
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
@@ -146,21 +146,12 @@ def image_file(tmp_path_factory):
 def saved(tmp_path_factory):
     """A model and processor, as `save_pretrained` leaves them."""
     folder = tmp_path_factory.mktemp("saved")
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
+    save_tiny(folder)
     return folder
 
 
 def code_in(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.rglob("*.py")}
-
-
-def inputs_of(processor, image_file: Path):
-    content = [{"type": "image", "path": str(image_file)}, {"type": "text", "text": QUESTION}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-    )  # fmt: skip
 
 
 def assert_same(theirs: dict[str, Tensor], kind: str, model) -> None:
@@ -207,7 +198,7 @@ def test_a_stranger_loads_computes_trains_and_saves_the_same(saved, image_file, 
     run_as_stranger(LOAD, tuned, *arguments, tmp_path / "second", home=tmp_path / "two")
     first, second = load_file(tmp_path / "first"), load_file(tmp_path / "second")
 
-    model, inputs = tiny_model(), inputs_of(tiny_processor(), image_file)
+    model, inputs = tiny_model(), asked(tiny_processor(), QUESTION, str(image_file))
     assert_same(first, "loaded", model)
     assert_computes_the_same(first, model, inputs)
 
@@ -239,7 +230,7 @@ def test_the_embedded_checkpoint_loads_for_a_stranger(image_file, tmp_path):
     model = ms_resampler.MSResamplerForConditionalGeneration.from_pretrained(ms_resampler.TINY)
     processor = ms_resampler.MSResamplerProcessor.from_pretrained(ms_resampler.TINY)
     assert_same(theirs, "loaded", model)
-    assert_computes_the_same(theirs, model, inputs_of(processor, image_file))
+    assert_computes_the_same(theirs, model, asked(processor, QUESTION, str(image_file)))
 
 
 @pytest.mark.slow
@@ -297,12 +288,12 @@ save_file(logits, out)
 @pytest.mark.slow
 def test_a_stranger_loads_every_peer(image_file, tmp_path):
     """At 36 tokens, which they all can give."""
-    inputs = inputs_of(tiny_processor(visual_tokens=[6, 6]), image_file)
+    inputs = asked(tiny_processor(visual_tokens=[6, 6]), QUESTION, str(image_file))
     save_file({name: inputs[name].contiguous() for name in inputs}, tmp_path / "inputs")
     models = {}
     for kind in PROJECTORS:
         projector = {"projector_type": kind, "query_grid": [6, 6], "visual_tokens": [6, 6]}
-        models[kind] = tiny_model(projector=projector | {"hidden_size": 16, "num_attention_heads": 4})
+        models[kind] = tiny_model(projector=projector)
         models[kind].save_pretrained(tmp_path / "peers" / kind)
     run_as_stranger(PEERS, tmp_path / "peers", tmp_path / "inputs", tmp_path / "logits", home=tmp_path / "home")
     theirs = load_file(tmp_path / "logits")

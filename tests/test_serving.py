@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import asked
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ms_resampler_cli.main import main
@@ -65,21 +66,14 @@ def ask(folder, address, monkeypatch):
 def test_requests_are_answered_as_the_model_answers_at_home(folder, ask):
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
-    content = [{"type": "image", "path": str(PICTURE)}, QUESTION]
     for budget, options in (
         (36, {}),
         (9, {"visual_tokens": 9}),
         (6, {"processor_kwargs": {"visual_tokens": [[2, 3]]}}),
         (36, {"enable_thinking": False}),
     ):
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"visual_tokens": [(2, 3)] if budget == 6 else budget},
-        )
+        visual_tokens = {"visual_tokens": [(2, 3)] if budget == 6 else budget}
+        inputs = asked(processor, QUESTION["text"], str(PICTURE), processor_kwargs=visual_tokens)
         with torch.inference_mode():
             new = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         said, length = ask(QUESTION, chat_template_kwargs=options)

@@ -57,14 +57,8 @@ TOWERS: dict[str, dict] = {
     "dinov3_vit": _SQUARE | {"num_register_tokens": 2},
     "vit": _SQUARE,
     "convnext": {"patch_size": 4, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 24},
-    "convnextv2": {
-        "patch_size": 4,
-        "hidden_sizes": [8, 16],
-        "depths": [1, 1],
-        "num_stages": 2,
-        "image_size": 24,
-    },
 }
+TOWERS["convnextv2"] = TOWERS["convnext"]
 for _name in ("dinov2", "dinov2_with_registers"):
     TOWERS[_name].pop("intermediate_size", None)
 
@@ -198,6 +192,21 @@ def tiny_processor(tower: str = "clip_vision_model", **changes) -> MSResamplerPr
     patch_size = tiny_config(tower).patch_size
     options = {"patch_size": patch_size, "visual_tokens": 4, "chat_template": CHAT_TEMPLATE} | changes
     return MSResamplerProcessor(image_processor, tiny_tokenizer(), **options)
+
+
+def save_tiny(folder, *args, **kwargs) -> None:
+    """A folder with the model of these arguments of `tiny_config`, and the plain processor."""
+    tiny_model(*args, **kwargs).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+
+
+def asked(processor, text: str, *pictures, **options):
+    """What a model reads of a question about pictures, or files of them."""
+    content = [*({"type": "image", "image": one} for one in pictures), {"type": "text", "text": text}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options,
+    )  # fmt: skip
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (30, 40)) -> Image.Image:

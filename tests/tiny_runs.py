@@ -11,9 +11,8 @@ from tiny_models import (
     IMAGE,
     loud,
     picture,
+    save_tiny,
     text_config,
-    tiny_model,
-    tiny_processor,
     tiny_tokenizer,
 )
 from transformers import AutoConfig, CLIPImageProcessorPil
@@ -27,9 +26,7 @@ from ms_resampler.training.trainer import CheckedTrainer
 def make_start(folder: Path, records: int = 24, **text_changes) -> Path:
     """folder/start (CLIP and Qwen2, with random weights), folder/data.json and folder/images."""
     torch.manual_seed(0)
-    start = tiny_model(text="qwen2", text_changes={"max_position_embeddings": 512, **text_changes})
-    start.save_pretrained(folder / "start")
-    tiny_processor().save_pretrained(folder / "start")
+    save_tiny(folder / "start", text="qwen2", text_changes={"max_position_embeddings": 512, **text_changes})
     (folder / "images").mkdir()
     rows = [make_row(number, folder / "images") for number in range(records)]
     (folder / "data.json").write_text(json.dumps(rows))

@@ -31,13 +31,6 @@ def folder(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture
-def picture_file(tmp_path):
-    path = tmp_path / "picture.png"
-    tiny_models.picture().save(path)
-    return str(path)
-
-
 def test_chat_prints_the_answer(folder, picture_file, capsys):
     arguments = ["--image", picture_file, "--model", folder, "--max-new-tokens", "20"]
     assert cli.main([*ASK, *arguments]) == 0

@@ -15,8 +15,10 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     CHAT_TEMPLATE,
+    asked,
     loud,
     picture,
+    save_tiny,
     text_config,
     tiny_config,
     tiny_model,
@@ -69,15 +71,12 @@ def convert(*arguments) -> int:
     return main(["convert", *map(str, arguments)])
 
 
-def logits(folder: Path, **options) -> torch.Tensor:
+def logits(folder: Path) -> torch.Tensor:
     """What a folder answers to a picture and a question, loaded as anyone would."""
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    inputs = processor(text=text, images=picture(), return_tensors="pt", **options)
     with torch.no_grad():
-        return model(**inputs).logits
+        return model(**asked(processor, "What is this?", picture())).logits
 
 
 def as_older_versions_saved(folder: Path, target: Path) -> Path:
@@ -108,20 +107,9 @@ def test_llava_computes_the_same_and_goes_back(llava, age, tmp_path, capsys):
     assert all(torch.equal(again[name], value) for name, value in state.items())
 
 
-def test_the_mlp_goes_on_behind_average_pooling(llava, tmp_path):
-    """The warm start: each visual token is the MLP of the mean of its cell."""
-    assert convert(llava, tmp_path / "out", "--projector", "avg_pool", "--set", "visual_tokens=4") == 0
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
-    old = LlavaForConditionalGeneration.from_pretrained(llava).model.multi_modal_projector
-    x_BNC = torch.randn(2, 36, 16)
-    cells = x_BNC.view(2, 2, 3, 2, 3, 16).mean(dim=(2, 4)).flatten(1, 2)
-    with torch.no_grad():
-        torch.testing.assert_close(model.model.projector(x_BNC, (6, 6), (2, 2)), old(cells), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["ms_resampler", "resampler"])
+@pytest.mark.parametrize("kind", ["avg_pool", "ms_resampler", "resampler"])
 @pytest.mark.parametrize("origin", ["LLaVA's", "ours"])
-def test_a_resampler_starts_as_the_mlp_of_the_mean_of_each_cell(llava, kind, origin, tmp_path, capsys):
+def test_a_projector_starts_as_the_mlp_of_the_mean_of_each_cell(llava, kind, origin, tmp_path, capsys):
     """At the budget it is made for and at others."""
     source = llava
     if origin == "ours":
@@ -135,7 +123,8 @@ def test_a_resampler_starts_as_the_mlp_of_the_mean_of_each_cell(llava, kind, ori
     with torch.no_grad():
         for rows, columns in ((2, 2), (3, 2), (1, 6)):
             cells = x_BNC.view(2, rows, 6 // rows, columns, 6 // columns, 16).mean(dim=(2, 4)).flatten(1, 2)
-            y_BMT, _ = model.model.projector(x_BNC, (6, 6), (rows, columns))
+            y_BMT = model.model.projector(x_BNC, (6, 6), (rows, columns))
+            y_BMT = y_BMT if kind == "avg_pool" else y_BMT[0]
             torch.testing.assert_close(y_BMT, old(cells), rtol=1e-5, atol=1e-5)
 
 
@@ -156,8 +145,7 @@ def test_another_projector_starts_anew_and_all_else_stays(llava, tmp_path, capsy
 def test_one_scope_becomes_several_and_computes_the_same_at_first(scope, tiled, tmp_path):
     form = {} if tiled else {"branch_form": {"tile_heads": False, "cell_residual": False}}
     changes = {"projector_type": "resampler", "scope_sigmas": [scope], "num_hidden_layers": 2} | form
-    tiny_model(projector=changes).save_pretrained(tmp_path / "one")
-    tiny_processor().save_pretrained(tmp_path / "one")
+    save_tiny(tmp_path / "one", projector=changes)
     assert convert(tmp_path / "one", tmp_path / "several", "--projector", "ms_resampler") == 0
     one, several = logits(tmp_path / "one"), logits(tmp_path / "several")
     assert (several - one).abs().max() < 1e-5 * one.abs().max()
@@ -178,8 +166,7 @@ def test_one_scope_becomes_several_and_computes_the_same_at_first(scope, tiled, 
 
 
 def test_one_scope_without_queries_stays_one(tmp_path, capsys):
-    tiny_model(projector={"scope_sigmas": [0.5]}).save_pretrained(tmp_path / "one")
-    tiny_processor().save_pretrained(tmp_path / "one")
+    save_tiny(tmp_path / "one", projector={"scope_sigmas": [0.5]})
     asked = ["--projector", "ms_resampler", "--set", "scope_sigmas=[0.5,null]"]
     assert convert(tmp_path / "one", tmp_path / "several", *asked) == 2
     assert "has a ms_resampler projector already: there is nothing to convert" in capsys.readouterr().err
@@ -475,8 +462,7 @@ def test_what_a_target_does_not_take_is_refused(llava, to, tmp_path, capsys):
 
 def test_prefix_tokens_stay_with_another_projector(tmp_path):
     """The tower's tokens in front of the patches are the model's, whatever reads the patches."""
-    tiny_model(vision_prefix_tokens=1, vision_feature_layer=-1).save_pretrained(tmp_path / "ours")
-    tiny_processor().save_pretrained(tmp_path / "ours")
+    save_tiny(tmp_path / "ours", vision_prefix_tokens=1, vision_feature_layer=-1)
     ms_resampler.convert(tmp_path / "ours", tmp_path / "out", projector={"projector_type": "avg_pool"})
     config = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").config
     assert (config.vision_prefix_tokens, config.vision_feature_layer) == (1, -1)
@@ -530,8 +516,7 @@ def test_every_weight_of_llava_1_5_7b_has_its_place():
 
 
 def test_another_projector_keeps_a_possible_budget(tmp_path, capsys):
-    tiny_model().save_pretrained(tmp_path / "ours")
-    tiny_processor().save_pretrained(tmp_path / "ours")
+    save_tiny(tmp_path / "ours")
     command = [tmp_path / "ours", tmp_path / "out", "--projector", "mqt", *SMALL]
     assert convert(*command, "--set", "visual_tokens=144") == 2
     assert "144 visual tokens is impossible for 6 x 6 = 36 patches" in capsys.readouterr().err
@@ -542,8 +527,7 @@ def test_another_projector_keeps_a_possible_budget(tmp_path, capsys):
 
 
 def test_a_model_that_llava_cannot_hold_is_refused(tmp_path, capsys):
-    tiny_model().save_pretrained(tmp_path / "ours")
-    tiny_processor().save_pretrained(tmp_path / "ours")
+    save_tiny(tmp_path / "ours")
     assert convert(tmp_path / "ours", tmp_path / "out", "--to", "llava") == 2
     assert "not `ms_resampler`" in capsys.readouterr().err
     assert convert(tmp_path / "ours", tmp_path / "ours") == 2

@@ -14,7 +14,7 @@ import pytest
 import torch
 from releases import make_all, make_mmvet, make_pope, make_vizwiz
 from scene_suite import make_scene_suite, scene_model
-from tiny_models import tiny_model, tiny_processor
+from tiny_models import asked, tiny_model, tiny_processor
 
 from ms_resampler import TINY
 from ms_resampler.evaluation import TASKS, Options, evaluate, report
@@ -87,11 +87,7 @@ def test_replies_are_those_of_one_question_at_a_time(alone, scenes):
     """The processor prepares picture and text together, as for anybody who does not evaluate."""
     answerer = LocalModel.load(scenes[1], None, None, "cpu")
     for row in lines(alone / "scenes.jsonl")[:6]:
-        content = [{"type": "image", "image": row["pictures"][0]}, {"type": "text", "text": row["prompt"]}]
-        inputs = answerer.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-        )  # fmt: skip
+        inputs = asked(answerer.processor, row["prompt"], row["pictures"][0])
         with torch.inference_mode():
             ids = answerer.model.generate(**inputs, max_new_tokens=128, do_sample=False)
         text = answerer.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

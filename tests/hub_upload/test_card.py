@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from tiny_models import tiny_model, tiny_processor
+from tiny_models import save_tiny, tiny_model
 
 from ms_resampler import TINY
 from ms_resampler.hub_upload.card import render_card
@@ -116,8 +116,7 @@ def test_a_card_of_another_origin_is_not_lost(folder, capsys):
 def test_without_results_it_says_so(kind, tmp_path):
     scopes = {"scope_sigmas": [None]} if kind == "resampler" else {}
     grid = {"visual_tokens": [6, 6]} if kind == "mlp" else {}
-    tiny_model(projector={"projector_type": kind, **scopes, **grid}).save_pretrained(tmp_path)
-    tiny_processor().save_pretrained(tmp_path)
+    save_tiny(tmp_path, projector={"projector_type": kind, **scopes, **grid})
     text = render_card(tmp_path, "A model")
     assert "No results are stored with this checkpoint." in text
     assert "No record of its training is stored with this checkpoint." in text

@@ -8,7 +8,6 @@ from pathlib import Path
 import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from loopback_hub import LoopbackHub
 from loopback_hub.xet import stored_files
 
@@ -59,51 +58,6 @@ def test_files_come_back_whole_and_no_token_reaches_the_second_origin(xet, part_
         assert leaked.status_code == 400
 
 
-def test_a_stale_parent_changes_nothing(api, hub):
-    first = commit(api).oid
-    second = commit(api, text="changed").oid
-    with pytest.raises(HfHubHTTPError) as refused:
-        commit(api, text="too late", parent_commit=first)
-    assert refused.value.response.status_code == 412
-    assert hub.model(NAME).history("main")[:2] == [second, first]
-
-
-def test_a_private_repository_is_not_there_for_others(api, hub):
-    for token in (False, hub.add_user("eve")):
-        with pytest.raises(RepositoryNotFoundError):
-            HfApi(endpoint=hub.url, token=token).model_info(NAME)
-    reader = HfApi(endpoint=hub.url, token=hub.add_user("bob", orgs={"acme": "read"}))
-    assert reader.model_info(NAME).private
-    with pytest.raises(HfHubHTTPError, match="403"):
-        commit(reader)
-
-
-@pytest.mark.parametrize("token", ["expired", "hf_" + "x" * 34])
-def test_an_expired_or_unknown_token_is_refused(token, api, hub):
-    hub.users[api.token].expired = True
-    with pytest.raises(HfHubHTTPError) as refused:
-        HfApi(endpoint=hub.url, token=api.token if token == "expired" else token).whoami()
-    assert refused.value.response.status_code == 401
-
-
-def test_branches_tags_and_pull_requests(api, hub):
-    first = commit(api).oid
-    api.create_tag(NAME, tag="v1", tag_message="the first")
-    api.create_branch(NAME, branch="feature/x")
-    there = commit(api, text="on a branch", revision="feature/x").oid
-    pull = commit(api, text="asked for", create_pr=True)
-    assert pull.pr_revision == "refs/pr/1"
-    assert api.model_info(NAME, revision="feature/x").sha == there
-    assert api.model_info(NAME, revision="v1").sha == api.model_info(NAME).sha == first
-    api.merge_pull_request(NAME, 1)
-    assert api.model_info(NAME).sha == pull.oid
-    refs = api.list_repo_refs(NAME, include_pull_requests=True)
-    assert {ref.name for ref in refs.branches} == {"main", "feature/x"}
-    assert [ref.target_commit for ref in refs.tags + refs.pull_requests] == [first, pull.oid]
-    with pytest.raises(RevisionNotFoundError):
-        api.model_info(NAME, revision="v2")
-
-
 def test_files_are_listed_by_pages_described_and_deleted(api, hub, tmp_path):
     hub.page_size = 1
     path = weights(tmp_path)
@@ -131,18 +85,6 @@ def test_the_client_survives_a_500_and_a_connection_that_breaks(api, hub, tmp_pa
     address = f"{hub.storage_url}{hub.sent('GET', '/object/')[0].path}?X-Amz-Signature={hub.sign()}"
     rest = httpx2.get(address, headers={"range": "bytes=300000-"})
     assert (rest.status_code, rest.content) == (206, path.read_bytes()[300_000:])
-
-
-def test_an_upload_that_breaks_off_or_finds_no_room_leaves_no_object(api, hub, tmp_path):
-    path = weights(tmp_path)
-    before = sorted(hub.objects.folder.iterdir())
-    hub.fault(method="PUT", received=100_000)
-    hub.fault(method="PUT", nth=2, times=9, status=507, message="No space left")
-    with pytest.raises(RuntimeError, match=r"model\.safetensors") as failed:
-        commit(api, path)
-    assert failed.value.__cause__.response.status_code == 507
-    assert sorted(hub.objects.folder.iterdir()) == before
-    assert len(hub.model(NAME).commits) == 1
 
 
 @pytest.mark.slow

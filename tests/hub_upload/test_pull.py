@@ -7,14 +7,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 
 import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model, tiny_processor
+from tiny_models import save_tiny
 
 from ms_resampler.folders import PACKAGE, temporary_folder
 from ms_resampler.hub_upload.check import pull, verify
@@ -26,8 +25,7 @@ NAME = "acme/tiny"
 
 @pytest.fixture
 def staged(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "saved")
-    tiny_processor().save_pretrained(tmp_path / "saved")
+    save_tiny(tmp_path / "saved")
     stage_checkpoint(tmp_path / "saved", tmp_path / "staged")
     return tmp_path / "staged"
 
@@ -38,13 +36,6 @@ def api(hub, monkeypatch):
     api = HfApi(endpoint=hub.url)
     api.create_repo(NAME, private=True)
     return api
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    """Waits between retries, shortened."""
-    sleep = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
 
 
 def commit(api, folder):
@@ -150,16 +141,8 @@ BAD = {
         lambda folder: torch.save({}, folder / "more.safetensors"),
         "more.safetensors of acme/tiny is a pickle",
     ),
-    "a disguised pickle": (
-        lambda folder: (folder / "LICENSE").write_bytes(b"cos\nsystem\n(S'true'\ntR."),
-        "LICENSE of acme/tiny is a pickle",
-    ),
     "code of another repository": (
         lambda folder: change_config(folder, auto_map={"AutoModel": EVIL}),
-        f"config.json of acme/tiny refers to another repository: {EVIL}.",
-    ),
-    "a pipeline of another repository": (
-        lambda folder: change_config(folder, custom_pipelines={"see": {"impl": EVIL, "pt": []}}),
         f"config.json of acme/tiny refers to another repository: {EVIL}.",
     ),
     "code that is not there": (
@@ -171,10 +154,6 @@ BAD = {
     "no module": (
         remove("processing_ms_resampler.py"),
         "config.json of acme/tiny names code that is not there: processing_ms_resampler.MSResamplerProcessor.",
-    ),
-    "no module that another imports": (
-        remove("packing_ms_resampler.py"),
-        "modeling_ms_resampler.py of acme/tiny imports code that is not there: packing_ms_resampler.py.",
     ),
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json of acme/tiny is missing."),
     "no processor": (remove("processor_config.json"), "processor_config.json of acme/tiny is missing."),
@@ -189,10 +168,6 @@ BAD = {
     "a shard outside": (
         lambda folder: shards(folder, extra="../other/model.safetensors"),
         "acme/tiny is not complete: model.safetensors.index.json names '../other/model.safetensors', which is no",
-    ),
-    "a shard at a place of its own": (
-        lambda folder: shards(folder, extra="/etc/model.safetensors"),
-        "acme/tiny is not complete: model.safetensors.index.json names '/etc/model.safetensors', which is no",
     ),
     "a shard without its weights": (
         lambda folder: shards(folder, **{"model.other": FIRST}),

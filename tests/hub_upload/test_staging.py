@@ -1,7 +1,7 @@
 """Staging: exactly the allowed files and the package's own code, in a fresh folder."""
 
 import pytest
-from tiny_models import tiny_model, tiny_processor
+from tiny_models import save_tiny
 
 from ms_resampler.folders import remote_code_files
 from ms_resampler.hub_upload.staging import stage_checkpoint
@@ -10,8 +10,7 @@ from ms_resampler.hub_upload.staging import stage_checkpoint
 @pytest.fixture
 def checkpoint(tmp_path):
     folder = tmp_path / "checkpoint"
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
+    save_tiny(folder)
     return folder
 
 

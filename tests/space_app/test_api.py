@@ -49,13 +49,6 @@ def client(address):
         yield client
 
 
-@pytest.fixture
-def picture_file(tmp_path):
-    path = tmp_path / "picture.png"
-    tiny_models.picture().save(path)
-    return str(path)
-
-
 def expected_answer(answerer, picture, question, wanted=PLAIN):
     content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
     *_, last = answerer.reply(answerer.prepare([{"role": "user", "content": content}], [picture], wanted), wanted)

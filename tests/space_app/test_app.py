@@ -51,13 +51,6 @@ def without_scopes():
 
 
 @pytest.fixture
-def picture_file(tmp_path):
-    path = tmp_path / "picture.png"
-    tiny_models.picture().save(path)
-    return str(path)
-
-
-@pytest.fixture
 def maps(answerer):
     return answerer.look([tiny_models.picture()], PLAIN)[0]
 
@@ -350,9 +343,7 @@ def test_a_later_question_needs_no_picture(picture_file):
         ({"temperature": -0.1}, "temperature must be a number from 0 to 2"),
         ({"temperature": float("nan")}, "temperature must be a number"),
         ({"top_p": 0}, "top-p must be a number from 0.05 to 1"),
-        ({"max_new_tokens": 513}, "length limit must be a number from 1 to 512"),
         ({"max_new_tokens": None}, "length limit must be a number"),
-        ({"system_prompt": "x" * 2001}, "2001 characters"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, sentence):

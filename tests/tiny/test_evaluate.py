@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import picture, tiny_model, tiny_processor
+from tiny_models import asked, picture, tiny_model, tiny_processor
 
 from ms_resampler.tiny.evaluate import answer, bootstrap_interval, evaluate_scenes
 from ms_resampler.tiny.scenes import FAMILIES, ask, make_scene, scene_rng
@@ -21,14 +21,7 @@ def test_answers_in_a_batch_are_those_of_single_questions():
     ]
     together = answer(model, processor, records)
     assert together == [answer(model, processor, [record])[0] for record in records]
-    content = [{"type": "image", "image": picture(0)}, {"type": "text", "text": "What is this? "}]
-    prompt = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    prompt = asked(processor, "What is this? ", picture(0))
     ids = prompt["input_ids"]
     for _ in range(5):
         with torch.no_grad():

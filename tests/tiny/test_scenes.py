@@ -1,6 +1,5 @@
 """The scenes: what is drawn, that answers are true and cannot be guessed, and the records."""
 
-import builtins
 import itertools
 import re
 import sys
@@ -93,16 +92,7 @@ def test_an_unknown_split_and_an_impossible_crowd_are_refused():
 
 
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
-    real = builtins.__import__
-
-    def no_sklearn(name, *args, **kwargs):
-        if name.startswith("sklearn"):
-            raise ModuleNotFoundError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_sklearn)
-    for name in [name for name in sys.modules if name.split(".")[0] == "sklearn"]:
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     scenes.load_digit_images.cache_clear()
     try:
         with pytest.raises(ImportError, match=r"pip install ms-resampler\[train\]"):
@@ -372,14 +362,10 @@ def test_a_transcript_lists_every_place_and_exactly_the_things(drawn):
 
 
 @pytest.mark.parametrize(
-    ("reply", "points"), [("7", 1), (" 7. ", 1), ("7\n", 1), ("1", 0), ("", 0), ("7 7", 0), ("the 7", 0)]
+    ("reply", "points"), [("cat", 1), (" Cat. ", 1), ("cat\n", 1), ("1", 0), ("", 0), ("cat cat", 0), ("the cat", 0)]
 )
 def test_a_short_answer_counts_if_it_is_the_same_word(reply, points):
-    assert score(Question("read", "local", "What is written at the top?", "7"), reply) == points
-
-
-def test_case_does_not_count():
-    assert score(Question("colour", "local", "", "red"), "Red") == 1
+    assert score(Question("read", "local", "What is written at the top?", "cat"), reply) == points
 
 
 @pytest.mark.parametrize(

@@ -7,22 +7,17 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import IMAGE, collate, pixels, tiny_model, words
-from tiny_runs import make_start, options_in, run_interrupted, small
+from tiny_runs import options_in, run_interrupted, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.training.adapters import add_adapters
-from ms_resampler.training.recipes import RECIPES, Adapters, LearningRates
+from ms_resampler.training.recipes import Adapters, LearningRates
 from ms_resampler.training.run import train
 from ms_resampler_cli import main as cli
 
 # peft asks a model of transformers by a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return make_start(tmp_path_factory.mktemp("adapters"))
 
 
 def lora():
@@ -143,12 +138,3 @@ def test_an_interrupted_run_ends_with_the_same_adapters(start, trained, tmp_path
     ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (tmp_path, trained))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_the_published_adapters():
-    published = RECIPES["instruct_lora"]()
-    assert (published.adapters.rank, published.adapters.alpha) == (128, 256)
-    assert published.rates == LearningRates(projector=2e-5, llm=2e-4)
-    quantized = RECIPES["instruct_qlora"]()
-    assert (quantized.four_bits, published.four_bits) == (True, False)
-    assert quantized.rates == published.rates

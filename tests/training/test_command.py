@@ -29,6 +29,7 @@ def shown(capsys, *arguments):
         ("mobilevlm-v2-align", 256, {"projector": 1e-3, "llm": 2e-5, "embeddings": 2e-5}),
         ("mobilevlm-v2-instruct", 128, {"projector": 4e-5, "llm": 4e-5, "embeddings": 4e-5}),
         ("instruct_lora", 128, {"projector": 2e-5, "llm": 2e-4}),
+        ("instruct_qlora", 128, {"projector": 2e-5, "llm": 2e-4}),
     ],
 )
 def test_the_published_recipes(name, batch, rates, capsys):
@@ -37,6 +38,7 @@ def test_the_published_recipes(name, batch, rates, capsys):
     assert recipe["batch_size"] == batch
     assert recipe["rates"] == dict.fromkeys(("tower", "projector", "llm", "embeddings")) | rates
     assert (recipe["warmup_ratio"], recipe["weight_decay"], recipe["max_length"]) == (0.03, 0, 2048)
+    assert ((recipe["adapters"] or {}).get("four_bits") is True) == (name == "instruct_qlora")
     assert recipe["group_by_modality"] == (recipe["text"] == "chat") == ("align" not in name)
     assert recipe["epochs"] == (2 if name == "mqt-instruct" else 1)
 

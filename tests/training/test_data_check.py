@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from components import TOKENIZERS
 from labelled_records import HARD, RECORD, VICUNA, processor_of
-from tiny_models import picture, tiny_model, tiny_processor
+from tiny_models import picture, save_tiny, tiny_processor
 
 from ms_resampler.training import collate, conversations, records
 from ms_resampler.training.collate import IGNORED, ConversationCollator
@@ -19,8 +19,7 @@ from ms_resampler_cli.main import main
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
+    save_tiny(folder)
     return str(folder)
 
 

@@ -8,7 +8,7 @@ import torch
 from killed_runs import assert_same_weights
 from safetensors.torch import load_file
 from tiny_models import TOWERS, pixels, tiny_model
-from tiny_runs import make_start, options_in, run_interrupted, small
+from tiny_runs import options_in, run_interrupted, small
 from transformers import CLIPVisionModel
 
 from ms_resampler.towers_ms_resampler import flatten_patches
@@ -16,11 +16,6 @@ from ms_resampler.training.feature_cache import cache_features
 from ms_resampler.training.recipes import RECIPES, LearningRates
 from ms_resampler.training.run import train
 from ms_resampler_cli import main as cli
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return make_start(tmp_path_factory.mktemp("features"))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Loss and gradients, checkpointing, LoRA, resizing, precisions, saving and loading."""
 
-import copy
 import json
 
 import pytest
@@ -111,8 +110,9 @@ def test_gradient_of_the_projector_is_the_slope_of_the_loss():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_of_all_parts_gives_the_same_gradients(reentrant):
-    model, batch = tiny.tiny_model().train(), labelled_batch()
+@pytest.mark.parametrize("kind", ["ms_resampler", "ms_resampler_branches"])
+def test_gradient_checkpointing_of_all_parts_gives_the_same_gradients(kind, reentrant):
+    model, batch = tiny.tiny_model(projector={"projector_type": kind, "num_hidden_layers": 2}).train(), labelled_batch()
     expected = gradients(model, batch)
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
@@ -124,24 +124,6 @@ def test_gradient_checkpointing_of_all_parts_gives_the_same_gradients(reentrant)
     assert got.keys() == expected.keys()
     for name in expected:
         assert_close(got[name], expected[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def test_training_only_the_projector():
-    """Stage one: tower and language model frozen, some steps, the loss falls and nothing else has moved."""
-    model, batch = tiny.tiny_model().train(), labelled_batch()
-    model.requires_grad_(False)
-    model.model.projector.requires_grad_(True)
-    before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.AdamW(model.model.projector.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(6):
-        optimizer.zero_grad()
-        losses.append(model(**batch).loss)
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < losses[0] - 0.05
-    moved = {name.split(".")[1] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {"projector"}
 
 
 # --- LoRA

@@ -15,7 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from frozen_parts import PARTS, assert_frozen
 from safetensors.torch import load_file
-from tiny_runs import losses_of, make_shards, make_start, options_in, save_efficientnet, small
+from tiny_runs import losses_of, make_shards, options_in, save_efficientnet, small
 from transformers import AutoModelForImageTextToText
 
 from ms_resampler.training.recipes import Adapters
@@ -25,11 +25,6 @@ from ms_resampler_cli import main as cli
 CHANGES = {"batch_size": 8, "steps": 6, "save_steps": 3, "token_budgets": [1, 4, 9]}
 ADAPTERS = {"rank": 4, "alpha": 8, "dropout": 0.0}
 SCRIPT = Path(__file__).parent.parent / "launched_run.py"
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return make_start(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")

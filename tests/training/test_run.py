@@ -9,11 +9,12 @@ from functools import partial
 
 import pytest
 import torch
+from components import THINKING
 from frozen_parts import PARTS, assert_frozen, changed_parts
 from killed_runs import assert_same_weights, finish, kill_at, start_run, weights
-from labelled_records import THINKING, turns
-from tiny_models import tiny_model, tiny_processor
-from tiny_runs import losses_of, make_start, options_in, run_interrupted, save_efficientnet, small
+from labelled_records import turns
+from tiny_models import save_tiny, tiny_model, tiny_processor
+from tiny_runs import losses_of, options_in, run_interrupted, save_efficientnet, small
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ms_resampler import MSResamplerForConditionalGeneration
@@ -27,11 +28,6 @@ from ms_resampler.training.recipes import LearningRates
 from ms_resampler.training.records import open_records
 from ms_resampler.training.run import share_batch, train
 from ms_resampler.training.trainer import CheckedTrainer, last_checkpoint
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return make_start(tmp_path_factory.mktemp("training"))
 
 
 @pytest.mark.parametrize(
@@ -81,8 +77,7 @@ def test_dropout_is_off_in_what_is_frozen(tower, start, tmp_path):
             save_efficientnet(folder, rate)
         else:
             dropout = {"attention_dropout": rate}
-            tiny_model(tower, "qwen2", tower_changes=dropout, text_changes=dropout).save_pretrained(folder)
-            tiny_processor().save_pretrained(folder)
+            save_tiny(folder, tower, "qwen2", tower_changes=dropout, text_changes=dropout)
         train(small("align", steps=2), **options_in(start, folder / "run", model=str(folder)))
         runs.append(weights(folder / "run" / "model"))
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])

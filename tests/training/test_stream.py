@@ -14,11 +14,6 @@ from ms_resampler_cli import main as cli
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return make_start(tmp_path_factory.mktemp("streams"))
-
-
-@pytest.fixture(scope="module")
 def shards(start):
     """Four shards of six records."""
     return make_shards(start, start / "shards", 4)

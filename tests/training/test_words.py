@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import tiny_model, tiny_processor, tiny_tokenizer
+from tiny_models import save_tiny, tiny_model, tiny_processor, tiny_tokenizer
+from tiny_runs import run_interrupted
 from torch.testing import assert_close
 
 from ms_resampler import MSResamplerForConditionalGeneration, MSResamplerProcessor
@@ -61,9 +62,7 @@ def test_the_loss_is_that_of_the_mean_shares():
 @pytest.fixture
 def start(tmp_path):
     """A model with visual words, and pictures of three colours, each with a letter."""
-    model = tiny_model(text="qwen2", visual_words=ids())
-    model.save_pretrained(tmp_path / "start")
-    tiny_processor().save_pretrained(tmp_path / "start")
+    save_tiny(tmp_path / "start", text="qwen2", visual_words=ids())
     rows = []
     for number in range(48):
         letter, colour = (("a", "red"), ("b", "lime"), ("c", "blue"))[number % 3]
@@ -73,13 +72,17 @@ def start(tmp_path):
     return tmp_path
 
 
-def recipe(**changes):
+def recipe():
     options = {"steps": 60, "batch_size": 12, "bf16": False, "workers": 0, "save_steps": 40, "logging_steps": 5}
-    return dataclasses.replace(RECIPES["words"](), **options | changes)
+    return dataclasses.replace(RECIPES["words"](), **options)
 
 
-def run(folder, name="run", **changes):
-    return train(recipe(**changes), model=folder / "start", data=folder / "data.json", images=folder, out=folder / name)
+def places(folder, name="run"):
+    return {"model": folder / "start", "data": folder / "data.json", "images": folder, "out": folder / name}
+
+
+def run(folder, name="run"):
+    return train(recipe(), **places(folder, name))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -105,21 +108,8 @@ def test_a_projector_learns_the_words_and_nothing_else_changes(tmp_path, start, 
 
 def test_a_killed_run_ends_as_one_that_ran_through(start, monkeypatch):
     whole = load_file(run(start, "whole") / "model.safetensors")
-    saying = SayingWords.forward
-    calls = []
-
-    def killed(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 50:
-            raise KeyboardInterrupt
-        return saying(self, *args, **kwargs)
-
-    monkeypatch.setattr(SayingWords, "forward", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(start, "killed")
-    monkeypatch.setattr(SayingWords, "forward", saying)
-    resumed = load_file(run(start, "killed") / "model.safetensors")
-    assert_close(resumed, whole, rtol=0, atol=0)
+    run_interrupted(recipe(), places(start, "killed"), 50, monkeypatch)
+    assert_close(load_file(start / "killed" / "model" / "model.safetensors"), whole, rtol=0, atol=0)
 
 
 def test_a_model_without_words_is_refused(tmp_path, start):
