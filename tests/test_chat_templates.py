@@ -12,7 +12,6 @@ from jinja2 import Environment, TemplateError, nodes
 from PIL import Image
 from tiny_models import IMAGE, picture, tiny_processor, tiny_tokenizer
 from tokenizers import processors
-from transformers import AutoProcessor
 
 import ms_resampler
 from ms_resampler import MSResamplerProcessor
@@ -497,9 +496,3 @@ def test_servers_see_that_content_comes_in_parts(name, detect):
 
 def test_the_embedded_checkpoint_has_the_template_of_the_package():
     assert (Path(ms_resampler.TINY) / "chat_template.jinja").read_text() == packaged_template("chatml")
-
-
-def test_the_template_is_saved_in_a_file_of_its_own(form, processor, tmp_path):
-    processor.save_pretrained(tmp_path)
-    assert (tmp_path / "chat_template.jinja").read_text() == form["template"]
-    assert AutoProcessor.from_pretrained(tmp_path).apply_chat_template(DIALOGUE) == form["dialogue"]

@@ -282,18 +282,10 @@ def test_a_peer_without_weights_in_the_checkpoint_starts_afresh(kind, tmp_path):
             assert 0 < tensor.std() < 2, name
 
 
-def test_the_resampler_is_the_branches_with_one_scope():
-    torch.manual_seed(0)
-    single = tiny_model(projector={"projector_type": "resampler"}).eval()
-    assert list(single.config.projector_config.scope_sigmas) == [None]
-    several = tiny_model(projector={"projector_type": "ms_resampler_branches", "scope_sigmas": [None]}).eval()
-    several.load_state_dict(single.state_dict())
-    pixels = torch.randn(1, 3, *2 * [single.config.vision_config.image_size])
-    with torch.no_grad():
-        ours, theirs = (model.get_image_features(pixels, output_scopes=True) for model in (single, several))
-    assert torch.equal(ours.pooler_output[0], theirs.pooler_output[0])
-    local = tiny_model(projector={"projector_type": "resampler", "scope_sigmas": [0.5]})
-    assert local.config.projector_config.scope_names == ["local"]
+@pytest.mark.parametrize(("scopes", "name"), [({}, "global"), ({"scope_sigmas": [0.5]}, "local")])
+def test_the_resampler_has_one_scope(scopes, name):
+    config = tiny_model(projector={"projector_type": "resampler"} | scopes).config.projector_config
+    assert config.scope_names == [name]
 
 
 @pytest.mark.parametrize("kind", ["mqt", "qwen_resampler"])

@@ -10,9 +10,7 @@ from jinja2 import Environment
 from labelled_records import HARD, RECORD, UNMARKED_VICUNA, VICUNA, processor_of
 from tiny_models import picture, tiny_processor
 
-from ms_resampler import TINY, MSResamplerProcessor
 from ms_resampler.chat_format import ChatFormat, image_aware, packaged_template
-from ms_resampler.tiny.curriculum import SceneConversations
 from ms_resampler.training.collate import IGNORED, ConversationCollator, learned_tokens
 from ms_resampler.training.conversations import BadRecord, messages_of
 
@@ -148,25 +146,6 @@ def test_rows_of_a_batch_are_those_of_single_records(case):
         for name, fill in (("input_ids", processor.tokenizer.pad_token_id), ("attention_mask", 0), ("labels", IGNORED)):
             assert torch.equal(batch[name][row, :length], alone[name][0])
             assert (batch[name][row, length:] == fill).all()
-
-
-def test_the_tiny_model_learns_what_it_did_before():
-    processor = MSResamplerProcessor.from_pretrained(TINY)
-    scenes = SceneConversations(20, drills=6, turns=5)
-    records = [scenes[index] for index in range(20)]
-    batch = ConversationCollator(processor, max_length=1024)(records)
-    before = processor.apply_chat_template(
-        [messages_of(record) for record in records],
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        return_tensors="pt",
-        processor_kwargs={"images": [[record["image"]] for record in records], "padding_side": "right"},
-    )
-    answers = before.pop("assistant_masks").bool()
-    for name in ("input_ids", "attention_mask", "pixel_values"):
-        assert torch.equal(batch[name], before[name])
-    assert torch.equal(batch["labels"], before["input_ids"].masked_fill(~answers, IGNORED))
 
 
 THINKING = (  # empties earlier thoughts, and strips what is said, as Qwen3's template does

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from labelled_records import turns
-from tiny_models import np_pixels, picture, tiny_processor
+from tiny_models import picture, tiny_processor
 from torch.utils.data import DataLoader
 
 from ms_resampler.training import records as module
@@ -281,18 +281,6 @@ def test_streams_give_every_record_once(table, workers):
     by_id = {record["id"]: record for record in loaded}
     assert images_of(by_id["r2"]) == [image["bytes"] for image in rows[2]["images"]]
     assert by_id["r2"]["conversations"] == rows[2]["conversations"]
-
-
-def test_pictures_of_paths_are_those_of_the_files(tmp_path):
-    row = rows_of(2)[1]
-    (tmp_path / "pictures" / "sub").mkdir(parents=True)
-    picture(5).save(tmp_path / "pictures" / "sub" / "1_0.png")
-    save(tmp_path / "data.json", [row], "list")
-    records = open_records(str(tmp_path / "data.json"), str(tmp_path / "pictures"))
-    batch = ConversationCollator(tiny_processor(), max_length=2000)([records[0]])
-    pixels = tiny_processor().image_processor([picture(5)])["pixel_values"]
-    assert torch.equal(batch["pixel_values"], torch.tensor(np.array(pixels)))
-    assert np_pixels(picture(5)).std() > 0
 
 
 # --- Order
