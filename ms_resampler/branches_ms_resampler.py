@@ -18,40 +18,19 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .resampler_ms_resampler import (
+from .places_ms_resampler import (
     LinearFromZero,
-    ScopeMaps,
-    ScopePrior,
     as_map,
     as_tokens,
+    cell_centres,
     cell_means,
     centres,
-    check_patches,
-    mlp,
-    spread,
+    sincos_positions,
+    wide,
 )
+from .resampler_ms_resampler import ScopeMaps, ScopePrior, check_patches, mlp, spread
 
 Grid = tuple[int, int]
-
-
-def sincos_positions(points_P2: Tensor, width: int) -> Tensor:
-    """Unit-scale 2-D sin-cos codes (P, width) of points (y, x) in [0, 1]^2.
-
-    Wavelengths form a geometric series from two images to 1/32 of an image, and so do not depend on the grid.
-    """
-    octaves = torch.linspace(0, 6, width // 4, device=points_P2.device, dtype=points_P2.dtype)
-    angles = points_P2[:, :, None] * (math.pi * 2**octaves)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1) * math.sqrt(2)
-
-
-def cell_centres(grid: Grid, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Centres (y, x) of the cells of a grid over the unit square, in raster order: (rows * columns, 2)."""
-    return torch.cartesian_prod(*((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in grid))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of positions and maps: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -154,7 +133,10 @@ class BranchLayer(GradientCheckpointingLayer):
         z_BMD, g_BSM = self.fuse(o_BShMd, q_BSMD)
         z_BMD = z_BMD + cell_BMD
         z_BMD = z_BMD + self.ffn(self.ffn_norm(z_BMD))
-        return z_BMD, None if attention_BSMN is None else ScopeMaps(g_BSM, attention_BSMN)
+        if attention_BSMN is None:
+            return z_BMD, None
+        anchors_M2 = cell_centres(token_grid, u_BND.device, wide(u_BND.dtype))
+        return z_BMD, ScopeMaps(g_BSM, attention_BSMN, anchors_M2.expand(len(u_BND), -1, -1))
 
     def attend(
         self,

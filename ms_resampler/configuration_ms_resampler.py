@@ -274,6 +274,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             the first, and the rest for the first: 8, 2 and 2 of 12.
         pooled_mlp: whether LLaVA's MLP of each cell's mean feature is added to the visual tokens; the rest of the
             projector then starts with an output of zero.
+        moving_scopes: whether the token grid of "ms_resampler" moves to where the information is, see
+            places_ms_resampler.py.
         branch_form: how a checkpoint with learned queries differs from new ones: see BranchesResampler.
     """
 
@@ -291,6 +293,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     scope_sigmas: list[float | int | None] | tuple[float | int | None, ...] | None = None
     scope_heads: list[int] | tuple[int, ...] | None = None
     pooled_mlp: bool = False
+    moving_scopes: bool = False
     branch_form: dict[str, Any] | None = None
     layer_norm_eps: float = 1e-6
 
@@ -315,6 +318,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             raise ValueError(
                 f"`scope_heads` is a field of `ms_resampler`: in `{self.projector_type}` scopes share none."
             )
+        elif self.moving_scopes:
+            raise ValueError(f"`moving_scopes` is a field of `ms_resampler`: in `{self.projector_type}` none move.")
         self._check_branch_form()
 
     @classmethod
@@ -397,7 +402,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
                 raise ValueError(f"`{name}` must be [rows, columns], two positive integers, got {list(grid)}.")
 
     def _check_peer(self) -> None:
-        for name in ("scope_sigmas", "scope_heads", "pooled_mlp", "branch_form"):
+        for name in ("scope_sigmas", "scope_heads", "pooled_mlp", "moving_scopes", "branch_form"):
             if getattr(self, name) not in (None, False):
                 raise ValueError(f"`{name}` is a field of `ms_resampler`: `{self.projector_type}` has no such thing.")
 

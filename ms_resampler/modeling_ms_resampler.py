@@ -40,7 +40,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     pooler_output: visual tokens (M, T); patch_grids, token_grids: (rows, columns).
     last_hidden_state: of the tower's last layer that is read; attentions and all hidden_states: if requested.
     word_weights (M, words): the share of each of the configured `visual_words` in each token.
-    scope_weights (S, M) and scope_attentions (S, M, N): with `output_scopes=True`, see ScopeMaps.
+    scope_weights (S, M), scope_attentions (S, M, N) and token_places (M, 2): with `output_scopes=True`, see ScopeMaps.
     """
 
     patch_grids: list[tuple[int, int]] | None = None
@@ -48,6 +48,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     word_weights: list[Tensor] | None = None
     scope_weights: list[Tensor] | None = None
     scope_attentions: list[Tensor] | None = None
+    token_places: list[Tensor] | None = None
 
 
 @dataclass
@@ -190,8 +191,9 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             patch_grids=patch_grids,
             token_grids=wanted,
             word_weights=words,
-            scope_weights=[weights for weights, _ in maps] if output_scopes else None,
-            scope_attentions=[attentions for _, attentions in maps] if output_scopes else None,
+            scope_weights=[weights for weights, _, _ in maps] if output_scopes else None,
+            scope_attentions=[attentions for _, attentions, _ in maps] if output_scopes else None,
+            token_places=[places for *_, places in maps] if output_scopes else None,
         )
 
     def _run_tower(self, pixel_values: Tensor, mask: Tensor | None, shapes: Tensor | None, **kwargs: Any):
@@ -229,11 +231,11 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
 
     def _project(
         self, x_BNC: Tensor, patch_grids: list[tuple[int, int]], token_grids: list[tuple[int, int]], output_scopes: bool
-    ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
         """Visual tokens and scope maps of every image; images with the same grids are batched."""
         grids = list(zip(patch_grids, token_grids, strict=True))
         tokens: dict[int, Tensor] = {}
-        maps: dict[int, tuple[Tensor, Tensor]] = {}
+        maps: dict[int, tuple[Tensor, ...]] = {}
         for patches, wanted in dict.fromkeys(grids):
             rows = [row for row, grid in enumerate(grids) if grid == (patches, wanted)]
             x = x_BNC if len(rows) == len(grids) else x_BNC[rows]
@@ -243,7 +245,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             for row, index in enumerate(rows):
                 tokens[index] = y_BMT[row]
                 if output_scopes:
-                    maps[index] = scopes.weights_BSM[row], scopes.attentions_BSMN[row]
+                    maps[index] = scopes.weights_BSM[row], scopes.attentions_BSMN[row], scopes.places_BM2[row]
         return [tokens[index] for index in sorted(tokens)], [maps[index] for index in sorted(maps)]
 
     def _mix_words(self, tokens: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:

@@ -19,7 +19,8 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2MLP, Idefics2
 
 from .branches_ms_resampler import BranchesResampler, Resampler, init_branches_weights
 from .configuration_ms_resampler import PROJECTOR_TYPES, token_grid
-from .resampler_ms_resampler import MultiScopeResampler, as_map, as_tokens, cell_means, check_patches, mlp
+from .places_ms_resampler import as_map, as_tokens, cell_means
+from .resampler_ms_resampler import MultiScopeResampler, check_patches, mlp
 
 Grid = tuple[int, int]
 

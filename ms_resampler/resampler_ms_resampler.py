@@ -20,10 +20,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .places_ms_resampler import EvenPlaces, LinearFromZero, MovingSpace, as_map, as_tokens, centres
 
 Grid = tuple[int, int]
 GLOBAL = 1e30  # sigma of the global scope: its prior is zero, and unlike infinity it can be subtracted from itself
@@ -31,16 +32,13 @@ GLOBAL = 1e30  # sigma of the global scope: its prior is zero, and unlike infini
 
 @dataclass
 class ScopeMaps:
-    """Each token's fusion weights over the scopes, which sum to one, and each scope's mean attention over its heads."""
+    """Each token's fusion weights over the scopes, which sum to one, each scope's mean attention over its heads, and
+    the mean place (y, x) in [0, 1]^2 of each token's cell.
+    """
 
     weights_BSM: Tensor
     attentions_BSMN: Tensor
-
-
-def centres(cells: int, like: Tensor) -> Tensor:
-    """Centres of equal cells of the unit interval, on the device of `like`, in float32 or wider."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    return (torch.arange(cells, device=like.device, dtype=dtype) + 0.5) / cells
+    places_BM2: Tensor
 
 
 def check_patches(x_BNC: Tensor, patch_grid: Grid) -> None:
@@ -52,28 +50,9 @@ def check_patches(x_BNC: Tensor, patch_grid: Grid) -> None:
         )
 
 
-def as_map(x_BNC: Tensor, grid: Grid) -> Tensor:
-    """(B, N, C) -> (B, C, H, W), channels last, without a copy."""
-    return x_BNC.unflatten(1, grid).permute(0, 3, 1, 2)  # the other order hides one image's layout from kernels
-
-
-def as_tokens(x_BCHW: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, N, C)."""
-    return x_BCHW.flatten(2).mT
-
-
-def cell_means(x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
-    """The mean of the patches in each token's cell (B, M, C); cells overlap if the grids do not divide evenly."""
-    return as_tokens(F.adaptive_avg_pool2d(as_map(x_BNC, patch_grid), token_grid))
-
-
 def mlp(inputs: int, outputs: int, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
     """Linear, activation, Linear; the hidden width is the output width."""
     return nn.Sequential(nn.Linear(inputs, outputs), activation(), nn.Linear(outputs, outputs))
-
-
-class LinearFromZero(nn.Linear):
-    """A linear layer whose weight is initialised to zero."""
 
 
 def spread(sigma: float | None, heads: int) -> tuple[Tensor, Tensor]:
@@ -111,16 +90,20 @@ class ScopePrior(nn.Module):
         """1 / sigma^2, zero in the global scope, where its gradient is zero, too."""
         return self.sigma.to(dtype) ** -2 * torch.exp(-2 * self.log_scale.to(dtype))
 
-    def forward(self, patch_grid: Grid, token_grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The prior's terms for rows (1, h, Y, H) and columns (1, h, X, W), which add up to B."""
-        axes = []
-        for axis, (patches, tokens) in enumerate(zip(patch_grid, token_grid, strict=True)):
-            # Coordinates are relative to the image's centre, which keeps them small.
-            anchor, patch = ((centres(cells, like) - 0.5) * tokens for cells in (tokens, patches))
-            anchor_1ht = anchor + self.offset[..., axis, None].to(anchor.dtype)
-            precision_1h11 = self.precision(anchor.dtype)[..., None, None]
-            axes.append(-0.5 * precision_1h11 * (anchor_1ht[..., None] - patch).square())
-        return axes[0], axes[1]
+    def forward(self, places: EvenPlaces) -> tuple[Tensor, Tensor]:
+        """The prior's terms for rows (1, h, Y, H) and columns (1, h, 1, X, W), which add up to B.
+
+        In moved space they differ between images and rows of patches: (B, h, Y, H) and (B, h, H, X, W).
+        """
+        dtype = places.y_BH.dtype
+        y_1hY, x_1hX = (
+            (centres(tokens, places.y_BH) - 0.5) * tokens + self.offset[..., axis, None].to(dtype)
+            for axis, tokens in enumerate(places.token_grid)
+        )
+        half_1h11 = -0.5 * self.precision(dtype)[..., None, None]
+        rows_BhYH = half_1h11 * (y_1hY[..., None] - places.y_BH[:, None, None]).square()
+        away_BhHXW = x_1hX[:, :, None, :, None] - places.x_BHW[:, None, :, None]
+        return rows_BhYH, half_1h11[..., None] * away_BhHXW.square()
 
 
 class ScopeLayer(GradientCheckpointingLayer):
@@ -140,38 +123,39 @@ class ScopeLayer(GradientCheckpointingLayer):
         self.ffn = nn.Sequential(nn.Linear(width, ffn_width), nn.GELU(), nn.Linear(ffn_width, width))
 
     def forward(
-        self, z_BMD: Tensor, u_BND: Tensor, cell_BMD: Tensor, patch_grid: Grid, token_grid: Grid, output_scopes: bool
+        self, z_BMD: Tensor, u_BND: Tensor, cell_BMD: Tensor, places: EvenPlaces, output_scopes: bool
     ) -> tuple[Tensor, ScopeMaps | None]:
         """Returns the next tokens, with the cell means added, and maps; z is (1, M, D) in the first layer."""
-        o_BMD, attention_BSMN = self.read(u_BND, patch_grid, token_grid, output_scopes)
+        o_BMD, attention_BSMN = self.read(u_BND, places, output_scopes)
         g_BMS = self.gate(self.gate_norm(o_BMD + z_BMD)).softmax(dim=-1)
         # Repeated for each head by expand: indexing would copy the index to the GPU at every call.
         g_BMh = torch.cat([g.expand(-1, -1, n) for g, n in zip(g_BMS.split(1, -1), self.scope_heads, strict=True)], -1)
         o_BMhd = len(self.scope_heads) * g_BMh[..., None] * o_BMD.unflatten(-1, (self.heads, -1))
         z_BMD = self.o_proj(o_BMhd.flatten(-2)) + z_BMD + cell_BMD
         z_BMD = z_BMD + self.ffn(self.ffn_norm(z_BMD))
-        return z_BMD, None if attention_BSMN is None else ScopeMaps(g_BMS.mT, attention_BSMN)
+        if attention_BSMN is None:
+            return z_BMD, None
+        return z_BMD, ScopeMaps(g_BMS.mT, attention_BSMN, places.of_tokens(len(u_BND)))
 
-    def read(
-        self, u_BND: Tensor, patch_grid: Grid, token_grid: Grid, output_scopes: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def read(self, u_BND: Tensor, places: EvenPlaces, output_scopes: bool) -> tuple[Tensor, Tensor | None]:
         """The heads' output (B, M, D) and, if requested, each scope's attention (B, S, M, N)."""
         score_BhN = self.score(u_BND).mT.contiguous()  # the memory layout of the terms that are added
         value_BhNd = self.v_proj(u_BND).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        rows_1hYH, columns_1hXW = self.prior(patch_grid, token_grid, u_BND)
+        rows_BhYH, columns_BhHXW = self.prior(places)
 
-        s_BhHXW = score_BhN.unflatten(-1, patch_grid)[..., None, :] + columns_1hXW[:, :, None]
+        s_BhHXW = score_BhN.unflatten(-1, places.patch_grid)[..., None, :] + columns_BhHXW
         weight_BhHXW, (peak, at) = s_BhHXW.softmax(dim=-1), s_BhHXW.max(dim=-1, keepdim=True)
         mass_BhHX = (peak - weight_BhHXW.gather(-1, at).log()).squeeze(-1)  # logsumexp, from the softmax's results
-        o_BhHXd = weight_BhHXW.to(value_BhNd.dtype) @ value_BhNd.unflatten(2, patch_grid)
-        weight_BhXYH = (mass_BhHX.mT[..., None, :] + rows_1hYH[:, :, None]).softmax(dim=-1)
+        o_BhHXd = weight_BhHXW.to(value_BhNd.dtype) @ value_BhNd.unflatten(2, places.patch_grid)
+        weight_BhXYH = (mass_BhHX.mT[..., None, :] + rows_BhYH[:, :, None]).softmax(dim=-1)
         o_BhXYd = weight_BhXYH.to(value_BhNd.dtype) @ o_BhHXd.transpose(2, 3)
         o_BMD = o_BhXYd.permute(0, 3, 2, 1, 4).flatten(3).flatten(1, 2)
         if not output_scopes:
             return o_BMD, None
 
-        bias_1hMN = (rows_1hYH[:, :, :, None, :, None] + columns_1hXW[:, :, None, :, None, :]).flatten(4).flatten(2, 3)
-        attention_BhMN = (score_BhN[:, :, None].to(bias_1hMN.dtype) + bias_1hMN).softmax(dim=-1)
+        bias_BhYXHW = rows_BhYH[:, :, :, None, :, None] + columns_BhHXW.transpose(2, 3)[:, :, None]
+        bias_BhMN = bias_BhYXHW.flatten(4).flatten(2, 3)
+        attention_BhMN = (score_BhN[:, :, None].to(bias_BhMN.dtype) + bias_BhMN).softmax(dim=-1)
         scopes = attention_BhMN.split(list(self.scope_heads), dim=1)
         return o_BMD, torch.stack([attention.mean(dim=1) for attention in scopes], dim=1)
 
@@ -179,7 +163,9 @@ class ScopeLayer(GradientCheckpointingLayer):
 class MultiScopeResampler(nn.Module):
     """Patch features of any grid to visual tokens of any grid, by the equations at the top of this file.
 
-    With `pooled_mlp`, LLaVA's MLP of each cell's mean feature is added to y, and W_out starts at zero.
+    With `pooled_mlp`, LLaVA's MLP of each cell's mean feature is added to y, and W_out starts at zero. With
+    `moving_scopes`, space moves to the information (see places_ms_resampler.py), and z starts as the code of the mean
+    place of the token's cell instead of zero.
     """
 
     layer_class = ScopeLayer
@@ -192,6 +178,8 @@ class MultiScopeResampler(nn.Module):
         self.input_proj = nn.Linear(vision_width, width)
         self.patch_conv = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
         self.patch_norm = nn.LayerNorm(width, eps=eps)
+        if config.moving_scopes:
+            self.space = MovingSpace(width)
         self.layers = nn.ModuleList(self.layer_class(config) for _ in range(config.num_hidden_layers))
         self.output_norm = nn.LayerNorm(width, eps=eps)
         self.output_proj = (LinearFromZero if config.pooled_mlp else nn.Linear)(width, text_width)
@@ -208,13 +196,17 @@ class MultiScopeResampler(nn.Module):
         check_patches(x_BNC, patch_grid)
         u_BND = self.input_proj(self.input_norm(x_BNC))
         u_BND = self.patch_norm(u_BND + as_tokens(self.patch_conv(as_map(u_BND, patch_grid))))
-        cell_BMD = cell_means(u_BND, patch_grid, token_grid)
-        z_BMD, maps = torch.zeros_like(cell_BMD[:1]), None
+        if self.config.moving_scopes:
+            places, z_BMD = self.space(u_BND, patch_grid, token_grid)
+        else:
+            places = EvenPlaces.of(patch_grid, token_grid, u_BND)
+            z_BMD = u_BND.new_zeros(1, token_grid[0] * token_grid[1], u_BND.shape[-1])
+        cell_BMD, maps = places.cell_means(u_BND), None
         for layer in self.layers:
-            z_BMD, maps = layer(z_BMD, u_BND, cell_BMD, patch_grid, token_grid, output_scopes)
+            z_BMD, maps = layer(z_BMD, u_BND, cell_BMD, places, output_scopes)
         y_BMT = self.output_proj(self.output_norm(z_BMD))
         if self.config.pooled_mlp:
-            y_BMT = y_BMT + self.mlp(cell_means(x_BNC, patch_grid, token_grid))
+            y_BMT = y_BMT + self.mlp(places.cell_means(x_BNC))
         return y_BMT, maps
 
 

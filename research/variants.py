@@ -22,16 +22,9 @@ from ms_resampler.branches_ms_resampler import (
     split_heads,
 )
 from ms_resampler.configuration_ms_resampler import PROJECTOR_TYPES
+from ms_resampler.places_ms_resampler import Grid, LinearFromZero, centres
 from ms_resampler.projectors_ms_resampler import register_projector
-from ms_resampler.resampler_ms_resampler import (
-    Grid,
-    LinearFromZero,
-    MultiScopeResampler,
-    ScopeLayer,
-    ScopePrior,
-    centres,
-    spread,
-)
+from ms_resampler.resampler_ms_resampler import MultiScopeResampler, ScopeLayer, ScopePrior, spread
 
 # The base class of changes, which `variant` combines with others; untyped, since the result is unknown here.
 Change: Any = object
@@ -220,8 +213,8 @@ class PriorLayer(ScopeLayer):
 class ReadPlainly(Change):
     """Heads that score patches once for all tokens, with the prior as a bias on every score instead of by axes."""
 
-    def read(self, u_BND, patch_grid, token_grid, output_scopes):
-        bias_1hMN = self.bias(self.prior, patch_grid, token_grid, u_BND)
+    def read(self, u_BND, places, output_scopes):
+        bias_1hMN = self.bias(self.prior, places.patch_grid, places.token_grid, u_BND)
         attention_BhMN = (self.score(u_BND).mT[:, :, None] + bias_1hMN).softmax(dim=-1)
         value_BhNd = split_heads(self.v_proj(u_BND), self.heads)
         o_BMD = merge_heads(attention_BhMN.to(value_BhNd.dtype) @ value_BhNd)
@@ -327,9 +320,9 @@ class WithoutCellMean(Change):
     """Tokens do not receive the mean of their cell."""
 
     def forward(self, z_BMD, u_BND, *others):
-        *placed, cell_BMD, patch_grid, token_grid, output_scopes = others
-        nothing = torch.zeros_like(cell_BMD)
-        return super().forward(z_BMD, u_BND, *placed, nothing, patch_grid, token_grid, output_scopes)
+        before = 0 if isinstance(self, ScopeLayer) else 1  # arguments before the cell means
+        nothing = torch.zeros_like(others[before])
+        return super().forward(z_BMD, u_BND, *others[:before], nothing, *others[before + 1 :])
 
 
 class WithoutNeighbours(Change):

@@ -46,6 +46,9 @@ def resample_image(weights: Weights, config: Any, x_NC: np.ndarray, patch_grid, 
         u = [patch + neighbours(weights, u, patch_grid, j) for j, patch in enumerate(u)]
     if config.query_init == "none":
         u = [layer_norm(weights, "patch_norm", patch, config) for patch in u]
+    shares = [cell_shares(patch_grid, token_grid, i) for i in range(len(anchors))]
+    if config.moving_scopes:
+        patches, shares = moved(weights, u, patch_grid, token_grid)
     z = (
         [np.zeros(width)] * len(anchors)
         if config.query_init == "none"
@@ -54,14 +57,16 @@ def resample_image(weights: Weights, config: Any, x_NC: np.ndarray, patch_grid, 
             for i, anchor in enumerate(anchors)
         ]
     )
+    if config.moving_scopes:
+        z = [weights["space.code_proj.weight"] @ positions(share @ centres(patch_grid), 32, 4) for share in shares]
     if config.query_init == "content":
-        z = [query + cell_mean(u, patch_grid, token_grid, i) for i, query in enumerate(z)]
+        z = [query + share @ u for query, share in zip(z, shares, strict=True)]
     for layer in range(config.num_hidden_layers):
-        cells = [cell_mean(u, patch_grid, token_grid, i) if config.cell_residual else 0 for i in range(len(z))]
+        cells = [share @ u if config.cell_residual else 0 for share in shares]
         z, gates, maps = scope_layer(weights, f"layers.{layer}.", config, z, u, cells, anchors, patches, token_grid)
     y = [linear(weights, "output_proj", layer_norm(weights, "output_norm", token, config)) for token in z]
     if config.pooled_mlp:
-        pooled = [cell_mean(x_NC, patch_grid, token_grid, i) for i in range(len(z))]
+        pooled = [share @ x_NC for share in shares]
         hidden = [[gelu(v) for v in linear(weights, "mlp.0", mean)] for mean in pooled]
         y = [token + linear(weights, "mlp.2", np.array(values)) for token, values in zip(y, hidden, strict=True)]
     return np.stack(y), gates, maps
@@ -196,12 +201,12 @@ def centres(grid) -> list[tuple[float, float]]:
     return [((row + 0.5) / grid[0], (column + 0.5) / grid[1]) for row in range(grid[0]) for column in range(grid[1])]
 
 
-def positions(point, width) -> np.ndarray:
-    """Unit-scale sin-cos code: for y, then for x, all sines, then all cosines, from wavelength 2 to 1/32."""
+def positions(point, width, finest=6) -> np.ndarray:
+    """Unit-scale sin-cos code: for y, then for x, all sines, then all cosines, from wavelength 2 to 2 / 2^finest."""
     code = []
     for coordinate in point:
         last = max(width // 4 - 1, 1)
-        angles = [coordinate * math.pi * 2 ** (6 * k / last) for k in range(width // 4)]
+        angles = [coordinate * math.pi * 2 ** (finest * k / last) for k in range(width // 4)]
         code += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
     return math.sqrt(2) * np.array(code)
 
@@ -216,12 +221,48 @@ def base_query(base_DHW: np.ndarray, token_grid, i: int) -> np.ndarray:
     return sum(wy * wx * base_DHW[:, y, x] for wy, y in weights_and_places[0] for wx, x in weights_and_places[1])
 
 
-def cell_mean(u, patch_grid, token_grid, i: int) -> np.ndarray:
-    """The mean of the patches that a token's cell touches."""
-    spans = []
-    for index, tokens, patches in zip(divmod(i, token_grid[1]), token_grid, patch_grid, strict=True):
-        spans.append(range(index * patches // tokens, math.ceil((index + 1) * patches / tokens)))
-    return np.mean([u[row * patch_grid[1] + column] for row in spans[0] for column in spans[1]], axis=0)
+def cell_shares(patch_grid, token_grid, i: int) -> np.ndarray:
+    """The weight of each patch in the mean of those that a token's cell touches."""
+    share = np.zeros(patch_grid)
+    rows, columns = (
+        slice(index * patches // tokens, math.ceil((index + 1) * patches / tokens))
+        for index, tokens, patches in zip(divmod(i, token_grid[1]), token_grid, patch_grid, strict=True)
+    )
+    share[rows, columns] = 1
+    return share.flatten() / share.sum()
+
+
+def moved(weights: Weights, u, patch_grid, token_grid) -> tuple[list[tuple[float, float]], list[np.ndarray]]:
+    """The places (y, x) of patches in [0, 1]^2 where space moves, and the weight of each patch in each cell."""
+    height, width = patch_grid
+    much = np.array([1 / (1 + math.exp(-8 * (weights["space.density.weight"][0] @ patch))) for patch in u])
+    much = much.reshape(patch_grid)
+    blurred = np.array(
+        [[much[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].mean() for x in range(width)] for y in range(height)]
+    )
+    rho = 0.05 / (height * width) + 0.95 * blurred / blurred.sum()
+    row_edges = [rho[:y].sum() for y in range(height + 1)]
+    rows = [(row_edges[y] + row_edges[y + 1]) / 2 for y in range(height)]
+    column_edges = []
+    for y in range(height):
+        near = sum(
+            math.exp(-2 * ((rows[y] - rows[other]) * token_grid[0]) ** 2) * rho[other] for other in range(height)
+        )
+        column_edges.append([near[:x].sum() / near.sum() for x in range(width + 1)])
+    places = [(rows[y], (column_edges[y][x] + column_edges[y][x + 1]) / 2) for y in range(height) for x in range(width)]
+    shares = []
+    for row, column in product(range(token_grid[0]), range(token_grid[1])):
+        share = [
+            common(row_edges, y, row, token_grid[0]) * common(column_edges[y], x, column, token_grid[1])
+            for y, x in product(range(height), range(width))
+        ]
+        shares.append(np.array(share) * token_grid[0] * token_grid[1])
+    return places, shares
+
+
+def common(edges, span: int, cell: int, cells: int) -> float:
+    """How long the part is that a span between edges and one of equal cells of [0, 1] have in common."""
+    return max(0.0, min(edges[span + 1], (cell + 1) / cells) - max(edges[span], cell / cells))
 
 
 def linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:

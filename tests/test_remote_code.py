@@ -31,9 +31,15 @@ SIBLINGS = {
     "loading_ms_resampler": {"projectors_ms_resampler"},
     "packing_ms_resampler": set(),
     "images_ms_resampler": set(),
-    "resampler_ms_resampler": set(),
-    "branches_ms_resampler": {"resampler_ms_resampler"},
-    "projectors_ms_resampler": {"branches_ms_resampler", "configuration_ms_resampler", "resampler_ms_resampler"},
+    "places_ms_resampler": set(),
+    "resampler_ms_resampler": {"places_ms_resampler"},
+    "branches_ms_resampler": {"places_ms_resampler", "resampler_ms_resampler"},
+    "projectors_ms_resampler": {
+        "branches_ms_resampler",
+        "configuration_ms_resampler",
+        "places_ms_resampler",
+        "resampler_ms_resampler",
+    },
     "modeling_ms_resampler": {
         "configuration_ms_resampler",
         "loading_ms_resampler",

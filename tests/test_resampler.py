@@ -13,8 +13,9 @@ from torch._subclasses import FakeTensorMode
 
 from ms_resampler import MSResamplerProjectorConfig
 from ms_resampler.branches_ms_resampler import BranchPrior
+from ms_resampler.places_ms_resampler import as_map, cell_means
 from ms_resampler.projectors_ms_resampler import SCOPED_PROJECTORS, init_projector_weights
-from ms_resampler.resampler_ms_resampler import GLOBAL, as_map, cell_means, init_resampler_weights, spread
+from ms_resampler.resampler_ms_resampler import GLOBAL, init_resampler_weights, spread
 
 VISION, TEXT = 6, 10
 SMALL = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 12, "query_grid": [2, 3]}
@@ -25,12 +26,14 @@ EMBEDDED = BRANCHES | {
     "branch_form": {"fusion": "head", "patch_conv": False, "tile_heads": False, "cell_residual": False}
 }
 STATIC = BRANCHES | {"branch_form": {"fusion": "static"}}
-KINDS = [DEFAULT, BRANCHES, RESAMPLER, EMBEDDED, STATIC]
+MOVING = {"moving_scopes": True}
+KINDS = [DEFAULT, MOVING, BRANCHES, RESAMPLER, EMBEDDED, STATIC]
 ARRANGEMENTS = [
     *KINDS,
     *(kind | {"num_hidden_layers": 2, "scope_sigmas": [0.5, None]} for kind in (DEFAULT, BRANCHES)),
     *(kind | {"scope_sigmas": [0.3]} for kind in (DEFAULT, RESAMPLER)),
-    *(kind | {"pooled_mlp": True} for kind in (DEFAULT, BRANCHES)),
+    *(kind | {"pooled_mlp": True} for kind in (DEFAULT, MOVING, BRANCHES)),
+    MOVING | {"num_hidden_layers": 3, "scope_sigmas": [None, 0.7]},
     {"scope_heads": [1, 1, 2]},
     *(kind | {"scope_sigmas": [0.5, 1e6]} for kind in (DEFAULT, BRANCHES)),  # nearly global
     {"scope_sigmas": [0.3, None, 1, 3]},
@@ -106,7 +109,9 @@ def test_random_scopes_and_grids():
             assert_is_the_reference(make(number, scope_sigmas=scopes, **kind), features(grids[0], 1), *grids, 1e-5)
 
 
-@given(*(st.tuples(st.integers(1, 9), st.integers(1, 9)) for _ in range(2)), st.sampled_from([DEFAULT, BRANCHES]))
+@given(
+    *(st.tuples(st.integers(1, 9), st.integers(1, 9)) for _ in range(2)), st.sampled_from([DEFAULT, MOVING, BRANCHES])
+)
 def test_any_grids_with_one_set_of_weights(patch_grid, token_grid, changes):
     with torch.no_grad():
         y, maps = make(**changes)(features(patch_grid), patch_grid, token_grid, output_scopes=True)
@@ -151,7 +156,7 @@ def test_filtering_by_rows_and_columns_holds_whatever_the_scores(loudness):
 
 
 @pytest.mark.parametrize("mode", ["module in bfloat16", "autocast"])
-@pytest.mark.parametrize("changes", [DEFAULT, BRANCHES, EMBEDDED], ids=str)
+@pytest.mark.parametrize("changes", [DEFAULT, MOVING, BRANCHES, EMBEDDED], ids=str)
 def test_bfloat16_stays_within_two_percent(mode, changes):
     """Outputs, gates and maps: 0.3 to 1.5% over seeds, where a number of bfloat16 has a rounding error of 0.4%."""
     resampler, x = make(**changes), features((8, 8))
@@ -254,7 +259,7 @@ def test_patches_become_a_map_without_a_copy(batch, dtype):
     torch.testing.assert_close(cell_means(x_BND, (4, 6), (2, 2)).float(), means_BMD, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("changes", [DEFAULT, BRANCHES], ids=str)
+@pytest.mark.parametrize("changes", [DEFAULT, MOVING, BRANCHES], ids=str)
 def test_nothing_stays_from_calls_in_other_modes(changes):
     """In inference mode, in a transformed function, or among tensors that hold no data: training comes after."""
     resampler, x = make(**changes), features((2, 9))
@@ -272,7 +277,7 @@ def test_nothing_stays_from_calls_in_other_modes(changes):
     torch.testing.assert_close(torch.autograd.grad(loss(x), x)[0], gradient)
 
 
-@pytest.mark.parametrize("changes", [DEFAULT, BRANCHES, STATIC], ids=str)
+@pytest.mark.parametrize("changes", [DEFAULT, MOVING, BRANCHES, STATIC], ids=str)
 def test_parameters_are_used_in_the_module_that_has_them(changes):
     """Offloaded weights are there only while their module is called, and 8-bit ones are changed then."""
     resampler, x = make(**changes), features((4, 4))
@@ -296,13 +301,15 @@ def test_parameters_are_used_in_the_module_that_has_them(changes):
         assert torch.equal(resampler(x, (4, 4), (2, 2), output_scopes=True)[0], expected)
 
 
-@pytest.mark.parametrize("changes", [DEFAULT, BRANCHES], ids=str)
-def test_it_is_compiled_as_one_graph(changes):
+@pytest.mark.parametrize("changes", [DEFAULT, MOVING, BRANCHES], ids=str)
+def test_it_is_compiled_as_one_graph_and_exported(changes):
     resampler, x = make(**changes).eval(), features((4, 6))
     with torch.no_grad():
         expected = resampler(x, (4, 6), (2, 3))[0]
         compiled = torch.compile(resampler, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x, (4, 6), (2, 3))[0], expected)
+        exported = torch.export.export(resampler, (x, (4, 6), (2, 3)))
+        torch.testing.assert_close(exported.module()(x, (4, 6), (2, 3))[0], expected)
 
 
 def test_a_wrong_number_of_features_is_named():
@@ -317,7 +324,7 @@ def test_beside_a_pooled_mlp_it_starts_as_that_mlp_and_everything_learns(patch_g
     resampler = fresh(pooled_mlp=True, **changes)
     x_BNC, tokens = features(patch_grid), math.prod(token_grid)
     cells = [
-        [reference_resampler.cell_mean(x, patch_grid, token_grid, i) for i in range(tokens)] for x in x_BNC.numpy()
+        [reference_resampler.cell_shares(patch_grid, token_grid, i) @ x for i in range(tokens)] for x in x_BNC.numpy()
     ]
     y_BMT, _ = resampler(x_BNC, patch_grid, token_grid)
     torch.testing.assert_close(y_BMT, resampler.mlp(torch.tensor(np.array(cells))), rtol=1e-5, atol=1e-6)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 
-from ..branches_ms_resampler import cell_centres
+from ..places_ms_resampler import cell_centres
 from .scenes import (
     COLOURS,
     HEIGHTS,

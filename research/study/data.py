@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import ConvNextConfig, ConvNextModel
 
-from ms_resampler.branches_ms_resampler import cell_centres, sincos_positions
 from ms_resampler.folders import whole_file, write_whole
+from ms_resampler.places_ms_resampler import cell_centres, sincos_positions
 from ms_resampler.tiny.curriculum import ALL_NAMES
 from ms_resampler.tiny.model import keep_variance
 from ms_resampler.tiny.scenes import COLOURS, FAMILIES, HEIGHTS, PLACES, Question, Scene, ask, height_step, make_scene

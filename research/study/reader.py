@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ms_resampler.branches_ms_resampler import cell_centres, merge_heads, sincos_positions, split_heads
+from ms_resampler.branches_ms_resampler import merge_heads, split_heads
+from ms_resampler.places_ms_resampler import cell_centres, sincos_positions
 from ms_resampler.tiny.scenes import HEIGHTS
 
 from .data import BATCH, GRID, LABELS, WORDS_AT_MOST, Optimiser, StudyData, patch_loss, save_whole

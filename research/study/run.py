@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ms_resampler.branches_ms_resampler import cell_centres, split_heads
+from ms_resampler.branches_ms_resampler import split_heads
 from ms_resampler.folders import write_whole
+from ms_resampler.places_ms_resampler import cell_centres
 from ms_resampler.resampler_ms_resampler import ScopeMaps
 from ms_resampler.training.trainer import keep_freed_memory
 

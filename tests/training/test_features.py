@@ -110,9 +110,9 @@ def test_gradient_of_the_projector_is_the_slope_of_the_loss():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("kind", ["ms_resampler", "ms_resampler_branches"])
-def test_gradient_checkpointing_of_all_parts_gives_the_same_gradients(kind, reentrant):
-    model, batch = tiny.tiny_model(projector={"projector_type": kind, "num_hidden_layers": 2}).train(), labelled_batch()
+@pytest.mark.parametrize("changes", [{}, {"moving_scopes": True}, {"projector_type": "ms_resampler_branches"}], ids=str)
+def test_gradient_checkpointing_of_all_parts_gives_the_same_gradients(changes, reentrant):
+    model, batch = tiny.tiny_model(projector={"num_hidden_layers": 2} | changes).train(), labelled_batch()
     expected = gradients(model, batch)
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
