@@ -4,7 +4,10 @@ Pixels (B, 3, height, width) -> tower -> patches (B, N, C) -> projector -> visua
 places of the image tokens in the text -> language model -> logits.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -26,6 +29,19 @@ from .configuration_ms_resampler import MSResamplerConfig, token_grid
 from .loading_ms_resampler import LoadingMixin
 from .packing_ms_resampler import PackedLinear, pack_linears
 from .projectors_ms_resampler import PROJECTORS, SCOPED_PROJECTORS, build_projector, init_projector_weights
+from .reducers_ms_resampler import DivPrune, LayerReducer, TowerReducer, ascending, read_reducer
+from .reducing_ms_resampler import (
+    FILL,
+    TEXT,
+    Cutting,
+    TowerReading,
+    check_reducer,
+    next_tokens,
+    places_that_stay,
+    reading_layer,
+    shorten_prompt,
+    take,
+)
 from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
 from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features, states_of
 
@@ -53,9 +69,13 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
 
 @dataclass
 class MSResamplerModelOutputWithPast(BaseModelOutputWithPast):
-    """The language model's output, and the visual tokens of all images in one row: (sum of M, T)."""
+    """The language model's output, and the visual tokens of all images in one row: (sum of M, T).
+
+    kept_positions (batch, L'): if a reducer made the text shorter, the place of every token before that, or -1.
+    """
 
     image_hidden_states: Tensor | None = None
+    kept_positions: Tensor | None = None
 
 
 @dataclass
@@ -63,6 +83,7 @@ class MSResamplerCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Loss (if there are labels), logits (batch, L, vocabulary), and what the base model returns."""
 
     image_hidden_states: Tensor | None = None
+    kept_positions: Tensor | None = None
 
 
 def _cache_of(values: Mapping[str, Any]) -> dict[str, Cache]:
@@ -98,6 +119,18 @@ class MSResamplerPreTrainedModel(LoadingMixin, PreTrainedModel):
         language_model = self.base_model.language_model
         language_model._init_weights(language_model)
 
+    def set_reducer(self, reducer_type: str | None, **settings: Any) -> Self:
+        """Reduces visual tokens from now on by a method of reducers_ms_resampler.py, such as `set_reducer("divprune",
+        keep=64)`; None switches it off. It is saved with the configuration.
+
+        Raises ValueError if there is no such method, or if it does not fit this model.
+        """
+        fields = None if reducer_type is None else {"reducer_type": reducer_type, **settings}
+        if fields is not None:
+            check_reducer(read_reducer(fields), self.base_model)
+        self.config.reducer_config = fields
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves or converts all tensors; packed layers refuse this before anything has changed."""
         for module in self.modules():
@@ -128,6 +161,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         for part in self.projector.modules():
             if isinstance(part, PreTrainedModel) and config.projector_config._attn_implementation is not None:
                 part.set_attn_implementation(config.projector_config._attn_implementation)
+        if config.reducer is not None:
+            check_reducer(config.reducer, self)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -172,17 +207,33 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         if not shape.can_stop_early:
             kwargs["output_hidden_states"] = True
         size = pixel_values.shape[-2], pixel_values.shape[-1]  # patches have their own grids
-        tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
+        reducer, reading = self.config.reducer, None
+        if isinstance(reducer, TowerReducer):
+            reading = TowerReading(self.vision_tower, reading_layer(reducer, layers[0], len(shape.states) - 1))
+            if reducer.last_layer:
+                kwargs.pop("skip_unread", None)
+        with reading.hooked() if reading else nullcontext():
+            tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         x_BNC, patch_grid = patch_features(tower, shape, layers, size)
         x_BNC = x_BNC.to(next(p.dtype for p in self.projector.parameters() if p.is_floating_point()))
-        if torch.compiler.is_exporting():  # graphs cannot split it: (B, M, T), in the configured budget
+        if (
+            torch.compiler.is_exporting() and reducer is None
+        ):  # graphs cannot split it: (B, M, T), in the configured budget
             grid = token_grid(self.config.projector_config.visual_tokens, patch_grid)
             tokens_BMT = self._run_projector(x_BNC, patch_grid, grid, False)[0]
             return MSResamplerImageFeatures(pooler_output=self._mix_words([tokens_BMT])[0][0])
         patch_grids = [patch_grid] * len(x_BNC) if spatial_shapes is None else list(map(tuple, spatial_shapes.tolist()))
         wanted = self._token_grids(token_grids, patch_grids)
-        tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
+        if reading:
+            state_BPC = states_of(tower)[layers[0]].to(x_BNC.dtype)
+            views = [reading.view(image, state_BPC, x_BNC, shape) for image in range(len(x_BNC))]
+            tokens, maps = [self.projector.mlp(reducer.reduce(view)) for view in views], []
+        else:
+            tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
         tokens, words = self._mix_words(tokens)
+        if isinstance(reducer, DivPrune):
+            kept = [ascending(reducer.choose(y_MT)) for y_MT in tokens]
+            tokens, words = (x and [of[k] for of, k in zip(x, kept, strict=True)] for x in (tokens, words))
         return MSResamplerImageFeatures(
             last_hidden_state=states_of(tower)[max(layer % len(shape.states) for layer in layers)],
             pooler_output=tokens,
@@ -262,11 +313,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
 
     def _placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, visual_tokens: int) -> Tensor:
         """The mask (batch, L, 1) of image tokens in the text. Raises ValueError if the counts differ."""
-        if input_ids is None:
-            image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
+        mask = self._is_image(input_ids, inputs_embeds)
         if not torch.compiler.is_exporting():  # ONNX cannot raise
             torch_compilable_check(
                 mask.sum() == visual_tokens,
@@ -276,6 +323,13 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
                 ),
             )
         return mask.unsqueeze(-1)
+
+    def _is_image(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """Which tokens of the text are image tokens (batch, L)."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
 
     @can_return_tuple
     def forward(
@@ -306,26 +360,80 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             images = self.get_image_features(
                 pixel_values, token_grids, pixel_attention_mask, spatial_shapes, return_dict=True
             )
-        features = None
+        features, kept, running = None, None, nullcontext()
         if images is not None:
-            features = images.pooler_output
-            features = features.flatten(0, 1) if isinstance(features, Tensor) else torch.cat(list(features))
-            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+            counts = [len(tokens) for tokens in images.pooler_output]
+            wholes = [math.prod(grid) for grid in images.token_grids or ()]
+            if len(counts) == len(wholes) and counts != wholes:  # for beams, transformers repeats only the tokens
+                shortened = self.shorten(wholes, counts, input_ids, inputs_embeds, attention_mask)
+                if shortened is not None:
+                    kept, attention_mask, position_ids = *shortened, None
+                    inputs_embeds = take(inputs_embeds, kept)
+                    input_ids = None if input_ids is None else take(input_ids, kept, empty=-1)
+            features = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self._placeholder_mask(input_ids, inputs_embeds, features.shape[0])
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+            if isinstance(self.config.reducer, LayerReducer):
+                running = self._cutting(inputs_embeds, mask, counts, attention_mask, _cache_of(kwargs))
+        for cache in _cache_of(kwargs).values():
+            if images is None and hasattr(cache, "kept"):
+                running = next_tokens(self.language_model, cache.kept)
+        with running as cutting:
+            outputs = self.language_model(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        if cutting is not None and cutting.rows is not None:
+            kept = cutting.rows.index_BL
         return MSResamplerModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=getattr(outputs, "attentions", None),
             image_hidden_states=features,
+            kept_positions=kept,
             **_cache_of(outputs),
         )
+
+    def shorten(
+        self,
+        wholes: list[int],
+        counts: list[int],
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The places (batch, L') of what stays of a text with as many image tokens as pictures had visual tokens before
+        a reducer (wholes), if as many as there are now (counts) stay, and the mask; None if the text is short already.
+        """
+        is_image = self._is_image(input_ids, inputs_embeds)
+        if self.config.reducer is None or int(is_image.sum()) != sum(wholes):
+            return None
+        return shorten_prompt(places_that_stay(is_image, wholes, counts), attention_mask)
+
+    def _cutting(
+        self, inputs_embeds: Tensor, mask: Tensor, counts: list[int], attention_mask: Tensor | None, caches: dict
+    ) -> Any:
+        """The context in which the language model drops visual tokens between its layers."""
+        for cache in caches.values():
+            if cache.is_compileable:
+                raise ValueError(
+                    "A reducer in the language model makes rows shorter, which a static cache cannot hold."
+                )
+            if cache.get_seq_length():
+                raise ValueError(
+                    "Pictures after the first part of a conversation cannot be reduced in the language model: give the "
+                    "whole conversation at once, without a cache."
+                )
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError("A reducer in the language model needs `attention_mask` as (batch, L).")
+        number = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(mask.device)
+        picture_BL = torch.full(mask.shape[:2], TEXT, device=mask.device)
+        picture_BL[mask[..., 0]] = number
+        if attention_mask is not None:
+            picture_BL[attention_mask == 0] = FILL
+        return Cutting(self.language_model, self.config.reducer, inputs_embeds, picture_BL).hooked()
 
 
 def build_part(config: PretrainedConfig) -> PreTrainedModel:
@@ -419,6 +527,8 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            if outputs.kept_positions is not None:
+                labels = take(labels, outputs.kept_positions, empty=-100)
             vocabulary = self.config.text_config.vocab_size
             if kwargs.get("shift_labels") is not None:
                 kwargs["shift_labels"] = self.words_only(kwargs["shift_labels"])
@@ -429,8 +539,41 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            kept_positions=outputs.kept_positions,
             **_cache_of(outputs),
         )
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`; the returned prompt is the one given, also where a reducer shortens it."""
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        if self.config.reducer is None or isinstance(self.config.reducer, LayerReducer) or prompt is None:
+            return super().generate(inputs, *args, **kwargs)
+        encode = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes")
+        given = {name: kwargs.pop(name) for name in encode if kwargs.get(name) is not None}
+        images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if "pixel_values" in given:
+            with torch.no_grad():
+                images = self.get_image_features(**given, return_dict=True)
+        if images is None:
+            return super().generate(inputs, *args, **kwargs)
+        kwargs["mm_encoder_outputs"] = {"image": copy(images)}  # transformers repeats the tokens in place for beams
+        wholes, counts = [math.prod(grid) for grid in images.token_grids], [len(y_MT) for y_MT in images.pooler_output]
+        embeds = self.get_input_embeddings()(prompt)
+        shortened = self.model.shorten(wholes, counts, prompt, embeds, kwargs.get("attention_mask"))
+        if shortened is None:
+            return super().generate(inputs, *args, **kwargs)
+        kept, mask = shortened
+        kwargs.pop("input_ids", None)
+        kwargs["attention_mask"] = (kept >= 0).long() if mask is None else mask
+        short = take(prompt, kept, empty=self.generation_config.pad_token_id or 0)
+        made = super().generate(short, *args, **kwargs)
+        sequences = made if isinstance(made, Tensor) else made.sequences
+        before = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0)
+        whole = torch.cat([before.to(sequences.device), sequences[:, short.shape[1] :]], dim=1)
+        if isinstance(made, Tensor):
+            return whole
+        made.sequences = whole
+        return made
 
     def words_only(self, labels: Tensor) -> Tensor:
         """Labels without image tokens, which some collators leave in and the model must not learn to generate."""
