@@ -29,14 +29,15 @@ from .configuration_ms_resampler import MSResamplerConfig, token_grid
 from .loading_ms_resampler import LoadingMixin
 from .packing_ms_resampler import PackedLinear, pack_linears
 from .projectors_ms_resampler import PROJECTORS, SCOPED_PROJECTORS, build_projector, init_projector_weights
-from .reducers_ms_resampler import DivPrune, LayerReducer, TowerReducer, ascending, read_reducer
+from .reducers_ms_resampler import DivPrune, LayerReducer, MustDrop, TowerReducer, ascending, read_reducer
 from .reducing_ms_resampler import (
     FILL,
-    TEXT,
     Cutting,
     TowerReading,
     check_reducer,
+    merged_windows,
     next_tokens,
+    number_pictures,
     places_that_stay,
     reading_layer,
     shorten_prompt,
@@ -57,6 +58,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     last_hidden_state: of the tower's last layer that is read; attentions and all hidden_states: if requested.
     word_weights (M, words): the share of each of the configured `visual_words` in each token.
     scope_weights (S, M), scope_attentions (S, M, N) and token_places (M, 2): with `output_scopes=True`, see ScopeMaps.
+    key_sets: the visual tokens that the reducer mustdrop always keeps.
     """
 
     patch_grids: list[tuple[int, int]] | None = None
@@ -65,6 +67,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     scope_weights: list[Tensor] | None = None
     scope_attentions: list[Tensor] | None = None
     token_places: list[Tensor] | None = None
+    key_sets: list[Tensor] | None = None
 
 
 @dataclass
@@ -206,34 +209,25 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             kwargs["skip_unread"] = True  # not passed to towers that do not accept it
         if not shape.can_stop_early:
             kwargs["output_hidden_states"] = True
-        size = pixel_values.shape[-2], pixel_values.shape[-1]  # patches have their own grids
-        reducer, reading = self.config.reducer, None
+        reducer = self.config.reducer
         if isinstance(reducer, TowerReducer):
-            reading = TowerReading(self.vision_tower, reading_layer(reducer, layers[0], len(shape.states) - 1))
-            if reducer.last_layer:
-                kwargs.pop("skip_unread", None)
-        with reading.hooked() if reading else nullcontext():
-            tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
+            return self._reduce_patches(reducer, pixel_values, token_grids, **kwargs)
+        size = pixel_values.shape[-2], pixel_values.shape[-1]  # patches have their own grids
+        tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         x_BNC, patch_grid = patch_features(tower, shape, layers, size)
         x_BNC = x_BNC.to(next(p.dtype for p in self.projector.parameters() if p.is_floating_point()))
-        if (
-            torch.compiler.is_exporting() and reducer is None
-        ):  # graphs cannot split it: (B, M, T), in the configured budget
+        if torch.compiler.is_exporting():  # graphs cannot split it: (B, M, T), in the configured budget
             grid = token_grid(self.config.projector_config.visual_tokens, patch_grid)
             tokens_BMT = self._run_projector(x_BNC, patch_grid, grid, False)[0]
             return MSResamplerImageFeatures(pooler_output=self._mix_words([tokens_BMT])[0][0])
         patch_grids = [patch_grid] * len(x_BNC) if spatial_shapes is None else list(map(tuple, spatial_shapes.tolist()))
         wanted = self._token_grids(token_grids, patch_grids)
-        if reading:
-            state_BPC = states_of(tower)[layers[0]].to(x_BNC.dtype)
-            views = [reading.view(image, state_BPC, x_BNC, shape) for image in range(len(x_BNC))]
-            tokens, maps = [self.projector.mlp(reducer.reduce(view)) for view in views], []
-        else:
-            tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
+        tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
         tokens, words = self._mix_words(tokens)
         if isinstance(reducer, DivPrune):
             kept = [ascending(reducer.choose(y_MT)) for y_MT in tokens]
-            tokens, words = (x and [of[k] for of, k in zip(x, kept, strict=True)] for x in (tokens, words))
+            tokens = [y_MT[k] for y_MT, k in zip(tokens, kept, strict=True)]
+            words = words and [weight_MW[k] for weight_MW, k in zip(words, kept, strict=True)]
         return MSResamplerImageFeatures(
             last_hidden_state=states_of(tower)[max(layer % len(shape.states) for layer in layers)],
             pooler_output=tokens,
@@ -245,6 +239,41 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             scope_weights=[weights for weights, _, _ in maps] if output_scopes else None,
             scope_attentions=[attentions for _, attentions, _ in maps] if output_scopes else None,
             token_places=[places for *_, places in maps] if output_scopes else None,
+        )
+
+    def _reduce_patches(
+        self,
+        reducer: TowerReducer,
+        pixel_values: Tensor,
+        token_grids: Tensor | list[tuple[int, int]] | None,
+        **kwargs: Any,
+    ) -> MSResamplerImageFeatures:
+        """Visual tokens of what a reducer takes from the tower; `token_grids` of all patches, as the text has them."""
+        shape, layer = self.tower_shape, self.config.feature_layers[0]
+        if reducer.last_layer:
+            kwargs.pop("skip_unread", None)
+        reading = TowerReading(self.vision_tower, reading_layer(reducer, layer, len(shape.states) - 1))
+        sides, stride = pixel_values.shape[-2:], shape.states[layer].stride
+        patch_grid = sides[0] // stride[0], sides[1] // stride[1]
+        merging: Any = nullcontext()
+        projector: Any = self.projector
+        dtype, views, states = projector.mlp[0].weight.dtype, [], []
+        merges = isinstance(reducer, MustDrop)  # so that pictures have different numbers of patches
+        for pixels in pixel_values.split(1 if merges else len(pixel_values)):
+            if isinstance(reducer, MustDrop):
+                merging = merged_windows(self.vision_tower, reducer, patch_grid)
+            with reading.hooked(), merging:
+                states.append(states_of(self._run_tower(pixels, None, None, **kwargs))[layer])
+            views += reading.views(states[-1].to(dtype), shape)
+        tokens, words = self._mix_words([projector.mlp(reducer.reduce(view)) for view in views])
+        patch_grids = [patch_grid] * len(pixel_values)
+        return MSResamplerImageFeatures(
+            last_hidden_state=None if merges else states[0],
+            pooler_output=tokens,
+            patch_grids=patch_grids,
+            token_grids=self._token_grids(token_grids, patch_grids),
+            word_weights=words,
+            key_sets=[reducer.key_set(view) for view in views] if isinstance(reducer, MustDrop) else None,
         )
 
     def _run_tower(self, pixel_values: Tensor, mask: Tensor | None, shapes: Tensor | None, **kwargs: Any):
@@ -360,10 +389,11 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             images = self.get_image_features(
                 pixel_values, token_grids, pixel_attention_mask, spatial_shapes, return_dict=True
             )
-        features, kept, running = None, None, nullcontext()
+        running: Any = nullcontext()
+        features, kept = None, None
         if images is not None:
             counts = [len(tokens) for tokens in images.pooler_output]
-            wholes = [math.prod(grid) for grid in images.token_grids or ()]
+            wholes = [math.prod(grid) for grid in images.token_grids] if self.config.reducer else counts
             if len(counts) == len(wholes) and counts != wholes:  # for beams, transformers repeats only the tokens
                 shortened = self.shorten(wholes, counts, input_ids, inputs_embeds, attention_mask)
                 if shortened is not None:
@@ -373,8 +403,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             features = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self._placeholder_mask(input_ids, inputs_embeds, features.shape[0])
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
-            if isinstance(self.config.reducer, LayerReducer):
-                running = self._cutting(inputs_embeds, mask, counts, attention_mask, _cache_of(kwargs))
+            if isinstance(reducer := self.config.reducer, LayerReducer):
+                running = self._cutting(reducer, inputs_embeds, mask, images, attention_mask, _cache_of(kwargs))
         for cache in _cache_of(kwargs).values():
             if images is None and hasattr(cache, "kept"):
                 running = next_tokens(self.language_model, cache.kept)
@@ -408,12 +438,18 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         a reducer (wholes), if as many as there are now (counts) stay, and the mask; None if the text is short already.
         """
         is_image = self._is_image(input_ids, inputs_embeds)
-        if self.config.reducer is None or int(is_image.sum()) != sum(wholes):
+        if int(is_image.sum()) != sum(wholes):
             return None
         return shorten_prompt(places_that_stay(is_image, wholes, counts), attention_mask)
 
     def _cutting(
-        self, inputs_embeds: Tensor, mask: Tensor, counts: list[int], attention_mask: Tensor | None, caches: dict
+        self,
+        reducer: LayerReducer,
+        inputs_embeds: Tensor,
+        mask: Tensor,
+        images: MSResamplerImageFeatures,
+        attention_mask: Tensor | None,
+        caches: dict[str, Cache],
     ) -> Any:
         """The context in which the language model drops visual tokens between its layers."""
         for cache in caches.values():
@@ -428,12 +464,11 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
                 )
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError("A reducer in the language model needs `attention_mask` as (batch, L).")
-        number = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(mask.device)
-        picture_BL = torch.full(mask.shape[:2], TEXT, device=mask.device)
-        picture_BL[mask[..., 0]] = number
+        counts = [len(tokens) for tokens in images.pooler_output or ()]
+        picture_BL = number_pictures(mask[..., 0], counts)
         if attention_mask is not None:
             picture_BL[attention_mask == 0] = FILL
-        return Cutting(self.language_model, self.config.reducer, inputs_embeds, picture_BL).hooked()
+        return Cutting(self.language_model, reducer, inputs_embeds, picture_BL, images.key_sets).hooked()
 
 
 def build_part(config: PretrainedConfig) -> PreTrainedModel:

@@ -73,6 +73,7 @@ class LayerView:
         rope_Ld: that layer's cosines and sines.
         real_L: which tokens are no padding.
         embeddings: of all the picture's tokens and of the text, as the row began.
+        key_set: places that always stay.
         layers: of the model.
     """
 
@@ -88,6 +89,7 @@ class LayerView:
     real_L: Tensor
     total: int
     embeddings: tuple[Tensor, Tensor]
+    key_set: Tensor
     layers: int
 
     def attention(self, queries: Tensor) -> Tensor:
@@ -139,7 +141,7 @@ class Reducer:
 
 
 class TowerReducer(Reducer):
-    """Chooses patches by the tower's attention from its CLS token."""
+    """Chooses patches by the tower's attention from its CLS token, for a projector of single patches."""
 
     last_layer: ClassVar[bool] = False  # reads the tower's last layer, not the one that made the features
 
@@ -344,8 +346,16 @@ class LayerReducer(Reducer):
         return wanted
 
 
+class LastTokenReducer(LayerReducer):
+    """Drops the tokens to which the last text token attends least."""
+
+    def scores(self, view: LayerView) -> Tensor:
+        """The attention from the last token, mean over heads."""
+        return view.attention(view.text[-1:])[:, 0, view.visual].mean(dim=0)
+
+
 @dataclass(frozen=True)
-class FastV(LayerReducer):
+class FastV(LastTokenReducer):
     """Before layer `layer`, the tokens that the last text token attends to most in the layer before (arXiv 2403.06764).
 
     They keep their positions.
@@ -357,17 +367,13 @@ class FastV(LayerReducer):
         """See LayerReducer."""
         return [Cut(layer, layer - 1) for layer in self.checked([self.layer], layers)]
 
-    def scores(self, view: LayerView) -> Tensor:
-        """The attention from the last token, mean over heads."""
-        return view.attention(view.text[-1:])[:, 0, view.visual].mean(dim=0)
-
     def choose(self, stage: int, view: LayerView) -> tuple[Tensor, Tensor | None]:
         """See LayerReducer."""
         return ascending(highest(self.scores(view), min(self.count(view.total), len(view.visual)))), None
 
 
 @dataclass(frozen=True)
-class PyramidDrop(FastV):
+class PyramidDrop(LastTokenReducer):
     """In stages, before each of `layers`, the tokens that the last text token attends to most in that layer
     (arXiv 2410.17247).
 
@@ -375,7 +381,6 @@ class PyramidDrop(FastV):
     stay, a half each time. `keep` is what the last stage leaves; what is left moves together.
     """
 
-    layer: ClassVar[int] = 0
     compact: ClassVar[bool] = True
     layers: tuple[int, ...] | None = None
     shares: tuple[float, ...] = (0.5, 0.25, 0.125)
@@ -441,8 +446,18 @@ class DART(LayerReducer):
 
 
 # How many tokens SparseVLM keeps behind its three layers, by the average over a model of 32 layers and 576 tokens.
-SPARSE_COUNTS = {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)}
-SPARSE_PLUS_COUNTS = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)}
+SPARSE_COUNTS: dict[int, tuple[int, ...]] = {
+    192: (300, 200, 110),
+    128: (303, 110, 36),
+    96: (238, 48, 26),
+    64: (66, 30, 17),
+}
+SPARSE_PLUS_COUNTS: dict[int, tuple[int, ...]] = {
+    192: (300, 200, 118),
+    128: (238, 108, 60),
+    96: (246, 54, 28),
+    64: (66, 34, 20),
+}
 
 
 @dataclass(frozen=True)
@@ -602,15 +617,20 @@ MUSTDROP = {192: (0.001, 0.001), 128: (0.0012, 0.001), 64: (0.011, 0.01)}
 
 
 @dataclass(frozen=True)
-class MustDrop(LayerReducer):
-    """Behind four layers, the tokens to which the text attends little, on the whole and at most (arXiv 2411.10803).
+class MustDrop(LayerReducer, TowerReducer):
+    """In the tower, even windows of patches are merged; behind four of the language model's layers, tokens go to which
+    the text attends little, on the whole and at most; then the cache is cut to what is left (arXiv 2411.10803).
 
-    Thresholds decide, so the number is not fixed: `keep` chooses the published ones (192, 128 or 64 of 576). Of the three
-    parts of the method, this is the one in the language model, with its pruning of the cache; the tower's windows are not
-    merged, and no token is kept for the tower's sake.
+    Thresholds decide, so the number is not fixed: `keep` chooses the published ones (192, 128 or 64 of 576). In a
+    batch, every picture has windows of its own; in the authors' code, the least number of all. The patches with most
+    attention from the CLS token always stay.
     """
 
+    last_layer: ClassVar[bool] = True
     compact: ClassVar[bool] = True
+    window: ClassVar[int] = 3
+    alike: ClassVar[float] = 0.8  # the mean cosine from which on a window is merged
+    always: ClassVar[float] = 0.08  # the share of patches that always stay
     layers: tuple[int, ...] = (2, 6, 10, 14)
     thresholds: tuple[float, float] | None = None
 
@@ -625,13 +645,37 @@ class MustDrop(LayerReducer):
             raise ValueError(f"mustdrop has thresholds for `keep` 192, 128 or 64, not {self.keep}; give `thresholds`.")
         return [Cut(layer, layer - 1) for layer in self.checked([layer + 1 for layer in self.layers], layers)]
 
+    def merge_windows(self, x_PC: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The CLS token, the merged windows, those most alike first, and all other patches, behind the first layer."""
+        size, (rows, columns) = self.window, grid
+        if rows % size or columns % size:
+            raise ValueError(f"mustdrop merges windows of {size} x {size} patches, and {rows} x {columns} have none.")
+        place = torch.arange(rows * columns, device=x_PC.device).view(rows // size, size, columns // size, size)
+        place_Wn = place.transpose(1, 2).flatten(2).flatten(0, 1)
+        unit_Wnc = F.normalize(x_PC[1:].float(), dim=-1)[place_Wn]
+        pairs = size**2 * (size**2 - 1)
+        alike_W = ((unit_Wnc @ unit_Wnc.mT).sum(dim=(1, 2)) - unit_Wnc.square().sum(dim=(1, 2))) / pairs
+        merged = highest(alike_W, int((alike_W >= self.alike).sum()))
+        stays = torch.ones(len(x_PC) - 1, dtype=torch.bool, device=x_PC.device)
+        stays[place_Wn[merged].flatten()] = False
+        return torch.cat([x_PC[:1], x_PC[1:][place_Wn[merged]].mean(dim=1), x_PC[1:][stays]])
+
+    def reduce(self, view: TowerView) -> Tensor:
+        """All that the windows left."""
+        return view.x_PC[1:]
+
+    def key_set(self, view: TowerView) -> Tensor:
+        """The patches that always stay."""
+        score_N = view.attention_hP.float().mean(dim=0)[1:]
+        return highest(score_N, math.ceil(self.always * len(score_N)))
+
     def choose(self, stage: int, view: LayerView) -> tuple[Tensor, Tensor | None]:
         """See LayerReducer."""
         on_the_whole, at_most = self.thresholds or MUSTDROP[int(self.keep or 0)]
         attention_QV = view.attention(view.text)[:, :, view.visual].mean(dim=0)
         whole_V = attention_QV.sum(dim=0)
         stays_V = (whole_V >= on_the_whole * whole_V.sum()) | (attention_QV.amax(dim=0) >= at_most)
-        return stays_V.nonzero().flatten(), None
+        return (stays_V | torch.isin(view.place, view.key_set)).nonzero().flatten(), None
 
 
 REDUCERS: dict[str, type[Reducer]] = {
@@ -657,7 +701,7 @@ def read_reducer(fields: dict[str, Any]) -> Reducer:
     name = fields.pop("reducer_type", None)
     if name not in REDUCERS:
         raise ValueError(f"There is no `reducer_type` {name!r}; use one of {', '.join(REDUCERS)}.")
-    kind = REDUCERS[name]
+    kind: Any = REDUCERS[name]
     known = [field.name for field in dataclasses.fields(kind)]
     for key in fields:
         if key not in known:

@@ -1,16 +1,16 @@
 """Runs visual token reducers: reads the tower, shortens prompts, and drops tokens between a language model's layers.
 
 Where tokens are dropped before the language model, a prompt has more image tokens than there are visual tokens: the
-last ones of each picture are taken out of it. In the language model, hooks stand in front of its layers for as long as a
-prompt or the next tokens run. In the prompt, a rule chooses what stays, and all layers behind get the shorter rows with
-their positions and their mask, so that the cache holds only these. A next token gets, in each layer, the mask of that
-layer's own cache, and, if what is left has moved together, its position there.
+last ones of each picture are taken out of it. In the language model, hooks stand in front of its layers while a prompt
+or the next tokens run. In the prompt, a rule chooses what stays, and all layers behind get the shorter rows with their
+positions and their mask, so that the cache holds only these. A next token gets, in each layer, the mask of that layer's
+own cache, and, if what is left has moved together, its position there.
 
 Shapes are named as in reducers_ms_resampler.py; B is the batch, 1 is broadcast.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from .reducers_ms_resampler import LayerReducer, LayerView, Reducer, TowerReducer, TowerView
+from .reducers_ms_resampler import LayerReducer, LayerView, MustDrop, Reducer, TowerReducer, TowerView
 from .towers_ms_resampler import Tower, layers_of
 
 TEXT, FILL = -1, -2  # numbers that are no picture's
@@ -32,13 +32,11 @@ TEXT, FILL = -1, -2  # numbers that are no picture's
 class TowerReading:
     """Queries and keys of a tower's layer, of every image: hooks keep what its projections put out."""
 
-    def __init__(self, tower: nn.Module, layer: int):
-        self.attention = next(
-            (module for module in layers_of(tower)[layer].modules() if self.projections(module)), None
-        )
-        if self.attention is None:
+    def __init__(self, tower: Any, layer: int):
+        found = [module for module in layers_of(tower)[layer].modules() if self.projections(module)]
+        if not found:
             raise ValueError(f"The attention of the vision tower `{tower.config.model_type}` cannot be read.")
-        self.heads = tower.config.num_attention_heads
+        self.attention, self.heads = found[0], tower.config.num_attention_heads
         self.out: list[Tensor] = []
 
     @staticmethod
@@ -50,21 +48,38 @@ class TowerReading:
     @contextmanager
     def hooked(self) -> Iterator["TowerReading"]:
         """Keeps queries and keys of what runs in this context."""
+        self.out.clear()
         with ExitStack() as stack:
             for projection in self.projections(self.attention):
                 handle = projection.register_forward_hook(lambda module, inputs, output: self.out.append(output))
                 stack.callback(handle.remove)
             yield self
 
-    def view(self, image: int, state_BPC: Tensor, x_BNC: Tensor, tower: Tower) -> TowerView:
-        """What a rule sees of an image: registers are left out."""
-        query_PD, key_PD = (out[image] for out in self.out)
-        key_PD = torch.cat([key_PD[:1], key_PD[tower.prefix_tokens :]])
-        return TowerView(
-            x_PC=torch.cat([state_BPC[image, :1], x_BNC[image]]),
-            q_hd=query_PD[0].unflatten(-1, (self.heads, -1)),
-            k_hPd=key_PD.unflatten(-1, (self.heads, -1)).transpose(0, 1),
-        )
+    def views(self, state_BPC: Tensor, tower: Tower) -> list[TowerView]:
+        """What a rule sees of every image, without registers."""
+
+        def without_registers(x_BPC: Tensor) -> Tensor:
+            return torch.cat([x_BPC[:, :1], x_BPC[:, tower.prefix_tokens :]], dim=1)
+
+        q_BPD, k_BPD = self.out
+        keys_BPhd = without_registers(k_BPD).unflatten(-1, (self.heads, -1))
+        queries_Bhd = q_BPD[:, 0].unflatten(-1, (self.heads, -1))
+        rows = zip(without_registers(state_BPC), queries_Bhd, keys_BPhd.transpose(1, 2), strict=True)
+        return [TowerView(x_PC, q_hd, k_hPd) for x_PC, q_hd, k_hPd in rows]
+
+
+@contextmanager
+def merged_windows(tower: nn.Module, reducer: MustDrop, grid: tuple[int, int]) -> Iterator[None]:
+    """Behind the tower's first layer, MustDrop merges windows of patches, of a single image."""
+
+    def merge(module: nn.Module, inputs: Any, hidden_BPC: Tensor) -> Tensor:
+        return reducer.merge_windows(hidden_BPC[0], grid)[None]
+
+    handle = layers_of(tower)[0].register_forward_hook(merge)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def check_reducer(reducer: Reducer, model: Any) -> None:
@@ -72,7 +87,7 @@ def check_reducer(reducer: Reducer, model: Any) -> None:
     config, layers = model.config, len(model.tower_shape.states) - 1
     if isinstance(reducer, LayerReducer):
         check_language_model(model.language_model, reducer)
-    elif isinstance(reducer, TowerReducer):
+    if isinstance(reducer, TowerReducer):
         if config.projector_config.projector_type != "mlp":
             raise ValueError(
                 f"{reducer.name} chooses patches, for a projector that gives one token a patch: `mlp`, not "
@@ -103,6 +118,13 @@ def places_that_stay(is_image_BL: Tensor, wholes: list[int], kept: list[int]) ->
     stays_BL = torch.ones_like(is_image_BL)
     stays_BL[is_image_BL] = rank < left
     return stays_BL
+
+
+def number_pictures(is_image_BL: Tensor, counts: list[int]) -> Tensor:
+    """The number of the picture that every token of the prompts is of, or TEXT."""
+    number_BL = torch.full(is_image_BL.shape, TEXT, device=is_image_BL.device)
+    number_BL[is_image_BL] = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(is_image_BL.device)
+    return number_BL
 
 
 def shorten_prompt(stays_BL: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -143,7 +165,7 @@ AttentionInterface.register("ms_resampler_reading", _raise_queries_and_keys)
 
 
 @torch.no_grad()
-def queries_and_keys(layer: nn.Module, hidden_BLD: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, float]:
+def queries_and_keys(layer: Any, hidden_BLD: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, float]:
     """A decoder layer's queries and keys (B, h, L, d) after RoPE, and the factor of their products, for any model whose
     layers have `input_layernorm` and `self_attn`.
     """
@@ -183,7 +205,7 @@ class KeptInCache:
     compact: bool = False
 
 
-def check_language_model(model: nn.Module, reducer: LayerReducer) -> None:
+def check_language_model(model: Any, reducer: LayerReducer) -> None:
     """Raises ValueError if a language model's layers cannot be cut by a reducer."""
     layers = getattr(model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not all(
@@ -202,11 +224,20 @@ class Cutting:
     picture_BL numbers the picture of every visual token; what is text has TEXT, and padding FILL.
     """
 
-    def __init__(self, model: Any, reducer: LayerReducer, embeds_BLD: Tensor, picture_BL: Tensor):
+    def __init__(
+        self,
+        model: Any,
+        reducer: LayerReducer,
+        embeds_BLD: Tensor,
+        picture_BL: Tensor,
+        key_sets: Sequence[Tensor] | None = None,
+    ):
         self.model, self.reducer, self.embeds_BLD, self.whole_BL = model, reducer, embeds_BLD, picture_BL
+        self.key_sets = key_sets and repeated(key_sets, picture_BL)
         self.cuts = reducer.cuts(len(model.layers))
         self.seen: dict[int, tuple[Tensor, dict[str, Any]]] = {}
         self.rows: Rows | None = None
+        self.index_BL: dict[int, Tensor] = {}
         self.cache: Any = None
         self.kept = KeptInCache(self.cuts[0].before, compact=reducer.compact)
 
@@ -217,8 +248,26 @@ class Cutting:
         with hooks(self.model, range(first, len(self.model.layers)), self.before_layer):
             yield self
         if self.cache is not None:
+            if isinstance(self.reducer, MustDrop):
+                self.cut_cache(self.cuts[0].reads, self.cuts[-1].before)
             self.cache.kept = self.kept
             self.cache.crop = refuse_crop
+
+    def cut_cache(self, first: int, end: int) -> None:
+        """Cuts the entries of some layers to what is left at last, where these layers still had more."""
+        rows, whole_BL = self.rows, torch.arange(self.whole_BL.shape[1], device=self.whole_BL.device)
+        assert rows is not None
+        self.kept.first = first
+        for number in range(first, end):
+            index_BL = self.index_BL.get(number, whole_BL.expand(len(self.whole_BL), -1))
+            # The place of everything that is left in this layer's entries; what fills up is its first.
+            place_BL = (rows.index_BL[..., None] == index_BL[:, None]).int().argmax(dim=-1)
+            layer = self.cache.layers[number]
+            at = place_BL[:, None, :, None]
+            layer.keys, layer.values = (
+                old.gather(2, at.expand(-1, old.shape[1], -1, old.shape[3])) for old in (layer.keys, layer.values)
+            )
+            self.kept.real_BL[number] = rows.real_BL
 
     def before_layer(self, number: int, hidden_BLD: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """What a layer gets instead of what it would get."""
@@ -235,7 +284,7 @@ class Cutting:
         if any(cut.reads == number < cut.before for cut in self.cuts):
             self.seen[number] = hidden_BLD, options
         if self.rows is not None:
-            self.kept.real_BL[number] = self.rows.real_BL
+            self.kept.real_BL[number], self.index_BL[number] = self.rows.real_BL, self.rows.index_BL
         return hidden_BLD, options
 
     def shortened(self, number: int, hidden_BLD: Tensor, stock: dict[str, Any]) -> dict[str, Any]:
@@ -285,6 +334,7 @@ class Cutting:
                     real_L=real_L,
                     total=len(whole),
                     embeddings=(self.embeds_BLD[row, whole], self.embeds_BLD[row, index_L[text]]),
+                    key_set=index_L[:0] if self.key_sets is None else self.key_sets[picture].to(index_L.device),
                     layers=len(self.model.layers),
                 )
                 kept, new_cD = self.reducer.choose(stage, view)
@@ -322,6 +372,16 @@ class Cutting:
         if self.reducer.compact:
             self.rows.position_BL = (self.rows.real_BL.cumsum(-1) - 1).clamp(min=0)
         return states_BLD
+
+
+def repeated(of_pictures: Sequence[Tensor], picture_BL: Tensor) -> list[Tensor]:
+    """What belongs to pictures, where rows of prompts are repeated for beams, each with all its pictures."""
+    in_rows = [len(row[row >= 0].unique()) for row in picture_BL]
+    times, result, first = sum(in_rows) // len(of_pictures), [], 0
+    for count in in_rows[::times]:
+        result += list(of_pictures[first : first + count]) * times
+        first += count
+    return result
 
 
 @contextmanager
@@ -391,4 +451,14 @@ def refuse_crop(*_: Any) -> None:
     raise ValueError("Assisted generation shortens the cache, which a reducer in the language model does not allow.")
 
 
-__all__ = ["Cutting", "TowerReading", "check_reducer", "next_tokens", "places_that_stay", "shorten_prompt", "take"]
+__all__ = [
+    "Cutting",
+    "TowerReading",
+    "check_reducer",
+    "merged_windows",
+    "next_tokens",
+    "number_pictures",
+    "places_that_stay",
+    "shorten_prompt",
+    "take",
+]

@@ -85,6 +85,16 @@ def test_divprune_is_the_original(name, ratio):
     assert sorted(chosen.tolist()) == tensors["out.keep"].tolist()
 
 
+def test_mustdrops_windows_and_key_set_are_the_original():
+    tensors, _ = reference("mustdrop_vision_12")
+    rule = reducer("mustdrop", keep=192)
+    assert_close(rule.merge_windows(tensors["in.hidden"][0], (12, 12))[None], tensors["out.hidden"], rtol=0, atol=1e-5)
+    attention_hP = tensors["in.cls_attn"][0]
+    view = TowerView(attention_hP.mT, torch.ones(4, 1), attention_hP.log()[..., None])  # whose softmax is as given
+    assert_close(view.attention_hP, attention_hP)
+    assert rule.key_set(view).tolist() == tensors["out.key_set"].tolist()
+
+
 # In the language model ----------------------------------------------------------------------------------------------
 
 IN_LAYERS = {
@@ -98,6 +108,8 @@ IN_LAYERS = {
     "sparsevlm_v1_n144": ("sparsevlm", {"layers": [1, 3, 6], "counts": [64, 30, 16]}),
     "sparsevlm_plus_n144": ("sparsevlm_plus", {"layers": [2, 4, 6], "counts": [72, 36, 18], "heads": 2}),
     "fitprune_r60": ("fitprune", {"deleted": [14, 33, 89, 36, 36, 20, 55, 21]}),
+    "mustdrop_llm_n144": ("mustdrop", {"layers": [2, 4, 5, 6], "thresholds": [0.0055, 0.03]}),
+    "mustdrop_llm_n100": ("mustdrop", {"layers": [1, 3, 5], "thresholds": [0.012, 0.06]}),
     "fitprune_r90": ("fitprune", {"deleted": [262, 153, 80, 19, 13, 1, 2, 0]}),
 }
 
@@ -128,7 +140,8 @@ def test_in_the_layers_it_is_the_original(name, attention, monkeypatch):
     picture = torch.full(embeds.shape[:2], TEXT)
     picture[:, about["visual_start"] : about["visual_start"] + about["visual_len"]] = 0
     with torch.no_grad():
-        with Cutting(model, reducer(kind, **settings), embeds, picture).hooked() as cutting:
+        key_sets = [tensors["in.key_set"]] if kind == "mustdrop" else None
+        with Cutting(model, reducer(kind, **settings), embeds, picture, key_sets).hooked() as cutting:
             hidden = model(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
         lengths = [cache.get_seq_length(layer) for layer in range(8)]
         with next_tokens(model, cache.kept):
@@ -160,6 +173,7 @@ KINDS = {
     "dart": {"keep": 12, "layer": 1, "pivots": 2},
     "sparsevlm_plus": {"keep": 9, "layers": (0, 1, 2)},
     "fitprune": {"keep": 12},
+    "mustdrop": {"layers": (0, 1, 2), "thresholds": (0.03, 0.06)},
 }
 LLAVA = {"projector": {"projector_type": "mlp", "visual_tokens": [6, 6]}, "text_changes": {"num_hidden_layers": 4}}
 
@@ -323,5 +337,5 @@ def test_models_that_do_not_fit_are_refused():
 def test_every_reducer_is_described_and_known():
     for name, kind in REDUCERS.items():
         assert kind.__doc__, name
-    assert set(KINDS) | {"sparsevlm", "mustdrop"} == set(REDUCERS)
+    assert set(KINDS) | {"sparsevlm"} == set(REDUCERS)  # whose noise makes it differ from run to run
     assert tiny_models.tiny_config(reducer_config={"reducer_type": "divprune", "keep": 2}).reducer.count(4) == 2
