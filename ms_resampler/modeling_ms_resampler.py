@@ -257,7 +257,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         patch_grid = sides[0] // stride[0], sides[1] // stride[1]
         merging: Any = nullcontext()
         projector: Any = self.projector
-        dtype, views, states = projector.mlp[0].weight.dtype, [], []
+        dtype = next(p.dtype for p in projector.parameters() if p.is_floating_point())
+        views, states = [], []
         merges = isinstance(reducer, MustDrop)  # so that pictures have different numbers of patches
         for pixels in pixel_values.split(1 if merges else len(pixel_values)):
             if isinstance(reducer, MustDrop):
@@ -393,7 +394,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         features, kept = None, None
         if images is not None:
             counts = [len(tokens) for tokens in images.pooler_output]
-            wholes = [math.prod(grid) for grid in images.token_grids] if self.config.reducer else counts
+            grids = getattr(images, "token_grids", None) if self.config.reducer else None
+            wholes = counts if grids is None else [math.prod(grid) for grid in grids]
             if len(counts) == len(wholes) and counts != wholes:  # for beams, transformers repeats only the tokens
                 shortened = self.shorten(wholes, counts, input_ids, inputs_embeds, attention_mask)
                 if shortened is not None:
@@ -465,10 +467,13 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError("A reducer in the language model needs `attention_mask` as (batch, L).")
         counts = [len(tokens) for tokens in images.pooler_output or ()]
+        key_sets = getattr(images, "key_sets", None)
+        if isinstance(reducer, MustDrop) and key_sets is None:
+            raise ValueError("mustdrop needs the `key_sets` that `get_image_features` returns with the visual tokens.")
         picture_BL = number_pictures(mask[..., 0], counts)
         if attention_mask is not None:
             picture_BL[attention_mask == 0] = FILL
-        return Cutting(self.language_model, reducer, inputs_embeds, picture_BL, images.key_sets).hooked()
+        return Cutting(self.language_model, reducer, inputs_embeds, picture_BL, key_sets).hooked()
 
 
 def build_part(config: PretrainedConfig) -> PreTrainedModel:
@@ -589,7 +594,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         if "pixel_values" in given:
             with torch.no_grad():
                 images = self.get_image_features(**given, return_dict=True)
-        if images is None:
+        if images is None or getattr(images, "token_grids", None) is None:
             return super().generate(inputs, *args, **kwargs)
         kwargs["mm_encoder_outputs"] = {"image": copy(images)}  # transformers repeats the tokens in place for beams
         wholes, counts = [math.prod(grid) for grid in images.token_grids], [len(y_MT) for y_MT in images.pooler_output]
