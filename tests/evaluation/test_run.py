@@ -122,7 +122,7 @@ def test_tokens_are_those_of_the_processor(tower):
         **{key: value for key, value in theirs.items() if key not in ("input_ids", "attention_mask")}, return_dict=True
     )
     for group, tokens in zip((0, 1, 1), features.pooler_output, strict=True):
-        torch.testing.assert_close(encoded[group], tokens, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoded[group].tokens, tokens, rtol=1e-4, atol=1e-5)
 
 
 def test_a_question_may_quote_the_image_token():
