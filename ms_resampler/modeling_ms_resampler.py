@@ -476,6 +476,17 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         return Cutting(self.language_model, reducer, inputs_embeds, picture_BL, key_sets).hooked()
 
 
+def with_prompt(generated: Any, prompt: Tensor, length: int) -> Any:
+    """What `generate` returned, with a prompt instead of its first `length` tokens."""
+    sequences = generated if isinstance(generated, Tensor) else generated.sequences
+    before = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0).to(sequences.device)
+    whole = torch.cat([before, sequences[:, length:]], dim=1)
+    if isinstance(generated, Tensor):
+        return whole
+    generated.sequences = whole
+    return generated
+
+
 def build_part(config: PretrainedConfig) -> PreTrainedModel:
     """A tower or language model. A part without a choice of attention implementation accepts any setting."""
     kind = MODEL_MAPPING[type(config)]
@@ -585,35 +596,36 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `generate`; the returned prompt is the one given, also where a reducer shortens it."""
-        prompt = kwargs.get("input_ids") if inputs is None else inputs
-        if self.config.reducer is None or isinstance(self.config.reducer, LayerReducer) or prompt is None:
-            return super().generate(inputs, *args, **kwargs)
+        prompt, embeds = kwargs.pop("input_ids", None) if inputs is None else inputs, kwargs.get("inputs_embeds")
+        images = self._images_to_shorten_for(kwargs) if self.config.reducer else None
+        if images is not None:
+            wholes, counts = [math.prod(grid) for grid in images.token_grids], [len(y) for y in images.pooler_output]
+            shown = self.get_input_embeddings()(prompt) if embeds is None else embeds
+            ids = prompt if embeds is None else None
+            shortened = self.model.shorten(wholes, counts, ids, shown, kwargs.get("attention_mask"))
+            if shortened is not None:
+                kept, mask = shortened
+                kwargs["attention_mask"] = (kept >= 0).long() if mask is None else mask
+                if embeds is not None:
+                    return super().generate(None, *args, **kwargs | {"inputs_embeds": take(embeds, kept)})
+                short = take(prompt, kept, empty=self.generation_config.pad_token_id or 0)
+                return with_prompt(super().generate(short, *args, **kwargs), prompt, short.shape[1])
+        return super().generate(prompt, *args, **kwargs)
+
+    def _images_to_shorten_for(self, kwargs: dict[str, Any]) -> MSResamplerImageFeatures | None:
+        """The images among the arguments of `generate`, encoded there, if a reducer works before the language model."""
+        if isinstance(self.config.reducer, LayerReducer) and not isinstance(self.config.reducer, TowerReducer):
+            return None
         encode = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes")
         given = {name: kwargs.pop(name) for name in encode if kwargs.get(name) is not None}
-        images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        images: Any = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if "pixel_values" in given:
             with torch.no_grad():
                 images = self.get_image_features(**given, return_dict=True)
         if images is None or getattr(images, "token_grids", None) is None:
-            return super().generate(inputs, *args, **kwargs)
+            return None
         kwargs["mm_encoder_outputs"] = {"image": copy(images)}  # transformers repeats the tokens in place for beams
-        wholes, counts = [math.prod(grid) for grid in images.token_grids], [len(y_MT) for y_MT in images.pooler_output]
-        embeds = self.get_input_embeddings()(prompt)
-        shortened = self.model.shorten(wholes, counts, prompt, embeds, kwargs.get("attention_mask"))
-        if shortened is None:
-            return super().generate(inputs, *args, **kwargs)
-        kept, mask = shortened
-        kwargs.pop("input_ids", None)
-        kwargs["attention_mask"] = (kept >= 0).long() if mask is None else mask
-        short = take(prompt, kept, empty=self.generation_config.pad_token_id or 0)
-        made = super().generate(short, *args, **kwargs)
-        sequences = made if isinstance(made, Tensor) else made.sequences
-        before = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0)
-        whole = torch.cat([before.to(sequences.device), sequences[:, short.shape[1] :]], dim=1)
-        if isinstance(made, Tensor):
-            return whole
-        made.sequences = whole
-        return made
+        return images
 
     def words_only(self, labels: Tensor) -> Tensor:
         """Labels without image tokens, which some collators leave in and the model must not learn to generate."""

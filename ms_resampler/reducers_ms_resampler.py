@@ -273,11 +273,19 @@ class PruMerge(TowerReducer):
 class PruMergePlus(PruMerge):
     """PruMerge and patches at even steps besides, about three times as many without `keep` (arXiv 2403.15388).
 
-    With a share as `keep`, the steps are those of the authors' training, in which a patch may be kept twice.
+    With a share as `keep`, the steps are those of the authors' training, in which a patch may be kept twice. With a
+    count, which their code does not have, a quarter is chosen by attention, and the rest at even steps of the others.
     """
 
     def choose(self, a_N: Tensor) -> Tensor:
         """The patches that stay, in the order that the language model is given."""
+        if isinstance(self.keep, int):
+            kept = self.count(len(a_N)) - 1  # and the token of the rest
+            first = highest(a_N, math.ceil(kept / 4))
+            others = torch.ones_like(a_N, dtype=torch.bool)
+            others[first] = False
+            even = torch.arange(kept - len(first), device=a_N.device) * int(others.sum()) // max(1, kept - len(first))
+            return torch.cat([first, others.nonzero().flatten()[even]])
         share = self.share(a_N)
         first = highest(a_N, int(len(a_N) * share))
         if self.keep is None:

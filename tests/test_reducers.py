@@ -280,6 +280,33 @@ def test_the_loss_is_that_of_the_text_and_everything_around_learns(kind):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.model.projector.parameters())
 
 
+@pytest.mark.parametrize("kind", ["visionzip", "divprune", "fastv", "mustdrop"])
+def test_embeddings_give_what_ids_give(kind):
+    model, prompt = whole_model().set_reducer(kind, **KINDS[kind]), batch()
+    exact = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    expected = model.generate(**prompt, **exact)[:, -4:]
+    ids = prompt.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        logits = model(input_ids=ids, **prompt).logits
+        assert_close(model(inputs_embeds=embeds, **prompt).logits, logits)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **prompt, **exact), expected)
+
+
+def test_checkpointing_is_refused_in_the_layers():
+    model = whole_model().set_reducer("fastv", **KINDS["fastv"]).train()
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing; switch it off"):
+        model(**batch(), labels=batch()["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["fastervlm", "hired", "visionzip", "prumerge", "prumerge_plus", "divprune"])
+@pytest.mark.parametrize("keep", [1, 2, 7, 36])
+def test_a_count_is_exact(kind, keep):
+    images = whole_model().set_reducer(kind, keep=keep).get_image_features(pixels(2), return_dict=True)
+    assert [len(tokens) for tokens in images.pooler_output] == [keep, keep]
+
+
 def test_a_reducer_is_saved_with_the_model(tmp_path):
     model = whole_model().set_reducer("pyramiddrop", layers=(1, 2, 3), keep=4)
     model.save_pretrained(tmp_path)
