@@ -1,7 +1,7 @@
 """`ask`: answers a question about pictures with a model."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ def ask(
     *,
     revision: str | None = None,
     visual_tokens: int | tuple[int, int] | None = None,
+    reducer: Mapping[str, Any] | None = None,
     max_new_tokens: int = 256,
     scopes: bool = False,
     on_text: Callable[[str], object] | None = None,
@@ -77,8 +78,9 @@ def ask(
     """Answers a question about pictures by greedy decoding.
 
     A picture is a file, a URL or a PIL image. `model` is what `load` takes, or a loaded model given with its
-    processor. `visual_tokens` is a count or a grid for each picture; None is the model's default. `scopes=True` adds
-    the fusion weights, if the projector has scopes. `on_text` receives the answer piece by piece.
+    processor. `visual_tokens` is a count or a grid for each picture; None is the model's default. `reducer` reduces
+    them, such as {"reducer_type": "divprune", "keep": 64}; a loaded model keeps it. `scopes=True` adds the fusion
+    weights, if the projector has scopes. `on_text` receives the answer piece by piece.
 
     Raises ValueError if a picture or a budget cannot be used, OSError if the model cannot be loaded.
     """
@@ -92,6 +94,8 @@ def ask(
         model, processor = load(model, revision)
     if processor is None:
         raise ValueError("A loaded model needs its processor, too: ask(question, pictures, model, processor).")
+    if reducer is not None:
+        model.set_reducer(**reducer)
     started = time.perf_counter()
     projector: Any = model.config.projector_config
     scopes = scopes and bool(pictures) and projector.num_scopes > 0

@@ -69,7 +69,9 @@ class BranchPrior(ScopePrior):
         sigmas, offsets = zip(*scopes, strict=True)
         return torch.stack(sigmas).expand(-1, heads).clone(), torch.stack(offsets).expand(-1, heads, -1).clone()
 
-    def forward(self, patch_grid: Grid, token_grid: Grid, like: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # places are even here, and may be in half precision
+        self, patch_grid: Grid, token_grid: Grid, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The channels to append to queries (S, h, M, e) and to keys (N, e)."""
         anchors_M2, patches_N2 = (
             torch.cartesian_prod(*((centres(cells, like) - 0.5) * tokens for cells, tokens in axes))

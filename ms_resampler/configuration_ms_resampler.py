@@ -19,6 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import modeling_auto
 
+from .reducers_ms_resampler import Reducer, read_reducer
 from .towers_ms_resampler import Tower, TowerState, pair, read_tower
 
 # Keys that transformers itself writes into a config.json or hands to a configuration, beside the declared fields.
@@ -461,6 +462,7 @@ class MSResamplerConfig(PretrainedConfig):
         vision_prefix_tokens: tokens before the patches (CLS, registers); None counts them in the tower's output.
         visual_words: token ids; visual tokens are then mixtures of these words' embeddings E, softmax(y E^T) E of the
             projector's output y, after Ovis (arXiv 2405.20797), whose table of visual words is learned instead.
+        reducer_config: `reducer_type`, `keep` and the settings of a visual token reducer, see reducers_ms_resampler.py.
     """
 
     model_type = "ms_resampler"
@@ -489,6 +491,7 @@ class MSResamplerConfig(PretrainedConfig):
     vision_feature_layer: int | list[int] = -2
     vision_prefix_tokens: int | None = None
     visual_words: list[int] | None = None
+    reducer_config: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -501,6 +504,7 @@ class MSResamplerConfig(PretrainedConfig):
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         self._check_tower()
         self._check_text()
+        _ = self.reducer  # raises for what is none
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -552,6 +556,11 @@ class MSResamplerConfig(PretrainedConfig):
         if self.vision_prefix_tokens is None:
             return tower
         return replace(tower, prefix_tokens=self.vision_prefix_tokens)
+
+    @property
+    def reducer(self) -> Reducer | None:
+        """The visual token reducer, if there is one."""
+        return None if self.reducer_config is None else read_reducer(self.reducer_config)
 
     @property
     def feature_layers(self) -> list[int]:

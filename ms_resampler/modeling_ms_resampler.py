@@ -4,7 +4,10 @@ Pixels (B, 3, height, width) -> tower -> patches (B, N, C) -> projector -> visua
 places of the image tokens in the text -> language model -> logits.
 """
 
+import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -26,6 +29,20 @@ from .configuration_ms_resampler import MSResamplerConfig, token_grid
 from .loading_ms_resampler import LoadingMixin
 from .packing_ms_resampler import PackedLinear, pack_linears
 from .projectors_ms_resampler import PROJECTORS, SCOPED_PROJECTORS, build_projector, init_projector_weights
+from .reducers_ms_resampler import DivPrune, LayerReducer, MustDrop, TowerReducer, ascending, read_reducer
+from .reducing_ms_resampler import (
+    FILL,
+    Cutting,
+    TowerReading,
+    check_reducer,
+    merged_windows,
+    next_tokens,
+    number_pictures,
+    places_that_stay,
+    reading_layer,
+    shorten_prompt,
+    take,
+)
 from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
 from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features, states_of
 
@@ -41,6 +58,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     last_hidden_state: of the tower's last layer that is read; attentions and all hidden_states: if requested.
     word_weights (M, words): the share of each of the configured `visual_words` in each token.
     scope_weights (S, M), scope_attentions (S, M, N) and token_places (M, 2): with `output_scopes=True`, see ScopeMaps.
+    key_sets: the visual tokens that the reducer mustdrop always keeps.
     """
 
     patch_grids: list[tuple[int, int]] | None = None
@@ -49,13 +67,18 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     scope_weights: list[Tensor] | None = None
     scope_attentions: list[Tensor] | None = None
     token_places: list[Tensor] | None = None
+    key_sets: list[Tensor] | None = None
 
 
 @dataclass
 class MSResamplerModelOutputWithPast(BaseModelOutputWithPast):
-    """The language model's output, and the visual tokens of all images in one row: (sum of M, T)."""
+    """The language model's output, and the visual tokens of all images in one row: (sum of M, T).
+
+    kept_positions (batch, L'): if a reducer made the text shorter, the place of every token before that, or -1.
+    """
 
     image_hidden_states: Tensor | None = None
+    kept_positions: Tensor | None = None
 
 
 @dataclass
@@ -63,6 +86,7 @@ class MSResamplerCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Loss (if there are labels), logits (batch, L, vocabulary), and what the base model returns."""
 
     image_hidden_states: Tensor | None = None
+    kept_positions: Tensor | None = None
 
 
 def _cache_of(values: Mapping[str, Any]) -> dict[str, Cache]:
@@ -98,6 +122,18 @@ class MSResamplerPreTrainedModel(LoadingMixin, PreTrainedModel):
         language_model = self.base_model.language_model
         language_model._init_weights(language_model)
 
+    def set_reducer(self, reducer_type: str | None, **settings: Any) -> Self:
+        """Reduces visual tokens from now on by a method of reducers_ms_resampler.py, such as `set_reducer("divprune",
+        keep=64)`; None switches it off. It is saved with the configuration.
+
+        Raises ValueError if there is no such method, or if it does not fit this model.
+        """
+        fields = None if reducer_type is None else {"reducer_type": reducer_type, **settings}
+        if fields is not None:
+            check_reducer(read_reducer(fields), self.base_model)
+        self.config.reducer_config = fields
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves or converts all tensors; packed layers refuse this before anything has changed."""
         for module in self.modules():
@@ -128,6 +164,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         for part in self.projector.modules():
             if isinstance(part, PreTrainedModel) and config.projector_config._attn_implementation is not None:
                 part.set_attn_implementation(config.projector_config._attn_implementation)
+        if config.reducer is not None:
+            check_reducer(config.reducer, self)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -171,6 +209,9 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             kwargs["skip_unread"] = True  # not passed to towers that do not accept it
         if not shape.can_stop_early:
             kwargs["output_hidden_states"] = True
+        reducer = self.config.reducer
+        if isinstance(reducer, TowerReducer):
+            return self._reduce_patches(reducer, pixel_values, token_grids, **kwargs)
         size = pixel_values.shape[-2], pixel_values.shape[-1]  # patches have their own grids
         tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         x_BNC, patch_grid = patch_features(tower, shape, layers, size)
@@ -183,6 +224,10 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         wanted = self._token_grids(token_grids, patch_grids)
         tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
         tokens, words = self._mix_words(tokens)
+        if isinstance(reducer, DivPrune):
+            kept = [ascending(reducer.choose(y_MT)) for y_MT in tokens]
+            tokens = [y_MT[k] for y_MT, k in zip(tokens, kept, strict=True)]
+            words = words and [weight_MW[k] for weight_MW, k in zip(words, kept, strict=True)]
         return MSResamplerImageFeatures(
             last_hidden_state=states_of(tower)[max(layer % len(shape.states) for layer in layers)],
             pooler_output=tokens,
@@ -194,6 +239,42 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             scope_weights=[weights for weights, _, _ in maps] if output_scopes else None,
             scope_attentions=[attentions for _, attentions, _ in maps] if output_scopes else None,
             token_places=[places for *_, places in maps] if output_scopes else None,
+        )
+
+    def _reduce_patches(
+        self,
+        reducer: TowerReducer,
+        pixel_values: Tensor,
+        token_grids: Tensor | list[tuple[int, int]] | None,
+        **kwargs: Any,
+    ) -> MSResamplerImageFeatures:
+        """Visual tokens of what a reducer takes from the tower; `token_grids` of all patches, as the text has them."""
+        shape, layer = self.tower_shape, self.config.feature_layers[0]
+        if reducer.last_layer:
+            kwargs.pop("skip_unread", None)
+        reading = TowerReading(self.vision_tower, reading_layer(reducer, layer, len(shape.states) - 1))
+        sides, stride = pixel_values.shape[-2:], shape.states[layer].stride
+        patch_grid = sides[0] // stride[0], sides[1] // stride[1]
+        merging: Any = nullcontext()
+        projector: Any = self.projector
+        dtype = next(p.dtype for p in projector.parameters() if p.is_floating_point())
+        views, states = [], []
+        merges = isinstance(reducer, MustDrop)  # so that pictures have different numbers of patches
+        for pixels in pixel_values.split(1 if merges else len(pixel_values)):
+            if isinstance(reducer, MustDrop):
+                merging = merged_windows(self.vision_tower, reducer, patch_grid)
+            with reading.hooked(), merging:
+                states.append(states_of(self._run_tower(pixels, None, None, **kwargs))[layer])
+            views += reading.views(states[-1].to(dtype), shape)
+        tokens, words = self._mix_words([projector.mlp(reducer.reduce(view)) for view in views])
+        patch_grids = [patch_grid] * len(pixel_values)
+        return MSResamplerImageFeatures(
+            last_hidden_state=None if merges else states[0],
+            pooler_output=tokens,
+            patch_grids=patch_grids,
+            token_grids=self._token_grids(token_grids, patch_grids),
+            word_weights=words,
+            key_sets=[reducer.key_set(view) for view in views] if isinstance(reducer, MustDrop) else None,
         )
 
     def _run_tower(self, pixel_values: Tensor, mask: Tensor | None, shapes: Tensor | None, **kwargs: Any):
@@ -262,11 +343,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
 
     def _placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, visual_tokens: int) -> Tensor:
         """The mask (batch, L, 1) of image tokens in the text. Raises ValueError if the counts differ."""
-        if input_ids is None:
-            image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
+        mask = self._is_image(input_ids, inputs_embeds)
         if not torch.compiler.is_exporting():  # ONNX cannot raise
             torch_compilable_check(
                 mask.sum() == visual_tokens,
@@ -276,6 +353,13 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
                 ),
             )
         return mask.unsqueeze(-1)
+
+    def _is_image(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """Which tokens of the text are image tokens (batch, L)."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
 
     @can_return_tuple
     def forward(
@@ -306,26 +390,101 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             images = self.get_image_features(
                 pixel_values, token_grids, pixel_attention_mask, spatial_shapes, return_dict=True
             )
-        features = None
+        running: Any = nullcontext()
+        features, kept = None, None
         if images is not None:
-            features = images.pooler_output
-            features = features.flatten(0, 1) if isinstance(features, Tensor) else torch.cat(list(features))
-            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+            counts = [len(tokens) for tokens in images.pooler_output]
+            grids = getattr(images, "token_grids", None) if self.config.reducer else None
+            wholes = counts if grids is None else [math.prod(grid) for grid in grids]
+            if len(counts) == len(wholes) and counts != wholes:  # for beams, transformers repeats only the tokens
+                shortened = self.shorten(wholes, counts, input_ids, inputs_embeds, attention_mask)
+                if shortened is not None:
+                    kept, attention_mask, position_ids = *shortened, None
+                    inputs_embeds = take(inputs_embeds, kept)
+                    input_ids = None if input_ids is None else take(input_ids, kept, empty=-1)
+            features = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self._placeholder_mask(input_ids, inputs_embeds, features.shape[0])
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+            if isinstance(reducer := self.config.reducer, LayerReducer):
+                running = self._cutting(reducer, inputs_embeds, mask, images, attention_mask, _cache_of(kwargs))
+        for cache in _cache_of(kwargs).values():
+            if images is None and hasattr(cache, "kept"):
+                running = next_tokens(self.language_model, cache.kept)
+        with running as cutting:
+            outputs = self.language_model(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
+        if cutting is not None and cutting.rows is not None:
+            kept = cutting.rows.index_BL
         return MSResamplerModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=getattr(outputs, "attentions", None),
             image_hidden_states=features,
+            kept_positions=kept,
             **_cache_of(outputs),
         )
+
+    def shorten(
+        self,
+        wholes: list[int],
+        counts: list[int],
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The places (batch, L') of what stays of a text with as many image tokens as pictures had visual tokens before
+        a reducer (wholes), if as many as there are now (counts) stay, and the mask; None if the text is short already.
+        """
+        is_image = self._is_image(input_ids, inputs_embeds)
+        if int(is_image.sum()) != sum(wholes):
+            return None
+        return shorten_prompt(places_that_stay(is_image, wholes, counts), attention_mask)
+
+    def _cutting(
+        self,
+        reducer: LayerReducer,
+        inputs_embeds: Tensor,
+        mask: Tensor,
+        images: MSResamplerImageFeatures,
+        attention_mask: Tensor | None,
+        caches: dict[str, Cache],
+    ) -> Any:
+        """The context in which the language model drops visual tokens between its layers."""
+        for cache in caches.values():
+            if cache.is_compileable:
+                raise ValueError(
+                    "A reducer in the language model makes rows shorter, which a static cache cannot hold."
+                )
+            if cache.get_seq_length():
+                raise ValueError(
+                    "Pictures after the first part of a conversation cannot be reduced in the language model: give the "
+                    "whole conversation at once, without a cache."
+                )
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError("A reducer in the language model needs `attention_mask` as (batch, L).")
+        counts = [len(tokens) for tokens in images.pooler_output or ()]
+        key_sets = getattr(images, "key_sets", None)
+        if isinstance(reducer, MustDrop) and key_sets is None:
+            raise ValueError("mustdrop needs the `key_sets` that `get_image_features` returns with the visual tokens.")
+        picture_BL = number_pictures(mask[..., 0], counts)
+        if attention_mask is not None:
+            picture_BL[attention_mask == 0] = FILL
+        return Cutting(self.language_model, reducer, inputs_embeds, picture_BL, key_sets).hooked()
+
+
+def with_prompt(generated: Any, prompt: Tensor, length: int) -> Any:
+    """What `generate` returned, with a prompt instead of its first `length` tokens."""
+    sequences = generated if isinstance(generated, Tensor) else generated.sequences
+    before = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0).to(sequences.device)
+    whole = torch.cat([before, sequences[:, length:]], dim=1)
+    if isinstance(generated, Tensor):
+        return whole
+    generated.sequences = whole
+    return generated
 
 
 def build_part(config: PretrainedConfig) -> PreTrainedModel:
@@ -419,6 +578,8 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            if outputs.kept_positions is not None:
+                labels = take(labels, outputs.kept_positions, empty=-100)
             vocabulary = self.config.text_config.vocab_size
             if kwargs.get("shift_labels") is not None:
                 kwargs["shift_labels"] = self.words_only(kwargs["shift_labels"])
@@ -429,8 +590,42 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            kept_positions=outputs.kept_positions,
             **_cache_of(outputs),
         )
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `generate`; the returned prompt is the one given, also where a reducer shortens it."""
+        prompt, embeds = kwargs.pop("input_ids", None) if inputs is None else inputs, kwargs.get("inputs_embeds")
+        images = self._images_to_shorten_for(kwargs) if self.config.reducer else None
+        if images is not None:
+            wholes, counts = [math.prod(grid) for grid in images.token_grids], [len(y) for y in images.pooler_output]
+            shown = self.get_input_embeddings()(prompt) if embeds is None else embeds
+            ids = prompt if embeds is None else None
+            shortened = self.model.shorten(wholes, counts, ids, shown, kwargs.get("attention_mask"))
+            if shortened is not None:
+                kept, mask = shortened
+                kwargs["attention_mask"] = (kept >= 0).long() if mask is None else mask
+                if embeds is not None:
+                    return super().generate(None, *args, **kwargs | {"inputs_embeds": take(embeds, kept)})
+                short = take(prompt, kept, empty=self.generation_config.pad_token_id or 0)
+                return with_prompt(super().generate(short, *args, **kwargs), prompt, short.shape[1])
+        return super().generate(prompt, *args, **kwargs)
+
+    def _images_to_shorten_for(self, kwargs: dict[str, Any]) -> MSResamplerImageFeatures | None:
+        """The images among the arguments of `generate`, encoded there, if a reducer works before the language model."""
+        if isinstance(self.config.reducer, LayerReducer) and not isinstance(self.config.reducer, TowerReducer):
+            return None
+        encode = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes")
+        given = {name: kwargs.pop(name) for name in encode if kwargs.get(name) is not None}
+        images: Any = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if "pixel_values" in given:
+            with torch.no_grad():
+                images = self.get_image_features(**given, return_dict=True)
+        if images is None or getattr(images, "token_grids", None) is None:
+            return None
+        kwargs["mm_encoder_outputs"] = {"image": copy(images)}  # transformers repeats the tokens in place for beams
+        return images
 
     def words_only(self, labels: Tensor) -> Tensor:
         """Labels without image tokens, which some collators leave in and the model must not learn to generate."""

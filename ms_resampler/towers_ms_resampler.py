@@ -163,12 +163,19 @@ def make_layers_skippable(tower: PreTrainedModel, count: int) -> None:
 
     They are kept for checkpoints and for running the whole tower. Raises ValueError if the tower has no list of layers.
     """
-    total = getattr(tower.config, "num_hidden_layers", None)
+    layers = layers_of(tower)
+    for layer in layers[len(layers) - count :]:
+        layer.forward = partial(_run_or_skip, layer)
+
+
+def layers_of(tower: nn.Module) -> nn.ModuleList:
+    """A tower's layers. Raises ValueError if it has no list of them."""
+    config: Any = tower.config
+    total = getattr(config, "num_hidden_layers", None)
     lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == total]
     if len(lists) != 1:
-        raise ValueError(f"`{tower.config.model_type}` has {len(lists)} lists of {total} layers instead of one.")
-    for layer in lists[0][len(lists[0]) - count :]:
-        layer.forward = partial(_run_or_skip, layer)
+        raise ValueError(f"`{config.model_type}` has {len(lists)} lists of {total} layers instead of one.")
+    return lists[0]
 
 
 def _run_or_skip(layer: nn.Module, hidden_states: Tensor, *args: Any, skip_unread: bool = False, **kwargs: Any):

@@ -23,3 +23,28 @@ def assignment(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def count_or_share(text: str) -> int | float:
+    """A count or a share of visual tokens: "64" -> 64, "0.25" -> 0.25."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a count such as 64 nor a share such as 0.25") from None
+
+
+def add_reducer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares --reducer and --keep."""
+    parser.add_argument("--reducer", metavar="NAME", help="drop visual tokens by a method of docs/reducers.md")
+    parser.add_argument(
+        "--keep", type=count_or_share, metavar="N", help="how many a picture keeps: a count such as 64, or a share"
+    )
+
+
+def reducer_of(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The reducer's settings. Raises ValueError for --keep without --reducer."""
+    if arguments.reducer is None:
+        if arguments.keep is not None:
+            raise ValueError("--keep needs --reducer: the name of a method of docs/reducers.md.")
+        return None
+    return {"reducer_type": arguments.reducer} | ({} if arguments.keep is None else {"keep": arguments.keep})

@@ -5,7 +5,7 @@ import json
 from functools import partial
 from typing import Any
 
-from .arguments import budget
+from .arguments import add_reducer_arguments, budget, reducer_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="visual tokens per picture: a count such as 36, or a grid such as 4x9 (default: the model's)",
     )
+    add_reducer_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the bare answer")
 
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model,
         revision=arguments.revision,
         visual_tokens=arguments.visual_tokens,
+        reducer=reducer_of(arguments),
         max_new_tokens=arguments.max_new_tokens,
         scopes=arguments.json,
         on_text=None if arguments.json else partial(print, end="", flush=True),

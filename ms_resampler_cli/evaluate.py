@@ -1,12 +1,13 @@
 """`ms-resampler evaluate`: scores models on benchmarks, beside published rows."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .arguments import budget
+from .arguments import add_reducer_arguments, budget, reducer_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="visual tokens per picture: counts such as 36, grids such as 4x9 (default: the model's)",
     )
+    add_reducer_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions at a time (default: 16)")
     parser.add_argument("--limit", type=int, metavar="N", help="ask only the first N questions of a task")
     parser.add_argument("--blind", action="store_true", help="ask without the pictures, to measure guessing")
@@ -91,6 +93,7 @@ def evaluated(arguments: argparse.Namespace) -> list[Path]:
         raise ValueError("--batch-size and --limit must be at least 1.")
     options = Options(
         data=arguments.data,
+        reducer=reducer_of(arguments),
         splits=dict(arguments.split),
         batch_size=arguments.batch_size,
         limit=arguments.limit,
@@ -101,7 +104,7 @@ def evaluated(arguments: argparse.Namespace) -> list[Path]:
     )
     asked: dict[Path, tuple[str, Any]] = {}
     for model, visual_tokens in product(arguments.model, arguments.visual_tokens):
-        out = arguments.out / run_name(model, visual_tokens, arguments.blind)
+        out = arguments.out / run_name(model, visual_tokens, arguments.blind, options.reducer)
         if out in asked:
             raise ValueError(
                 f"{asked[out][0]} and {model} would both be evaluated in {out}: evaluate them one at a time, each with "
@@ -114,11 +117,12 @@ def evaluated(arguments: argparse.Namespace) -> list[Path]:
     return runs if PartialState().is_main_process else []
 
 
-def run_name(model: str, visual_tokens: Any, blind: bool) -> str:
-    """The folder of a run: the model's name, the budget and whether it is blind."""
+def run_name(model: str, visual_tokens: Any, blind: bool, reducer: Mapping[str, Any] | None = None) -> str:
+    """The folder of a run: the model's name, the budget, the reducer and whether it is blind."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
     grid = "x".join(map(str, visual_tokens)) if isinstance(visual_tokens, tuple) else visual_tokens
-    return "-".join(str(part) for part in (name, grid, "blind" if blind else None) if part is not None)
+    parts = (name, grid, *(reducer or {}).values(), "blind" if blind else None)
+    return "-".join(str(part) for part in parts if part is not None)
 
 
 def judge_named(name: str) -> Any:

@@ -63,7 +63,8 @@ def complete_fields(projector: dict[str, Any]) -> dict[str, Any]:
     sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
     first = {name: getattr(config, name) for name in (*sizes, "query_grid", "visual_tokens", "scope_sigmas")}
     second = {name: chosen[name] for name in DEFAULTS}
-    return {"projector_type": kind, **first, **second, "layer_norm_eps": config.layer_norm_eps}
+    moving = {"moving_scopes": True} if config.moving_scopes else {}  # later than the stored results
+    return {"projector_type": kind, **first, **second, "layer_norm_eps": config.layer_norm_eps, **moving}
 
 
 def configuration(projector: dict[str, Any]) -> MSResamplerProjectorConfig:

@@ -26,7 +26,9 @@ ALLOWED = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"} | set(sys
 # Who may import whom: modeling and processing do not know each other.
 SIBLINGS = {
     "towers_ms_resampler": set(),
-    "configuration_ms_resampler": {"towers_ms_resampler"},
+    "reducers_ms_resampler": set(),
+    "reducing_ms_resampler": {"reducers_ms_resampler", "towers_ms_resampler"},
+    "configuration_ms_resampler": {"reducers_ms_resampler", "towers_ms_resampler"},
     "messages_ms_resampler": set(),
     "loading_ms_resampler": {"projectors_ms_resampler"},
     "packing_ms_resampler": set(),
@@ -45,6 +47,8 @@ SIBLINGS = {
         "loading_ms_resampler",
         "packing_ms_resampler",
         "projectors_ms_resampler",
+        "reducers_ms_resampler",
+        "reducing_ms_resampler",
         "resampler_ms_resampler",
         "towers_ms_resampler",
     },
@@ -193,7 +197,7 @@ def test_model_and_processor_each_bring_their_code(tmp_path):
     everything = {file.stem for file in CODE}
     of_processor = {f"{name}_ms_resampler" for name in ("images", "messages", "processing")}
     assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - of_processor}
-    alone = of_processor | {"configuration_ms_resampler", "towers_ms_resampler"}
+    alone = of_processor | {f"{name}_ms_resampler" for name in ("configuration", "reducers", "towers")}
     assert set(code_in(tmp_path / "processor")) == {f"{stem}.py" for stem in alone}
 
 

@@ -327,7 +327,9 @@ def test_beside_a_pooled_mlp_it_starts_as_that_mlp_and_everything_learns(patch_g
         [reference_resampler.cell_shares(patch_grid, token_grid, i) @ x for i in range(tokens)] for x in x_BNC.numpy()
     ]
     y_BMT, _ = resampler(x_BNC, patch_grid, token_grid)
-    torch.testing.assert_close(y_BMT, resampler.mlp(torch.tensor(np.array(cells))), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        y_BMT, resampler.mlp(torch.tensor(np.array(cells), dtype=torch.float32)), rtol=1e-5, atol=1e-6
+    )
 
     before = {name: parameter.detach().clone() for name, parameter in resampler.named_parameters()}
     optimizer = torch.optim.SGD(resampler.parameters(), lr=1.0)

@@ -4,10 +4,10 @@ import base64
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 Budget = int | tuple[int, int]
 
@@ -25,15 +25,36 @@ class Answerer(Protocol):
         """The number of visual tokens of an encoded picture; None if unknown."""
 
 
-class LocalModel:
-    """An MS-Resampler model and its processor. `budget` is in visual tokens per picture; None is the model's."""
+class EncodedPicture(NamedTuple):
+    """A picture's visual tokens (M, T), and those of them that the reducer mustdrop always keeps."""
 
-    def __init__(self, model: Any, processor: Any, budget: Budget | None = None):
+    tokens: Any
+    key_set: Any = None
+
+
+class LocalModel:
+    """An MS-Resampler model and its processor.
+
+    budget: visual tokens per picture; reducer: see `set_reducer`. None is the model's own.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, budget: Budget | None = None, reducer: Mapping[str, Any] | None = None
+    ):
+        if reducer is not None:
+            model.set_reducer(**reducer)
         self.model, self.processor = model.eval(), processor
         self.options = {} if budget is None else {"visual_tokens": budget}
 
     @classmethod
-    def load(cls, model_id: str, revision: str | None, budget: Budget | None, device: Any) -> "LocalModel":
+    def load(
+        cls,
+        model_id: str,
+        revision: str | None,
+        budget: Budget | None,
+        device: Any,
+        reducer: Mapping[str, Any] | None = None,
+    ) -> "LocalModel":
         """Loads a model from a folder or Hub repository on a device; packed on the CPU."""
         from transformers.utils import logging
 
@@ -42,25 +63,30 @@ class LocalModel:
         logging.disable_progress_bar()
         processor = MSResamplerProcessor.from_pretrained(model_id, revision=revision)
         model = MSResamplerForConditionalGeneration.from_pretrained(model_id, revision=revision, dtype="auto")
-        return cls(model.eval().to(device).pack_weights(), processor, budget)
+        return cls(model.eval().to(device).pack_weights(), processor, budget, reducer)
 
     def encode(self, pictures: Sequence[Any]) -> list[Any]:
-        """Visual tokens (M, T), one tensor for each picture."""
+        """What the model made of each picture: its visual tokens (M, T), and which of them the reducer always keeps."""
         import torch
 
         inputs = self.processor(images=list(pictures), return_tensors="pt", **self.options)
         inputs = inputs.to(self.model.device, self.model.dtype)
         with torch.inference_mode():
-            return list(self.model.get_image_features(**inputs, return_dict=True).pooler_output)
+            images = self.model.get_image_features(**inputs, return_dict=True)
+        key_sets = images.key_sets or [None] * len(images.pooler_output)
+        return list(map(EncodedPicture, images.pooler_output, key_sets))
 
     def answer(self, prompts: Sequence[str], pictures: Sequence[Sequence[Any]], max_new_tokens: int) -> list[str]:
         """Greedy replies, decoded as one batch."""
         import torch
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        from ..modeling_ms_resampler import MSResamplerImageFeatures
 
         inputs = self.tokenize(prompts, pictures).to(self.model.device)
-        features = [tokens for group in pictures for tokens in group]
-        encoded = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+        features = [picture for group in pictures for picture in group]
+        key_sets = [picture.key_set for picture in features if picture.key_set is not None]
+        images = MSResamplerImageFeatures(pooler_output=[p.tokens for p in features], key_sets=key_sets or None)
+        encoded = {"mm_encoder_outputs": {"image": images}}
         with torch.inference_mode():
             ids = self.model.generate(
                 **inputs,
@@ -89,7 +115,7 @@ class LocalModel:
         for text, group in zip(texts, pictures, strict=True):
             first, *others = text.split(token)
             assert len(others) == len(group), f"the chat template wrote {len(others)} images for {len(group)}"
-            parts = (token * len(tokens) + other for tokens, other in zip(group, others, strict=True))
+            parts = (token * len(picture.tokens) + other for picture, other in zip(group, others, strict=True))
             expanded.append(first + "".join(parts))
         beginning = self.processor.tokenizer.bos_token
         has_beginning = beginning is not None and expanded[0].startswith(beginning)
@@ -103,7 +129,7 @@ class LocalModel:
 
     def visual_tokens(self, encoded: Any) -> int | None:
         """Counted."""
-        return len(encoded)
+        return len(encoded.tokens)
 
 
 class ServedModel:

@@ -52,6 +52,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "resampler, local": {"scope_sigmas": [0.5], "query_init": "none"},  # ms_resampler with one scope
     "ms_resampler": {},
     "ms_resampler, 1024 wide": {"hidden_size": 1024},
+    "ms_resampler, moving scopes": {"moving_scopes": True},
     "ms_resampler, learned queries": {"query_init": "learned"},
     "ms_resampler, branches": {"scope_layout": "branches", "fusion": "head", "cell_residual": False},
     "mlp": {},

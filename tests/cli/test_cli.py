@@ -80,9 +80,21 @@ def test_chat_takes_a_budget(budget, tokens, folder, picture_file, capsys):
     assert json.loads(capsys.readouterr().out)["visual_tokens"] == tokens
 
 
+def test_chat_takes_a_reducer(folder, picture_file, capsys):
+    arguments = ["--image", picture_file, "--model", folder, "--max-new-tokens", "4", "--json"]
+    assert cli.main([*ASK, *arguments, "--reducer", "divprune", "--keep", "0.5"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["visual_tokens"] == 2
+    reducer = {"reducer_type": "divprune", "keep": 2}
+    answer = ms_resampler.ask(ASK[1], picture_file, folder, max_new_tokens=4, reducer=reducer)
+    assert told["answer"] == answer.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["--image", "PICTURE", "--keep", "2"], "--keep needs --reducer"),
+        (["--image", "PICTURE", "--reducer", "fastw"], "There is no `reducer_type` 'fastw'"),
         (["--image", "missing.png"], "There is no picture file 'missing.png'."),
         (["--image", __file__], "is not an image that can be read"),
         (["--image", "PICTURE", "--visual-tokens", "1000"], "1000 visual tokens is impossible"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from releases import make_all, make_mmvet, make_pope, make_vizwiz
 from scene_suite import make_scene_suite, scene_model
-from tiny_models import asked, tiny_model, tiny_processor
+from tiny_models import asked, picture, tiny_model, tiny_processor
 
 from ms_resampler import TINY
 from ms_resampler.evaluation import TASKS, Options, evaluate, report
@@ -118,7 +118,7 @@ def test_tokens_are_those_of_the_processor(tower):
         **{key: value for key, value in theirs.items() if key not in ("input_ids", "attention_mask")}, return_dict=True
     )
     for group, tokens in zip((0, 1, 1), features.pooler_output, strict=True):
-        torch.testing.assert_close(encoded[group], tokens, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(encoded[group].tokens, tokens, rtol=1e-4, atol=1e-5)
 
 
 def test_a_question_may_quote_the_image_token():
@@ -396,3 +396,32 @@ def test_every_task_has_a_headline_that_its_numbers_hold(tmp_path):
     assert tasks.keys() == TASKS.keys()
     for name, task in tasks.items():
         assert name == "mmvet" or task["numbers"][task["headline"]] == task["value"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("divprune", {"keep": 9}), ("fastv", {"keep": 9, "layer": 1}), ("visionzip", {"keep": 9}),
+     ("mustdrop", {"layers": (0, 1), "thresholds": (0.03, 0.06)})],
+)  # fmt: skip
+def test_a_reduced_model_is_evaluated_as_it_answers(kind, settings, tmp_path):
+    """Pictures are encoded once for all their questions, and replies are those of `generate` on the pixels."""
+    projector = {"projector_type": "mlp", "visual_tokens": [6, 6]}
+    model = tiny_model(text="llama", projector=projector, text_changes={"num_hidden_layers": 3})
+    processor = tiny_processor(visual_tokens=[6, 6])
+    answerer = LocalModel(model, processor, reducer={"reducer_type": kind, **settings})
+    shown = [picture(0), picture(1)]
+    encoded = answerer.encode(shown)
+    if kind in ("divprune", "visionzip"):
+        assert [answerer.visual_tokens(one) for one in encoded] == [9, 9]
+    replies = answerer.answer(["What?", "Is it red?"], [encoded[:1], encoded], 6)
+    for question, pictures, reply in (("What?", shown[:1], replies[0]), ("Is it red?", shown, replies[1])):
+        content = [*({"type": "image", "image": one} for one in pictures), {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == reply

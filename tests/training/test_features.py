@@ -109,8 +109,11 @@ def test_gradient_of_the_projector_is_the_slope_of_the_loss():
             assert_close((losses[0] - losses[1]) / 2, (gradient * step).sum(), rtol=5e-3, atol=0)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("changes", [{}, {"moving_scopes": True}, {"projector_type": "ms_resampler_branches"}], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "reentrant"),
+    [({}, True), ({}, False), ({"moving_scopes": True}, False), ({"projector_type": "ms_resampler_branches"}, False)],
+    ids=str,
+)
 def test_gradient_checkpointing_of_all_parts_gives_the_same_gradients(changes, reentrant):
     model, batch = tiny.tiny_model(projector={"num_hidden_layers": 2} | changes).train(), labelled_batch()
     expected = gradients(model, batch)

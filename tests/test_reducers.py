@@ -1,0 +1,368 @@
+"""Visual token reducers: what the originals chose, and how a whole model works with what is left.
+
+tests/reference_reducers holds inputs and outputs of the authors' code.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from safetensors import safe_open
+from tiny_models import IMAGE, collate, pixels, tiny_model, words
+from torch.testing import assert_close
+from transformers import AutoModelForImageTextToText, DynamicCache, LlamaConfig, LlamaModel
+
+from ms_resampler import reducers_ms_resampler as reducers
+from ms_resampler.reducers_ms_resampler import REDUCERS, TowerView, read_reducer
+from ms_resampler.reducing_ms_resampler import TEXT, Cutting, next_tokens
+
+REFERENCES = Path(__file__).with_name("reference_reducers")
+
+
+def reference(name):
+    """The tensors of a file, floats as float32, and what they are."""
+    with safe_open(REFERENCES / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        about = json.loads(file.metadata()["meta"])
+    return {key: x.float() if x.is_floating_point() else x for key, x in tensors.items()}, about
+
+
+def reducer(kind, **settings):
+    return read_reducer({"reducer_type": kind, **settings})
+
+
+# Before the language model ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "keep"), [("fastervlm_t58", 58), ("fastervlm_t36_batch2", 36)])
+def test_fastervlm_is_the_original(name, keep):
+    tensors, _ = reference(name)
+    for attention_hP, kept in zip(tensors["in.cls_attn"], tensors["out.keep"], strict=True):
+        assert reducer("fastervlm", keep=keep).choose(attention_hP).tolist() == kept.tolist()
+
+
+@pytest.mark.parametrize(("name", "rate"), [("hired_llava15_r020", 0.2), ("hired_llava15_r010_n144", 0.1)])
+def test_hired_is_the_original(name, rate):
+    tensors, about = reference(name)
+    query, keys = (tensors[key][0].unflatten(-1, (about["heads"], -1)) for key in ("in.q_cls", "in.k"))
+    view = TowerView(x_PC=keys.flatten(1), q_hd=query, k_hPd=keys.transpose(0, 1))
+    assert reducer("hired", keep=rate).choose(view.attention_hP).tolist() == tensors["out.keep"].tolist()
+
+
+@pytest.mark.parametrize("name", ["visionzip_d53_c10", "visionzip_d20_c7_batch2"])
+def test_visionzip_is_the_original(name):
+    tensors, about = reference(name)
+    rows = zip(*(tensors[key] for key in ("in.features", "in.cls_attn", "in.key_mean", "out.tokens")), strict=True)
+    for x_PC, attention_hP, key_Pd, tokens in rows:
+        found = reducers.VisionZip.merge(x_PC, attention_hP, key_Pd, about["dominant"], about["contextual"])
+        assert_close(found, tokens, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "settings"),
+    [
+        ("prumerge_adaptive", "prumerge", {}),
+        ("prumerge_fixed_r0125_batch2", "prumerge", {"keep": 0.125}),
+        ("prumerge_plus_adaptive", "prumerge_plus", {}),
+    ],
+)
+def test_prumerge_is_the_original(name, kind, settings):
+    tensors, _ = reference(name)
+    for image, x_PC in enumerate(tensors["in.features"]):
+        view = TowerView(x_PC=x_PC, q_hd=tensors["in.q"][image], k_hPd=tensors["in.k"][image][None])
+        chosen = reducer(kind, **settings).choose(view.attention_hP[0, 1:])
+        assert chosen.tolist() == tensors["out.keep_in_order"][image].tolist()
+        assert_close(reducer(kind, **settings).reduce(view), tensors["out.tokens"][image], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("divprune_r0098", 0.098), ("divprune_r025_n100", 0.25)])
+def test_divprune_is_the_original(name, ratio):
+    tensors, _ = reference(name)
+    chosen = reducer("divprune", keep=ratio).choose(tensors["in.features"])
+    assert chosen.tolist() == tensors["out.selected_in_order"].tolist()
+    assert sorted(chosen.tolist()) == tensors["out.keep"].tolist()
+
+
+def test_mustdrops_windows_and_key_set_are_the_original():
+    tensors, _ = reference("mustdrop_vision_12")
+    rule = reducer("mustdrop", keep=192)
+    assert_close(rule.merge_windows(tensors["in.hidden"][0], (12, 12))[None], tensors["out.hidden"], rtol=0, atol=1e-5)
+    attention_hP = tensors["in.cls_attn"][0]
+    view = TowerView(attention_hP.mT, torch.ones(4, 1), attention_hP.log()[..., None])  # whose softmax is as given
+    assert_close(view.attention_hP, attention_hP)
+    assert rule.key_set(view).tolist() == tensors["out.key_set"].tolist()
+
+
+# In the language model ----------------------------------------------------------------------------------------------
+
+IN_LAYERS = {
+    "fastv_k2_r05": ("fastv", {"keep": 0.5, "layer": 2}),
+    "fastv_k3_r075_n144": ("fastv", {"keep": 36, "layer": 3}),
+    "pyramiddrop_l246_n144": ("pyramiddrop", {"layers": [2, 4, 6]}),
+    "pyramiddrop_l15_n100": ("pyramiddrop", {"layers": [1, 5], "shares": [0.7, 0.3]}),
+    "dart_k2_m128": ("dart", {"keep": 128}),
+    "dart_k3_m30_n144": ("dart", {"keep": 30, "layer": 3, "pivots": 2, "text_pivots": 3}),
+    "sparsevlm_v1_n256": ("sparsevlm", {"layers": [2, 4, 6], "counts": [130, 80, 40]}),
+    "sparsevlm_v1_n144": ("sparsevlm", {"layers": [1, 3, 6], "counts": [64, 30, 16]}),
+    "sparsevlm_plus_n144": ("sparsevlm_plus", {"layers": [2, 4, 6], "counts": [72, 36, 18], "heads": 2}),
+    "fitprune_r60": ("fitprune", {"deleted": [14, 33, 89, 36, 36, 20, 55, 21]}),
+    "mustdrop_llm_n144": ("mustdrop", {"layers": [2, 4, 5, 6], "thresholds": [0.0055, 0.03]}),
+    "mustdrop_llm_n100": ("mustdrop", {"layers": [1, 3, 5], "thresholds": [0.012, 0.06]}),
+    "fitprune_r90": ("fitprune", {"deleted": [262, 153, 80, 19, 13, 1, 2, 0]}),
+}
+
+
+def tiny_llama(attention):
+    """The language model of the references."""
+    tensors, about = reference("tiny_llama")
+    model = LlamaModel(LlamaConfig(**about["config"], attn_implementation=attention)).eval()
+    model.load_state_dict(
+        {key.removeprefix("state."): x for key, x in tensors.items() if key.startswith("state.")}, strict=False
+    )
+    return model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", IN_LAYERS)
+def test_in_the_layers_it_is_the_original(name, attention, monkeypatch):
+    """What is kept, the hidden states, the cache, and the next token on that cache."""
+    tensors, about = reference(name)
+    kind, settings = IN_LAYERS[name]
+    if kind == "dart":  # a rule that the authors leave to chance: the order of a set
+        order, take = tensors["out.pivot_visit_order"].long(), reducers.DART.take
+        monkeypatch.setattr(reducers.DART, "take", lambda self, view, visual, _: take(self, view, visual, order))
+    if kind == "sparsevlm":  # the same noise
+        noises, merge = iter([tensors[f"in.noise{stage}"][0] for stage in range(3)]), reducers.merge_clusters
+        monkeypatch.setattr(reducers, "merge_clusters", lambda x_ND, clusters, _: merge(x_ND, clusters, next(noises)))
+    model, cache, embeds = tiny_llama(attention), DynamicCache(), tensors["in.embeds"]
+    picture = torch.full(embeds.shape[:2], TEXT)
+    picture[:, about["visual_start"] : about["visual_start"] + about["visual_len"]] = 0
+    with torch.no_grad():
+        key_sets = [tensors["in.key_set"]] if kind == "mustdrop" else None
+        with Cutting(model, reducer(kind, **settings), embeds, picture, key_sets).hooked() as cutting:
+            hidden = model(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
+        lengths = [cache.get_seq_length(layer) for layer in range(8)]
+        with next_tokens(model, cache.kept):
+            following = model(inputs_embeds=tensors["in.next_embed"], past_key_values=cache, use_cache=True)
+    expected = tensors.get("out.hidden", tensors.get("out.hidden_text"))
+    assert_close(hidden[:, -expected.shape[1] :], expected, rtol=0, atol=1e-5)
+    assert_close(following.last_hidden_state, tensors["out.next_hidden"], rtol=0, atol=1e-5)
+    assert lengths == tensors["out.cache_len"].tolist()
+    if "sparsevlm" in kind:
+        return  # its references number what is kept anew at every stage
+    kept = tensors[max(key for key in tensors if key.startswith("out.keep"))].tolist()
+    if kind == "fitprune":  # the original's last layer deletes, too, where nothing reads what is left
+        assert set(kept) <= set(cutting.rows.index_BL[0].tolist())
+    else:
+        assert cutting.rows.index_BL[0].tolist() == kept
+
+
+# In a whole model ---------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "fastervlm": {"keep": 9},
+    "hired": {"keep": 0.3},
+    "visionzip": {"keep": 12},
+    "prumerge": {"keep": 0.25},
+    "prumerge_plus": {"keep": 0.25},
+    "divprune": {"keep": 9},
+    "fastv": {"keep": 9, "layer": 1},
+    "pyramiddrop": {"layers": (1, 2, 3)},
+    "dart": {"keep": 12, "layer": 1, "pivots": 2},
+    "sparsevlm_plus": {"keep": 9, "layers": (0, 1, 2)},
+    "fitprune": {"keep": 12},
+    "mustdrop": {"layers": (0, 1, 2), "thresholds": (0.03, 0.06)},
+}
+LLAVA = {"projector": {"projector_type": "mlp", "visual_tokens": [6, 6]}, "text_changes": {"num_hidden_layers": 4}}
+
+
+def whole_model(text="llama", attention="sdpa"):
+    model = tiny_model(text=text, **LLAVA)
+    model.set_attn_implementation(attention)
+    return model
+
+
+def rows_with_pictures():
+    """Three prompts with one, no and two pictures, and which pictures these are."""
+    text, picture = words(3, 12, 2, 4, 5, 8), [IMAGE] * 36
+    rows = [text[0] + picture + text[2], text[1], text[3] + picture + text[4] + picture + text[5]]
+    return rows, [slice(0, 1), slice(1, 1), slice(1, 3)]
+
+
+def batch(side="left"):
+    rows, _ = rows_with_pictures()
+    return {**collate(rows, side), "pixel_values": pixels(3)}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_gives_what_each_prompt_gives_alone(kind, attention, side):
+    model = whole_model(attention=attention).set_reducer(kind, **KINDS[kind])
+    rows, images = rows_with_pictures()
+    with torch.no_grad():
+        prompt = batch(side)
+        position_ids = (prompt["attention_mask"].cumsum(-1) - 1).clamp(min=0)  # on which DART's choice depends
+        together = model(**prompt, position_ids=position_ids)
+        for number, (row, of_row) in enumerate(zip(rows, images, strict=True)):
+            shown = {} if of_row.start == of_row.stop else {"pixel_values": pixels(3)[of_row]}
+            alone = model(input_ids=torch.tensor([row]), **shown)
+            places = together.kept_positions[number]
+            found = together.logits[number, places >= 0] if side == "left" else together.logits[number]
+            last = found[-1] if side == "left" else found[(places == len(row) - 1).nonzero().item()]
+            assert_close(last, alone.logits[0, -1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen2", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_batched_answers_are_single_ones_and_prompts_come_back_whole(kind, text):
+    model = whole_model(text).set_reducer(kind, **KINDS[kind])
+    rows, images = rows_with_pictures()
+    prompt = batch()
+    together = model.generate(**prompt, max_new_tokens=5, do_sample=False, eos_token_id=-1)
+    length = prompt["input_ids"].shape[1]
+    assert torch.equal(together[:, :length], prompt["input_ids"])
+    assert together.shape == (3, length + 5)
+    for row, of_row, answer in zip(rows, images, together, strict=True):
+        shown = {} if of_row.start == of_row.stop else {"pixel_values": pixels(3)[of_row]}
+        alone = model.generate(torch.tensor([row]), **shown, max_new_tokens=5, do_sample=False, eos_token_id=-1)
+        assert answer[-5:].tolist() == alone[0, -5:].tolist()
+
+
+@pytest.mark.parametrize("kind", ["visionzip", "divprune", "fastv", "pyramiddrop"])
+def test_beams_and_sampling_work(kind):
+    model = whole_model().set_reducer(kind, **KINDS[kind])
+    beams = model.generate(
+        **batch(), max_new_tokens=4, num_beams=3, num_return_sequences=2, do_sample=False, return_dict_in_generate=True
+    )
+    prompt = batch()["input_ids"]
+    assert torch.equal(beams.sequences[:, : prompt.shape[1]], prompt.repeat_interleave(2, dim=0))
+    torch.manual_seed(0)
+    assert model.generate(**batch(), max_new_tokens=4, do_sample=True, eos_token_id=-1).shape[1] == prompt.shape[1] + 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("fastervlm", {"keep": 1.0}), ("hired", {"keep": 1.0}), ("divprune", {"keep": 36}), ("fastv", {"keep": 1.0}),
+     ("pyramiddrop", {"layers": (1, 2, 3), "shares": (1.0, 1.0, 1.0)}), ("fitprune", {"deleted": (0, 0, 0, 0)})],
+)  # fmt: skip
+def test_where_all_tokens_stay_nothing_changes(kind, settings):
+    model = whole_model()
+    expected, real = model(**batch()).logits, batch()["attention_mask"].bool()
+    found = model.set_reducer(kind, **settings)(**batch()).logits
+    assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
+    assert torch.equal(model.set_reducer(None)(**batch()).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["fastv", "pyramiddrop", "fitprune"])
+def test_what_was_dropped_is_not_in_the_cache(kind):
+    model = whole_model().set_reducer(kind, **KINDS[kind])
+    rows, _ = rows_with_pictures()
+    cache = model(input_ids=torch.tensor(rows[:1]), pixel_values=pixels(1), use_cache=True).past_key_values
+    lengths = [cache.get_seq_length(layer) for layer in range(4)]
+    assert lengths[0] == len(rows[0])
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[-1] < len(rows[0]) - 18
+
+
+@pytest.mark.parametrize("kind", ["visionzip", "divprune", "fastv"])
+def test_the_loss_is_that_of_the_text_and_everything_around_learns(kind):
+    model = whole_model().set_reducer(kind, **KINDS[kind])
+    before, answer = words(3, 9)
+    ids = torch.tensor([before + [IMAGE] * 36 + answer])
+    labels = ids.masked_fill(torch.arange(48) < 41, -100)
+    result = model(input_ids=ids, pixel_values=pixels(1), labels=labels)
+    logits = result.logits[0, result.kept_positions[0] >= 40][:-1]
+    assert_close(result.loss, torch.nn.functional.cross_entropy(logits, ids[0, 41:]))
+    result.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.model.projector.parameters())
+
+
+@pytest.mark.parametrize("kind", ["visionzip", "divprune", "fastv", "mustdrop"])
+def test_embeddings_give_what_ids_give(kind):
+    model, prompt = whole_model().set_reducer(kind, **KINDS[kind]), batch()
+    exact = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    expected = model.generate(**prompt, **exact)[:, -4:]
+    ids = prompt.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        logits = model(input_ids=ids, **prompt).logits
+        assert_close(model(inputs_embeds=embeds, **prompt).logits, logits)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **prompt, **exact), expected)
+
+
+def test_checkpointing_is_refused_in_the_layers():
+    model = whole_model().set_reducer("fastv", **KINDS["fastv"]).train()
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing; switch it off"):
+        model(**batch(), labels=batch()["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["fastervlm", "hired", "visionzip", "prumerge", "prumerge_plus", "divprune"])
+@pytest.mark.parametrize("keep", [1, 2, 7, 36])
+def test_a_count_is_exact(kind, keep):
+    images = whole_model().set_reducer(kind, keep=keep).get_image_features(pixels(2), return_dict=True)
+    assert [len(tokens) for tokens in images.pooler_output] == [keep, keep]
+
+
+def test_a_reducer_is_saved_with_the_model(tmp_path):
+    model = whole_model().set_reducer("pyramiddrop", layers=(1, 2, 3), keep=4)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert loaded.config.reducer == model.config.reducer
+    assert_close(loaded(**batch()).logits, model(**batch()).logits)
+
+
+def test_after_a_trained_projector_its_tokens_are_reduced():
+    model = tiny_model(projector={"projector_type": "token_packer", "visual_tokens": [3, 3]})
+    model.set_reducer("divprune", keep=4)
+    ids = torch.tensor([words(3)[0] + [IMAGE] * 9 + words(2)[0]])
+    result = model(input_ids=ids, pixel_values=pixels(1))
+    assert result.logits.shape[1] == ids.shape[1] - 5
+    assert result.image_hidden_states.shape[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "sentence"),
+    [
+        ("divprune", {"keep": 0}, "at least 1"),
+        ("divprune", {"keep": 1.5}, r"no share in \(0, 1\]"),
+        ("divprune", {"keep": True}, "a number of visual tokens or a share"),
+        ("divprune", {}, "divprune needs `keep`"),
+        ("divprun", {"keep": 2}, "There is no `reducer_type` 'divprun'"),
+        ("divprune", {"keep": 2, "layer": 3}, "divprune has no setting `layer`"),
+        ("fastv", {"keep": 2, "layer": 4}, "the language model has 4 layers"),
+        ("fastv", {"keep": 2, "layer": 0}, "the language model has 4 layers"),
+        ("pyramiddrop", {"layers": (1, 2)}, "2 `layers` and 3 `shares`"),
+        ("fitprune", {"deleted": (1, 2)}, "2 numbers in `deleted`, for 4 layers"),
+        ("mustdrop", {"keep": 100}, "give `thresholds`"),
+    ],
+)
+def test_what_cannot_be_is_refused(kind, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        whole_model().set_reducer(kind, **settings)
+
+
+def test_more_than_there_is_cannot_be_kept():
+    with pytest.raises(ValueError, match="cannot keep 37 of 36 visual tokens"):
+        whole_model().set_reducer("divprune", keep=37)(**batch())
+
+
+def test_models_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="siglip_vision_model` has none"):
+        tiny_model("siglip_vision_model", **LLAVA).set_reducer("fastervlm", keep=4)
+    with pytest.raises(ValueError, match="one token a patch"):
+        tiny_model().set_reducer("visionzip", keep=4)
+    with pytest.raises(ValueError, match="layers as Llama has them"):
+        tiny_model(text="gpt2").set_reducer("fastv", keep=4, layer=1)
+    with pytest.raises(ValueError, match="static cache"):
+        whole_model().set_reducer("fastv", keep=4).generate(**batch(), cache_implementation="static", max_new_tokens=2)
+
+
+def test_every_reducer_is_described_and_known():
+    for name, kind in REDUCERS.items():
+        assert kind.__doc__, name
+    assert set(KINDS) | {"sparsevlm"} == set(REDUCERS)  # whose noise makes it differ from run to run
+    assert tiny_models.tiny_config(reducer_config={"reducer_type": "divprune", "keep": 2}).reducer.count(4) == 2
