@@ -227,6 +227,7 @@ class TokenPacker(nn.Module):
     is configurable, and so is the cell.
     """
 
+    kind = "token_packer"
     original_names = {
         "q_proj": "q_proj_1",
         "q_norm": "ln_q_1",
@@ -237,6 +238,9 @@ class TokenPacker(nn.Module):
         "attention": "clip_attn",
         "mlp": "mlp",
     }
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
 
     def __init__(self, config):
         super().__init__()
@@ -253,10 +257,10 @@ class TokenPacker(nn.Module):
 
     def pack(self, last_BNC: Tensor, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         """Tokens that start as samples of `last_BNC` and read `x_BNC`."""
-        cell = cell_shape("token_packer", patch_grid, token_grid)
+        cell = cell_shape(self.kind, patch_grid, token_grid)
         last_BCHW = patch_map(last_BNC, patch_grid)
         sample_BCHW = F.interpolate(last_BCHW.float(), size=token_grid, mode="bilinear").to(x_BNC.dtype)
-        query = self.q_norm(self.q_proj(as_tokens(sample_BCHW)))
+        query = self.q_norm(self.q_proj(self.prepare(sample_BCHW)))
         key = windows(self.k_norm(self.k_proj(x_BNC)), patch_grid, cell)
         value = windows(self.v_norm(self.v_proj(x_BNC)), patch_grid, cell)
         # Every cell is a separate sequence with one query.
@@ -264,6 +268,101 @@ class TokenPacker(nn.Module):
             0
         ]
         return self.mlp(out[:, 0].unflatten(0, query.shape[:2]))
+
+    def prepare(self, sample_BCHW: Tensor) -> Tensor:
+        """The samples as they are projected to queries."""
+        return as_tokens(sample_BCHW)
+
+
+class DeltaProjection(nn.Module):
+    """gelu(x (W + (U V)^T)^T): a matrix with a low-rank update, without a bias."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int = 16):
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs, bias=False)
+        self.u, self.v = nn.Parameter(torch.zeros(inputs, rank)), nn.Parameter(torch.zeros(rank, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.base(x) + x @ self.u @ self.v)
+
+
+class DeltaBlock(nn.Module):
+    """Attention among the tokens in three quarters of the width, and a convolution of its output in the rest.
+
+    Heads are 32 wide, or the widest below that divide a quarter of the width.
+    """
+
+    def __init__(self, inputs: int, width: int):
+        super().__init__()
+        local, wide = width // 4, width - width // 4
+        head = max(size for size in range(1, 33) if local % size == 0)
+        self.heads = wide // head
+        self.input = nn.Conv2d(inputs, wide, 1, bias=False)
+        self.norm1, self.norm2 = nn.LayerNorm(wide), nn.LayerNorm(wide)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(wide, wide) for _ in range(4))
+        self.local_input = nn.Conv2d(wide, local, 1, bias=False)
+        self.local_conv = nn.Conv2d(local, local, 3, padding=1, groups=local // head, bias=False)
+        self.local_norm = LayerNorm2d(local)
+        self.local_output = nn.Conv2d(local, local, 1, bias=False)
+        self.mlp = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
+        tokens = self.norm2(self.norm1(as_tokens(x)))
+        q, k, v = (
+            project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + as_map(self.o_proj(out), (x.shape[2], x.shape[3]))
+        y = self.local_input(x)
+        y = y + self.local_output(F.relu(self.local_norm(self.local_conv(y))))
+        x = torch.cat([x, y], dim=1)
+        return x + self.mlp(x)
+
+
+class DeltaLLaVA(TokenPacker):
+    """Delta-LLaVA (Zamini and Shukla, 2025; arXiv 2512.18910): TokenPacker with low-rank updates of its projections.
+
+    Its queries are samples that have seen one another, with positions; the table of these, fixed to the tower's native
+    grid, is resized to the token grid.
+    """
+
+    kind = "delta_llava"
+    original_names = {
+        "block.input": "combined_block.ntb.patch_embed.conv",
+        "block.norm1": "combined_block.ntb.norm_mhsa",
+        "block.norm2": "combined_block.ntb.e_mhsa.norm",
+        "block.q_proj": "combined_block.ntb.e_mhsa.q",
+        "block.k_proj": "combined_block.ntb.e_mhsa.k",
+        "block.v_proj": "combined_block.ntb.e_mhsa.v",
+        "block.o_proj": "combined_block.ntb.e_mhsa.proj",
+        "block.local_input": "combined_block.ntb.projection.conv",
+        "block.local_conv": "combined_block.ntb.mhca.group_conv3x3",
+        "block.local_norm": "combined_block.ntb.mhca.norm",
+        "block.local_output": "combined_block.ntb.mhca.projection",
+        "block.mlp.0": "combined_block.ntb.mlp.conv1",
+        "block.mlp.2": "combined_block.ntb.mlp.conv2",
+        **{f"{name}_proj.base": f"{name}_proj_1.shared_weight" for name in "qkv"},
+        **{f"{name}_proj.u": f"{name}_proj_1.U" for name in "qkv"},
+        **{f"{name}_proj.v": f"{name}_proj_1.V" for name in "qkv"},
+        **{f"{name}_norm": f"{name}_proj_1.norm" for name in "qkv"},
+        "attention": "clip_attn",
+        "mlp": "mlp",
+    }
+    position: Tensor
+
+    def __init__(self, config):
+        super().__init__(config)
+        width, self.grid = config.projector_config.hidden_size, config.native_patch_grid
+        self.block, self.q_proj = DeltaBlock(self.query_width, width), DeltaProjection(width, width)
+        self.k_proj, self.v_proj = (DeltaProjection(config.feature_width, width) for _ in range(2))
+        self.register_buffer("position", sincos_table(self.grid, width), persistent=False)
+
+    def prepare(self, sample_BCHW: Tensor) -> Tensor:
+        x_BCHW = self.block(sample_BCHW)
+        grid = x_BCHW.shape[2], x_BCHW.shape[3]
+        return as_tokens(x_BCHW) + resize_table(self.position.to(x_BCHW.dtype), self.grid, grid)
 
 
 class MQTResampler(nn.Module):
@@ -346,6 +445,45 @@ def require_queries(name: str, queries: int, token_grid: Grid) -> None:
             f"`{name}` gives one token for each of its {queries} queries (`query_grid`), not {token_grid[0]} x "
             f"{token_grid[1]}: its budget cannot be changed when it is called."
         )
+
+
+class LLaVAMini(nn.Module):
+    """LLaVA-Mini's compressor (Zhang et al., 2025; arXiv 2501.03895): learned queries read all patches before the MLP.
+
+    Keys have the queries' positions, resized to the patches. Its pre-fusion is in fusion_ms_resampler.py.
+    """
+
+    original_names = {
+        "query": "compressor.query",
+        "position": "compressor.pos_embed",
+        "q_norm": "compressor.ln_q",
+        "kv_norm": "compressor.ln_kv",
+        "attention": "compressor.attn",
+        "mlp": "mm_projector",
+    }
+    position: Tensor
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.grid = config.feature_width, tuple(config.projector_config.query_grid)
+        self.query = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], width))
+        self.register_buffer("position", sincos_table(self.grid, width))
+        self.q_norm, self.kv_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = attention(width, config.projector_config.num_attention_heads)
+        self.mlp = mlp(width, config.text_width)
+
+    def forward(
+        self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid, with_patches: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Visual tokens and, with `with_patches`, the patches through the same MLP (B, N, T)."""
+        require_queries("llava_mini", len(self.query), token_grid)
+        check_patches(x_BNC, patch_grid)
+        position_MC = self.position.to(x_BNC.dtype)  # a buffer may stay in float32
+        query = (self.q_norm(self.query) + position_MC).expand(x_BNC.shape[0], -1, -1)
+        value = self.kv_norm(x_BNC)
+        key = value + resize_table(position_MC, self.grid, patch_grid)
+        y_BMT = self.mlp(self.attention(query, key, value, need_weights=False)[0])
+        return (y_BMT, self.mlp(x_BNC)) if with_patches else y_BMT
 
 
 class SAEP(nn.Module):
@@ -519,7 +657,9 @@ PROJECTORS: dict[str, type[nn.Module]] = {
     "c_abstractor": CAbstractor,
     "ldp_v2": LDPv2,
     "token_packer": TokenPacker,
+    "delta_llava": DeltaLLaVA,
     "mqt": MQTResampler,
+    "llava_mini": LLaVAMini,
     "saep": SAEP,
     "qwen_resampler": QwenResampler,
     "perceiver": PerceiverResampler,
@@ -600,6 +740,7 @@ def init_projector_weights(module: nn.Module) -> None:
     """Initialises a peer's parameters; linear layers start as ours, or as their class does.
 
     packed attention weights     Xavier uniform, bias 0
+    low-rank updates             Xavier uniform
     learned queries, positions   normal, std 0.02     a perceiver's latents   normal, std 1
     output matrices              normal, std 1 / sqrt(inputs)              tables of positions   2-D sin-cos
     """
@@ -610,13 +751,19 @@ def init_projector_weights(module: nn.Module) -> None:
     elif isinstance(module, (MQTResampler, QwenResampler)):
         init.normal_(module.query, std=0.02)
         init.normal_(module.output, std=module.output.shape[0] ** -0.5)
-        init.copy_(module.position, sincos_table(module.grid, module.position.shape[1]))
+    elif isinstance(module, DeltaProjection):
+        init.xavier_uniform_(module.u)
+        init.xavier_uniform_(module.v)
+    elif isinstance(module, LLaVAMini):
+        init.normal_(module.query, std=0.02)
     elif isinstance(module, CAbstractor):
         init.normal_(module.position, std=0.02)
     elif isinstance(module, PerceiverResampler):
         init.normal_(module.latents, std=1.0)
     elif isinstance(module, QFormer):
         init.normal_(module.query, std=0.02)
+    if isinstance(module, (MQTResampler, QwenResampler, DeltaLLaVA, LLaVAMini)):
+        init.copy_(module.position, sincos_table(module.grid, module.position.shape[1]))
 
 
 __all__ = [

@@ -103,6 +103,39 @@ def test_token_packer_is_attention_of_one_query_in_its_own_cell(scale):
                 torch.testing.assert_close(got_BMT[:, 3 * row + column], expected_BT, rtol=1e-5, atol=1e-6)
 
 
+def read_original(name):
+    """The tensors of a file of an original's, its weights and its metadata, in float32."""
+    with safe_open(ORIGINALS / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no dict
+        meta = json.loads(file.metadata()["meta"])
+    tensors = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
+    for key in [key.removeprefix("scale.") for key in tensors if key.startswith("scale.")]:
+        state[key] = tensors[f"state_int8.{key}"] * tensors[f"scale.{key}"]
+    return tensors, state, meta
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_delta_llava_computes_what_its_original_computed(scale):
+    """The original reads the last of its layers twice; here the two were drawn apart."""
+    tensors, state, _ = read_original("delta_llava_small")
+    tokens = (6 // scale, 6 // scale)
+    projector = PROJECTORS["delta_llava"](sizes(512, 48, (6, 6), tokens, layers=4, width=128))
+    load_renamed(projector, state)
+    with torch.no_grad():
+        y_BMT = projector.pack(tensors["in.x_single"], tensors["in.x_multi"], (6, 6), tokens)
+    torch.testing.assert_close(y_BMT, tensors[f"out.s{scale}"], rtol=0, atol=1e-5)
+
+
+def test_delta_llavas_queries_are_the_last_layers():
+    torch.manual_seed(0)
+    projector = PROJECTORS["delta_llava"](sizes(48, 20, (4, 4), (2, 2), layers=3, width=32)).apply(
+        init_projector_weights
+    )
+    x_BNC = torch.randn(2, 16, 48)
+    torch.testing.assert_close(projector(x_BNC, (4, 4), (2, 2)), projector.pack(x_BNC[..., 32:], x_BNC, (4, 4), (2, 2)))
+
+
 def load_renamed(projector, original):
     """Loads an original's state dict through the table of names, one to one."""
     names = rename(projector.state_dict(), projector.original_names)
@@ -168,7 +201,7 @@ def test_average_pooling_is_the_mlp_of_the_mean_of_each_cell():
     torch.testing.assert_close(projector(x_BNC, (4, 6), (2, 3)), projector.mlp(torch.stack(means, dim=1)))
 
 
-@pytest.mark.parametrize("kind", ["avg_pool", "c_abstractor", "ldp_v2", "token_packer", "mqt"])
+@pytest.mark.parametrize("kind", ["avg_pool", "c_abstractor", "ldp_v2", "token_packer", "delta_llava", "mqt"])
 def test_elastic_peers_take_other_and_oblong_grids(kind):
     torch.manual_seed(0)
     projector = PROJECTORS[kind](sizes(16, 20, (6, 6), (3, 3), width=16, queries=(4, 4)))
@@ -184,8 +217,10 @@ def test_elastic_peers_take_other_and_oblong_grids(kind):
         ("pixel_shuffle", (2, 2), r"cells of 2 x 2 patches, not of 3 x 3"),
         ("saep", (4, 4), "6 x 6 patches cannot become 4 x 4 tokens"),
         ("token_packer", (4, 4), "6 x 6 patches cannot become 4 x 4 tokens"),
+        ("delta_llava", (4, 4), "`delta_llava` joins whole patches: .* 6 x 6 patches cannot become 4 x 4 tokens"),
         ("mqt", (4, 3), "`mqt` has 9 queries"),
         ("qwen_resampler", (2, 3), "one token for each of its 9 queries"),
+        ("llava_mini", (2, 3), "one token for each of its 9 queries"),
         ("perceiver", (2, 3), "one token for each of its 9 queries"),
         ("idefics2_perceiver", (2, 3), "one token for each of its 9 queries"),
         ("q_former", (2, 3), "one token for each of its 9 queries"),
@@ -301,7 +336,7 @@ def test_a_peer_without_weights_in_the_checkpoint_starts_afresh(kind, tmp_path):
     assert set(report["missing_keys"]) == {name for name in model.state_dict() if ".projector." in name}
     for name, tensor in loaded.model.projector.state_dict().items():
         assert tensor.isfinite().all(), name
-        if name == "position" and kind in ("mqt", "qwen_resampler"):
+        if name == "position" and kind in ("mqt", "qwen_resampler", "llava_mini"):
             torch.testing.assert_close(tensor, sincos_table((3, 3), tensor.shape[1]))
         elif tensor.dim() > 1:
             assert 0 < tensor.std() < 2, name
@@ -321,7 +356,7 @@ def test_the_resampler_is_the_branches_with_one_scope():
     assert local.config.projector_config.scope_names == ["local"]
 
 
-@pytest.mark.parametrize("kind", ["mqt", "qwen_resampler"])
+@pytest.mark.parametrize("kind", ["mqt", "qwen_resampler", "delta_llava", "llava_mini"])
 @torch.no_grad()
 def test_tables_of_positions_that_stay_in_float32_do_not_matter(kind):
     """transformers leaves buffers as they are when it loads in half precision."""

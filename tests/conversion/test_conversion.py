@@ -193,9 +193,10 @@ def original_checkpoint(folder: Path, kind: str, *, whole: bool, tower_inside: b
     loud(CLIPVisionModel(CLIPVisionConfig(**vision.to_diff_dict()))).save_pretrained(folder / "tower")
     tiny_processor().image_processor.save_pretrained(folder / "tower")
     llm = loud(LlamaForCausalLM(text))
-    layers = [0, 1, 2, 3] if kind == "token_packer" else -2
+    packs = kind in ("token_packer", "delta_llava")
+    layers = [0, 1, 2, 3] if packs else -2
     fields = {"projector_type": kind, "visual_tokens": [6, 6] if kind == "mlp" else [3, 3], "query_grid": [3, 3]}
-    fields |= {"num_attention_heads": 8 if kind == "token_packer" else 1}
+    fields |= {"num_attention_heads": 8 if packs else 1}
     config = tiny_config(projector=fields, vision_feature_layer=layers)
     projector = PROJECTORS[kind](config)
     with torch.no_grad():
@@ -220,6 +221,67 @@ def original_checkpoint(folder: Path, kind: str, *, whole: bool, tower_inside: b
     return projector.state_dict()
 
 
+@pytest.mark.parametrize("layers", [2, 0])
+def test_llava_mini_computes_the_same(layers, tmp_path):
+    """Compressor, projector and pre-fusion of a whole checkpoint, joined as the original's code joins them."""
+    torch.manual_seed(0)
+    text = LlamaConfig(**text_config("llama").to_diff_dict() | {"vocab_size": 260})
+    tower = loud(CLIPVisionModel(CLIPVisionConfig(**tower_config().to_diff_dict()))).eval()
+    llm, fusing = (loud(LlamaForCausalLM(text)).eval() for _ in range(2))
+    fields = {"projector_type": "llava_mini", "num_attention_heads": 8, "query_grid": [2, 2], "visual_tokens": 4}
+    projector = loud(PROJECTORS["llava_mini"](tiny_config(projector=fields)))
+    names = rename(projector.state_dict(), projector.original_names)
+    state = {f"model.{names[name]}": value for name, value in projector.state_dict().items()}
+    fused = {name.replace("layers", "prefusion_layers", 1): p for name, p in fusing.state_dict().items()}
+    state |= {
+        name: p
+        for name, p in fused.items()
+        if name.startswith(tuple(f"model.prefusion_layers.{n}." for n in range(layers)))
+    }
+    state |= llm.state_dict()
+    state |= {f"model.vision_tower.vision_tower.vision_model.{name}": p for name, p in tower.state_dict().items()}
+    about = {"model_type": "llava_mini_llama", "mm_vision_tower": "openai/clip-small", "mm_vision_select_layer": -2}
+    about |= {"mm_hidden_size": 16, "compressor_size": 2, "prefusion_layer_num": layers}
+    (tmp_path / "mini").mkdir()
+    kept = {name: value for name, value in text.to_dict().items() if name != "model_type"}
+    (tmp_path / "mini" / "config.json").write_text(json.dumps(kept | about))
+    torch.save(state, tmp_path / "mini" / "pytorch_model.bin")
+    plain_tokenizer().save_pretrained(tmp_path / "mini")
+    tower.save_pretrained(tmp_path / "tower")
+    tiny_processor().image_processor.save_pretrained(tmp_path / "tower")
+
+    assert convert(tmp_path / "mini", tmp_path / "out", "--tower", tmp_path / "tower") == 0
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    assert model.config.projector_config.fusion_layers == layers
+    assert not [name for name in model.config.text_config.to_dict() if name.startswith(("compressor", "prefusion"))]
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    inputs = processor(text="a b <image> c d", images=picture(size=(30, 40)), return_tensors="pt")
+    with torch.no_grad():
+        x_BNC = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+        image_BMT = projector(x_BNC, (6, 6), (2, 2))
+        (row,) = inputs["input_ids"].tolist()
+        start = row.index(model.config.image_token_id)
+        ids = torch.tensor([row[:start] + row[start + 4 :]])
+        x = torch.cat([projector.mlp(x_BNC), image_BMT, llm.get_input_embeddings()(ids)], dim=1)
+        positions = torch.arange(x.shape[1])[None]
+        for layer in fusing.model.layers[:layers]:
+            at = fusing.model.rotary_emb(x, positions)
+            causal = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)[None, None]
+            x = layer(x, attention_mask=causal, position_embeddings=at)
+        image, before, after = x[:, 36:].split([4, start, ids.shape[1] - start], dim=1)
+        expected = llm(inputs_embeds=torch.cat([before, image, after], dim=1)).logits
+        torch.testing.assert_close(model(**inputs).logits[..., :260], expected, rtol=1e-5, atol=1e-5)
+
+    assert convert(tmp_path / "out", tmp_path / "alone", "--to", "projector") == 0
+    models = ["--tower", tmp_path / "tower", "--llm", tmp_path / "llm"]
+    llm.save_pretrained(tmp_path / "llm")
+    assert convert(tmp_path / "alone", tmp_path / "again", *models) == 0
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again").state_dict()
+    assert again.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(again[name], value), name
+
+
 def plain_tokenizer():
     """A language model's own: it knows no image token, and chats like Vicuna."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -240,6 +302,7 @@ def plain_tokenizer():
         ("mlp", False, False),
         ("ldp_v2", True, True),
         ("token_packer", True, False),
+        ("delta_llava", True, False),
         ("mqt", False, False),
     ],
 )
