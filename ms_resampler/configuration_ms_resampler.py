@@ -66,6 +66,8 @@ PROJECTOR_TYPES: dict[str, str] = {
     "avg_pool": "peer",
     "pixel_shuffle": "peer",
     "c_abstractor": "peer",
+    "d_abstractor": "peer",
+    "ldp": "peer",
     "ldp_v2": "peer",
     "token_packer": "peer",
     "delta_llava": "peer",

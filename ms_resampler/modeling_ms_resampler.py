@@ -329,7 +329,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             if self.fusion is not None:
                 self._check_prompt(images, kwargs)
                 words_BL = words_of_prompt(mask[..., 0], attention_mask, prompt_mask)
-                (patches,) = images.deepstack_features or ()
+                assert images.deepstack_features is not None  # from the same model
+                patches = images.deepstack_features[0]
                 tokens, inputs_embeds = fuse(self.fusion, patches, tokens, inputs_embeds, mask[..., 0], words_BL)
             features = tokens.flatten(0, 1) if isinstance(tokens, Tensor) else torch.cat(list(tokens))
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)

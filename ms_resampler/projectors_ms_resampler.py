@@ -6,7 +6,8 @@ that published weights load. If the original is fixed to one grid and ours is no
 generalised. Shapes are named as in resampler_ms_resampler.py.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import torch
@@ -137,12 +138,19 @@ class LayerNorm2d(nn.LayerNorm):
 class SqueezeExcite(nn.Module):
     """Scales every channel by a gate computed from the map's mean."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+        gate: Callable[[Tensor], Tensor] = torch.sigmoid,
+    ):
         super().__init__()
         self.fc1, self.fc2 = nn.Conv2d(width, hidden, 1), nn.Conv2d(hidden, width, 1)
+        self.activation, self.gate = activation, gate
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+        return x * self.gate(self.fc2(self.activation(self.fc1(x.mean((2, 3), keepdim=True)))))
 
 
 class AbstractorBlock(nn.Module):
@@ -199,6 +207,164 @@ class CAbstractor(nn.Module):
         x = patch_map(x_BNC + resize_table(self.position, self.grid, patch_grid), patch_grid)
         x = self.after(F.adaptive_avg_pool2d(self.before(x), token_grid))
         return self.readout(as_tokens(x))
+
+
+class MobileBlock(nn.Module):
+    """MobileNetV3's block (Howard et al., 2019; arXiv 1905.02244): depthwise 3 x 3, squeeze-and-excite, 1 x 1.
+
+    Without a stride there is a shortcut. The gate's width is a quarter, rounded to a multiple of 8, and not down by
+    more than a tenth.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        quarter = width // 4
+        hidden = max(8, (quarter + 4) // 8 * 8)
+        hidden += 8 if hidden < 0.9 * quarter else 0
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 1, bias=False)
+        self.norm1, self.norm2 = LayerNorm2d(width), LayerNorm2d(width)
+        self.se = SqueezeExcite(width, hidden, F.relu, F.hardsigmoid)
+
+    def forward(self, x: Tensor, stride: Grid = (1, 1)) -> Tensor:
+        y = F.conv2d(x, self.conv1.weight, stride=stride, padding=1, groups=x.shape[1])
+        y = self.norm2(self.conv2(self.se(F.hardswish(self.norm1(y)))))
+        return x + y if stride == (1, 1) else y
+
+
+class LDP(nn.Module):
+    """MobileVLM's projector (Chu et al., 2023; arXiv 2312.16886): MLP, and two convolution blocks, one with a stride.
+
+    The original's cells are 2 x 2; here any are possible.
+    """
+
+    original_names = {
+        "mlp.0": "model.mlp.1",
+        "mlp.2": "model.mlp.3",
+        **{
+            f"block{number}.{ours}": f"model.mb_block.{number}.block.{theirs}"
+            for number in (1, 2)
+            for ours, theirs in {"conv1": "0.0", "norm1": "0.1", "se": "1", "conv2": "2.0", "norm2": "2.1"}.items()
+        },
+    }
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.text_width
+        self.mlp = mlp(config.feature_width, width)
+        self.block1, self.block2 = MobileBlock(width), MobileBlock(width)
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        cell = cell_shape("ldp", patch_grid, token_grid)
+        return as_tokens(self.block2(self.block1(patch_map(self.mlp(x_BNC), patch_grid)), cell))
+
+
+class DeformableLayer(nn.Module):
+    """Deformable DETR's decoder layer (Zhu et al., 2021; arXiv 2010.04159): queries read few points each.
+
+    Queries attend to one another; then every head reads the patches at four points around the query's own, with
+    weights, both computed from the query; then an FFN. A norm follows each.
+    """
+
+    points = 4
+
+    def __init__(self, width: int, heads: int, hidden: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+        self.point_offsets = nn.Linear(width, heads * self.points * 2)
+        self.point_weights = nn.Linear(width, heads * self.points)
+        self.value_proj, self.output_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+
+    def forward(self, z_BMD: Tensor, position_BMD: Tensor, place_M2: Tensor, x_BND: Tensor, grid: Grid) -> Tensor:
+        q_BMD = z_BMD + position_BMD
+        parts = self.q_proj(q_BMD), self.k_proj(q_BMD), self.v_proj(z_BMD)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        z_BMD = self.norm1(z_BMD + self.o_proj(out))
+        z_BMD = self.norm2(z_BMD + self.read(z_BMD + position_BMD, place_M2, x_BND, grid))
+        return self.norm3(z_BMD + self.ffn(z_BMD))
+
+    def read(self, q_BMD: Tensor, place_M2: Tensor, x_BND: Tensor, grid: Grid) -> Tensor:
+        """Weighted bilinear samples at places (x, y) in the unit square; outside it there is nothing."""
+        offset_BMhP2 = self.point_offsets(q_BMD).unflatten(-1, (self.heads, self.points, 2))
+        place_BMhP2 = place_M2[:, None, None] + offset_BMhP2 / offset_BMhP2.new_tensor([grid[1], grid[0]])
+        weight_BMhP = self.point_weights(q_BMD).unflatten(-1, (self.heads, self.points)).softmax(-1)
+        # Every head of an image is a map of its own.
+        value_BdHW = as_map(self.value_proj(x_BND), grid).unflatten(1, (self.heads, -1)).flatten(0, 1)
+        place_BMP2 = (2 * place_BMhP2 - 1).transpose(1, 2).flatten(0, 1).to(value_BdHW.dtype)
+        sample_BdMP = F.grid_sample(value_BdHW, place_BMP2, align_corners=False)
+        out_BdM = (sample_BdMP * weight_BMhP.transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)
+        return self.output_proj(out_BdM.unflatten(0, (-1, self.heads)).flatten(1, 2).mT)
+
+
+class DAbstractor(nn.Module):
+    """Honeybee's D-Abstractor (Cha et al., 2024; arXiv 2312.06742): a deformable decoder of learned queries.
+
+    Their places are learned, too, and their positions are the mean patches of their cells. The patches' table of
+    positions, fixed to the tower's native grid in the original, is resized to other grids.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        projector, width = config.projector_config, config.projector_config.hidden_size
+        self.grid, self.query_grid = config.native_patch_grid, tuple(projector.query_grid)
+        queries = self.query_grid[0] * self.query_grid[1]
+        same = config.feature_width == width
+        self.input_proj = nn.Identity() if same else nn.Linear(config.feature_width, width)
+        self.position = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], width))
+        self.query = nn.Parameter(torch.zeros(queries, width))
+        self.place = nn.Parameter(patch_places(self.query_grid, self.grid))
+        self.layers = nn.ModuleList(
+            DeformableLayer(width, projector.num_attention_heads, projector.intermediate_size)
+            for _ in range(projector.num_hidden_layers)
+        )
+        same = config.text_width == width
+        self.output_proj = nn.Identity() if same else nn.Linear(width, config.text_width)
+
+    @property
+    def original_names(self) -> dict[str, str]:
+        parts = {
+            **{f"{name}_proj": f"self_attn.{name}_proj" for name in "qkv"},
+            "o_proj": "self_attn.out_proj",
+            "norm1": "self_attn_layer_norm",
+            "point_offsets": "encoder_attn.sampling_offsets",
+            "point_weights": "encoder_attn.attention_weights",
+            "value_proj": "encoder_attn.value_proj",
+            "output_proj": "encoder_attn.output_proj",
+            "norm2": "encoder_attn_layer_norm",
+            "ffn.0": "fc1",
+            "ffn.2": "fc2",
+            "norm3": "final_layer_norm",
+        }
+        names = {
+            "input_proj": "input_proj.0",
+            "position": "v_pos_emb",
+            "query": "query_position_embeddings.weight",
+            "place": "reference_points",
+            "output_proj": "output_proj",
+        }
+        for n in range(len(self.layers)):
+            names |= {f"layers.{n}.{ours}": f"layers.{n}.{theirs}" for ours, theirs in parts.items()}
+        return names
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        require_queries("d_abstractor", len(self.query), token_grid)
+        check_patches(x_BNC, patch_grid)
+        x_BND = self.input_proj(x_BNC) + resize_table(self.position, self.grid, patch_grid)
+        position_BMD = cell_means(x_BND, patch_grid, self.query_grid)
+        z_BMD = self.query.expand(x_BNC.shape[0], -1, -1)
+        for layer in self.layers:
+            z_BMD = layer(z_BMD, position_BMD, self.place, x_BND, patch_grid)
+        return self.output_proj(z_BMD)
+
+
+def patch_places(grid: Grid, patch_grid: Grid) -> Tensor:
+    """Places (x, y) in the unit square of a grid that spans the centres of the patches (rows * columns, 2)."""
+    y, x = (torch.linspace(0.5, patches - 0.5, n) / patches for n, patches in zip(grid, patch_grid, strict=True))
+    return torch.cartesian_prod(y, x).flip(-1)
 
 
 class LDPv2(nn.Module):
@@ -655,6 +821,8 @@ PROJECTORS: dict[str, type[nn.Module]] = {
     "avg_pool": AveragePoolProjector,
     "pixel_shuffle": PixelShuffleProjector,
     "c_abstractor": CAbstractor,
+    "d_abstractor": DAbstractor,
+    "ldp": LDP,
     "ldp_v2": LDPv2,
     "token_packer": TokenPacker,
     "delta_llava": DeltaLLaVA,
@@ -684,6 +852,14 @@ EARLIER_NAMES = {
     "latents_MC": "latents",
     "query_1MD": "query",
 }
+
+
+def rays(heads: int, points: int) -> Tensor:
+    """Points (x, y) on rays in as many directions as heads, on squares of half side 1, 2, ... (heads, points, 2)."""
+    angle_h = torch.arange(heads) * (2 * math.pi / heads)
+    ray_h2 = torch.stack([angle_h.cos(), angle_h.sin()], dim=-1)
+    ray_h2 = ray_h2 / ray_h2.abs().amax(-1, keepdim=True)
+    return ray_h2[:, None] * torch.arange(1, points + 1)[:, None]
 
 
 def register_projector(name: str, projector: type[nn.Module], fields_of: str = "peer") -> None:
@@ -740,7 +916,7 @@ def init_projector_weights(module: nn.Module) -> None:
     """Initialises a peer's parameters; linear layers start as ours, or as their class does.
 
     packed attention weights     Xavier uniform, bias 0
-    low-rank updates             Xavier uniform
+    low-rank updates             Xavier uniform       deformable points       on rays, one for each head
     learned queries, positions   normal, std 0.02     a perceiver's latents   normal, std 1
     output matrices              normal, std 1 / sqrt(inputs)              tables of positions   2-D sin-cos
     """
@@ -758,6 +934,14 @@ def init_projector_weights(module: nn.Module) -> None:
         init.normal_(module.query, std=0.02)
     elif isinstance(module, CAbstractor):
         init.normal_(module.position, std=0.02)
+    elif isinstance(module, DeformableLayer):
+        init.zeros_(module.point_offsets.weight)
+        init.copy_(module.point_offsets.bias, rays(module.heads, module.points).flatten())
+        init.zeros_(module.point_weights.weight)
+    elif isinstance(module, DAbstractor):
+        init.normal_(module.position, std=0.02)
+        init.normal_(module.query, std=0.02)
+        init.copy_(module.place, patch_places(module.query_grid, module.grid))
     elif isinstance(module, PerceiverResampler):
         init.normal_(module.latents, std=1.0)
     elif isinstance(module, QFormer):

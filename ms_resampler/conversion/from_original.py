@@ -1,4 +1,4 @@
-"""Checkpoints of the original repositories of LLaVA, TokenPacker, Delta-LLaVA, MQT, LLaVA-Mini and MobileVLM V2."""
+"""Checkpoints of the original repositories of LLaVA, TokenPacker, Delta-LLaVA, MQT, LLaVA-Mini and MobileVLM."""
 
 import math
 from collections.abc import Callable
@@ -37,6 +37,7 @@ ORIGINAL_MODELS = {
 # Projectors of original checkpoints, and fields derived from their weights; heads are as published.
 ORIGINAL_PROJECTORS: dict[str, Callable[[dict[str, Weight]], dict[str, Any]]] = {
     "mlp": lambda found: {},
+    "ldp": lambda found: {},
     "ldp_v2": lambda found: {},
     "token_packer": lambda found: {"hidden_size": found["q_proj_1.weight"].shape[0], "num_attention_heads": 8},
     "delta_llava": lambda found: {

@@ -300,6 +300,7 @@ def plain_tokenizer():
         ("mlp", True, False),
         ("mlp", True, True),
         ("mlp", False, False),
+        ("ldp", False, False),
         ("ldp_v2", True, True),
         ("token_packer", True, False),
         ("delta_llava", True, False),
@@ -327,7 +328,9 @@ def test_original_layouts_are_recognised_by_their_weights(kind, whole, tower_ins
     assert logits(tmp_path / "out").isfinite().all()
 
 
-def honeybee_checkpoint(folder: Path, *, class_position: bool = False, **told) -> dict[str, torch.Tensor]:
+def honeybee_checkpoint(
+    folder: Path, kind: str = "c_abstractor", *, class_position: bool = False, **told
+) -> dict[str, torch.Tensor]:
     """A checkpoint as Honeybee's code leaves it, with the tokenizer elsewhere; returns the projector's weights."""
     torch.manual_seed(0)
     vision, text = tower_config(), LlamaConfig(**text_config("llama").to_diff_dict() | {"vocab_size": 260})
@@ -335,19 +338,26 @@ def honeybee_checkpoint(folder: Path, *, class_position: bool = False, **told) -
     llm = loud(LlamaForCausalLM(text))
     sizes = {
         "hidden_size": 12,
-        "num_attention_heads": 1,
+        "num_attention_heads": 1 if kind == "c_abstractor" else 2,
+        "intermediate_size": 20,
         "num_hidden_layers": 2,
         "visual_tokens": [3, 3],
         "query_grid": [3, 3],
     }
-    projector = loud(PROJECTORS["c_abstractor"](tiny_config(projector={"projector_type": "c_abstractor", **sizes})))
+    projector = loud(PROJECTORS[kind](tiny_config(projector={"projector_type": kind, **sizes})))
     names = rename(projector.state_dict(), projector.original_names)
     state = {f"abstractor.{names[name]}": value for name, value in projector.state_dict().items()}
-    rows = state["abstractor.pos_emb"].view(1, 36, 16)
-    state["abstractor.pos_emb"] = torch.cat([rows[:, :1], rows], dim=1) if class_position else rows
+    table = f"abstractor.{names['position']}"
+    rows = state[table][None]
+    state[table] = torch.cat([rows[:, :1], rows], dim=1) if class_position else rows
     state |= {f"vision_model.vision_model.{name}": value for name, value in tower.state_dict().items()}
     state |= {f"language_model.{name}": value for name, value in llm.state_dict().items()}
-    abstractor = {"projector_type": "c-abs", "depth": 2, "mlp_depth": 2, "hidden_size": 12, "num_eos_tokens": 0}
+    if kind == "c_abstractor":
+        abstractor = {"projector_type": "c-abs", "depth": 2, "mlp_depth": 2, "hidden_size": 12}
+    else:
+        abstractor = {"projector_type": "d-abs", "decoder_layers": 2, "d_model": 12, "pooled_v_target": "query"}
+        abstractor |= {"decoder_attention_heads": 2, "decoder_ffn_dim": 20, "num_feature_levels": 1}
+    abstractor |= {"num_eos_tokens": 0}
     abstractor |= {"pos_emb": True, "feature_layer_index": -1, "prenorm": False} | told
     about = {"model_type": "mllm", "num_query_tokens": 9, "lm_config": {"pretrained_lm_name_or_path": "llm"}}
     about |= {"vision_config": vision.to_dict(), "text_config": text.to_dict(), "visual_projector_config": abstractor}
@@ -360,10 +370,12 @@ def honeybee_checkpoint(folder: Path, *, class_position: bool = False, **told) -
     return projector.state_dict()
 
 
-@pytest.mark.parametrize("class_position", [False, True])
-def test_honeybee_computes_the_same(class_position, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("kind", "class_position"), [("c_abstractor", False), ("c_abstractor", True), ("d_abstractor", False)]
+)
+def test_honeybee_computes_the_same(kind, class_position, tmp_path, capsys):
     """Tower, abstractor and language model each as in the source, and joined as Honeybee's code joins them."""
-    expected = honeybee_checkpoint(tmp_path, class_position=class_position)
+    expected = honeybee_checkpoint(tmp_path, kind, class_position=class_position)
     assert convert(tmp_path / "checkpoint", tmp_path / "out") == 2
     assert "holds no tokenizer: name its language model with --llm" in capsys.readouterr().err
     assert convert(tmp_path / "checkpoint", tmp_path / "out", "--llm", tmp_path / "llm") == 0
@@ -394,11 +406,11 @@ def test_honeybee_with_another_projector(tmp_path, capsys):
     assert logits(tmp_path / "out").isfinite().all()
 
 
-@pytest.mark.parametrize("told", [{"projector_type": "d-abs"}, {"prenorm": True}, {"num_eos_tokens": 1}], ids=str)
+@pytest.mark.parametrize("told", [{"projector_type": "resampler"}, {"prenorm": True}, {"num_eos_tokens": 1}], ids=str)
 def test_honeybees_other_projectors_are_refused(told, tmp_path, capsys):
     honeybee_checkpoint(tmp_path, **told)
     assert convert(tmp_path / "checkpoint", tmp_path / "out", "--llm", tmp_path / "llm") == 2
-    assert f"a projector other than Honeybee's published C-Abstractor: {told}" in capsys.readouterr().err
+    assert f"a projector other than Honeybee's published abstractors: {told}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("room", [True, False], ids=["room for <image>", "embeddings that grew"])
