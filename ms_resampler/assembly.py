@@ -31,6 +31,7 @@ from transformers.utils import cached_file
 from .chat_format import ChatFormat, image_aware, packaged_template, thinking_off
 from .configuration_ms_resampler import MSResamplerConfig, MSResamplerProjectorConfig, token_grid
 from .folders import model_or_embedded, whole_folder
+from .fusion_ms_resampler import PreFusion
 from .modeling_ms_resampler import MSResamplerForConditionalGeneration
 from .processing_ms_resampler import MSResamplerProcessor
 from .projectors_ms_resampler import build_projector
@@ -387,6 +388,8 @@ def join(
     model.lm_head = llm.get_output_embeddings()
     model.model.projector = build_projector(config).to(llm.dtype)
     model.model.projector.apply(model.model._init_weights)
+    if model.model.fusion is not None:
+        model.model.fusion = PreFusion(config)
     return model
 
 
@@ -442,6 +445,7 @@ def parameter_table(model: MSResamplerForConditionalGeneration) -> str:
     parts = {
         "vision tower": (model.model.vision_tower, "frozen", "frozen"),
         "projector": (model.model.projector, "trained", "trained"),
+        **({} if model.model.fusion is None else {"pre-fusion": (model.model.fusion, "trained", "trained")}),
         "language model": (model.model.language_model, "frozen", "trained"),
         "output head": (model.lm_head, "frozen", "trained"),
     }

@@ -67,8 +67,12 @@ PROJECTOR_TYPES: dict[str, str] = {
     "avg_pool": "peer",
     "pixel_shuffle": "peer",
     "c_abstractor": "peer",
+    "d_abstractor": "peer",
+    "ldp": "peer",
     "ldp_v2": "peer",
     "token_packer": "peer",
+    "delta_llava": "peer",
+    "llava_mini": "peer",
     "mqt": "peer",
     "saep": "peer",
     "qwen_resampler": "peer",
@@ -88,6 +92,8 @@ BRANCH_FORMS: dict[str, tuple[Any, ...]] = {
     "tile_heads": (True, False),
     "cell_residual": (True, False),
 }
+# Language models whose decoder layers can fuse text with patches: these take embeddings as they are.
+FUSION_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 # Fields of earlier versions that a config.json may contain, and the values that agree with what is done today.
 _EARLIER_FIELDS: dict[str, tuple[Any, ...]] = {
     "scope_prior": ("gaussian",),
@@ -268,6 +274,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         num_key_value_heads: of "idefics2_perceiver"; the default is one for every four heads, or one for each head if
             four does not divide them.
         query_grid: rows and columns of the learned queries, if there are any.
+        fusion_layers: of "llava_mini": how many decoder layers fuse the prompt's words with all patches before the
+            language model, see fusion_ms_resampler.py; 0 is the compressor alone.
         visual_tokens: the default budget, a count or [rows, columns].
         scope_sigmas: one entry for each scope, in units of the anchor pitch; None is the global scope. The default is
             (0.5, 1.5, None), and (None,) for "resampler".
@@ -290,6 +298,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     intermediate_size: int | None = None
     num_key_value_heads: int | None = None
     query_grid: list[int] | tuple[int, ...] = (12, 12)
+    fusion_layers: int = 0
     visual_tokens: int | list[int] | tuple[int, ...] = 144
     scope_sigmas: list[float | int | None] | tuple[float | int | None, ...] | None = None
     scope_heads: list[int] | tuple[int, ...] | None = None
@@ -308,6 +317,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         self._complete_sizes()
         self._check_sizes()
         self._check_key_heads()
+        self._check_fusion()
         self._check_grids()
         if self.kind == "peer":
             self._check_peer()
@@ -390,6 +400,12 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             raise ValueError(
                 f"`num_key_value_heads` must divide `num_attention_heads` {self.num_attention_heads}, got {heads}."
             )
+
+    def _check_fusion(self) -> None:
+        if self.fusion_layers and self.projector_type != "llava_mini":
+            raise ValueError(f"`fusion_layers` is a field of `llava_mini`: `{self.projector_type}` has no such thing.")
+        if self.fusion_layers < 0:
+            raise ValueError(f"`fusion_layers` must not be negative, got {self.fusion_layers}.")
 
     def _check_grids(self) -> None:
         grids = {"query_grid": self.query_grid}
@@ -504,6 +520,7 @@ class MSResamplerConfig(PretrainedConfig):
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         self._check_tower()
         self._check_text()
+        self._check_fusion()
         _ = self.reducer  # raises for what is none
 
     @classmethod
@@ -548,6 +565,17 @@ class MSResamplerConfig(PretrainedConfig):
             raise ValueError(
                 f"`visual_words` has an id outside the language model's vocabulary of {self.text_config.vocab_size}."
             )
+
+    def _check_fusion(self) -> None:
+        if not self.projector_config.fusion_layers:
+            return
+        if self.text_config.model_type not in FUSION_MODELS:
+            raise ValueError(
+                f"`fusion_layers` needs a language model of the types {', '.join(FUSION_MODELS)}, not "
+                f"`{self.text_config.model_type}`; with 0 there is the compressor alone."
+            )
+        if self.visual_words:
+            raise ValueError("`visual_words` and `fusion_layers` exclude each other: fused tokens are no words.")
 
     @property
     def tower(self) -> Tower:

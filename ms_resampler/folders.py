@@ -19,6 +19,8 @@ PACKAGE = Path(__file__).resolve().parent
 EMBEDDED = PACKAGE / "checkpoints" / "tiny"
 WEIGHTS, INDEX, PROJECTOR = "model.safetensors", "model.safetensors.index.json", "projector.safetensors"
 LOCK = ".ms-resampler.lock"
+# The names of trained weights begin so: the projector's, and those of LLaVA-Mini's pre-fusion beside it.
+PROJECTOR_PREFIXES = ("model.projector.", "model.fusion.")
 
 
 def remote_code_files() -> list[Path]:

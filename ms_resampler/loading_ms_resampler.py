@@ -20,7 +20,7 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .projectors_ms_resampler import EARLIER_NAMES
 
-_WHOLE = ("vision_tower", "projector", "lm_head")
+_WHOLE = ("vision_tower", "projector", "fusion", "lm_head")
 
 # Names that quantisers' configurations have for the list of modules to skip.
 _SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")

@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import select_hidden_states
 
 from .configuration_ms_resampler import MSResamplerConfig, token_grid
+from .fusion_ms_resampler import PreFusion, fuse, words_of_prompt
 from .loading_ms_resampler import LoadingMixin
 from .packing_ms_resampler import PackedLinear, pack_linears
 from .projectors_ms_resampler import PROJECTORS, SCOPED_PROJECTORS, build_projector, init_projector_weights
@@ -43,7 +44,7 @@ from .reducing_ms_resampler import (
     shorten_prompt,
     take,
 )
-from .resampler_ms_resampler import ScopeMaps, init_resampler_weights
+from .resampler_ms_resampler import init_resampler_weights
 from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features, states_of
 
 # The name of the key-value cache: until transformers 5.23, and since.
@@ -57,6 +58,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     pooler_output: visual tokens (M, T); patch_grids, token_grids: (rows, columns).
     last_hidden_state: of the tower's last layer that is read; attentions and all hidden_states: if requested.
     word_weights (M, words): the share of each of the configured `visual_words` in each token.
+    deepstack_features: with pre-fusion, one list of every image's patches (N, T); a name that `generate` knows.
     scope_weights (S, M), scope_attentions (S, M, N) and token_places (M, 2): with `output_scopes=True`, see ScopeMaps.
     key_sets: the visual tokens that the reducer mustdrop always keeps.
     """
@@ -64,6 +66,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     patch_grids: list[tuple[int, int]] | None = None
     token_grids: list[tuple[int, int]] | None = None
     word_weights: list[Tensor] | None = None
+    deepstack_features: list[list[Tensor]] | None = None
     scope_weights: list[Tensor] | None = None
     scope_attentions: list[Tensor] | None = None
     token_places: list[Tensor] | None = None
@@ -160,6 +163,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         if unread := config.unread_layers:
             make_layers_skippable(self.vision_tower, unread)
         self.projector = build_projector(config)
+        self.fusion = PreFusion(config) if config.projector_config.fusion_layers else None
         self.language_model = build_part(config.text_config)
         for part in self.projector.modules():
             if isinstance(part, PreTrainedModel) and config.projector_config._attn_implementation is not None:
@@ -218,8 +222,11 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         x_BNC = x_BNC.to(next(p.dtype for p in self.projector.parameters() if p.is_floating_point()))
         if torch.compiler.is_exporting():  # graphs cannot split it: (B, M, T), in the configured budget
             grid = token_grid(self.config.projector_config.visual_tokens, patch_grid)
-            tokens_BMT = self._run_projector(x_BNC, patch_grid, grid, False)[0]
-            return MSResamplerImageFeatures(pooler_output=self._mix_words([tokens_BMT])[0][0])
+            tokens_BMT, patches_BNT = self._run_projector(x_BNC, patch_grid, grid, False)
+            return MSResamplerImageFeatures(
+                pooler_output=self._mix_words([tokens_BMT])[0][0],
+                deepstack_features=[patches_BNT] if self.fusion is not None else None,
+            )
         patch_grids = [patch_grid] * len(x_BNC) if spatial_shapes is None else list(map(tuple, spatial_shapes.tolist()))
         wanted = self._token_grids(token_grids, patch_grids)
         tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
@@ -236,6 +243,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             patch_grids=patch_grids,
             token_grids=wanted,
             word_weights=words,
+            deepstack_features=[[patches for (patches,) in maps]] if self.fusion is not None else None,
             scope_weights=[weights for weights, _, _ in maps] if output_scopes else None,
             scope_attentions=[attentions for _, attentions, _ in maps] if output_scopes else None,
             token_places=[places for *_, places in maps] if output_scopes else None,
@@ -301,19 +309,22 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
 
     def _run_projector(
         self, x_BNC: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int], output_scopes: bool
-    ) -> tuple[Tensor, ScopeMaps | None]:
+    ) -> tuple[Tensor, Any]:
+        """Visual tokens, and what else there is: maps of the scopes, or the patches that are fused with the text."""
         config = self.config.projector_config  # the module itself may be wrapped, for example by peft
         if config.num_scopes:
             return self.projector(x_BNC, patch_grid, token_grid, output_scopes)
         if output_scopes:
             kind = config.projector_type
             raise ValueError(f"`output_scopes` needs a projector with scopes, and `{kind}` has none.")
+        if self.fusion is not None:
+            return self.projector(x_BNC, patch_grid, token_grid, with_patches=True)
         return self.projector(x_BNC, patch_grid, token_grid), None
 
     def _project(
         self, x_BNC: Tensor, patch_grids: list[tuple[int, int]], token_grids: list[tuple[int, int]], output_scopes: bool
     ) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
-        """Visual tokens and scope maps of every image; images with the same grids are batched."""
+        """Visual tokens of every image and its scope maps or fused patches; images of the same grids are batched."""
         grids = list(zip(patch_grids, token_grids, strict=True))
         tokens: dict[int, Tensor] = {}
         maps: dict[int, tuple[Tensor, ...]] = {}
@@ -322,11 +333,13 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             x = x_BNC if len(rows) == len(grids) else x_BNC[rows]
             if self.tower_shape.takes_patches:  # drops padding to the batch's largest image
                 x = x[:, : patches[0] * patches[1]]
-            y_BMT, scopes = self._run_projector(x, patches, wanted, output_scopes)
+            y_BMT, more = self._run_projector(x, patches, wanted, output_scopes)
             for row, index in enumerate(rows):
                 tokens[index] = y_BMT[row]
                 if output_scopes:
-                    maps[index] = scopes.weights_BSM[row], scopes.attentions_BSMN[row], scopes.places_BM2[row]
+                    maps[index] = more.weights_BSM[row], more.attentions_BSMN[row], more.places_BM2[row]
+                elif self.fusion is not None:
+                    maps[index] = (more[row],)
         return [tokens[index] for index in sorted(tokens)], [maps[index] for index in sorted(maps)]
 
     def _mix_words(self, tokens: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
@@ -373,11 +386,13 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         mm_encoder_outputs: dict[str, MSResamplerImageFeatures] | None = None,
+        prompt_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MSResamplerModelOutputWithPast:
         """Runs text (batch, L), as ids or embeddings, with the images for its image tokens, if any.
 
         Images are given as pixels or, already encoded, as `mm_encoder_outputs={"image": get_image_features(...)}`.
+        With pre-fusion they are fused with the text's words, or with those of `prompt_mask` (batch, up to L).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -402,8 +417,14 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
                     kept, attention_mask, position_ids = *shortened, None
                     inputs_embeds = take(inputs_embeds, kept)
                     input_ids = None if input_ids is None else take(input_ids, kept, empty=-1)
-            features = torch.cat(list(images.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self._placeholder_mask(input_ids, inputs_embeds, features.shape[0])
+            tokens, mask = list(images.pooler_output), self._placeholder_mask(input_ids, inputs_embeds, sum(counts))
+            if self.fusion is not None:
+                self._check_prompt(images, kwargs)
+                words_BL = words_of_prompt(mask[..., 0], attention_mask, prompt_mask)
+                assert images.deepstack_features is not None  # from the same model
+                patches = images.deepstack_features[0]
+                tokens, inputs_embeds = fuse(self.fusion, patches, tokens, inputs_embeds, mask[..., 0], words_BL)
+            features = torch.cat(list(tokens)).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
             if isinstance(reducer := self.config.reducer, LayerReducer):
                 running = self._cutting(reducer, inputs_embeds, mask, images, attention_mask, _cache_of(kwargs))
@@ -474,6 +495,15 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         if attention_mask is not None:
             picture_BL[attention_mask == 0] = FILL
         return Cutting(self.language_model, reducer, inputs_embeds, picture_BL, key_sets).hooked()
+
+    def _check_prompt(self, images: MSResamplerImageFeatures, kwargs: Mapping[str, Any]) -> None:
+        """Raises ValueError if only a part of the prompt is there to be fused, or a graph cannot hold it."""
+        if torch.compiler.is_exporting():
+            raise ValueError("Pre-fusion cannot be exported with the language model: export `get_image_features`.")
+        if images.patch_grids is None:
+            raise ValueError("Pre-fusion reads a prompt at once: leave out `prefill_chunk_size`.")
+        if any(cache.get_seq_length() for cache in _cache_of(kwargs).values()):
+            raise ValueError("Pre-fusion reads a prompt at once: give all of it with its images, and an empty cache.")
 
 
 def with_prompt(generated: Any, prompt: Tensor, length: int) -> Any:
@@ -555,14 +585,17 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         mm_encoder_outputs: dict[str, MSResamplerImageFeatures] | None = None,
+        prompt_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MSResamplerCausalLMOutputWithPast:
         """Next-token logits of MSResamplerModel's text.
 
-        The loss covers the `labels` (batch, L) that are neither -100 nor image tokens.
+        The loss covers the `labels` (batch, L) that are neither -100 nor image tokens; pre-fusion leaves these out.
         """
+        if prompt_mask is None and labels is not None:
+            prompt_mask = labels == -100
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -573,6 +606,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
             mm_encoder_outputs=mm_encoder_outputs,
+            prompt_mask=prompt_mask,
             **kwargs,
         )
         logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -595,8 +629,14 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         )
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' `generate`; the returned prompt is the one given, also where a reducer shortens it."""
+        """As transformers' `generate`; the returned prompt is the one given, also where a reducer shortens it.
+
+        Pre-fusion covers the prompt's words, and not those that are generated.
+        """
         prompt, embeds = kwargs.pop("input_ids", None) if inputs is None else inputs, kwargs.get("inputs_embeds")
+        given = prompt if embeds is None else embeds
+        if self.config.projector_config.fusion_layers and given is not None:
+            kwargs.setdefault("prompt_mask", torch.ones(given.shape[:2], dtype=torch.bool, device=given.device))
         images = self._images_to_shorten_for(kwargs) if self.config.reducer else None
         if images is not None:
             wholes, counts = [math.prod(grid) for grid in images.token_grids], [len(y) for y in images.pooler_output]

@@ -6,7 +6,8 @@ that published weights load. If the original is fixed to one grid and ours is no
 generalised. Shapes are named as in resampler_ms_resampler.py.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import torch
@@ -137,12 +138,19 @@ class LayerNorm2d(nn.LayerNorm):
 class SqueezeExcite(nn.Module):
     """Scales every channel by a gate computed from the map's mean."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: Callable[[Tensor], Tensor] = F.silu,
+        gate: Callable[[Tensor], Tensor] = torch.sigmoid,
+    ):
         super().__init__()
         self.fc1, self.fc2 = nn.Conv2d(width, hidden, 1), nn.Conv2d(hidden, width, 1)
+        self.activation, self.gate = activation, gate
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+        return x * self.gate(self.fc2(self.activation(self.fc1(x.mean((2, 3), keepdim=True)))))
 
 
 class AbstractorBlock(nn.Module):
@@ -201,6 +209,164 @@ class CAbstractor(nn.Module):
         return self.readout(as_tokens(x))
 
 
+class MobileBlock(nn.Module):
+    """MobileNetV3's block (Howard et al., 2019; arXiv 1905.02244): depthwise 3 x 3, squeeze-and-excite, 1 x 1.
+
+    Without a stride there is a shortcut. The gate's width is a quarter, rounded to a multiple of 8, and not down by
+    more than a tenth.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        quarter = width // 4
+        hidden = max(8, (quarter + 4) // 8 * 8)
+        hidden += 8 if hidden < 0.9 * quarter else 0
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 1, bias=False)
+        self.norm1, self.norm2 = LayerNorm2d(width), LayerNorm2d(width)
+        self.se = SqueezeExcite(width, hidden, F.relu, F.hardsigmoid)
+
+    def forward(self, x: Tensor, stride: Grid = (1, 1)) -> Tensor:
+        y = F.conv2d(x, self.conv1.weight, stride=stride, padding=1, groups=x.shape[1])
+        y = self.norm2(self.conv2(self.se(F.hardswish(self.norm1(y)))))
+        return x + y if stride == (1, 1) else y
+
+
+class LDP(nn.Module):
+    """MobileVLM's projector (Chu et al., 2023; arXiv 2312.16886): MLP, and two convolution blocks, one with a stride.
+
+    The original's cells are 2 x 2; here any are possible.
+    """
+
+    original_names = {
+        "mlp.0": "model.mlp.1",
+        "mlp.2": "model.mlp.3",
+        **{
+            f"block{number}.{ours}": f"model.mb_block.{number}.block.{theirs}"
+            for number in (1, 2)
+            for ours, theirs in {"conv1": "0.0", "norm1": "0.1", "se": "1", "conv2": "2.0", "norm2": "2.1"}.items()
+        },
+    }
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.text_width
+        self.mlp = mlp(config.feature_width, width)
+        self.block1, self.block2 = MobileBlock(width), MobileBlock(width)
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        cell = cell_shape("ldp", patch_grid, token_grid)
+        return as_tokens(self.block2(self.block1(patch_map(self.mlp(x_BNC), patch_grid)), cell))
+
+
+class DeformableLayer(nn.Module):
+    """Deformable DETR's decoder layer (Zhu et al., 2021; arXiv 2010.04159): queries read few points each.
+
+    Queries attend to one another; then every head reads the patches at four points around the query's own, with
+    weights, both computed from the query; then an FFN. A norm follows each.
+    """
+
+    points = 4
+
+    def __init__(self, width: int, heads: int, hidden: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
+        self.point_offsets = nn.Linear(width, heads * self.points * 2)
+        self.point_weights = nn.Linear(width, heads * self.points)
+        self.value_proj, self.output_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+
+    def forward(self, z_BMD: Tensor, position_BMD: Tensor, place_M2: Tensor, x_BND: Tensor, grid: Grid) -> Tensor:
+        q_BMD = z_BMD + position_BMD
+        parts = self.q_proj(q_BMD), self.k_proj(q_BMD), self.v_proj(z_BMD)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        z_BMD = self.norm1(z_BMD + self.o_proj(out))
+        z_BMD = self.norm2(z_BMD + self.read(z_BMD + position_BMD, place_M2, x_BND, grid))
+        return self.norm3(z_BMD + self.ffn(z_BMD))
+
+    def read(self, q_BMD: Tensor, place_M2: Tensor, x_BND: Tensor, grid: Grid) -> Tensor:
+        """Weighted bilinear samples at places (x, y) in the unit square; outside it there is nothing."""
+        offset_BMhP2 = self.point_offsets(q_BMD).unflatten(-1, (self.heads, self.points, 2))
+        place_BMhP2 = place_M2[:, None, None] + offset_BMhP2 / offset_BMhP2.new_tensor([grid[1], grid[0]])
+        weight_BMhP = self.point_weights(q_BMD).unflatten(-1, (self.heads, self.points)).softmax(-1)
+        # Every head of an image is a map of its own.
+        value_BdHW = as_map(self.value_proj(x_BND), grid).unflatten(1, (self.heads, -1)).flatten(0, 1)
+        place_BMP2 = (2 * place_BMhP2 - 1).transpose(1, 2).flatten(0, 1).to(value_BdHW.dtype)
+        sample_BdMP = F.grid_sample(value_BdHW, place_BMP2, align_corners=False)
+        out_BdM = (sample_BdMP * weight_BMhP.transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)
+        return self.output_proj(out_BdM.unflatten(0, (-1, self.heads)).flatten(1, 2).mT)
+
+
+class DAbstractor(nn.Module):
+    """Honeybee's D-Abstractor (Cha et al., 2024; arXiv 2312.06742): a deformable decoder of learned queries.
+
+    Their places are learned, too, and their positions are the mean patches of their cells. The patches' table of
+    positions, fixed to the tower's native grid in the original, is resized to other grids.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        projector, width = config.projector_config, config.projector_config.hidden_size
+        self.grid, self.query_grid = config.native_patch_grid, tuple(projector.query_grid)
+        queries = self.query_grid[0] * self.query_grid[1]
+        same = config.feature_width == width
+        self.input_proj = nn.Identity() if same else nn.Linear(config.feature_width, width)
+        self.position = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], width))
+        self.query = nn.Parameter(torch.zeros(queries, width))
+        self.place = nn.Parameter(patch_places(self.query_grid, self.grid))
+        self.layers = nn.ModuleList(
+            DeformableLayer(width, projector.num_attention_heads, projector.intermediate_size)
+            for _ in range(projector.num_hidden_layers)
+        )
+        same = config.text_width == width
+        self.output_proj = nn.Identity() if same else nn.Linear(width, config.text_width)
+
+    @property
+    def original_names(self) -> dict[str, str]:
+        parts = {
+            **{f"{name}_proj": f"self_attn.{name}_proj" for name in "qkv"},
+            "o_proj": "self_attn.out_proj",
+            "norm1": "self_attn_layer_norm",
+            "point_offsets": "encoder_attn.sampling_offsets",
+            "point_weights": "encoder_attn.attention_weights",
+            "value_proj": "encoder_attn.value_proj",
+            "output_proj": "encoder_attn.output_proj",
+            "norm2": "encoder_attn_layer_norm",
+            "ffn.0": "fc1",
+            "ffn.2": "fc2",
+            "norm3": "final_layer_norm",
+        }
+        names = {
+            "input_proj": "input_proj.0",
+            "position": "v_pos_emb",
+            "query": "query_position_embeddings.weight",
+            "place": "reference_points",
+            "output_proj": "output_proj",
+        }
+        for n in range(len(self.layers)):
+            names |= {f"layers.{n}.{ours}": f"layers.{n}.{theirs}" for ours, theirs in parts.items()}
+        return names
+
+    def forward(self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
+        require_queries("d_abstractor", len(self.query), token_grid)
+        check_patches(x_BNC, patch_grid)
+        x_BND = self.input_proj(x_BNC) + resize_table(self.position, self.grid, patch_grid)
+        position_BMD = cell_means(x_BND, patch_grid, self.query_grid)
+        z_BMD = self.query.expand(x_BNC.shape[0], -1, -1)
+        for layer in self.layers:
+            z_BMD = layer(z_BMD, position_BMD, self.place, x_BND, patch_grid)
+        return self.output_proj(z_BMD)
+
+
+def patch_places(grid: Grid, patch_grid: Grid) -> Tensor:
+    """Places (x, y) in the unit square of a grid that spans the centres of the patches (rows * columns, 2)."""
+    y, x = (torch.linspace(0.5, patches - 0.5, n) / patches for n, patches in zip(grid, patch_grid, strict=True))
+    return torch.cartesian_prod(y, x).flip(-1)
+
+
 class LDPv2(nn.Module):
     """MobileVLM V2's projector (Chu et al., 2024): MLP, average pooling, and a depthwise convolution beside it.
 
@@ -227,6 +393,7 @@ class TokenPacker(nn.Module):
     is configurable, and so is the cell.
     """
 
+    kind = "token_packer"
     original_names = {
         "q_proj": "q_proj_1",
         "q_norm": "ln_q_1",
@@ -237,6 +404,9 @@ class TokenPacker(nn.Module):
         "attention": "clip_attn",
         "mlp": "mlp",
     }
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
 
     def __init__(self, config):
         super().__init__()
@@ -253,10 +423,10 @@ class TokenPacker(nn.Module):
 
     def pack(self, last_BNC: Tensor, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid) -> Tensor:
         """Tokens that start as samples of `last_BNC` and read `x_BNC`."""
-        cell = cell_shape("token_packer", patch_grid, token_grid)
+        cell = cell_shape(self.kind, patch_grid, token_grid)
         last_BCHW = patch_map(last_BNC, patch_grid)
         sample_BCHW = F.interpolate(last_BCHW.float(), size=token_grid, mode="bilinear").to(x_BNC.dtype)
-        query = self.q_norm(self.q_proj(as_tokens(sample_BCHW)))
+        query = self.q_norm(self.q_proj(self.prepare(sample_BCHW)))
         key = windows(self.k_norm(self.k_proj(x_BNC)), patch_grid, cell)
         value = windows(self.v_norm(self.v_proj(x_BNC)), patch_grid, cell)
         # Every cell is a separate sequence with one query.
@@ -264,6 +434,101 @@ class TokenPacker(nn.Module):
             0
         ]
         return self.mlp(out[:, 0].unflatten(0, query.shape[:2]))
+
+    def prepare(self, sample_BCHW: Tensor) -> Tensor:
+        """The samples as they are projected to queries."""
+        return as_tokens(sample_BCHW)
+
+
+class DeltaProjection(nn.Module):
+    """gelu(x (W + (U V)^T)^T): a matrix with a low-rank update, without a bias."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int = 16):
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs, bias=False)
+        self.u, self.v = nn.Parameter(torch.zeros(inputs, rank)), nn.Parameter(torch.zeros(rank, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.base(x) + x @ self.u @ self.v)
+
+
+class DeltaBlock(nn.Module):
+    """Attention among the tokens in three quarters of the width, and a convolution of its output in the rest.
+
+    Heads are 32 wide, or the widest below that divide a quarter of the width.
+    """
+
+    def __init__(self, inputs: int, width: int):
+        super().__init__()
+        local, wide = width // 4, width - width // 4
+        head = max(size for size in range(1, 33) if local % size == 0)
+        self.heads = wide // head
+        self.input = nn.Conv2d(inputs, wide, 1, bias=False)
+        self.norm1, self.norm2 = nn.LayerNorm(wide), nn.LayerNorm(wide)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(wide, wide) for _ in range(4))
+        self.local_input = nn.Conv2d(wide, local, 1, bias=False)
+        self.local_conv = nn.Conv2d(local, local, 3, padding=1, groups=local // head, bias=False)
+        self.local_norm = LayerNorm2d(local)
+        self.local_output = nn.Conv2d(local, local, 1, bias=False)
+        self.mlp = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
+        tokens = self.norm2(self.norm1(as_tokens(x)))
+        q, k, v = (
+            project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + as_map(self.o_proj(out), (x.shape[2], x.shape[3]))
+        y = self.local_input(x)
+        y = y + self.local_output(F.relu(self.local_norm(self.local_conv(y))))
+        x = torch.cat([x, y], dim=1)
+        return x + self.mlp(x)
+
+
+class DeltaLLaVA(TokenPacker):
+    """Delta-LLaVA (Zamini and Shukla, 2025; arXiv 2512.18910): TokenPacker with low-rank updates of its projections.
+
+    Its queries are samples that have seen one another, with positions; the table of these, fixed to the tower's native
+    grid, is resized to the token grid.
+    """
+
+    kind = "delta_llava"
+    original_names = {
+        "block.input": "combined_block.ntb.patch_embed.conv",
+        "block.norm1": "combined_block.ntb.norm_mhsa",
+        "block.norm2": "combined_block.ntb.e_mhsa.norm",
+        "block.q_proj": "combined_block.ntb.e_mhsa.q",
+        "block.k_proj": "combined_block.ntb.e_mhsa.k",
+        "block.v_proj": "combined_block.ntb.e_mhsa.v",
+        "block.o_proj": "combined_block.ntb.e_mhsa.proj",
+        "block.local_input": "combined_block.ntb.projection.conv",
+        "block.local_conv": "combined_block.ntb.mhca.group_conv3x3",
+        "block.local_norm": "combined_block.ntb.mhca.norm",
+        "block.local_output": "combined_block.ntb.mhca.projection",
+        "block.mlp.0": "combined_block.ntb.mlp.conv1",
+        "block.mlp.2": "combined_block.ntb.mlp.conv2",
+        **{f"{name}_proj.base": f"{name}_proj_1.shared_weight" for name in "qkv"},
+        **{f"{name}_proj.u": f"{name}_proj_1.U" for name in "qkv"},
+        **{f"{name}_proj.v": f"{name}_proj_1.V" for name in "qkv"},
+        **{f"{name}_norm": f"{name}_proj_1.norm" for name in "qkv"},
+        "attention": "clip_attn",
+        "mlp": "mlp",
+    }
+    position: Tensor
+
+    def __init__(self, config):
+        super().__init__(config)
+        width, self.grid = config.projector_config.hidden_size, config.native_patch_grid
+        self.block, self.q_proj = DeltaBlock(self.query_width, width), DeltaProjection(width, width)
+        self.k_proj, self.v_proj = (DeltaProjection(config.feature_width, width) for _ in range(2))
+        self.register_buffer("position", sincos_table(self.grid, width), persistent=False)
+
+    def prepare(self, sample_BCHW: Tensor) -> Tensor:
+        x_BCHW = self.block(sample_BCHW)
+        grid = x_BCHW.shape[2], x_BCHW.shape[3]
+        return as_tokens(x_BCHW) + resize_table(self.position.to(x_BCHW.dtype), self.grid, grid)
 
 
 class MQTResampler(nn.Module):
@@ -346,6 +611,45 @@ def require_queries(name: str, queries: int, token_grid: Grid) -> None:
             f"`{name}` gives one token for each of its {queries} queries (`query_grid`), not {token_grid[0]} x "
             f"{token_grid[1]}: its budget cannot be changed when it is called."
         )
+
+
+class LLaVAMini(nn.Module):
+    """LLaVA-Mini's compressor (Zhang et al., 2025; arXiv 2501.03895): learned queries read all patches before the MLP.
+
+    Keys have the queries' positions, resized to the patches. Its pre-fusion is in fusion_ms_resampler.py.
+    """
+
+    original_names = {
+        "query": "compressor.query",
+        "position": "compressor.pos_embed",
+        "q_norm": "compressor.ln_q",
+        "kv_norm": "compressor.ln_kv",
+        "attention": "compressor.attn",
+        "mlp": "mm_projector",
+    }
+    position: Tensor
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.grid = config.feature_width, tuple(config.projector_config.query_grid)
+        self.query = nn.Parameter(torch.zeros(self.grid[0] * self.grid[1], width))
+        self.register_buffer("position", sincos_table(self.grid, width))
+        self.q_norm, self.kv_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = attention(width, config.projector_config.num_attention_heads)
+        self.mlp = mlp(width, config.text_width)
+
+    def forward(
+        self, x_BNC: Tensor, patch_grid: Grid, token_grid: Grid, with_patches: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Visual tokens and, with `with_patches`, the patches through the same MLP (B, N, T)."""
+        require_queries("llava_mini", len(self.query), token_grid)
+        check_patches(x_BNC, patch_grid)
+        position_MC = self.position.to(x_BNC.dtype)  # a buffer may stay in float32
+        query = (self.q_norm(self.query) + position_MC).expand(x_BNC.shape[0], -1, -1)
+        value = self.kv_norm(x_BNC)
+        key = value + resize_table(position_MC, self.grid, patch_grid)
+        y_BMT = self.mlp(self.attention(query, key, value, need_weights=False)[0])
+        return (y_BMT, self.mlp(x_BNC)) if with_patches else y_BMT
 
 
 class SAEP(nn.Module):
@@ -517,9 +821,13 @@ PROJECTORS: dict[str, type[nn.Module]] = {
     "avg_pool": AveragePoolProjector,
     "pixel_shuffle": PixelShuffleProjector,
     "c_abstractor": CAbstractor,
+    "d_abstractor": DAbstractor,
+    "ldp": LDP,
     "ldp_v2": LDPv2,
     "token_packer": TokenPacker,
+    "delta_llava": DeltaLLaVA,
     "mqt": MQTResampler,
+    "llava_mini": LLaVAMini,
     "saep": SAEP,
     "qwen_resampler": QwenResampler,
     "perceiver": PerceiverResampler,
@@ -544,6 +852,14 @@ EARLIER_NAMES = {
     "latents_MC": "latents",
     "query_1MD": "query",
 }
+
+
+def rays(heads: int, points: int) -> Tensor:
+    """Points (x, y) on rays in as many directions as heads, on squares of half side 1, 2, ... (heads, points, 2)."""
+    angle_h = torch.arange(heads) * (2 * math.pi / heads)
+    ray_h2 = torch.stack([angle_h.cos(), angle_h.sin()], dim=-1)
+    ray_h2 = ray_h2 / ray_h2.abs().amax(-1, keepdim=True)
+    return ray_h2[:, None] * torch.arange(1, points + 1)[:, None]
 
 
 def register_projector(name: str, projector: type[nn.Module], fields_of: str = "peer") -> None:
@@ -600,6 +916,7 @@ def init_projector_weights(module: nn.Module) -> None:
     """Initialises a peer's parameters; linear layers start as ours, or as their class does.
 
     packed attention weights     Xavier uniform, bias 0
+    low-rank updates             Xavier uniform       deformable points       on rays, one for each head
     learned queries, positions   normal, std 0.02     a perceiver's latents   normal, std 1
     output matrices              normal, std 1 / sqrt(inputs)              tables of positions   2-D sin-cos
     """
@@ -610,13 +927,27 @@ def init_projector_weights(module: nn.Module) -> None:
     elif isinstance(module, (MQTResampler, QwenResampler)):
         init.normal_(module.query, std=0.02)
         init.normal_(module.output, std=module.output.shape[0] ** -0.5)
-        init.copy_(module.position, sincos_table(module.grid, module.position.shape[1]))
+    elif isinstance(module, DeltaProjection):
+        init.xavier_uniform_(module.u)
+        init.xavier_uniform_(module.v)
+    elif isinstance(module, LLaVAMini):
+        init.normal_(module.query, std=0.02)
     elif isinstance(module, CAbstractor):
         init.normal_(module.position, std=0.02)
+    elif isinstance(module, DeformableLayer):
+        init.zeros_(module.point_offsets.weight)
+        init.copy_(module.point_offsets.bias, rays(module.heads, module.points).flatten())
+        init.zeros_(module.point_weights.weight)
+    elif isinstance(module, DAbstractor):
+        init.normal_(module.position, std=0.02)
+        init.normal_(module.query, std=0.02)
+        init.copy_(module.place, patch_places(module.query_grid, module.grid))
     elif isinstance(module, PerceiverResampler):
         init.normal_(module.latents, std=1.0)
     elif isinstance(module, QFormer):
         init.normal_(module.query, std=0.02)
+    if isinstance(module, (MQTResampler, QwenResampler, DeltaLLaVA, LLaVAMini)):
+        init.copy_(module.position, sincos_table(module.grid, module.position.shape[1]))
 
 
 __all__ = [

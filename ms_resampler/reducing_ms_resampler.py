@@ -85,6 +85,8 @@ def merged_windows(tower: nn.Module, reducer: MustDrop, grid: tuple[int, int]) -
 def check_reducer(reducer: Reducer, model: Any) -> None:
     """Raises ValueError if a model cannot use a reducer. model: the MSResamplerModel."""
     config, layers = model.config, len(model.tower_shape.states) - 1
+    if model.fusion is not None and (isinstance(reducer, TowerReducer) or not isinstance(reducer, LayerReducer)):
+        raise ValueError(f"{reducer.name} changes what LLaVA-Mini's pre-fusion reads; use a reducer in the layers.")
     if isinstance(reducer, LayerReducer):
         check_language_model(model.language_model, reducer)
     if isinstance(reducer, TowerReducer):

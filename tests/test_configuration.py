@@ -162,6 +162,8 @@ def test_models_that_cannot_be(fields, sentence):
         ({"query_grid": [4]}, r"`query_grid` must be \[rows, columns\]"),
         ({"visual_tokens": 0}, "`visual_tokens` must be at least 1"),
         ({"num_key_value_heads": 2}, "`num_key_value_heads` is a field of `idefics2_perceiver`: `ms_resampler`"),
+        ({"fusion_layers": 1}, "`fusion_layers` is a field of `llava_mini`: `ms_resampler` has no such thing"),
+        ({"projector_type": "llava_mini", "fusion_layers": -1}, "`fusion_layers` must not be negative, got -1"),
         (
             {"projector_type": "idefics2_perceiver", "num_attention_heads": 8, "num_key_value_heads": 3},
             "`num_key_value_heads` must divide `num_attention_heads` 8, got 3",

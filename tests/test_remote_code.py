@@ -30,6 +30,7 @@ SIBLINGS = {
     "reducing_ms_resampler": {"reducers_ms_resampler", "towers_ms_resampler"},
     "configuration_ms_resampler": {"reducers_ms_resampler", "towers_ms_resampler"},
     "messages_ms_resampler": set(),
+    "fusion_ms_resampler": set(),
     "loading_ms_resampler": {"projectors_ms_resampler"},
     "packing_ms_resampler": set(),
     "images_ms_resampler": set(),
@@ -44,6 +45,7 @@ SIBLINGS = {
     },
     "modeling_ms_resampler": {
         "configuration_ms_resampler",
+        "fusion_ms_resampler",
         "loading_ms_resampler",
         "packing_ms_resampler",
         "projectors_ms_resampler",

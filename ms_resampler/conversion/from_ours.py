@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..assembly import Components, make_config
 from ..configuration_ms_resampler import MSResamplerConfig
+from ..folders import PROJECTOR_PREFIXES
 from ..processing_ms_resampler import MSResamplerProcessor
 from .source import Parts, Source, Transforms, generation_of, grown_embeddings, local_folder, projector_start
 from .tables import LANGUAGE_MODEL, OURS, TOWER
@@ -28,7 +29,7 @@ def open_ours(folder: Path, projector: dict[str, Any], tower: str | None, llm: s
     parts: Parts = [(weights, OURS)]
     transforms: Transforms = {}
     new: dict[str, Tensor] = {}
-    if all(weight.key.startswith("model.projector.") for weight in weights):
+    if all(weight.key.startswith(PROJECTOR_PREFIXES) for weight in weights):
         models, transforms = around_projector(folder, config, tower, llm)
         parts += models
     elif old.projector_type == "resampler" and wanted in ("ms_resampler", "ms_resampler_branches"):

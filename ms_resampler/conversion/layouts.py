@@ -29,7 +29,8 @@ def open_source(folder: Path, projector: dict[str, Any], tower: str | None, llm:
         return open_honeybee(folder, config, projector, llm)
     keys = [weight.key for weight in list_weights(folder)]
     raise ValueError(
-        f"{folder} has an unknown layout (known: transformers' LLaVA; the original LLaVA's, TokenPacker's, MQT's, "
-        f"MobileVLM's, Honeybee's; ours): its model_type is `{kind}`, and its {len(keys)} weights begin with "
+        f"{folder} has an unknown layout (known: transformers' LLaVA; the original LLaVA's, TokenPacker's, "
+        f"Delta-LLaVA's, MQT's, LLaVA-Mini's, MobileVLM's, Honeybee's; ours): its model_type is `{kind}`, "
+        f"and its {len(keys)} weights begin with "
         f"{', '.join(sorted({key.split('.')[0] for key in keys})[:6])}."
     )

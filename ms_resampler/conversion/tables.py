@@ -27,6 +27,7 @@ ORIGINAL: Table = (
     (r"model\.vision_tower\.vision_tower\.(?:vision_model\.)?(.+)", r"model.vision_tower.\1"),
     (r"lm_head\.(.+)", r"lm_head.\1"),
     (r"model\.((?:embed_tokens|layers|norm)\..+)", r"model.language_model.\1"),
+    (r"model\.prefusion_layers\.(.+)", r"model.fusion.decoder.layers.\1"),
 )
 
 # A separate vision tower, or the one inside CLIP or SigLIP.
@@ -54,6 +55,8 @@ HONEYBEE: Table = (
 )
 
 PROJECTOR_PREFIX, ABSTRACTOR_PREFIX = "model.mm_projector.", "abstractor."
+# LLaVA-Mini's projector is two modules side by side, and its pre-fusion a list of layers.
+BASE_PREFIX, COMPRESSOR_PREFIX, FUSION_PREFIX = "model.", "model.compressor.", "model.prefusion_layers."
 
 
 def with_projector_rows(table: Table, prefix: str, names: dict[str, str]) -> Table:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from ..configuration_ms_resampler import token_grid
+from ..folders import PROJECTOR_PREFIXES
+from ..fusion_ms_resampler import PreFusion
 from ..projectors_ms_resampler import build_projector
 from .mapping import Plan, Row
 from .source import Source, empty_model
@@ -67,7 +69,7 @@ def pairs(source: Source) -> list[tuple[Weight, str | None]]:
 
 def replaced(source: Source, target: str | None) -> bool:
     """Whether a weight belongs to a projector that is replaced."""
-    return target is not None and target.startswith("model.projector.") and not source.carried
+    return target is not None and target.startswith(PROJECTOR_PREFIXES) and not source.carried
 
 
 def may_be_left(source: Source, target: str) -> bool:
@@ -93,6 +95,9 @@ def new_weights(source: Source, missing: set[str]) -> dict[str, Tensor]:
         projector = build_projector(source.config)
         projector.apply(empty_model(source.config).model._init_weights)
         state = {f"model.projector.{name}": value for name, value in projector.state_dict().items()}
+        if source.config.projector_config.fusion_layers:
+            fusion = PreFusion(source.config).state_dict()
+            state |= {f"model.fusion.{name}": value for name, value in fusion.items()}
     return {name: value for name, value in state.items() if name in missing}
 
 

@@ -4,7 +4,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from ..folders import PROJECTOR, remote_code_files
+from ..folders import PROJECTOR, PROJECTOR_PREFIXES, remote_code_files
 from .mapping import Plan, Row
 from .source import SETTINGS
 from .weights import Output, list_weights
@@ -14,7 +14,7 @@ def plan_projector(folder: Path) -> Plan:
     """The plan for a model's projector alone. Raises ValueError if there is none."""
     rows, outputs = [], []
     for weight in list_weights(folder):
-        kept = weight.key.startswith("model.projector.")
+        kept = weight.key.startswith(PROJECTOR_PREFIXES)
         rows.append(Row(weight.key, weight.key if kept else "", weight.shape, "as it is" if kept else "unused"))
         if kept:
             outputs.append(Output(weight.key, weight.shape, weight.dtype, weight.read))

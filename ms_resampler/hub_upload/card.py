@@ -12,7 +12,7 @@ from jinja2 import StrictUndefined, Template
 from yaml import YAMLError
 
 from ..configuration_ms_resampler import MSResamplerConfig
-from ..folders import PROJECTOR, write_whole
+from ..folders import PROJECTOR, PROJECTOR_PREFIXES, write_whole
 from ..projectors_ms_resampler import PROJECTORS
 from .staging import RECORD, tensor_elements, tensor_files
 
@@ -23,12 +23,15 @@ JINJA: dict[str, Any] = {
 MADE_HERE = "<!-- Made by `ms-resampler card`"
 PAPER = "https://arxiv.org/abs/2606.31383"
 PEERS = {
-    "LLaVA-1.5": "2310.03744", "InternVL 1.5": "2404.16821", "Honeybee": "2312.06742", "MobileVLM V2": "2402.03766",
-    "TokenPacker": "2407.02392", "MQT": "2405.19315", "SAEP": "2410.10319", "Qwen-VL": "2308.12966",
-    "Flamingo": "2204.14198", "Idefics2": "2405.02246", "BLIP-2": "2301.12597",
+    "LLaVA-1.5": "2310.03744", "InternVL 1.5": "2404.16821", "Honeybee": "2312.06742", "MobileVLM": "2312.16886",
+    "MobileVLM V2": "2402.03766", "TokenPacker": "2407.02392", "Delta-LLaVA": "2512.18910", "MQT": "2405.19315",
+    "LLaVA-Mini": "2501.03895", "SAEP": "2410.10319", "Qwen-VL": "2308.12966", "Flamingo": "2204.14198",
+    "Idefics2": "2405.02246", "BLIP-2": "2301.12597",
 }  # fmt: skip
 CLEARLY = 25  # percentage points above the blind model from which a family counts as learned
-PARTS = {"vision_tower": "model.vision_tower.", "projector": "model.projector.", "language_model": ""}
+PARTS: dict[str, str | tuple[str, ...]] = {
+    "vision_tower": "model.vision_tower.", "projector": PROJECTOR_PREFIXES, "language_model": ""
+}  # fmt: skip
 # Metadata fields that are generated; the publisher's other fields are kept.
 MADE_FIELDS = ("library_name", "pipeline_tag", "model-index")
 TAGS = ["custom_code", "ms_resampler"]

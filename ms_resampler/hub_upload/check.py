@@ -127,7 +127,9 @@ def misfit(folder: Path) -> tuple[str, str] | None:
             if (folder / PROJECTOR).is_file():
                 with torch.device("meta"):
                     model = model(MSResamplerConfig.from_pretrained(folder)).model
-                model.projector.load_state_dict(projector_state(folder / PROJECTOR), assign=True)
+                parts = dict(model.named_children())
+                trained = torch.nn.ModuleDict({name: parts[name] for name in ("projector", "fusion") if name in parts})
+                trained.load_state_dict(projector_state(folder / PROJECTOR), assign=True)
                 return None
             if getattr(MSResamplerConfig.from_pretrained(folder), "quantization_config", None):
                 return None  # only the quantizer knows the names of its tensors
@@ -142,8 +144,8 @@ def misfit(folder: Path) -> tuple[str, str] | None:
 
 
 def projector_state(file: Path) -> dict[str, torch.Tensor]:
-    """The weights of a projector, by their names in it."""
-    return {name.removeprefix("model.projector."): tensor for name, tensor in load_file(file).items()}
+    """The weights of a projector, and of the pre-fusion beside it, by their names in the base model."""
+    return {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}
 
 
 @contextmanager

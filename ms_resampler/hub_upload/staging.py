@@ -14,7 +14,16 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..folders import INDEX, PROJECTOR, WEIGHTS, model_or_embedded, read_config, remote_code_files, require_our_type
+from ..folders import (
+    INDEX,
+    PROJECTOR,
+    PROJECTOR_PREFIXES,
+    WEIGHTS,
+    model_or_embedded,
+    read_config,
+    remote_code_files,
+    require_our_type,
+)
 from .personal import clean_json, read_json
 
 RECORD = "training_record.json"
@@ -183,7 +192,7 @@ def tensor_elements(file: Path, name: str) -> int:
 
 def write_projector(source: Path, path: Path) -> None:
     """Writes the projector's weights, with their names in the whole model."""
-    files = {name: file for name, file in tensor_files(source).items() if name.startswith("model.projector.")}
+    files = {name: file for name, file in tensor_files(source).items() if name.startswith(PROJECTOR_PREFIXES)}
     if not files:
         raise ValueError(f"{source} has no weights of a projector.")
     write_tensors(files, path)

@@ -53,7 +53,7 @@ def projector_in_place(config, weights, revision):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=True, code_revision=revision)
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-    wrong = [*unexpected, *(name for name in missing if name.startswith("model.projector."))]
+    wrong = [*unexpected, *(name for name in missing if name.startswith(("model.projector.", "model.fusion.")))]
     if wrong:
         raise SystemExit(f"projector.safetensors does not fit config.json: {', '.join(wrong)}")
     return weights

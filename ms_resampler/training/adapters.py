@@ -33,6 +33,8 @@ def add_adapters(model: Any, adapters: Adapters, rates: LearningRates) -> Any:
         raise ValueError(f"`{kind}` has no matrix {unknown[0]} in its layers: the LoRA targets are {', '.join(known)}.")
     targets = adapters.targets or tuple(known)
     whole = {"vision_tower": rates.tower, "projector": rates.projector}
+    if model.config.projector_config.fusion_layers:
+        whole["fusion"] = rates.projector
     config = LoraConfig(
         r=adapters.rank,
         lora_alpha=adapters.alpha,

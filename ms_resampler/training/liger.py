@@ -27,7 +27,7 @@ def fuse_loss(model: Any, fused: FusedLoss | None = None) -> None:
     fused = fused or liger_loss()
 
     def forward(self: Any, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> Any:
-        hidden = self.model(**inputs).last_hidden_state[:, :-1].flatten(0, 1)
+        hidden = self.model(prompt_mask=labels == IGNORED, **inputs).last_hidden_state[:, :-1].flatten(0, 1)
         if config.logit_scale != 1:
             hidden = hidden * config.logit_scale
         targets = self.words_only(labels)[:, 1:].flatten()

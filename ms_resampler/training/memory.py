@@ -177,6 +177,9 @@ def forward(model: Any, shape: BatchShape, fused: bool) -> Tensor:
     if text < 1:
         raise ValueError(f"{shape.length} tokens are too few for an image of {images.shape[1]} and an answer.")
     words = base.get_input_embeddings()(torch.zeros(shape.records, text, dtype=torch.long))
+    if base.fusion is not None:
+        everywhere = torch.ones(words.shape[:2], dtype=torch.bool)
+        images, words = base.fusion(torch.stack(features.deepstack_features[0]), images, words, everywhere)
     hidden = base.language_model(inputs_embeds=torch.cat([images.to(words.dtype), words], dim=1)).last_hidden_state
     if fused:  # logits are computed and used in chunks
         loss = hidden.float().mean()

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..folders import PROJECTOR_PREFIXES
 from .adapters import add_adapters
 from .liger import fuse_loss
 from .loss import skip_unlearned
@@ -15,7 +16,7 @@ from .recipes import LearningRates, Recipe
 
 _PREFIXES = {
     "tower": ("model.vision_tower.",),
-    "projector": ("model.projector.",),
+    "projector": PROJECTOR_PREFIXES,
     "embeddings": ("model.language_model.embed_tokens.", "lm_head."),
     "llm": ("model.language_model.",),
 }

@@ -59,9 +59,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "avg_pool": {},
     "pixel_shuffle": {},
     "c_abstractor": {"num_hidden_layers": 3},
+    "d_abstractor": {"num_hidden_layers": 6, "num_attention_heads": 8},
+    "ldp": {},
     "ldp_v2": {},
     "token_packer": {"num_attention_heads": 8, "layers": [12, 16, 22, 23]},
+    "delta_llava": {"num_attention_heads": 8, "layers": [12, 16, 22, 23]},
     "mqt": {"query_grid": [16, 16]},
+    "llava_mini": {"num_attention_heads": 8},
     "saep": {"layers": [9, 13, 17, 20, 22]},
     "qwen_resampler": {"hidden_size": 4096, "num_attention_heads": 32},
     "perceiver": {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 6},
@@ -131,7 +135,7 @@ def published_config(name: str, setting: Setting) -> MSResamplerConfig:
 # where they are affordable.
 EVERY = list(PUBLISHED)
 AFFORDABLE = [name for name in EVERY if name != "idefics2_perceiver"]
-WHOLE_CELLS = ["pixel_shuffle", "saep", "token_packer"]  # they do not support 16 x 16 tokens of 24 x 24 patches
+WHOLE_CELLS = ["pixel_shuffle", "ldp", "saep", "token_packer", "delta_llava"]  # not 16 x 16 of 24 x 24 patches
 RIVALS = ["mlp", "c_abstractor", "ldp_v2", "token_packer", "mqt", "perceiver"]
 BASES = ["resampler", "ms_resampler", "ms_resampler, 1024 wide"]  # references of the tables
 OURS = [*BASES, "resampler, local", "ms_resampler, learned queries"]

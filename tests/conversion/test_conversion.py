@@ -180,9 +180,10 @@ def original_checkpoint(folder: Path, kind: str, *, whole: bool, tower_inside: b
     loud(CLIPVisionModel(CLIPVisionConfig(**vision.to_diff_dict()))).save_pretrained(folder / "tower")
     tiny_processor().image_processor.save_pretrained(folder / "tower")
     llm = loud(LlamaForCausalLM(text))
-    layers = [0, 1, 2, 3] if kind == "token_packer" else -2
+    packs = kind in ("token_packer", "delta_llava")
+    layers = [0, 1, 2, 3] if packs else -2
     fields = {"projector_type": kind, "visual_tokens": [6, 6] if kind == "mlp" else [3, 3], "query_grid": [3, 3]}
-    fields |= {"num_attention_heads": 8 if kind == "token_packer" else 1}
+    fields |= {"num_attention_heads": 8 if packs else 1}
     config = tiny_config(projector=fields, vision_feature_layer=layers)
     projector = PROJECTORS[kind](config)
     with torch.no_grad():
@@ -207,6 +208,67 @@ def original_checkpoint(folder: Path, kind: str, *, whole: bool, tower_inside: b
     return projector.state_dict()
 
 
+@pytest.mark.parametrize("layers", [2, 0])
+def test_llava_mini_computes_the_same(layers, tmp_path):
+    """Compressor, projector and pre-fusion of a whole checkpoint, joined as the original's code joins them."""
+    torch.manual_seed(0)
+    text = LlamaConfig(**text_config("llama").to_diff_dict() | {"vocab_size": 260})
+    tower = loud(CLIPVisionModel(CLIPVisionConfig(**tower_config().to_diff_dict()))).eval()
+    llm, fusing = (loud(LlamaForCausalLM(text)).eval() for _ in range(2))
+    fields = {"projector_type": "llava_mini", "num_attention_heads": 8, "query_grid": [2, 2], "visual_tokens": 4}
+    projector = loud(PROJECTORS["llava_mini"](tiny_config(projector=fields)))
+    names = rename(projector.state_dict(), projector.original_names)
+    state = {f"model.{names[name]}": value for name, value in projector.state_dict().items()}
+    fused = {name.replace("layers", "prefusion_layers", 1): p for name, p in fusing.state_dict().items()}
+    state |= {
+        name: p
+        for name, p in fused.items()
+        if name.startswith(tuple(f"model.prefusion_layers.{n}." for n in range(layers)))
+    }
+    state |= llm.state_dict()
+    state |= {f"model.vision_tower.vision_tower.vision_model.{name}": p for name, p in tower.state_dict().items()}
+    about = {"model_type": "llava_mini_llama", "mm_vision_tower": "openai/clip-small", "mm_vision_select_layer": -2}
+    about |= {"mm_hidden_size": 16, "compressor_size": 2, "prefusion_layer_num": layers}
+    (tmp_path / "mini").mkdir()
+    kept = {name: value for name, value in text.to_dict().items() if name != "model_type"}
+    (tmp_path / "mini" / "config.json").write_text(json.dumps(kept | about))
+    torch.save(state, tmp_path / "mini" / "pytorch_model.bin")
+    plain_tokenizer().save_pretrained(tmp_path / "mini")
+    tower.save_pretrained(tmp_path / "tower")
+    tiny_processor().image_processor.save_pretrained(tmp_path / "tower")
+
+    assert convert(tmp_path / "mini", tmp_path / "out", "--tower", tmp_path / "tower") == 0
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    assert model.config.projector_config.fusion_layers == layers
+    assert not [name for name in model.config.text_config.to_dict() if name.startswith(("compressor", "prefusion"))]
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    inputs = processor(text="a b <image> c d", images=picture(size=(30, 40)), return_tensors="pt")
+    with torch.no_grad():
+        x_BNC = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+        image_BMT = projector(x_BNC, (6, 6), (2, 2))
+        (row,) = inputs["input_ids"].tolist()
+        start = row.index(model.config.image_token_id)
+        ids = torch.tensor([row[:start] + row[start + 4 :]])
+        x = torch.cat([projector.mlp(x_BNC), image_BMT, llm.get_input_embeddings()(ids)], dim=1)
+        positions = torch.arange(x.shape[1])[None]
+        for layer in fusing.model.layers[:layers]:
+            at = fusing.model.rotary_emb(x, positions)
+            causal = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)[None, None]
+            x = layer(x, attention_mask=causal, position_embeddings=at)
+        image, before, after = x[:, 36:].split([4, start, ids.shape[1] - start], dim=1)
+        expected = llm(inputs_embeds=torch.cat([before, image, after], dim=1)).logits
+        torch.testing.assert_close(model(**inputs).logits[..., :260], expected, rtol=1e-5, atol=1e-5)
+
+    assert convert(tmp_path / "out", tmp_path / "alone", "--to", "projector") == 0
+    models = ["--tower", tmp_path / "tower", "--llm", tmp_path / "llm"]
+    llm.save_pretrained(tmp_path / "llm")
+    assert convert(tmp_path / "alone", tmp_path / "again", *models) == 0
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again").state_dict()
+    assert again.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(again[name], value), name
+
+
 def plain_tokenizer():
     """A language model's own: it knows no image token, and chats like Vicuna."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -225,8 +287,10 @@ def plain_tokenizer():
         ("mlp", True, False),
         ("mlp", True, True),
         ("mlp", False, False),
+        ("ldp", False, False),
         ("ldp_v2", True, True),
         ("token_packer", True, False),
+        ("delta_llava", True, False),
         ("mqt", False, False),
     ],
 )
@@ -251,7 +315,9 @@ def test_original_layouts_are_recognised_by_their_weights(kind, whole, tower_ins
     assert logits(tmp_path / "out").isfinite().all()
 
 
-def honeybee_checkpoint(folder: Path, *, class_position: bool = False, **told) -> dict[str, torch.Tensor]:
+def honeybee_checkpoint(
+    folder: Path, kind: str = "c_abstractor", *, class_position: bool = False, **told
+) -> dict[str, torch.Tensor]:
     """A checkpoint as Honeybee's code leaves it, with the tokenizer elsewhere; returns the projector's weights."""
     torch.manual_seed(0)
     vision, text = tower_config(), LlamaConfig(**text_config("llama").to_diff_dict() | {"vocab_size": 260})
@@ -259,19 +325,26 @@ def honeybee_checkpoint(folder: Path, *, class_position: bool = False, **told) -
     llm = loud(LlamaForCausalLM(text))
     sizes = {
         "hidden_size": 12,
-        "num_attention_heads": 1,
+        "num_attention_heads": 1 if kind == "c_abstractor" else 2,
+        "intermediate_size": 20,
         "num_hidden_layers": 2,
         "visual_tokens": [3, 3],
         "query_grid": [3, 3],
     }
-    projector = loud(PROJECTORS["c_abstractor"](tiny_config(projector={"projector_type": "c_abstractor", **sizes})))
+    projector = loud(PROJECTORS[kind](tiny_config(projector={"projector_type": kind, **sizes})))
     names = rename(projector.state_dict(), projector.original_names)
     state = {f"abstractor.{names[name]}": value for name, value in projector.state_dict().items()}
-    rows = state["abstractor.pos_emb"].view(1, 36, 16)
-    state["abstractor.pos_emb"] = torch.cat([rows[:, :1], rows], dim=1) if class_position else rows
+    table = f"abstractor.{names['position']}"
+    rows = state[table][None]
+    state[table] = torch.cat([rows[:, :1], rows], dim=1) if class_position else rows
     state |= {f"vision_model.vision_model.{name}": value for name, value in tower.state_dict().items()}
     state |= {f"language_model.{name}": value for name, value in llm.state_dict().items()}
-    abstractor = {"projector_type": "c-abs", "depth": 2, "mlp_depth": 2, "hidden_size": 12, "num_eos_tokens": 0}
+    if kind == "c_abstractor":
+        abstractor = {"projector_type": "c-abs", "depth": 2, "mlp_depth": 2, "hidden_size": 12}
+    else:
+        abstractor = {"projector_type": "d-abs", "decoder_layers": 2, "d_model": 12, "pooled_v_target": "query"}
+        abstractor |= {"decoder_attention_heads": 2, "decoder_ffn_dim": 20, "num_feature_levels": 1}
+    abstractor |= {"num_eos_tokens": 0}
     abstractor |= {"pos_emb": True, "feature_layer_index": -1, "prenorm": False} | told
     about = {"model_type": "mllm", "num_query_tokens": 9, "lm_config": {"pretrained_lm_name_or_path": "llm"}}
     about |= {"vision_config": vision.to_dict(), "text_config": text.to_dict(), "visual_projector_config": abstractor}
@@ -284,10 +357,12 @@ def honeybee_checkpoint(folder: Path, *, class_position: bool = False, **told) -
     return projector.state_dict()
 
 
-@pytest.mark.parametrize("class_position", [False, True])
-def test_honeybee_computes_the_same(class_position, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("kind", "class_position"), [("c_abstractor", False), ("c_abstractor", True), ("d_abstractor", False)]
+)
+def test_honeybee_computes_the_same(kind, class_position, tmp_path, capsys):
     """Tower, abstractor and language model each as in the source, and joined as Honeybee's code joins them."""
-    expected = honeybee_checkpoint(tmp_path, class_position=class_position)
+    expected = honeybee_checkpoint(tmp_path, kind, class_position=class_position)
     assert convert(tmp_path / "checkpoint", tmp_path / "out") == 2
     assert "holds no tokenizer: name its language model with --llm" in capsys.readouterr().err
     assert convert(tmp_path / "checkpoint", tmp_path / "out", "--llm", tmp_path / "llm") == 0
@@ -318,11 +393,11 @@ def test_honeybee_with_another_projector(tmp_path, capsys):
     assert logits(tmp_path / "out").isfinite().all()
 
 
-@pytest.mark.parametrize("told", [{"projector_type": "d-abs"}, {"prenorm": True}, {"num_eos_tokens": 1}], ids=str)
+@pytest.mark.parametrize("told", [{"projector_type": "resampler"}, {"prenorm": True}, {"num_eos_tokens": 1}], ids=str)
 def test_honeybees_other_projectors_are_refused(told, tmp_path, capsys):
     honeybee_checkpoint(tmp_path, **told)
     assert convert(tmp_path / "checkpoint", tmp_path / "out", "--llm", tmp_path / "llm") == 2
-    assert f"a projector other than Honeybee's published C-Abstractor: {told}" in capsys.readouterr().err
+    assert f"a projector other than Honeybee's published abstractors: {told}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("room", [True, False], ids=["room for <image>", "embeddings that grew"])
