@@ -151,14 +151,12 @@ class AskPage:
     def connect(self, chatbot, box, scenes, view, settings: list) -> None:
         """The events of the page; `talk` is in page.js."""
         talk, page = [chatbot, box], {"outputs": [chatbot, view], **QUEUED, "show_progress_on": chatbot}
-        asked, answers = (
-            [
-                box.submit(None, [box, chatbot], talk, js="(box, history) => talk.ask(box, history)", **UNSEEN),
-                scenes.choose(self.choose, chatbot, talk, **UNSEEN),
-                chatbot.retry(self.retry, chatbot, talk, **UNSEEN),
-            ],
-            [],
-        )
+        asked = [
+            box.submit(None, [box, chatbot], talk, js="(box, history) => talk.ask(box, history)", **UNSEEN),
+            scenes.choose(self.choose, chatbot, talk, **UNSEEN),
+            chatbot.retry(self.retry, chatbot, talk, **UNSEEN),
+        ]
+        answers = []
         for question in asked:
             check = question.success(self.check, [chatbot, *settings], **UNSEEN)
             answer = check.success(self.answer, [chatbot, *settings], **page)
@@ -167,7 +165,7 @@ class AskPage:
                 failed(None, talk, talk, js="(history, box) => talk.takeBack(history, box)", **UNSEEN)
             answers.append(answer)
         chatbot.undo(None, talk, talk, js="(history, box) => talk.takeBack(history, box)", **UNSEEN)
-        box.stop(None, None, box, js="talk.ready", cancels=answers, **UNSEEN)
+        box.stop(lambda: box_update(answering=False), None, box, cancels=answers, **UNSEEN)
         # First cancels the answer, then clears everything, so that its last words do not arrive afterwards.
         cleared = chatbot.clear(None, cancels=answers)
         cleared.then(self.answerer.forget, **UNSEEN)

@@ -115,7 +115,7 @@ class ComparePage:
         # First cancels the comparison, so that its last words do not appear under another model's name.
         switched = second.change(None, cancels=asked)
         switched.then(self.switch, second, [box, *shown[3:], budgets[1]], **UNSEEN)
-        box.stop(None, None, box, js="talk.ready", cancels=asked, **UNSEEN)
+        box.stop(lambda: box_update(answering=False), None, box, cancels=asked, **UNSEEN)
 
 
 def nearest(numbers: list[int], wanted: float) -> int:

@@ -35,7 +35,7 @@ for (const kind of ['dragenter', 'dragover', 'drop', 'paste']) document.addEvent
   const data = event.dataTransfer || event.clipboardData;
   if (!page.checkVisibility() || !data.types.includes('Files') || data.types.includes('text/html') && data.getData('text')) return;
   stopped(event);
-  if (data.files.length) take([...data.files]);
+  if (kind === 'drop' || kind === 'paste') take([...data.files]);
 }, true);
 page.addEventListener('change', event => {
   if (event.target.matches('.ask [type=file]') && stopped(event)) take([...event.target.files]);

@@ -51,7 +51,18 @@ document.addEventListener('keypress', event => {
   event.stopImmediatePropagation();
 }, true);
 
-// A server that was restarted has the page loaded anew.
+const say = sentence => document.querySelectorAll('.intake p').forEach(said => { said.textContent = sentence; });
+
+// Gradio notices only at the next question that the server has ended. One that was started anew knows nothing of this page.
+const LOST = 'The server cannot be reached; what you have typed stays here.';
+let lost = false;
+setInterval(async () => {
+  if (document.hidden) return;
+  const {root, app_id} = window.gradio_config, answer = await fetch(`${root}/gradio_api/app_id`).catch(() => null);
+  if (answer?.ok && (await answer.json()).app_id !== app_id) location.reload();
+  if (lost !== !answer?.ok) say(answer?.ok ? '' : LOST);
+  lost = !answer?.ok;
+}, 5000);
 const boxes = () => [...document.querySelectorAll('.ask textarea')];
 window.addEventListener('pagehide', () => {
   const typed = boxes().map(box => box.value), talked = Boolean(document.querySelector('#chat .message-content'));
@@ -64,7 +75,5 @@ if (before) {
     box.value = before[number] || '';
     box.dispatchEvent(new Event('input', {bubbles: true}));
   });
-  document.querySelectorAll('.intake p').forEach(said => {
-    said.textContent = 'The page was loaded anew, and the conversation has ended; what you had typed is here, pictures please add again.';
-  });
+  say('The page was loaded anew, and the conversation has ended; what you had typed is here, pictures please add again.');
 }

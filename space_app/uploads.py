@@ -6,13 +6,14 @@ So a picture is decoded once, before its question waits for the model, however o
 import asyncio
 import json
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from time import time
 from typing import Any
 
-from pictures import MAX_FILE_MEGABYTES, MAX_PICTURES, TOO_LARGE, Refusal, open_picture
-from starlette.responses import JSONResponse, PlainTextResponse
+from pictures import IMAGE_FORMATS, KEPT_PIXELS, MAX_FILE_MEGABYTES, MAX_PICTURES, TOO_LARGE, Refusal, open_picture
+from PIL import Image
+from starlette.responses import PlainTextResponse
 
 UPLOADS_MEGABYTES = 200  # of all visitors
 UPLOAD_SECONDS = 600  # from the last use of an upload to its end
@@ -44,16 +45,23 @@ class Uploads:
             answer.append(message)
 
         await self.app(scope, receive, keep)
-        refusals = []
-        if answer[0]["status"] == 200:
-            for path in json.loads(b"".join(message.get("body", b"") for message in answer)):
-                async with self.lane:
-                    refusals.append(await asyncio.to_thread(reduce_file, Path(path)))
-        refusal = next(filter(None, refusals), "")
-        if refusal and scope["query_string"].startswith(b"check"):
-            return await JSONResponse({"refusal": refusal})(scope, receive, send)
-        for message in answer:
-            await send(message)
+        if answer[0]["status"] != 200:
+            for message in answer:
+                await send(message)
+            return
+        paths = json.loads(b"".join(message.get("body", b"") for message in answer))
+        await send({**answer[0], "headers": [(b"content-type", b"application/json")]})
+        refusals = asyncio.gather(*(self.reduce(Path(path)) for path in paths))
+        while not (await asyncio.wait([refusals], timeout=1))[0]:  # spaces, for clients that wait no more than seconds
+            await send({"type": "http.response.body", "body": b" ", "more_body": True})
+        refusal = next(filter(None, refusals.result()), "")
+        told = {"refusal": refusal} if refusal and scope["query_string"].startswith(b"check") else paths
+        await send({"type": "http.response.body", "body": json.dumps(told).encode()})
+
+    async def reduce(self, path: Path) -> str:
+        """As `reduce_file`; large pictures wait for each other, small ones for none."""
+        async with self.lane if await asyncio.to_thread(is_large, path) else nullcontext():
+            return await asyncio.to_thread(reduce_file, path)
 
 
 def reduce_file(path: Path) -> str:
@@ -65,6 +73,13 @@ def reduce_file(path: Path) -> str:
         return refusal.message
     whole.replace(path)
     return ""
+
+
+def is_large(path: Path) -> bool:
+    """Whether a picture takes long to decode, by its header."""
+    with suppress(Exception), Image.open(path, formats=IMAGE_FORMATS) as image:
+        return image.width * image.height > 4 * KEPT_PIXELS
+    return False
 
 
 def make_room(coming: int) -> None:

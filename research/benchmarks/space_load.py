@@ -192,7 +192,8 @@ def abuse(address: str, pid: int) -> list[tuple[str, str]]:
                 return client.predict(images, "What is in the picture?", visual_tokens=None, api_name="/ask")["answer"]
 
         with ThreadPoolExecutor(ABUSIVE_CALLS) as pool, closing(connect(address)) as client:
-            started, waits = time.perf_counter(), []
+            started = time.perf_counter()
+            waits: list[float] = []
             calls = [pool.submit(ask_much, call) for call in range(ABUSIVE_CALLS)]
             while not all(call.done() for call in calls) or not waits:
                 asked = time.perf_counter()
