@@ -162,7 +162,7 @@ class AskPage:
             answer = check.success(self.answer, [chatbot, *settings], **page)
             answer.success(None, None, box, js="talk.ready", **UNSEEN)
             for failed in (check.failure, answer.failure):
-                failed(None, talk, talk, js="(history, box) => talk.takeBack(history, box)", **UNSEEN)
+                failed(None, talk, talk, js="(history, box) => talk.end(history, box)", **UNSEEN)
             answers.append(answer)
         chatbot.undo(None, talk, talk, js="(history, box) => talk.takeBack(history, box)", **UNSEEN)
         box.stop(lambda: box_update(answering=False), None, box, cancels=answers, **UNSEEN)

@@ -21,6 +21,8 @@ window.talk = {
     const value = {text: [text, box.text].filter(Boolean).join('\n'), files: [...files, ...box.files]};
     return [history.slice(0, place), {...READY, value}];
   },
+  // Refused, stopped or broken off: an answer keeps what it has, and a question without one goes back.
+  end: (history, box) => history.at(-1)?.role === 'user' ? window.talk.takeBack(history, box) : [history, READY],
 };
 
 function name() {
