@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from html import escape
 from threading import Event, Thread
 from typing import Any
 
@@ -147,7 +146,7 @@ class Answerer:
         except TemplateError as error:
             raise Refusal("This model takes no system prompt; please leave it empty.") from error
         except ValueError as error:
-            raise Refusal(escape(str(error))) from error
+            raise Refusal(str(error)) from error
         room = self._room(inputs)
         if room < 1:
             raise Refusal(
@@ -187,7 +186,7 @@ class Answerer:
         try:
             features = self.model.get_image_features(**pixels, output_scopes=bool(self.scopes), return_dict=True)
         except ValueError as error:  # a projector with a fixed budget
-            raise Refusal(escape(str(error))) from error
+            raise Refusal(str(error)) from error
         return features, [self._maps_of(features, number, pixels, picture) for number, picture in enumerate(pictures)]
 
     def _maps_of(self, features: Any, number: int, pixels: dict, picture: Image.Image) -> ScopeMaps:

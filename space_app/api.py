@@ -1,31 +1,15 @@
 """The endpoints /ask and /scopes, for programs."""
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
 import numpy as np
 from answering import Answerer, ScopeMaps
-from ask_page import ONE_AT_A_TIME, SORRY
+from ask_page import ONE_AT_A_TIME, errors_in_a_sentence
 from conversation import topic, user_turn
 from pictures import Refusal, check_count, open_picture
 from settings import Settings, checked
-
-log = logging.getLogger("ms_resampler.space")
-
-
-@contextmanager
-def errors_in_a_sentence() -> Iterator[None]:
-    """Turns any error into one sentence for the caller, without a traceback."""
-    try:
-        yield
-    except Refusal:
-        raise
-    except Exception as error:
-        log.exception("A request failed")
-        raise gr.Error(SORRY, print_exception=False) from error
 
 
 class Api:
@@ -36,7 +20,7 @@ class Api:
 
     def ask(
         self,
-        images: list[str] | None,
+        images: Any,
         question: str,
         visual_tokens: float | None,
         system_prompt: str,
@@ -45,9 +29,9 @@ class Api:
         max_new_tokens: float,
     ) -> Iterator[dict[str, Any]]:
         """Streams the answer to a question about pictures, with what it cost."""
-        with errors_in_a_sentence():
+        with errors_in_a_sentence(str):
             wanted = checked(visual_tokens, system_prompt, temperature, top_p, max_new_tokens)
-            prompt = self.answerer.prepare(*topic([user_turn(question, images, [])]), wanted)
+            prompt = self.answerer.prepare(*topic([user_turn(question, paths_of(images), [])]), wanted)
             cost: dict[str, Any] = {}
             for step in self.answerer.reply(prompt, wanted):
                 if step.maps:
@@ -59,18 +43,25 @@ class Api:
                     }
                 yield {"answer": step.text, "milliseconds": round(step.milliseconds, 1), **cost}
 
-    def scopes(self, images: list[str] | None, visual_tokens: float | None) -> dict[str, Any]:
+    def scopes(self, images: Any, visual_tokens: float | None) -> dict[str, Any]:
         """How far each visual token of each picture trusted each scope, and where it looked in it."""
-        with errors_in_a_sentence():
-            check_count(images or [])
+        with errors_in_a_sentence(str):
+            paths = paths_of(images)
+            check_count(paths)
             wanted = checked(visual_tokens, "", 0, 1, 1)
-            maps = self.answerer.look([open_picture(path) for path in images or []], wanted)
+            maps = self.answerer.look([open_picture(path) for path in paths], wanted)
             return {"scopes": self.answerer.scopes, "images": [in_json(one) for one in maps]}
 
     def build(self) -> None:
         """Adds the endpoints; their inputs are not shown on the page."""
         with gr.Row(visible=False):
-            images = gr.File(label="images", file_count="multiple")
+            # Described as files, but taken as they come, so that anything else can be refused in a sentence.
+            images, files = gr.JSON(label="images"), gr.File(file_count="multiple", render=False)
+            images.api_info, images.example_payload, images.example_value = (
+                files.api_info,
+                files.example_payload,
+                files.example_value,
+            )
             question = gr.Textbox(label="question")
             budget = gr.Number(None, label="visual_tokens")
             settings = [
@@ -82,6 +73,19 @@ class Api:
             answer, maps = gr.JSON(label="answer"), gr.JSON(label="maps")
             gr.Button().click(self.ask, [images, question, budget, *settings], answer, api_name="ask", **ONE_AT_A_TIME)
             gr.Button().click(self.scopes, [images, budget], maps, api_name="scopes", **ONE_AT_A_TIME)
+
+
+def paths_of(images: Any) -> list[str]:
+    """The paths of uploaded files, which Gradio has checked; one may stand alone. Raises Refusal for anything else."""
+    files = [images] if isinstance(images, dict) else images or []
+    if isinstance(files, list) and all(
+        isinstance(file, dict)
+        and file.get("meta") == {"_type": "gradio.FileData"}
+        and isinstance(file.get("path"), str)
+        for file in files
+    ):
+        return [file["path"] for file in files]
+    raise Refusal("The images must be a list of files, each made by gradio_client's handle_file.")
 
 
 def in_json(maps: ScopeMaps) -> dict[str, Any]:

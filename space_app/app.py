@@ -46,29 +46,26 @@ from answering import Answerer, load
 from api import Api
 from ask_page import AskPage
 from compare_page import ComparePage
-from elements import EXAMPLES, HERE, header
-from pictures import MAX_FILE_MEGABYTES
+from elements import EXAMPLES, HERE, PAGE_SCRIPT, header
+from pictures import MAX_FILE_MEGABYTES, Refusal
 from safetensors import SafetensorError
+from starlette.middleware import Middleware
+from uploads import UPLOAD_SECONDS, Uploads
 
 gc.freeze()  # nor will it be
 gc.enable()
 
 QUEUE_LENGTH = 32
-DELETE_CACHE = (300, 3600)  # seconds between checks of the uploads, and the age at which they are deleted
+DELETE_CACHE = (60, UPLOAD_SECONDS)  # seconds between checks of the uploads, and from their last use to their end
 SESSIONS = 64  # visitors whose state Gradio keeps, about a megabyte each
-# Labels for screen readers that Gradio lacks: the box, its Stop button, the pictures in chat and box.
-NAMES_SCRIPT = """() => {
-  const name = () => {
-    document.querySelectorAll('.ask textarea').forEach(box => box.setAttribute('aria-label', 'Your question'));
-    document.querySelectorAll('.ask .stop-button').forEach(button => button.setAttribute('aria-label', 'Stop'));
-    document.querySelectorAll('.ask [role="listitem"]').forEach(item => { item.role = 'group'; });  // of no list
-    document.querySelectorAll('#chat [aria-label="Undo"]').forEach(
-      button => { button.ariaLabel = button.title = 'Edit the question'; });
-    document.querySelectorAll('#chat img[alt=""]').forEach(image => { image.alt = 'The picture asked about'; });
-  };
-  new MutationObserver(name).observe(document.body, {childList: true, subtree: true});
-  name();
-}"""
+
+
+async def fetch_nothing(url: str, cache_dir: str) -> str:
+    """In place of Gradio's download of any address that a program names, of any size."""
+    raise Refusal("Please send the picture itself: this server fetches none from elsewhere.")
+
+
+gr.processing_utils.async_ssrf_protected_download = fetch_nothing
 
 
 def about_the_model() -> dict[str, Any]:
@@ -110,10 +107,12 @@ def launch_options() -> dict[str, Any]:
             input_placeholder_color_dark="*neutral_400",
         ),
         "css_paths": HERE / "style.css",
-        "js": NAMES_SCRIPT,
+        "js": PAGE_SCRIPT,
         "allowed_paths": [str(EXAMPLES)],
         "max_file_size": MAX_FILE_MEGABYTES * 2**20,
         "show_error": False,
+        "enable_monitoring": False,
+        "app_kwargs": {"middleware": [Middleware(Uploads)]},
         "run_history": False,
         "state_session_capacity": SESSIONS,
         "footer_links": ["api", "settings"],

@@ -3,12 +3,24 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from html import escape
 from typing import Any
 
 import gradio as gr
 from answering import Answerer
-from conversation import answers_in, assistant_turn, last_question, pictures_of, text_of, topic, user_turn
-from elements import EXAMPLES, ask_box, box_update, budget_slider, example_scenes, scope_view, settings_panel
+from conversation import (
+    answers_in,
+    as_sent,
+    assistant_turn,
+    last_question,
+    pictures_of,
+    said_in,
+    text_of,
+    topic,
+    turn_of,
+    user_turn,
+)
+from elements import EXAMPLES, ask_box, box_update, budget_slider, example_scenes, intake, scope_view, settings_panel
 from pictures import Refusal
 from scope_view import view_value, words_value
 from settings import checked
@@ -19,72 +31,76 @@ ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
 UNSEEN = {"show_progress": "hidden", "api_visibility": "private"}
 # Waiting visitors see their place in the queue.
 QUEUED = {"show_progress": "minimal", "api_visibility": "private", **ONE_AT_A_TIME}
-# A photograph goes into the box without a server call.
+# A photograph goes into the box without a server call, as do pictures that were sent.
 TAKE_PHOTOGRAPH = """(photograph, box) => photograph
   ? [null, {text: box?.text || '', files: [...(box?.files || []), photograph]}] : [photograph, box]"""
+TAKE_PICTURES = "(sent, box) => [null, {text: box?.text || '', files: [...(box?.files || []), ...(sent || [])]}]"
 
 
 @contextmanager
 def warnings_in_a_sentence() -> Iterator[None]:
     """Shows any error as one sentence, without a traceback; the page does not change."""
     try:
-        yield
+        with errors_in_a_sentence():
+            yield
     except Refusal as refusal:
         gr.Warning(refusal.message, title=refusal.title)
-    except Exception:
-        log.exception("A question could not be answered")
-        gr.Warning(SORRY, title="Sorry")
+
+
+@contextmanager
+def errors_in_a_sentence(shown: Callable[[str], str] = escape) -> Iterator[None]:
+    """Turns any error into one sentence, without a traceback, in the form in which it is shown: on the page, HTML."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, Refusal)
+        if not known:
+            log.exception("A request failed")
+        raise Refusal(shown(error.message) if known else SORRY, "Not yet" if known else "Sorry") from error
 
 
 class AskPage:
-    """The page's events for one model; the server keeps no state of the page between calls."""
+    """The page's events for one model; the server keeps no state of the page between calls.
+
+    A question is first in the chat, then checked, and then waits for the model.
+    """
 
     def __init__(self, answerer: Answerer, scenes: list[dict[str, Any]]):
         self.answerer, self.scenes = answerer, scenes
 
-    def submit(self, message: dict, history: list[dict], *settings: Any) -> Iterator[tuple]:
-        """Answers a question typed in the page."""
-        yield from self.answer(lambda: [*history, user_turn(message["text"], message["files"], history)], settings)
-
-    def choose(self, history: list[dict], event: gr.EventData, *settings: Any) -> Iterator[tuple]:
-        """Asks the question of an example at once."""
+    def choose(self, history: list[dict], event: gr.EventData) -> tuple[list[dict], gr.MultimodalTextbox]:
+        """Puts the question of an example into the chat; what is in the box stays there."""
         scene = self.scenes[event.scene]
-        yield from self.submit(
-            {"text": scene["question"], "files": [str(EXAMPLES / scene["file"])]}, history, *settings
-        )
+        asked = turn_of("user", scene["question"], [str(EXAMPLES / scene["file"])])
+        return [*as_sent(history), asked], box_update(answering=True)
 
-    def retry(self, history: list[dict], *settings: Any) -> Iterator[tuple]:
-        """Asks the last question again, and replaces its answer."""
-        yield from self.answer(lambda: history[: last_question(history) + 1], settings)
+    def retry(self, history: list[dict]) -> tuple[list[dict], gr.MultimodalTextbox]:
+        """Takes the last answer out of the chat."""
+        return as_sent(history[: last_question(history) + 1]), box_update(answering=True)
 
-    def take_back(self, history: list[dict]) -> tuple[list[dict], gr.MultimodalTextbox]:
-        """Puts the last question with its pictures back into the box, to be edited."""
-        place = last_question(history)
-        message = {"text": text_of(history[place]), "files": pictures_of(history[place])}
-        return history[:place], box_update(answering=False, value=message)
+    def check(self, history: list[dict], *settings: Any) -> None:
+        """Raises Refusal if the last question cannot be asked."""
+        with errors_in_a_sentence():
+            *earlier, asked = history
+            topic([*earlier, user_turn(text_of(asked), pictures_of(asked), earlier)])
+            checked(*settings)
 
-    def answer(self, asked: Callable[[], list[dict]], settings: tuple) -> Iterator[tuple]:
-        """Yields the chat, the input box and the scope view while the last question is answered.
+    def answer(self, history: list[dict], *settings: Any) -> Iterator[tuple]:
+        """Yields the chat and the scope view while the last question is answered. Raises Refusal if it cannot be.
 
-        A refused question leaves all three unchanged. The view is yielded with every word, because a slow page shows
-        only the latest of several values and would miss a single one; only changes are sent.
+        The view is yielded with every word, because a slow page shows only the latest of several values and would miss
+        a single one; only changes are sent.
         """
-        prompt = None
+        history, view = as_sent(history), gr.skip()
+        with errors_in_a_sentence():
+            wanted = checked(*settings)
+            steps = self.answerer.reply(self.answerer.prepare(*topic(history), wanted), wanted)
+        yield [*history, assistant_turn("")], view
         with warnings_in_a_sentence():
-            history, wanted = asked(), checked(*settings)
-            prompt = self.answerer.prepare(*topic(history), wanted)
-        if prompt is None:
-            yield gr.skip(), gr.skip(), gr.skip()
-            return
-        view = gr.skip()
-        yield [*history, assistant_turn("")], box_update(answering=True, value=None), view
-        with warnings_in_a_sentence():
-            for step in self.answerer.reply(prompt, wanted):
+            for step in steps:
                 if step.maps:
-                    number = len(answers_in(history))
-                    view = view_value(self.answerer.scopes, step, wanted, number)
-                yield [*history, assistant_turn(step.text)], gr.skip(), view
-        yield gr.skip(), box_update(answering=False), view
+                    view = view_value(self.answerer.scopes, step, wanted, len(answers_in(history)))
+                yield [*history, assistant_turn(step.text)], view
 
     def words(self, history: list[dict], event: gr.EventData) -> dict[str, Any]:
         """The words of an answer, requested by the view."""
@@ -95,6 +111,8 @@ class AskPage:
             if number >= len(places):
                 raise Refusal("That answer was taken back; ask again to play its words.")
             place = places[number]
+            if not said_in(history[place]):
+                raise Refusal("That answer has no words to play; please ask again.")
             prompt = self.answerer.prepare(*topic(history[:place]), wanted)
             words = self.answerer.attend(prompt, text_of(history[place]))
             return words_value(words, number)
@@ -110,12 +128,14 @@ class AskPage:
                     height=360,
                     layout="bubble",
                     render_markdown=False,
+                    latex_delimiters=[],
                     buttons=["copy"],
                     allow_file_downloads=False,
                     placeholder="Drop a picture below, or pick a scene.",
                     elem_id="chat",
                 )
                 box = ask_box("ask")
+                taken = intake()
                 budget = budget_slider(self.answerer, self.answerer.trained_budget, "Visual tokens a picture", "budget")
                 scenes = example_scenes(self.scenes, "Or ask about one of these", "scenes")
                 with gr.Row(elem_classes="drawers"):
@@ -123,22 +143,31 @@ class AskPage:
                     with gr.Accordion("Camera", open=False, elem_id="camera"):
                         camera = gr.Image(sources=["webcam"], type="filepath", label="Camera", show_label=False)
             with gr.Column(scale=7, min_width=320, elem_classes="look"):
-                view = scope_view(self.answerer, "view", "Maps", plays=True)
+                view = scope_view(self.answerer, "view", "Maps", plays=True, beside="#chat")
         camera.change(None, [camera, box], [camera, box], js=TAKE_PHOTOGRAPH, **UNSEEN)
+        taken.sent(None, [taken, box], [taken, box], js=TAKE_PICTURES, **UNSEEN)
         self.connect(chatbot, box, scenes, view, settings)
 
     def connect(self, chatbot, box, scenes, view, settings: list) -> None:
-        """The events of the page."""
-        page = {"outputs": [chatbot, box, view], **QUEUED, "show_progress_on": chatbot}
+        """The events of the page; `talk` is in page.js."""
+        talk, page = [chatbot, box], {"outputs": [chatbot, view], **QUEUED, "show_progress_on": chatbot}
         asked = [
-            box.submit(self.submit, [box, chatbot, *settings], **page),
-            scenes.choose(self.choose, [chatbot, *settings], **page),
-            chatbot.retry(self.retry, [chatbot, *settings], **page),
+            box.submit(None, [box, chatbot], talk, js="(box, history) => talk.ask(box, history)", **UNSEEN),
+            scenes.choose(self.choose, chatbot, talk, **UNSEEN),
+            chatbot.retry(self.retry, chatbot, talk, **UNSEEN),
         ]
-        chatbot.undo(self.take_back, chatbot, [chatbot, box], **UNSEEN)
-        box.stop(lambda: box_update(answering=False), None, box, cancels=asked, **UNSEEN)
+        answers = []
+        for question in asked:
+            check = question.success(self.check, [chatbot, *settings], **UNSEEN)
+            answer = check.success(self.answer, [chatbot, *settings], **page)
+            answer.success(None, None, box, js="talk.ready", **UNSEEN)
+            for failed in (check.failure, answer.failure):
+                failed(None, talk, talk, js="(history, box) => talk.end(history, box)", **UNSEEN)
+            answers.append(answer)
+        chatbot.undo(None, talk, talk, js="(history, box) => talk.takeBack(history, box)", **UNSEEN)
+        box.stop(lambda: box_update(answering=False), None, box, cancels=answers, **UNSEEN)
         # First cancels the answer, then clears everything, so that its last words do not arrive afterwards.
-        cleared = chatbot.clear(None, cancels=asked)
+        cleared = chatbot.clear(None, cancels=answers)
         cleared.then(self.answerer.forget, **UNSEEN)
         cleared.then(lambda: ([], box_update(answering=False, value=None), None), None, [chatbot, box, view], **UNSEEN)
         view.words(self.words, [chatbot], view, **UNSEEN, **ONE_AT_A_TIME)

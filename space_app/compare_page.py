@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 from answering import Answerer
-from ask_page import QUEUED, UNSEEN, warnings_in_a_sentence
+from ask_page import QUEUED, TAKE_PICTURES, UNSEEN, errors_in_a_sentence, warnings_in_a_sentence
 from conversation import PENDING, topic, user_turn
 from elements import (
     EXAMPLES,
@@ -14,6 +14,7 @@ from elements import (
     budget_props,
     budget_slider,
     example_scenes,
+    intake,
     scope_view,
     view_props,
 )
@@ -28,35 +29,29 @@ class ComparePage:
         self.sides, self.scenes, self.note = (one, other), scenes, note
 
     def compare(self, message: dict, second: int, *budgets: Any) -> Iterator[tuple]:
-        """Yields the box, then answer and view of one side, then of the other.
+        """Yields the question, then answer and view of one side, then of the other. Raises Refusal if it cannot.
 
         The other side is the model with the number `second`.
         """
-        prompts, sides = [], (self.sides[0], self.sides[second])
-        with warnings_in_a_sentence():
+        sides = self.sides[0], self.sides[second]
+        with errors_in_a_sentence():
             conversation = topic([user_turn(message["text"], message["files"], [])])
             wanted = [checked(budget, "", 0, 1, Settings.max_new_tokens) for budget in budgets]
             prompts = [side.prepare(*conversation, settings) for side, settings in zip(sides, wanted, strict=True)]
-        if not prompts:
-            yield tuple([gr.skip()] * 5)
-            return
         shown: list = ["", None, "", None]
-        yield box_update(answering=True), *shown
+        yield message["text"], *shown
         with warnings_in_a_sentence():
             for number, (side, prompt, settings) in enumerate(zip(sides, prompts, wanted, strict=True)):
                 for step in side.reply(prompt, settings):
                     shown[2 * number] = step.text or PENDING
                     if step.maps:
                         shown[2 * number + 1] = view_value(side.scopes, step, settings)
-                    yield gr.skip(), *shown
-        yield box_update(answering=False), *shown
+                    yield message["text"], *shown
 
     def choose(self, event: gr.EventData, second: int, *budgets: Any) -> Iterator[tuple]:
-        """Puts an example into the box, and compares at once."""
+        """Compares on an example at once; what is in the box stays there."""
         scene = self.scenes[event.scene]
-        message = {"text": scene["question"], "files": [str(EXAMPLES / scene["file"])]}
-        yield gr.MultimodalTextbox(value=message), *[gr.skip()] * 4
-        yield from self.compare(message, second, *budgets)
+        yield from self.compare({"text": scene["question"], "files": [str(EXAMPLES / scene["file"])]}, second, *budgets)
 
     def switch(self, second: int) -> tuple[gr.MultimodalTextbox, gr.Textbox, gr.HTML, gr.HTML]:
         """Resets the box and the other side's answer, view and budget for another model.
@@ -84,6 +79,7 @@ class ComparePage:
         with gr.Row(elem_classes="page"):
             with gr.Column(scale=1, min_width=320):
                 box = ask_box("compare-ask")
+                taken = intake()
                 second = gr.Radio(
                     [(side.name, number) for number, side in reversed(list(enumerate(self.sides)))],
                     value=1,
@@ -96,20 +92,29 @@ class ComparePage:
         with gr.Row(elem_classes="page"):
             first_budget = budget_slider(one, one.trained_budget, "A, visual tokens", "budget-a")
             budgets = [first_budget, budget_slider(other, self.second_budget(1), "B, visual tokens", "budget-b")]
-        shown: list = []
+        shown: list = [gr.Textbox(label="Question", interactive=False, elem_id="asked")]
         with gr.Row(elem_classes="page"):
             for letter, name, side in zip("ab", names, self.sides, strict=True):
                 with gr.Column(scale=1, min_width=320):
                     shown.append(gr.Textbox(label=f"{name} answers", interactive=False, elem_id=f"answer-{letter}"))
-                    shown.append(scope_view(side, f"view-{letter}", f"Maps of {letter.upper()}", plays=False))
-        page = {"outputs": [box, *shown], **QUEUED, "show_progress_on": [shown[0], shown[2]]}
+                    shown.append(
+                        scope_view(
+                            side, f"view-{letter}", f"Maps of {letter.upper()}", plays=False, beside=f"#answer-{letter}"
+                        )
+                    )
+        page = {"outputs": shown, **QUEUED, "show_progress_on": [shown[1], shown[3]]}
+        for begins in (box.submit, scenes.choose):  # before those that take their time
+            begins(None, None, box, js="talk.answering", **UNSEEN)
         asked = [
             box.submit(self.compare, [box, second, *budgets], **page),
             scenes.choose(self.choose, [second, *budgets], **page),
         ]
+        for compared in asked:
+            compared.then(None, None, box, js="talk.ready", **UNSEEN)
+        taken.sent(None, [taken, box], [taken, box], js=TAKE_PICTURES, **UNSEEN)
         # First cancels the comparison, so that its last words do not appear under another model's name.
         switched = second.change(None, cancels=asked)
-        switched.then(self.switch, second, [box, *shown[2:], budgets[1]], **UNSEEN)
+        switched.then(self.switch, second, [box, *shown[3:], budgets[1]], **UNSEEN)
         box.stop(lambda: box_update(answering=False), None, box, cancels=asked, **UNSEEN)
 
 

@@ -1,5 +1,12 @@
-"""Converts the chat between Gradio's form, kept in the browser, and that of the processor."""
+"""Converts the chat between Gradio's form, kept in the browser, and that of the processor.
 
+Gradio shows the texts of a chat as HTML: they are escaped there, and nowhere else.
+"""
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from html import escape, unescape
 from typing import Any
 
 from pictures import Refusal, check_count, open_picture
@@ -13,13 +20,7 @@ def user_turn(text: str | None, files: list[str] | None, history: list[dict]) ->
     """A question with its pictures, as turns of the chat. Raises Refusal if it cannot be asked."""
     files = files or []
     check_count(files, has_earlier_picture=any(pictures_of(turn) for turn in history))
-    question = check_question(text)
-    for path in files:
-        open_picture(path)
-    return {
-        "role": "user",
-        "content": [*({"path": path, "alt_text": "The picture asked about"} for path in files), question],
-    }
+    return turn_of("user", check_question(text), files)
 
 
 def check_question(text: str | None) -> str:
@@ -34,7 +35,18 @@ def check_question(text: str | None) -> str:
 
 def assistant_turn(text: str) -> dict:
     """An answer, possibly partial."""
-    return {"role": "assistant", "content": text or PENDING}
+    return turn_of("assistant", text or PENDING)
+
+
+def turn_of(role: str, text: str, files: Iterable[str] = ()) -> dict:
+    """A turn of the chat, in Gradio's form."""
+    pictures = [{"path": path, "alt_text": "The picture asked about"} for path in files]
+    return {"role": role, "content": [*pictures, {"type": "text", "text": escape(text, quote=False)}]}
+
+
+def as_sent(history: list[dict]) -> list[dict]:
+    """The chat without the addresses of its pictures, which Gradio would take for their paths the next time."""
+    return [turn_of(turn["role"], text_of(turn), pictures_of(turn)) for turn in history]
 
 
 def pictures_of(turn: dict) -> list[str]:
@@ -47,7 +59,7 @@ def pictures_of(turn: dict) -> list[str]:
 def text_of(turn: dict) -> str:
     """The words of a turn."""
     content = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
-    return "".join(part if isinstance(part, str) else part.get("text", "") for part in content)
+    return unescape("".join(part if isinstance(part, str) else part.get("text", "") for part in content))
 
 
 def said_in(turn: dict) -> str:
@@ -77,6 +89,9 @@ def topic(history: list[dict]) -> tuple[list[dict], list[Image.Image]]:
         check_count([])
     paths = pictures_of(history[starts[-1]])
     check_count(paths)
+    for path in paths:
+        with suppress(OSError):  # a missing one is told of when it is opened
+            os.utime(path)  # uploads are deleted some time after their last use
     pictures = [open_picture(path) for path in paths]
     turns: list[dict[str, Any]] = [
         {"role": turn["role"], "content": [{"type": "text", "text": said_in(turn)}]} for turn in history[starts[-1] :]

@@ -6,12 +6,15 @@ from typing import Any
 
 import gradio as gr
 from answering import Answerer
+from pictures import MAX_FILE_MEGABYTES, MAX_PICTURES, TOO_LARGE, TOO_MANY
 from PIL import Image
 from scope_view import FUSED_COLOUR, data_url, scope_legend
 from settings import MAX_NEW_TOKENS, MAX_SYSTEM_CHARACTERS, MAX_TEMPERATURE, MIN_TOP_P, Settings
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE / "examples"
+INTAKE_SCRIPT = (HERE / "intake.js").read_text()
+PAGE_SCRIPT = f"() => {{\n{(HERE / 'page.js').read_text()}\n}}"
 VIEW_SCRIPT = "\n".join((HERE / name).read_text() for name in ("heat.js", "view_parts.js", "view.js"))
 # Ignored while an answer is being written, which another one would overwrite.
 EXAMPLES_SCRIPT = """
@@ -28,7 +31,7 @@ const show = () => {
   const {budgets, patches, trained} = props, count = budgets[range.value];
   const saved = Math.round(100 * (1 - count / patches));
   const own = count === trained ? '' : `; the model was trained with ${trained}`;
-  out.textContent = `${count} for ${patches} patches, ${saved} % saved${own}`;
+  out.textContent = `${count} for ${patches} ${patches === 1 ? 'patch' : 'patches'}, ${saved} % saved${own}`;
   range.setAttribute('aria-valuetext', out.textContent);
 };
 range.addEventListener('input', () => { props.value = props.budgets[range.value]; show(); });
@@ -100,13 +103,31 @@ def ask_box(elem_id: str) -> gr.MultimodalTextbox:
     )
 
 
+def intake() -> gr.HTML:
+    """What puts pictures into the box, and says why one cannot be used; its value is the pictures just sent."""
+    return gr.HTML(
+        None,
+        html_template='<p class="quiet" role="status"></p>',
+        js_on_load=INTAKE_SCRIPT,
+        apply_default_css=False,
+        elem_classes="intake",
+        most=MAX_PICTURES,
+        too_many=TOO_MANY,
+        most_bytes=MAX_FILE_MEGABYTES * 2**20,
+        too_large=TOO_LARGE,
+    )
+
+
 def box_update(answering: bool, **changes: Any) -> gr.MultimodalTextbox:
     """Shows a Stop button instead of Send while an answer is written."""
     return gr.MultimodalTextbox(submit_btn=not answering, stop_btn=answering, **changes)
 
 
-def scope_view(answerer: Answerer, elem_id: str, name: str, plays: bool) -> gr.HTML:
-    """Where an answer's maps are drawn; `name` is for screen readers, `plays` if the answer's words can be played."""
+def scope_view(answerer: Answerer, elem_id: str, name: str, plays: bool, beside: str) -> gr.HTML:
+    """Where an answer's maps are drawn; `name` is for screen readers, `plays` if the answer's words can be played.
+
+    `beside` is where the answer itself stands, to which a narrow page scrolls.
+    """
     return gr.HTML(
         None,
         html_template=f'<div class="view" role="region" aria-label="{escape(name)}"></div>',
@@ -116,6 +137,7 @@ def scope_view(answerer: Answerer, elem_id: str, name: str, plays: bool) -> gr.H
         elem_classes="scope-view",
         fused_colour=FUSED_COLOUR,
         plays=plays,
+        beside=beside,
         **view_props(answerer),
     )
 

@@ -13,6 +13,7 @@ async function receive(message) {
     state.answers.length = Math.min(state.answers.length, message.number);  // what came later was taken back
     state.answers[message.number] = {...message, pictures: await Promise.all(message.pictures.map(unpackPicture))};
     Object.assign(state, {shown: message.number, picture: 0});
+    if (innerWidth <= 700) document.querySelector(props.beside).scrollIntoView();
   }
   stop();
   Object.assign(state, {pinned: ALL, pointed: null});
@@ -76,7 +77,25 @@ function stop() {
   state.timer = null;
 }
 
+document.addEventListener('keydown', event => {
+  if (event.key === 'Escape' && state.pinned.kind !== 'all') select(ALL);
+});
+
+// A click on an answer in the chat shows its maps, unless it marks text.
+element.closest('.page').addEventListener('click', event => {
+  const turn = event.target.closest('#chat .bot-row');
+  if (!turn || event.target.closest('button') || !getSelection().isCollapsed) return;
+  const number = [...document.querySelectorAll('#chat .bot-row')].indexOf(turn);
+  if (state.answers[number]) show({shown: number, picture: 0});
+});
+
 // --- What is shown ----------------------------------------------------------------------------------------------
+
+function show(choice) {
+  select(ALL);
+  Object.assign(state, choice);
+  build();
+}
 
 function build() {
   const focused = document.activeElement?.dataset.focus, answer = state.answers[state.shown];
@@ -129,18 +148,19 @@ function statusOf(answer, picture, selection, ofTokens) {
 function titleOf(picture, {kind, token, patch, word}) {
   if (kind === 'token') return `Token in ${place(picture.token_grid, token)}`;
   if (kind === 'place') return `Place in ${place(picture.patch_grid, patch)}`;
-  return kind === 'word' ? `“${word.text}”` : `All ${picture.tokens} visual tokens`;
+  return kind === 'word' ? `“${word.text}”` : picture.tokens === 1 ? 'The only visual token' : `All ${picture.tokens} visual tokens`;
 }
 
 function detailOf(answer, picture, {kind, token, word}, ofTokens) {
   const readers = () => [...ofTokens.keys()].sort((a, b) => ofTokens[b] - ofTokens[a]).slice(0, 3)
     .map(reader => `${place(picture.token_grid, reader)} (${percent(ofTokens[reader])})`).join('; ');
-  if (kind === 'word') return `gave ${percent(sum(word.shares))} of its attention to the picture, the rest to text. Of that, most to the tokens in ${readers()}.`;
-  if (kind === 'place') return `is read most by the tokens in ${readers()}, of all that read it.`;
+  const tokens = picture.tokens === 1 ? 'token' : 'tokens';
+  if (kind === 'word') return `gave ${percent(sum(word.shares))} of its attention to the picture, the rest to text. Of that, most to the ${tokens} in ${readers()}.`;
+  if (kind === 'place') return `is read most by the ${tokens} in ${readers()}, of all that read it.`;
   const says = kind === 'token' && picture.words.length
     ? `says ${picture.words[token].map(([said, share]) => `“${said}” ${percent(share)}`).join(', ')}; ` : '';
   if (!picture.scopes) return says;
-  if (kind === 'all') return 'together. Point at a token, or at a place in the picture; click to keep it.';
+  if (kind === 'all') return `${picture.tokens === 1 ? 'stands for the whole picture' : 'together'}. Point at a token, or at a place in the picture; click to keep it.`;
   return `${says}trusts ${answer.scopes.map(({name}, scope) => `${name} ${percent(trustIn(picture, scope, ofTokens))}`).join(', ')}.`;
 }
 

@@ -10,6 +10,10 @@ function make(tag, attributes = {}, ...children) {
   return made;
 }
 
+function counted(count, noun, nouns = `${noun}s`) {
+  return `${count} ${count === 1 ? noun : nouns}`;
+}
+
 function percent(share) {
   return share > 0 && share < 0.01 ? `${(100 * share).toFixed(1)} %` : `${Math.round(100 * share)} %`;
 }
@@ -42,7 +46,7 @@ function costLine(answer) {
   const saved = tokens < patches ? `, ${percent(1 - tokens / patches)} saved` : '';
   const read = answer.reading ? `read in ${Math.round(answer.reading)} ms` : 'read before, and reused';
   return make('p', {class: 'cost'},
-    make('b', {}, `${tokens} visual tokens`), ` from ${patches} patches${saved} · ${read} · first token after `,
+    make('b', {}, counted(tokens, 'visual token')), ` from ${counted(patches, 'patch', 'patches')}${saved} · ${read} · first token after `,
     make('b', {}, `${Math.round(answer.milliseconds)} ms`));
 }
 
@@ -51,7 +55,7 @@ function selectors(answer) {
   const choice = (kind, numbers, current, choose) => numbers.length > 1 && row.append(make('div', {role: 'group', 'aria-label': kind},
     ...numbers.map(number => make('button', {
       type: 'button', 'aria-pressed': String(number === current), 'data-focus': `${kind}${number}`,
-      click: () => { select(ALL); Object.assign(state, choose(number)); build(); },
+      click: () => show(choose(number)),
     }, `${kind} ${number + 1}`))));
   choice('Answer', Object.keys(state.answers).map(Number), state.shown, number => ({shown: number, picture: 0}));
   choice('Picture', [...answer.pictures.keys()], state.picture, number => ({picture: number}));

@@ -55,7 +55,7 @@ def served(*answerers, **options) -> Iterator[str]:
     demo = app.build_demo(*answerers)
     with socket.socket() as probe:  # Gradio's own search for a port leaves sockets open
         probe.bind(("127.0.0.1", 0))
-        options["server_port"] = probe.getsockname()[1]
+        options.setdefault("server_port", probe.getsockname()[1])
     _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, **app.launch_options(), **options)
     try:
         yield address.rstrip("/")

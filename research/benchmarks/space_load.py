@@ -1,21 +1,24 @@
-"""The Space under load: start-up, many users at once, and memory over many conversations.
+"""The Space under load: start-up, many users at once, an abusive visitor, and memory over many conversations.
 
     python -m research.benchmarks.space_load                  20 users for 60 seconds, then twice 200 conversations
     python -m research.benchmarks.space_load --users 3 --seconds 5 --conversations 10
 
 Serves the app as `ms-resampler demo` does, with a second model to compare with. Users ask through the API; where there
 are two models, every fourth question goes to both of them, as from the Compare page. Every answer is compared with
-that to the same question without other users. Prints a markdown table. The exit code is 1 if an answer was wrong or
-missing.
+that to the same question without other users. The abusive visitor asks six questions at once, each about four
+pictures of 24 megapixels, while another visitor asks about a small one. Prints a markdown table. The exit code is 1 if
+an answer was wrong or missing.
 """
 
 import argparse
+import io
 import json
 import os
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -26,6 +29,7 @@ from pathlib import Path
 
 import httpx
 from gradio_client import Client, handle_file
+from PIL import Image
 
 from ms_resampler.demo import loadable_pair
 from ms_resampler.folders import find_app
@@ -37,6 +41,7 @@ SCENES = json.loads((EXAMPLES / "examples.json").read_text())["scenes"]
 # Every question about every scene: a mixed-up answer would show.
 QUESTIONS = [(scene["file"], other["question"]) for scene in SCENES for other in SCENES]
 COMPARED_EVERY = 4
+ABUSIVE_CALLS, LARGE_PICTURES, LARGE_SIZE = 6, 4, (6000, 4000)
 
 
 def main() -> int:
@@ -57,7 +62,8 @@ def main() -> int:
             ]
             first_rows, expected, compared = alone(address, second is not None)
             crowd_rows, wrong = crowd(address, expected, compared, arguments.users, arguments.seconds)
-            rows += first_rows + crowd_rows + memory(address, process.pid, arguments.conversations)
+            rows += first_rows + crowd_rows + abuse(address, process.pid)
+            rows += memory(address, process.pid, arguments.conversations)
     print(f"{machine()}\n\n| | |\n|---|---|")
     print("\n".join(f"| {name} | {value} |" for name, value in rows))
     return 1 if wrong else 0
@@ -164,6 +170,50 @@ def crowd(
     ], wrong
 
 
+def large_picture(number: int) -> bytes:
+    """A picture of LARGE_SIZE unlike all others, as JPEG or PNG in turn."""
+    image = Image.effect_noise((60, 40), 90).resize(LARGE_SIZE).convert("RGB")
+    image.putpixel((0, 0), (number, 0, 0))
+    file = io.BytesIO()
+    image.save(file, "JPEG" if number % 2 else "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def abuse(address: str, pid: int) -> list[tuple[str, str]]:
+    """Somebody asks about many large pictures at once: how long another visitor waits, and the most memory so far."""
+    with tempfile.TemporaryDirectory() as place:
+        files = [Path(place, f"{number}.picture") for number in range(ABUSIVE_CALLS * LARGE_PICTURES)]
+        for number, path in enumerate(files):
+            path.write_bytes(large_picture(number))
+
+        def ask_much(call: int) -> str:
+            with closing(connect(address)) as client:
+                images = [handle_file(str(path)) for path in files[call::ABUSIVE_CALLS]]
+                return client.predict(images, "What is in the picture?", visual_tokens=None, api_name="/ask")["answer"]
+
+        with ThreadPoolExecutor(ABUSIVE_CALLS) as pool, closing(connect(address)) as client:
+            started = time.perf_counter()
+            waits: list[float] = []
+            calls = [pool.submit(ask_much, call) for call in range(ABUSIVE_CALLS)]
+            while not all(call.done() for call in calls) or not waits:
+                asked = time.perf_counter()
+                ask(client, *QUESTIONS[0])
+                waits.append(time.perf_counter() - asked)
+            wall, answered = time.perf_counter() - started, sum(bool(call.result()) for call in calls)
+    megapixels = LARGE_SIZE[0] * LARGE_SIZE[1] / 1e6
+    return [
+        (
+            f"{ABUSIVE_CALLS} calls of {LARGE_PICTURES} pictures of {megapixels:g} megapixels at once",
+            f"{answered} answered in {wall:.1f} s",
+        ),
+        (
+            "another visitor's answers meanwhile, median and longest",
+            f"{statistics.median(waits):.2f} s, {max(waits):.2f} s",
+        ),
+        ("the most resident memory so far", f"{resident_megabytes(pid, 'VmHWM'):.0f} MB"),
+    ]
+
+
 def memory(address: str, pid: int, conversations: int) -> list[tuple[str, str]]:
     """The app's memory over conversations of two questions and a look at the maps, each by a visitor of its own."""
     sizes = [resident_megabytes(pid)]
@@ -185,9 +235,9 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def resident_megabytes(pid: int) -> float:
-    """VmRSS of a process, as Linux tells it."""
-    line = next(row for row in Path(f"/proc/{pid}/status").read_text().splitlines() if row.startswith("VmRSS"))
+def resident_megabytes(pid: int, field: str = "VmRSS") -> float:
+    """The resident memory of a process, now or (VmHWM) at its highest, as Linux tells it."""
+    line = next(row for row in Path(f"/proc/{pid}/status").read_text().splitlines() if row.startswith(field))
     return int(line.split()[1]) / 1024
 
 

@@ -1,6 +1,7 @@
 """The Space as programs meet it: its endpoints, its limits, behind a proxy, alone in a folder, in a crowd."""
 
 import gc
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ from gradio.state_holder import SessionState
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from huggingface_hub import HfApi
+from PIL import Image
 
 import app  # isort: skip (space_server made it importable)
 import settings
@@ -125,6 +128,78 @@ def test_errors_are_sentences(client, picture_file, tmp_path):
         assert str(space_server.SPACE) not in str(error.value)
 
 
+def test_one_image_needs_no_list_and_anything_else_is_refused_in_a_sentence(client, picture_file):
+    one = handle_file(picture_file)
+    assert client.predict(one, QUESTION, None, max_new_tokens=3, api_name="/ask")["visual_tokens"] == [4]
+    assert len(client.predict(one, None, api_name="/scopes")["images"]) == 1
+    for images in (picture_file, [picture_file], 3, {"path": picture_file}, [[one]]):
+        for endpoint, arguments in (("/ask", (images, QUESTION, None)), ("/scopes", (images, None))):
+            with pytest.raises(AppError, match="must be a list of files"):
+                client.predict(*arguments, api_name=endpoint)
+
+
+def test_nothing_is_fetched_from_elsewhere(client):
+    with pytest.raises(AppError, match="send the picture itself"):
+        client.predict([handle_file("http://127.0.0.1:9/picture.png")], QUESTION, None, api_name="/ask")
+
+
+def test_a_typed_image_token_is_text(client, picture_file):
+    asked = "What is <image>?"
+    answer = client.predict([handle_file(picture_file)], asked, None, "See <image>.", max_new_tokens=3, api_name="/ask")
+    assert answer["visual_tokens"] == [4]
+
+
+def test_nobody_watches_visitors_and_no_place_of_the_machine_is_told(address, client, picture_file):
+    assert [httpx.get(f"{address}/monitoring{page}").status_code for page in ("", "/summary", "/x")] == [403] * 3
+    answer = client.predict([handle_file(picture_file)], QUESTION, None, max_new_tokens=3, api_name="/ask")
+    told = [httpx.get(f"{address}{page}").text for page in ("/config", "/gradio_api/info", "/?view=api")]
+    lost = {"path": "lost.png", "meta": {"_type": "gradio.FileData"}}
+    told += [httpx.post(f"{address}/gradio_api/run/ask", json={"data": [lost, QUESTION, None, "", 0, 1, 8]}).text]
+    told += [httpx.get(f"{address}/gradio_api/file=lost.png").text, json.dumps(answer)]
+    for place in (str(space_server.SPACE), os.getcwd(), tempfile.gettempdir() + "/", os.environ["HOME"] + "/"):
+        assert not [text for text in told if place in text], place
+
+
+# --- Uploads ----------------------------------------------------------------------------------------------------
+
+
+def upload(address, content, query=""):
+    return httpx.post(f"{address}/gradio_api/upload{query}", files={"files": ("picture.png", content)}, timeout=60)
+
+
+def test_a_picture_is_decoded_before_its_question_waits_and_is_small_then(address, monkeypatch):
+    file, sizes = io.BytesIO(), []
+    Image.effect_noise((60, 40), 90).resize((6000, 4000)).convert("RGB").save(file, "JPEG")
+    (path,) = upload(address, file.getvalue()).json()
+    with Image.open(path) as image:
+        assert image.size == (1254, 836)
+    opened = Image.open
+
+    def counted(*args, **options):
+        image = opened(*args, **options)
+        sizes.append(image.size)
+        return image
+
+    monkeypatch.setattr(Image, "open", counted)
+    asked = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    httpx.post(f"{address}/gradio_api/run/ask", json={"data": [asked, QUESTION, None, "", 0, 1, 3]}, timeout=60)
+    assert sizes == [(1254, 836)]
+
+
+def test_the_page_is_told_at_once_what_cannot_be_used(address):
+    assert "cannot be read" in upload(address, b"no picture", "?check").json()["refusal"]
+    assert len(upload(address, b"no picture").json()) == 1  # programs are told when they ask
+
+
+def test_an_upload_that_is_too_large_is_not_taken(address):
+    """It is refused by its header, before any of it arrives."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        request = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}\r\nContent-Length: {10**9}\r\n\r\n"
+        connection.sendall(request.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
 def test_a_failure_inside_tells_nothing_of_the_machine(client, answerer, picture_file, monkeypatch):
     def fail(*_args):
         raise RuntimeError(f"{space_server.SPACE}/secret went wrong")
@@ -139,9 +214,10 @@ def test_no_file_of_the_machine_is_read_for_a_stranger(address, picture_file):
     base = f"{address}/gradio_api"
     assert httpx.get(f"{base}/file={picture_file}").status_code == 403
     config = httpx.get(f"{address}/config").json()
-    submit = next(event for event in config["dependencies"] if len(event["inputs"]) == 7 and len(event["outputs"]) == 3)
-    message = {"text": QUESTION, "files": [{"path": picture_file, "meta": {"_type": "gradio.FileData"}}]}
-    body = {"data": [message, [], 4, "", 0, 1, 8], "fn_index": submit["id"], "session_hash": "stranger"}
+    submit = next(event for event in config["dependencies"] if len(event["inputs"]) == 6 and len(event["outputs"]) == 2)
+    stolen = {"type": "file", "file": {"path": picture_file, "meta": {"_type": "gradio.FileData"}}}
+    asked = {"role": "user", "content": [stolen, {"type": "text", "text": QUESTION}]}
+    body = {"data": [[asked], 4, "", 0, 1, 8], "fn_index": submit["id"], "session_hash": "stranger"}
     httpx.post(f"{base}/queue/join", json=body).raise_for_status()
     events = httpx.get(f"{base}/queue/data", params={"session_hash": "stranger"}, timeout=60).text
     done = [json.loads(line[5:]) for line in events.splitlines() if '"process_completed"' in line]

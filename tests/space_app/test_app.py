@@ -20,6 +20,7 @@ import space_server
 import tiny_models
 import torch
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 
 from ms_resampler import TINY
 from ms_resampler.demo import PEER
@@ -33,6 +34,7 @@ import elements
 import pictures
 import scope_view
 import settings
+import uploads
 import words
 from pictures import Refusal
 
@@ -223,7 +225,7 @@ def test_a_projector_without_scopes_answers_and_shows_no_maps(without_scopes):
     assert last.text
     assert without_scopes.scopes == []
     assert (first.maps[0].weights.shape, first.maps[0].attentions.shape) == ((0, 4), (0, 4, 36))
-    view = elements.scope_view(without_scopes, "view", "Maps", plays=True)
+    view = elements.scope_view(without_scopes, "view", "Maps", plays=True, beside="#chat")
     assert "avg_pool, has no scopes" in view.props["without_scopes"]
 
 
@@ -325,13 +327,24 @@ def test_what_cannot_be_asked_is_refused_in_one_sentence(text, files, sentence, 
     with open(paths["heavy"], "wb") as heavy:
         heavy.truncate(21 * 2**20)
     with pytest.raises(Refusal, match=sentence) as refusal:
-        conversation.user_turn(text, [paths.get(name, name) for name in files], [])
+        conversation.topic([conversation.user_turn(text, [paths.get(name, name) for name in files], [])])
     assert refusal.value.message.count(".") == 1
 
 
 def test_a_later_question_needs_no_picture(picture_file):
     first = conversation.user_turn(QUESTION, [picture_file], [])
-    assert conversation.user_turn("And now?", [], [first]) == {"role": "user", "content": ["And now?"]}
+    assert conversation.user_turn("And now?", [], [first])["content"] == [{"type": "text", "text": "And now?"}]
+
+
+def test_texts_are_html_in_the_chat_and_nowhere_else(picture_file):
+    text = "1<b> &lt; &amp;amp; <img src=x>\n\ttab $$x$$"
+    asked, answered = conversation.user_turn(text, [picture_file], []), conversation.assistant_turn(text)
+    assert "<" not in asked["content"][-1]["text"]
+    assert [conversation.text_of(turn) for turn in (asked, answered)] == [text, text]
+    turns, _ = conversation.topic([asked, answered])
+    assert [turn["content"][-1]["text"] for turn in turns] == [text, text]
+    shown = gr.Chatbot(render_markdown=False).postprocess(conversation.as_sent([asked, answered]))
+    assert [turn["content"][-1]["text"] for turn in shown.model_dump()] == [asked["content"][-1]["text"]] * 2
 
 
 @pytest.mark.parametrize(
@@ -402,29 +415,21 @@ def test_the_limits_in_the_docs_are_those_that_hold(tmp_path):
     words = " ".join(docs.split())
     assert f"keeps what it needs to serve {app.SESSIONS} visitors" in words
     assert f"last {answering.READINGS} sets of pictures" in words
+    assert f"at most {uploads.UPLOADS_MEGABYTES} MB of uploads" in words
+    assert f"{uploads.UPLOAD_SECONDS // 60} minutes after their last use" in words
 
 
 def test_a_page_that_shows_only_the_latest_of_many_changes_has_the_maps(answerer, picture_file):
     plain = (None, "", 0, 1, 6)
     message = {"text": QUESTION, "files": [picture_file]}
-    *_, (_, _, view) = ask_page.AskPage(answerer, []).submit(message, [], *plain)
+    asked = [conversation.user_turn(QUESTION, [picture_file], [])]
+    *_, (_, view) = ask_page.AskPage(answerer, []).answer(asked, *plain)
     *_, (_, one, one_view, other, other_view) = compare_page.ComparePage(answerer, answerer, []).compare(
         message, 1, 4, 9
     )
     grids = [value["pictures"][0]["token_grid"] for value in (view, one_view, other_view)]
     assert grids == [[2, 2], [2, 2], [3, 3]]
     assert one != other != ""
-
-
-def test_a_question_taken_back_is_in_the_box_with_its_pictures(answerer, picture_file):
-    page = ask_page.AskPage(answerer, [])
-    first = conversation.user_turn(QUESTION, [picture_file], [])
-    history = [first, conversation.assistant_turn("This.")]
-    kept, box = page.take_back(history)
-    assert kept == []
-    (file,) = box.value["files"]  # Gradio's copy of it
-    assert box.value["text"] == QUESTION
-    assert pictures.open_picture(file["path"]) == pictures.open_picture(picture_file)
 
 
 def test_words_of_an_answer_that_was_taken_back_are_not_played(answerer, picture_file, monkeypatch):
@@ -434,6 +439,25 @@ def test_words_of_an_answer_that_was_taken_back_are_not_played(answerer, picture
     history = [conversation.user_turn(QUESTION, [picture_file], []), conversation.assistant_turn("ab")]
     assert ask_page.AskPage(answerer, []).words(history, event)["words"] == []
     assert warned == ["That answer was taken back; ask again to play its words."]
+
+
+def test_what_stands_for_an_empty_answer_is_not_played(answerer, picture_file, monkeypatch):
+    warned = []
+    monkeypatch.setattr(gr, "Warning", lambda message, title: warned.append(message))
+    event = types.SimpleNamespace(number=0, visual_tokens=None, system_prompt="")
+    history = [conversation.user_turn(QUESTION, [picture_file], []), conversation.assistant_turn("")]
+    assert ask_page.AskPage(answerer, []).words(history, event)["words"] == []
+    assert warned == ["That answer has no words to play; please ask again."]
+
+
+def test_foreign_words_in_a_message_are_text(monkeypatch):
+    warned = []
+    monkeypatch.setattr(gr, "Warning", lambda message, title: warned.append(message))
+    with ask_page.warnings_in_a_sentence():
+        raise Refusal("No <img src=x>.")
+    assert warned == ["No &lt;img src=x&gt;."]
+    with pytest.raises(Refusal, match="No <img src=x>"), ask_page.errors_in_a_sentence(str):
+        raise Refusal("No <img src=x>.")
 
 
 def test_each_model_is_loaded_at_its_revision(monkeypatch):
@@ -447,9 +471,66 @@ def test_each_model_is_loaded_at_its_revision(monkeypatch):
     assert app.loaded("COMPARE_MODEL") == ("acme/other", "v1")
 
 
-def test_uploads_are_deleted_after_an_hour_as_the_docs_say(answerer):
-    (between_looks, age) = app.build_demo(answerer).delete_cache
-    assert 3600 <= age + between_looks <= 1.1 * 3600
+def test_a_picture_of_an_unusual_mode_is_reduced():
+    for mode in ("1", "P", "LA", "I;16", "CMYK"):
+        assert pictures.over_white(pictures.reduced(Image.new(mode, (4000, 1000)))).size == (2048, 512)
+
+
+@pytest.mark.parametrize("size", [(3000, 2000), (2000, 3000), (6000, 500)])
+def test_a_reduced_picture_is_to_a_tower_what_the_whole_one_is(size):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1] // 20, size[0] // 20, 3), dtype=np.uint8)
+    whole = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    whole.save(file, "JPEG", quality=95)
+    small = pictures.reduced(Image.open(file))
+    assert small.width * small.height <= pictures.KEPT_PIXELS
+    assert small.width / small.height == pytest.approx(size[0] / size[1], rel=0.01)
+    look = CLIPImageProcessorPil()
+    seen, wanted = (look(image, return_tensors="pt")["pixel_values"] for image in (small, whole))
+    assert (seen - wanted).abs().mean() < 0.03 * wanted.abs().mean()
+
+
+def test_photographs_of_telephones_are_read(tmp_path):
+    picture = tiny_models.picture(size=(64, 96))
+    for kind in ("HEIF", "AVIF"):
+        picture.save(tmp_path / "photograph", kind, quality=95)
+        read = pictures.open_picture(tmp_path / "photograph")
+        np.testing.assert_allclose(np.asarray(read).mean((0, 1)), np.asarray(picture).mean((0, 1)), atol=3)
+
+
+def test_an_upload_becomes_a_small_upright_png(tmp_path):
+    path = tmp_path / "upload.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (3000, 2000), "red").save(path, exif=exif)
+    assert uploads.reduce_file(path) == ""
+    with Image.open(path) as kept:
+        assert (kept.format, len(kept.getexif())) == ("PNG", 0)
+        assert kept.width < kept.height
+        assert kept.width * kept.height <= pictures.KEPT_PIXELS
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_uploads_beyond_the_quota_or_long_unused_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(uploads, "UPLOADS_MEGABYTES", 3)
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "picture.png").write_bytes(bytes(2**20))
+        time.sleep(0.02)
+    conversation.topic([conversation.turn_of("user", QUESTION, [elements.EXAMPLES / "scene_15.png"])])
+    uploads.make_room(2**20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"]
+    monkeypatch.setattr(uploads, "time", lambda: time.time() + uploads.UPLOAD_SECONDS + 1)
+    uploads.make_room(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upload_that_is_asked_about_lives_on(tmp_path, picture_file):
+    before = Path(picture_file).stat().st_ctime
+    time.sleep(0.02)
+    conversation.topic([conversation.user_turn(QUESTION, [picture_file], [])])
+    assert Path(picture_file).stat().st_ctime > before
 
 
 def test_transparent_picture_stands_on_white():
@@ -591,7 +672,10 @@ def test_the_app_imports_what_it_brings_and_what_it_requires():
             named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             named += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in {name.partition(".")[0] for name in named} - {one.stem for one in files} - {"spaces"}:
-                assert name in sys.stdlib_module_names or name.replace("PIL", "pillow") in required, (file.name, name)
+                assert name in sys.stdlib_module_names or name.replace("PIL", "pillow").replace("_", "-") in required, (
+                    file.name,
+                    name,
+                )
 
 
 @pytest.mark.parametrize(("cut", "sentence"), [(1, "not fully covered"), (None, "no file named model.safetensors")])
@@ -612,5 +696,8 @@ def test_a_model_that_cannot_be_loaded_is_named_in_a_sentence(cut, sentence, tmp
 def test_an_image_token_that_a_visitor_types_is_text():
     answerer, picture = space_server.make_answerer(), tiny_models.picture()
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What does <image> mean?"}]
-    prompt = answerer.prepare([{"role": "user", "content": content}], [picture], settings.Settings())
+    turns = [{"role": "user", "content": content}, *turns_about(question="And <image>?")[0]]
+    turns[1:1] = [{"role": "assistant", "content": [{"type": "text", "text": "An <image>."}]}]
+    prompt = answerer.prepare(turns, [picture], settings.Settings(system_prompt="See <image>."))
     assert (prompt.inputs["input_ids"] == tiny_models.IMAGE).sum() == 4
+    assert answerer.processor.tokenizer.decode(prompt.inputs["input_ids"][0]).count("<image>") == 4 + 4
