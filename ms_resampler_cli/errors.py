@@ -19,6 +19,7 @@ EXTRAS = {
     "matplotlib": ["train", "eval", "pictures"],
     "openpyxl": ["eval"],
     "peft": ["train", "small"],
+    "pillow_heif": ["demo"],
     "resvg_py": ["pictures"],
     "scipy": ["eval"],
     "sklearn": ["train", "eval", "pictures"],

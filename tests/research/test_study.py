@@ -498,7 +498,7 @@ def test_a_study_goes_on_from_the_stored_results(tmp_path):
     """Every run of theirs is found under the name that the plan has for it today, with their tower and reader."""
     stored = load(RESULTS)
     assert adopt(RESULTS, tmp_path) == len(stored.runs)
-    study = Study(seeds=stored.study["seeds"])
+    study = Study(seeds=stored.study["seeds"], arms=tuple(stored.rates))  # later projectors are not among them
     planned = all_runs(study, stored.rates)
     kept = {path.name for path in (tmp_path / "runs").iterdir()}
     assert kept == {result_path(tmp_path, run).name for run in planned} & kept
