@@ -70,14 +70,14 @@ def run(out: Path, arm: str, seed: int, steps: int) -> dict[str, Any]:
 
     assembled = start_small(seed, {"projector_type": "ms_resampler"} | ARMS[arm] | SIZES)
     model, processor, work = assembled.model, assembled.processor, out / "work" / f"{arm}, {seed}"
-    features = Features(out / "features" / "train", None, SCENES)
+    features = Features(out / "features" / "train", Painter({}, "train"), SCENES)
     saying = SayingCells(model)
     dropped = saying.projector.register_forward_pre_hook(drop_features)
     begin = time.monotonic()
     run_stage(small_words(features, steps, seed), saying, processor, work / "words")
     seconds = time.monotonic() - begin
     dropped.remove()
-    held_out = Features(out / "features" / "test-style", None, NAMED)
+    held_out = Features(out / "features" / "test-style", Painter({}, "test-style"), NAMED)
     result: dict[str, Any] = {"arm": arm, "seed": seed, "steps": steps, "seconds": round(seconds)}
     result["parameters"] = sum(parameter.numel() for parameter in saying.projector.parameters())
     result["names"] = {str(grid[0] * grid[1]): score_names(saying, held_out, grid) for grid in BUDGETS}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..assembly import Assembled, Components, assemble
 from ..folders import PACKAGE, PROJECTOR, temporary_folder, whole_file, whole_folder
 
 TRAINED = PACKAGE / "checkpoints" / "small"  # the trained parts: projector, adapters, record and card
+PARTS = "parts.json"  # the projector's fields and the visual words that these were trained with
 CACHE = Path.home() / ".cache" / "ms-resampler" / "weights"
 THINGS = Path(__file__).with_name("things.json")
 ADAPTER = "adapter_model.safetensors"
@@ -104,7 +106,7 @@ def things() -> dict[str, dict[str, Any]]:
     return json.loads(THINGS.read_text(encoding="utf-8"))
 
 
-def visual_words() -> tuple[str, ...]:
+def words() -> tuple[str, ...]:
     """The words that visual tokens say: the nouns, where a thing is, how often it is there, and the background."""
     return (*things(), *PLACES, *NUMBERS, BACKGROUND)
 
@@ -123,7 +125,7 @@ def build_small(out: str | Path) -> Assembled:
     from peft import PeftModel
 
     with whole_folder(Path(out)) as folder:
-        assembled = start_small()
+        assembled = start_small(**json.loads((TRAINED / PARTS).read_text(encoding="utf-8")))
         model = assembled.model
         model.model.projector.load_state_dict(load_file(TRAINED / PROJECTOR))
         dtype = model.dtype
@@ -145,8 +147,10 @@ def kept_small() -> Path:
     return folder
 
 
-def start_small(seed: int = 0, projector: dict[str, Any] = FIELDS) -> Assembled:
-    """The pretrained parts with a new projector of these fields."""
+def start_small(
+    seed: int = 0, projector: dict[str, Any] = FIELDS, visual_words: Sequence[str] | None = None
+) -> Assembled:
+    """The pretrained parts with a new projector of these fields, whose tokens say these words (default: `words`)."""
     with temporary_folder("ms-resampler-tower") as place, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         write_tower(place)
@@ -156,7 +160,7 @@ def start_small(seed: int = 0, projector: dict[str, Any] = FIELDS) -> Assembled:
                 llm=str(weights_file(LLM)),
                 projector=projector,
                 vision_feature_layer=LAYERS,
-                visual_words=visual_words(),
+                visual_words=visual_words or words(),
             )
         )
 

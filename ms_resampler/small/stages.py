@@ -25,7 +25,7 @@ from ..training.run import train
 from ..training.trainer import fast_bfloat16, keep_freed_memory
 from .card import write_small_card
 from .features import Features
-from .parts import ADAPTER, CACHE, LLM, TOWER, TRAINED, start_small, things
+from .parts import ADAPTER, CACHE, FIELDS, LLM, PARTS, TOWER, TRAINED, start_small, things, words
 from .plain import answers_of, right_answers
 from .scenes import CLIPART, Painter, clipart_folder, find_drawings
 from .talk import PLAIN, TASKS, write_conversations, write_suite
@@ -138,8 +138,8 @@ def learn_words(out: Path, painter: Painter, scenes: int, steps: int, seed: int)
     model, projector = assembled.model, assembled.model.model.projector
     features = Features(out / "features" / "train", painter, scenes)
     features.compute(model, assembled.processor.image_processor)
-    projector.space.requires_grad_(False)  # the cells are those of even space
-    projector.space.code_proj.requires_grad_(True)
+    space: Any = projector.space
+    space.density.requires_grad_(False)  # the cells are those of even space
     saying = SayingCells(model)
     say_the_towers_classes(projector, saying.table_WT)
     handles = add_dropout(projector)
@@ -214,6 +214,7 @@ def embed_small(out: Path) -> None:
     prefix = "model.projector."
     parts = {name.removeprefix(prefix): value for name, value in model.items() if name.startswith(prefix)}
     save_half(parts, TRAINED / PROJECTOR)
+    write_whole(TRAINED / PARTS, json.dumps({"projector": FIELDS, "visual_words": words()}) + "\n")
     adapter = out / "talk" / "adapter"
     save_half(load_file(adapter / ADAPTER), TRAINED / ADAPTER)
     shutil.copyfile(adapter / "adapter_config.json", TRAINED / "adapter_config.json")

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ..pictures.tasks import centre
 from .features import FINE, Features
-from .parts import NUMBERS, things, tower_classes, visual_words
+from .parts import NUMBERS, things, tower_classes, words
 from .scenes import Box
 
 GRIDS, OFTEN = ((6, 6), (4, 4), (3, 3)), (0.6, 0.25, 0.15)  # token grids of the steps, and how often each is used
@@ -47,7 +47,7 @@ class CellsCollator:
 
     def __init__(self, features: Features):
         self.features = features
-        self.numbers = {word: number for number, word in enumerate(visual_words())}
+        self.numbers = {word: number for number, word in enumerate(words())}
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         grid = records[0]["grid"]
@@ -127,12 +127,8 @@ def score_names(saying: SayingCells, features: Features, grid: tuple[int, int]) 
                 among_five.append(bool(true & set(order[:5])))
             elif len(true) > 1:
                 found, wanted = found + len(true & set(order[: len(true)])), wanted + len(true)
-    share = lambda right: round(100 * sum(right) / len(right), 1)  # noqa: E731
-    return {
-        "one thing, first": share(first),
-        "one thing, first five": share(among_five),
-        "scene": round(100 * found / wanted, 1),
-    }
+    parts = (("one thing, first", sum(first), len(first)), ("one thing, first five", sum(among_five), len(first)))
+    return {name: round(100 * right / of, 1) for name, right, of in (*parts, ("scene", found, wanted))}
 
 
 def add_dropout(projector: Any) -> list[Any]:
