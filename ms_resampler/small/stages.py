@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from ..evaluation.run import Options, evaluate
 from ..folders import PROJECTOR, whole_folder, write_whole
 from ..hub_upload.staging import RECORD
+from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..pictures.packages import PACKAGES
 from ..pictures.sources import Shelf
 from ..pictures.suite import PACKAGE_FOLDER
+from ..processing_ms_resampler import MSResamplerProcessor
 from ..tiny.stages import Stage, read_log, run_stage
 from ..training.merge import merge
 from ..training.recipes import Adapters, LearningRates, Recipe
@@ -23,14 +25,16 @@ from ..training.run import train
 from ..training.trainer import fast_bfloat16, keep_freed_memory
 from .card import write_small_card
 from .features import Features
-from .parts import ADAPTER, CACHE, LLM, TOWER, TRAINED, start_small, things
+from .parts import ADAPTER, CACHE, FIELDS, LLM, PARTS, TOWER, TRAINED, start_small, things, words
 from .plain import answers_of, right_answers
 from .scenes import CLIPART, Painter, clipart_folder, find_drawings
 from .talk import PLAIN, TASKS, write_conversations, write_suite
-from .words import CellsCollator, CellsOfScenes, SayingCells, add_dropout, say_the_towers_classes
+from .words import CellsCollator, CellsOfScenes, SayingCells, add_dropout, say_the_towers_classes, score_names
 
 SCENES = 16_000  # that the words stage learns from
-TALKS = 2000  # conversations
+TALKS = 2500  # conversations
+TALK_KINDS = (0.3, 0.4)  # more scenes of several things than the words stage has
+NAMED = 1000  # scenes of each held-out split whose tokens' names are scored
 
 
 def small_words(features: Features, steps: int, seed: int) -> Stage:
@@ -82,12 +86,12 @@ def train_small(
 ) -> Path:
     """Trains the small model's projector and adapters, or resumes an interrupted run in `out`.
 
-    The words stage takes `steps` steps (default: 1.5 times through the scenes); the result, and the same model without
-    pictures, answer `questions` questions of every task. `embed` copies the result into this package. Returns the
-    folder of the model, `out`/model.
+    The words stage takes `steps` steps (default: twice through the scenes); the result, and the same model
+    without pictures, answer `questions` questions of every task. `embed` copies the result into this package. Returns
+    the folder of the model, `out`/model.
     """
     keep_freed_memory()
-    out, steps = Path(out), steps or round(1.5 * scenes / 32)
+    out, steps = Path(out), steps or round(2 * scenes / 32)
     shelf, clipart = Shelf(PACKAGE_FOLDER), clipart_folder(CACHE)
     drawings = find_drawings(shelf, clipart)
     painters = {split: Painter(found, split) for split, found in drawings.items()}
@@ -95,7 +99,8 @@ def train_small(
         learn_words(out, painters["train"], scenes, steps, seed)
     plain = answers_of(out / "start", PLAIN["train"], out / "plain.json")
     if not (out / "talk" / "adapter").is_dir():
-        data = write_conversations(out / "conversations", painters["train"], talks, plain)
+        painter = Painter(drawings["train"], "train", TALK_KINDS)
+        data = write_conversations(out / "conversations", painter, talks, plain)
         train(small_talk(seed), model=out / "start", data=data, images=data.parent, out=out / "talk")
     if not (out / "model").is_dir():
         merge(out / "talk", out / "model")
@@ -111,6 +116,7 @@ def train_small(
             "drawings": {split: sum(map(len, found.values())) for split, found in drawings.items()},
             "nouns": len(things()),
         },
+        "names": measure_names(out, painters),
         "results": measure(out, questions),
         "versions": {
             "python": platform.python_version(),
@@ -130,8 +136,10 @@ def learn_words(out: Path, painter: Painter, scenes: int, steps: int, seed: int)
     """The features and words stages: writes the model with the trained projector to `out`/start."""
     assembled = start_small(seed=seed)
     model, projector = assembled.model, assembled.model.model.projector
-    features = Features(out / "features", painter, scenes)
+    features = Features(out / "features" / "train", painter, scenes)
     features.compute(model, assembled.processor.image_processor)
+    space: Any = projector.space
+    space.density.requires_grad_(False)  # the cells are those of even space
     saying = SayingCells(model)
     say_the_towers_classes(projector, saying.table_WT)
     handles = add_dropout(projector)
@@ -142,6 +150,24 @@ def learn_words(out: Path, painter: Painter, scenes: int, steps: int, seed: int)
     with whole_folder(out / "start") as folder:
         model.save_pretrained(folder)
         assembled.processor.save_pretrained(folder)
+
+
+def measure_names(out: Path, painters: dict[str, Painter]) -> dict[str, dict[str, float]]:
+    """Which nouns the visual tokens say, in percent, by split and number of tokens."""
+    path = out / "results" / "names.json"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        model = MSResamplerForConditionalGeneration.from_pretrained(out / "start", dtype="auto").eval()
+        processor = MSResamplerProcessor.from_pretrained(out / "start")
+        scores = {}
+        for split in ("validation", "test-style"):
+            features = Features(out / "features" / split, painters[split], NAMED)
+            features.compute(model, processor.image_processor)
+            for grid in ((6, 6), (4, 4)):
+                name = f"{split}, {grid[0] * grid[1]} tokens"
+                scores[name] = score_names(SayingCells(model), features, grid)
+        write_whole(path, json.dumps(scores))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def measure(out: Path, questions: int) -> dict[str, Any]:
@@ -188,6 +214,7 @@ def embed_small(out: Path) -> None:
     prefix = "model.projector."
     parts = {name.removeprefix(prefix): value for name, value in model.items() if name.startswith(prefix)}
     save_half(parts, TRAINED / PROJECTOR)
+    write_whole(TRAINED / PARTS, json.dumps({"projector": FIELDS, "visual_words": words()}) + "\n")
     adapter = out / "talk" / "adapter"
     save_half(load_file(adapter / ADAPTER), TRAINED / ADAPTER)
     shutil.copyfile(adapter / "adapter_config.json", TRAINED / "adapter_config.json")

@@ -1,7 +1,8 @@
 """The words stage: the projector learns to say what is at each place, without the language model being run.
 
-Each visual token is a mixture of words, softmax(y E^T) E. Its shares must be those of the things in the token's cell
-by the area that each covers; what none covers is the background.
+Each visual token is a mixture of words, softmax(y E^T) E. Of every thing in its cell a token says the name, where the
+thing is in the picture and how many of its kind there are, by the area that the thing covers; what none covers is the
+background.
 """
 
 import random
@@ -13,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..pictures.tasks import centre
 from .features import FINE, Features
-from .parts import things, tower_classes
+from .parts import NUMBERS, things, tower_classes, words
+from .scenes import Box
 
 GRIDS, OFTEN = ((6, 6), (4, 4), (3, 3)), (0.6, 0.25, 0.15)  # token grids of the steps, and how often each is used
+NAME, PLACE, NUMBER = 0.5, 0.15, 0.2  # shares of what is said of a thing; it has a place along each axis
 BACKGROUND_WEIGHT = 0.15  # of the loss: most cells are empty
 DROPOUT = 0.15
 CLASS_GROUPS = ((3, 1), (10, 2), (40, 4), (1000, 8))  # up to so many classes of a noun are so many groups
@@ -43,7 +47,7 @@ class CellsCollator:
 
     def __init__(self, features: Features):
         self.features = features
-        self.nouns = {noun: number for number, noun in enumerate(things())}
+        self.numbers = {word: number for number, word in enumerate(words())}
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         grid = records[0]["grid"]
@@ -52,14 +56,23 @@ class CellsCollator:
         return {"x_BNC": self.features.patches(numbers), "share_BMW": torch.stack(shares)}
 
     def shares(self, scene: dict[str, Any], grid: tuple[int, int]) -> Tensor:
-        """The share of every word in each cell (M, words): the covered area of each noun, and the background's."""
-        share_MW = torch.zeros(grid[0] * grid[1], len(self.nouns) + 1)
-        for noun, (left, top, right, bottom) in zip(scene["nouns"], scene["boxes"], strict=True):
-            covered = overlap(grid[0], top, bottom)[:, None] * overlap(grid[1], left, right)
-            share_MW[:, self.nouns[noun]] += covered.flatten()
+        """The share of every word in each cell (M, words)."""
+        share_MW = torch.zeros(grid[0] * grid[1], len(self.numbers))
+        for noun, box in zip(scene["nouns"], scene["boxes"], strict=True):
+            left, top, right, bottom = box
+            covered_M = (overlap(grid[0], top, bottom)[:, None] * overlap(grid[1], left, right)).flatten()
+            for word, share in said_of(noun, box, scene["nouns"].count(noun)).items():
+                share_MW[:, self.numbers[word]] += share * covered_M
         share_MW = share_MW / share_MW.sum(-1, keepdim=True).clamp(min=1)
         share_MW[:, -1] = 1 - share_MW.sum(-1)
         return share_MW
+
+
+def said_of(noun: str, box: Box, count: int) -> dict[str, float]:
+    """The share of every word that is said of a thing; those of left and right, top and bottom are its coordinates."""
+    x, y = centre(box)
+    where = {"left": 1 - x, "right": x, "top": 1 - y, "bottom": y}
+    return {noun: NAME, **{word: PLACE * share for word, share in where.items()}, NUMBERS[count - 1]: NUMBER}
 
 
 def overlap(cells: int, begin: float, end: float) -> Tensor:
@@ -94,6 +107,28 @@ class SayingCells(nn.Module):
         side = round(share_BMW.shape[1] ** 0.5)
         said_BMW = self.says(x_BNC, (side, side))
         return {"loss": -(share_BMW * said_BMW * self.weight_W).sum(-1).mean()}
+
+
+@torch.no_grad()
+def score_names(saying: SayingCells, features: Features, grid: tuple[int, int]) -> dict[str, float]:
+    """Which nouns the tokens say, likeliest first: of one thing the first and the first five, in percent of pictures;
+    of a scene with n different nouns the first n, in percent of them.
+    """
+    saying.eval()
+    nouns = list(things())
+    first, among_five, found, wanted = [], [], 0, 0
+    for begin in range(0, features.count, 50):
+        numbers = range(begin, min(begin + 50, features.count))
+        said_BW = saying.says(features.patches(numbers), grid).exp()[..., : len(nouns)].sum(1)
+        for number, order in zip(numbers, said_BW.argsort(dim=-1, descending=True).tolist(), strict=True):
+            true = {nouns.index(noun) for noun in features.scenes[number]["nouns"]}
+            if len(features.scenes[number]["nouns"]) == 1:
+                first.append(order[0] in true)
+                among_five.append(bool(true & set(order[:5])))
+            elif len(true) > 1:
+                found, wanted = found + len(true & set(order[: len(true)])), wanted + len(true)
+    parts = (("one thing, first", sum(first), len(first)), ("one thing, first five", sum(among_five), len(first)))
+    return {name: round(100 * right / of, 1) for name, right, of in (*parts, ("scene", found, wanted))}
 
 
 def add_dropout(projector: Any) -> list[Any]:
