@@ -298,6 +298,7 @@ save_file(logits, out)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # seventeen models are loaded
 def test_a_stranger_loads_every_peer(image_file, tmp_path):
     """At 36 tokens, which they all can give."""
     inputs = asked(tiny_processor(visual_tokens=[6, 6]), QUESTION, str(image_file))
