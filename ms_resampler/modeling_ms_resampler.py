@@ -408,23 +408,27 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         running: Any = nullcontext()
         features, kept = None, None
         if images is not None:
-            counts = [len(tokens) for tokens in images.pooler_output]
-            grids = getattr(images, "token_grids", None) if self.config.reducer else None
-            wholes = counts if grids is None else [math.prod(grid) for grid in grids]
-            if len(counts) == len(wholes) and counts != wholes:  # for beams, transformers repeats only the tokens
-                shortened = self.shorten(wholes, counts, input_ids, inputs_embeds, attention_mask)
+            tokens = images.pooler_output
+            if self.config.reducer is not None and getattr(images, "token_grids", None):
+                wholes, counts = [math.prod(grid) for grid in images.token_grids], [len(y_MT) for y_MT in tokens]
+                shortened = None
+                if len(counts) == len(wholes) and counts != wholes:  # for beams, transformers repeats only the tokens
+                    shortened = self.shorten(wholes, counts, input_ids, inputs_embeds, attention_mask)
                 if shortened is not None:
                     kept, attention_mask, position_ids = *shortened, None
                     inputs_embeds = take(inputs_embeds, kept)
                     input_ids = None if input_ids is None else take(input_ids, kept, empty=-1)
-            tokens, mask = list(images.pooler_output), self._placeholder_mask(input_ids, inputs_embeds, sum(counts))
+            # An exported graph has one tensor, of any number of images.
+            count = tokens.shape[0] * tokens.shape[1] if isinstance(tokens, Tensor) else sum(map(len, tokens))
+            mask = self._placeholder_mask(input_ids, inputs_embeds, count)
             if self.fusion is not None:
                 self._check_prompt(images, kwargs)
                 words_BL = words_of_prompt(mask[..., 0], attention_mask, prompt_mask)
                 assert images.deepstack_features is not None  # from the same model
                 patches = images.deepstack_features[0]
                 tokens, inputs_embeds = fuse(self.fusion, patches, tokens, inputs_embeds, mask[..., 0], words_BL)
-            features = torch.cat(list(tokens)).to(inputs_embeds.device, inputs_embeds.dtype)
+            features = tokens.flatten(0, 1) if isinstance(tokens, Tensor) else torch.cat(list(tokens))
+            features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
             if isinstance(reducer := self.config.reducer, LayerReducer):
                 running = self._cutting(reducer, inputs_embeds, mask, images, attention_mask, _cache_of(kwargs))
