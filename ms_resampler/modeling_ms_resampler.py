@@ -616,12 +616,11 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            if outputs.kept_positions is not None:
-                labels = take(labels, outputs.kept_positions, empty=-100)
-            vocabulary = self.config.text_config.vocab_size
+            vocabulary, kept = self.config.text_config.vocab_size, outputs.kept_positions
             if kwargs.get("shift_labels") is not None:
-                kwargs["shift_labels"] = self.words_only(kwargs["shift_labels"])
-            loss = self.loss_function(logits=logits, labels=self.words_only(labels), vocab_size=vocabulary, **kwargs)
+                kwargs["shift_labels"] = self.words_only(kwargs["shift_labels"], kept)
+            labels = self.words_only(labels, kept)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
         return MSResamplerCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -671,8 +670,12 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         kwargs["mm_encoder_outputs"] = {"image": copy(images)}  # transformers repeats the tokens in place for beams
         return images
 
-    def words_only(self, labels: Tensor) -> Tensor:
-        """Labels without image tokens, which some collators leave in and the model must not learn to generate."""
+    def words_only(self, labels: Tensor, kept_positions: Tensor | None = None) -> Tensor:
+        """Labels of what a reducer left of the text, without image tokens, which the model must not learn to generate
+        and some collators leave in.
+        """
+        if kept_positions is not None:
+            labels = take(labels, kept_positions, empty=-100)
         return labels.masked_fill(labels == self.config.image_token_id, -100)
 
     def _logits(self, hidden_states: Tensor) -> Tensor:

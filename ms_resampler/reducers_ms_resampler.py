@@ -66,7 +66,7 @@ class LayerView:
     """What a rule sees of a row in the language model, before a layer.
 
     Fields:
-        hidden_LD, normed_LD: the row, and behind the model's last norm.
+        hidden_LD, norm: the row, and the model's last norm.
         visual, place: which of its tokens are left of the picture, and which they were of its `total` tokens.
         text: the tokens after all pictures.
         q_hLd, k_hLd, scale: queries and keys of the layer that is read, after RoPE, and the factor of their products.
@@ -78,7 +78,7 @@ class LayerView:
     """
 
     hidden_LD: Tensor
-    normed_LD: Tensor
+    norm: Callable[[Tensor], Tensor]
     visual: Tensor
     place: Tensor
     text: Tensor
@@ -445,7 +445,7 @@ class DART(LayerReducer):
     def take(self, view: LayerView, visual: Tensor, pivots: Tensor) -> Tensor:
         """What stays if pivots choose in this order."""
         share = self.count(view.total) // len(pivots)
-        unit_LD = F.normalize(view.normed_LD.float(), dim=-1)
+        unit_LD = F.normalize(view.norm(view.hidden_LD).float(), dim=-1)
         stays = torch.isin(view.visual, visual)
         for pivot in pivots:
             likeness_V = (unit_LD[view.visual] @ unit_LD[pivot]).masked_fill(stays, math.inf)

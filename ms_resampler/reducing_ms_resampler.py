@@ -10,10 +10,10 @@ Shapes are named as in reducers_ms_resampler.py; B is the batch, 1 is broadcast.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,24 +33,22 @@ class TowerReading:
     """Queries and keys of a tower's layer, of every image: hooks keep what its projections put out."""
 
     def __init__(self, tower: Any, layer: int):
-        found = [module for module in layers_of(tower)[layer].modules() if self.projections(module)]
-        if not found:
-            raise ValueError(f"The attention of the vision tower `{tower.config.model_type}` cannot be read.")
-        self.attention, self.heads = found[0], tower.config.num_attention_heads
+        found: list[Any] = [module for module in layers_of(tower)[layer].modules() if hasattr(module, "q_proj")]
+        # Positions that are rotated into queries and keys would be missing from the projections.
+        if not found or any("rope" in name for name, _ in tower.named_modules()):
+            raise ValueError(
+                f"A reducer cannot read the attention of the vision tower `{tower.config.model_type}`; use divprune, "
+                "or a reducer in the language model."
+            )
+        self.projections, self.heads = (found[0].q_proj, found[0].k_proj), tower.config.num_attention_heads
         self.out: list[Tensor] = []
-
-    @staticmethod
-    def projections(module: nn.Module) -> list[nn.Module]:
-        """The modules that make queries and keys."""
-        names = next((names for names in (("q_proj", "k_proj"), ("query", "key")) if hasattr(module, names[0])), ())
-        return [getattr(module, name) for name in names]
 
     @contextmanager
     def hooked(self) -> Iterator["TowerReading"]:
         """Keeps queries and keys of what runs in this context."""
         self.out.clear()
         with ExitStack() as stack:
-            for projection in self.projections(self.attention):
+            for projection in self.projections:
                 handle = projection.register_forward_hook(lambda module, inputs, output: self.out.append(output))
                 stack.callback(handle.remove)
             yield self
@@ -200,9 +198,13 @@ class Rows:
 
 @dataclass
 class KeptInCache:
-    """Which of a cache's entries are read, by layer, from the first one on whose rows are shorter."""
+    """Which of a cache's entries are read, by layer, from the first one on whose rows are shorter.
+
+    length: of the prompt, whole.
+    """
 
     first: int
+    length: int
     real_BL: dict[int, Tensor] = field(default_factory=dict)
     compact: bool = False
 
@@ -218,6 +220,16 @@ def check_language_model(model: Any, reducer: LayerReducer) -> None:
             "others; use a reducer that works before the language model, such as divprune."
         )
     reducer.cuts(len(layers))
+
+
+def check_window(model: Any, length: int) -> None:
+    """Raises ValueError if rows are longer than a sliding window, which would count tokens that are no longer there."""
+    window, kinds = getattr(model.config, "sliding_window", None), getattr(model.config, "layer_types", None)
+    if window is not None and length > window and (not kinds or "sliding_attention" in kinds):
+        raise ValueError(
+            f"A reducer in the language model takes prompt and answer of at most {window} tokens here, the model's "
+            f"sliding window, and these are {length}: use one that works before it, such as divprune."
+        )
 
 
 class Cutting:
@@ -237,11 +249,13 @@ class Cutting:
         self.model, self.reducer, self.embeds_BLD, self.whole_BL = model, reducer, embeds_BLD, picture_BL
         self.key_sets = key_sets and repeated(key_sets, picture_BL)
         self.cuts = reducer.cuts(len(model.layers))
+        check_window(model, picture_BL.shape[1])
         self.seen: dict[int, tuple[Tensor, dict[str, Any]]] = {}
         self.rows: Rows | None = None
+        self.once = Once()
         self.index_BL: dict[int, Tensor] = {}
         self.cache: Any = None
-        self.kept = KeptInCache(self.cuts[0].before, compact=reducer.compact)
+        self.kept = KeptInCache(self.cuts[0].before, picture_BL.shape[1], compact=reducer.compact)
 
     @contextmanager
     def hooked(self) -> Iterator["Cutting"]:
@@ -269,6 +283,8 @@ class Cutting:
             layer.keys, layer.values = (
                 old.gather(2, at.expand(-1, old.shape[1], -1, old.shape[3])) for old in (layer.keys, layer.values)
             )
+            if hasattr(layer, "cumulative_length"):  # of a sliding window, which counts what it has seen
+                layer.cumulative_length = place_BL.shape[1]
             self.kept.real_BL[number] = rows.real_BL
 
     def before_layer(self, number: int, hidden_BLD: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -294,8 +310,9 @@ class Cutting:
         rows = self.rows
         if rows is None:
             return stock
-        rope = rope_of(self.model, number, hidden_BLD, rows.position_BL)
-        mask = mask_of(self.model, rows.real_BL, rows.real_BL.shape[1])
+        mask = self.once(rows.real_BL, None, lambda: mask_of(self.model, rows.real_BL, rows.real_BL.shape[1]))
+        kind = rope_kind(self.model, number)
+        rope = self.once(rows.position_BL, kind, lambda: rope_of(self.model, kind, hidden_BLD, rows.position_BL))
         return stock | {"attention_mask": mask, "position_ids": rows.position_BL, "position_embeddings": rope}
 
     def cut(self, stage: int, now_BLD: Tensor, read_BLD: Tensor, read: dict[str, Any], stock: dict[str, Any]) -> Tensor:
@@ -308,24 +325,21 @@ class Cutting:
             rows = Rows(index_BL, self.whole_BL, position_BL, self.whole_BL != FILL)
         layer = self.model.layers[self.cuts[stage].reads]
         query_BhLd, key_BhLd, scale = queries_and_keys(layer, read_BLD, read)
-        with torch.no_grad():
-            normed_BLD = self.model.norm(now_BLD)
         chosen = []
         for row in range(len(now_BLD)):
             picture_L, real_L, index_L = rows.picture_BL[row], rows.real_BL[row], rows.index_BL[row]
             pictures = picture_L[picture_L >= 0].unique().tolist()
             stays, merged = torch.ones_like(real_L), {}
-            last = (picture_L >= 0).nonzero().flatten()[-1:]
+            text = ((picture_L == TEXT) & real_L).nonzero().flatten()
+            text = text[text > (picture_L >= 0).nonzero().max()] if pictures else text
+            if pictures and not len(text):
+                raise ValueError(f"{self.reducer.name} reads the text after the picture, and there is none.")
             for picture in pictures:
                 visual = (picture_L == picture).nonzero().flatten()
-                text = ((picture_L == TEXT) & real_L).nonzero().flatten()
-                text = text[text > last]
-                if not len(text):
-                    raise ValueError(f"{self.reducer.name} reads the text after the picture, and there is none.")
                 whole = (self.whole_BL[row] == picture).nonzero().flatten()
                 view = LayerView(
                     hidden_LD=now_BLD[row].detach(),
-                    normed_LD=normed_BLD[row],
+                    norm=self.model.norm,
                     visual=visual,
                     place=index_L[visual] - whole[0],
                     text=text,
@@ -389,16 +403,19 @@ def repeated(of_pictures: Sequence[Tensor], picture_BL: Tensor) -> list[Tensor]:
 @contextmanager
 def next_tokens(model: Any, kept: KeptInCache) -> Iterator[None]:
     """Runs tokens after a prompt that was cut, each layer with its own cache."""
+    once = Once()
 
     def before_layer(number: int, hidden_BLD: Tensor, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        cache, queries = options["past_key_values"], hidden_BLD.shape[1]
-        real_BL = kept.real_BL[number].to(hidden_BLD.device)
-        made = cache.get_seq_length(number) - real_BL.shape[1] + queries
-        real_BL = nn.functional.pad(real_BL, (0, made), value=True)
-        options = options | {"attention_mask": mask_of(model, real_BL, queries)}
+        entries, queries, begun_BL = options["past_key_values"], hidden_BLD.shape[1], kept.real_BL[number]
+        more = entries.get_seq_length(number) - begun_BL.shape[1] + queries
+        real_BL = once(begun_BL, None, lambda: nn.functional.pad(begun_BL, (0, more), value=True))
+        check_window(model, kept.length + more)
+        options = options | {"attention_mask": once(real_BL, None, lambda: mask_of(model, real_BL, queries))}
         if kept.compact:
-            position_BL = real_BL.sum(-1, keepdim=True) - queries + torch.arange(queries, device=real_BL.device)
-            rope = rope_of(model, number, hidden_BLD, position_BL)
+            number_of_last = torch.arange(queries, device=real_BL.device) - queries
+            position_BL = once(real_BL, "place", lambda: real_BL.sum(-1, keepdim=True) + number_of_last)
+            kind = rope_kind(model, number)
+            rope = once(position_BL, kind, lambda: rope_of(model, kind, hidden_BLD, position_BL))
             options |= {"position_ids": position_BL, "position_embeddings": rope}
         return hidden_BLD, options
 
@@ -422,11 +439,34 @@ def hooks(model: Any, layers: range, before_layer: Any) -> Iterator[None]:
         yield
 
 
-def rope_of(model: Any, number: int, hidden_BLD: Tensor, position_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions, for a layer."""
-    if "layer_type" in inspect.signature(model.rotary_emb.forward).parameters:  # Gemma 3
-        return model.rotary_emb(hidden_BLD, position_BL, model.config.layer_types[number])
-    return model.rotary_emb(hidden_BLD, position_ids=position_BL)
+class Once:
+    """Makes what belongs to rows once, for all layers that have the same rows."""
+
+    def __init__(self) -> None:
+        self.made: dict[Any, tuple[Tensor, Any]] = {}
+
+    def __call__(self, rows: Tensor, what: str | None, make: Callable[[], Any]) -> Any:
+        """What `make` returns, or returned for the same tensor before."""
+        if (id(rows), what) not in self.made:
+            self.made[id(rows), what] = rows, make()  # with the tensor, or another one could get its id
+        return self.made[id(rows), what][1]
+
+
+def rope_kind(model: Any, number: int) -> str | None:
+    """The kind of a layer, if kinds have rotary positions of their own, as in Gemma 3."""
+    rotary: Any = type(model.rotary_emb)
+    return model.config.layer_types[number] if has_kinds(rotary) else None
+
+
+@cache
+def has_kinds(rotary: type[nn.Module]) -> bool:
+    """Whether a model's rotary positions take the kind of a layer."""
+    return "layer_type" in inspect.signature(rotary.forward).parameters
+
+
+def rope_of(model: Any, kind: str | None, hidden_BLD: Tensor, position_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions, for layers of a kind."""
+    return model.rotary_emb(hidden_BLD, position_BL, *([] if kind is None else [kind]))
 
 
 def mask_of(model: Any, real_BL: Tensor, queries: int) -> Tensor | None:

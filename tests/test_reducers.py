@@ -4,6 +4,7 @@ tests/reference_reducers holds inputs and outputs of the authors' code.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from transformers import AutoModelForImageTextToText, DynamicCache, LlamaConfig,
 from ms_resampler import reducers_ms_resampler as reducers
 from ms_resampler.reducers_ms_resampler import REDUCERS, TowerView, read_reducer
 from ms_resampler.reducing_ms_resampler import TEXT, Cutting, next_tokens
+from ms_resampler.training.liger import fuse_loss
+from ms_resampler.training.loss import skip_unlearned
 
 REFERENCES = Path(__file__).with_name("reference_reducers")
 
@@ -178,6 +181,11 @@ KINDS = {
 LLAVA = {"projector": {"projector_type": "mlp", "visual_tokens": [6, 6]}, "text_changes": {"num_hidden_layers": 4}}
 
 
+def plain_sums(weight, hidden, targets, cap):
+    """The sum of losses, as Liger's kernel gives it."""
+    return torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+
+
 def whole_model(text="llama", attention="sdpa"):
     model = tiny_model(text=text, **LLAVA)
     model.set_attn_implementation(attention)
@@ -221,14 +229,29 @@ def test_batched_answers_are_single_ones_and_prompts_come_back_whole(kind, text)
     model = whole_model(text).set_reducer(kind, **KINDS[kind])
     rows, images = rows_with_pictures()
     prompt = batch()
-    together = model.generate(**prompt, max_new_tokens=5, do_sample=False, eos_token_id=-1)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    together = model.generate(**prompt, **options)
     length = prompt["input_ids"].shape[1]
-    assert torch.equal(together[:, :length], prompt["input_ids"])
-    assert together.shape == (3, length + 5)
-    for row, of_row, answer in zip(rows, images, together, strict=True):
+    assert torch.equal(together.sequences[:, :length], prompt["input_ids"])
+    assert together.sequences.shape == (3, length + 5)
+    for number, (row, of_row) in enumerate(zip(rows, images, strict=True)):
         shown = {} if of_row.start == of_row.stop else {"pixel_values": pixels(3)[of_row]}
-        alone = model.generate(torch.tensor([row]), **shown, max_new_tokens=5, do_sample=False, eos_token_id=-1)
-        assert answer[-5:].tolist() == alone[0, -5:].tolist()
+        alone = model.generate(torch.tensor([row]), **shown, **options)
+        assert together.sequences[number, -5:].tolist() == alone.sequences[0, -5:].tolist()
+        for found, expected in zip(together.logits, alone.logits, strict=True):
+            assert_close(found[number], expected[0], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_longer_than_a_sliding_window_is_refused():
+    rows, _ = rows_with_pictures()
+    prompt = {"input_ids": torch.tensor(rows[:1]), "pixel_values": pixels(1)}
+    for window, new_tokens in ((40, 1), (43, 6)):
+        changes = {"num_hidden_layers": 4, "sliding_window": window}
+        model = tiny_model(text="gemma3_text", projector=LLAVA["projector"], text_changes=changes)
+        model.set_reducer("fastv", **KINDS["fastv"])
+        with pytest.raises(ValueError, match=f"at most {window} tokens here, the model's sliding window"):
+            model.generate(**prompt, max_new_tokens=new_tokens, eos_token_id=-1)
 
 
 @pytest.mark.parametrize("kind", ["visionzip", "divprune", "fastv", "pyramiddrop"])
@@ -350,7 +373,32 @@ def test_more_than_there_is_cannot_be_kept():
         whole_model().set_reducer("divprune", keep=37)(**batch())
 
 
+@pytest.mark.parametrize("tower", ["clip_vision_model", "vit", "dinov2", "dinov2_with_registers"])
+def test_towers_with_a_cls_token_are_read(tower):
+    """The patches that stay are those that the tower's own attention weights say."""
+    model = tiny_model(tower, **LLAVA)
+    model.set_attn_implementation("eager")
+    expected = model.get_image_features(pixels(2), output_attentions=True, return_dict=True)
+    layer = model.config.feature_layers[0] % 4 - 1
+    score_BN = expected.attentions[layer][:, :, 0].mean(1)[:, model.model.tower_shape.prefix_tokens :]
+    reduced = model.set_reducer("fastervlm", keep=9).get_image_features(pixels(2), return_dict=True)
+    for tokens, whole, score_N in zip(reduced.pooler_output, expected.pooler_output, score_BN, strict=True):
+        assert_close(tokens, whole[score_N.topk(9).indices.sort().values])
+
+
+@pytest.mark.parametrize("make", [skip_unlearned, partial(fuse_loss, fused=plain_sums)])
+@pytest.mark.parametrize("kind", ["divprune", "fastv"])
+def test_losses_of_training_are_those_of_the_model(kind, make):
+    model = whole_model().set_reducer(kind, **KINDS[kind])
+    labels = batch()["input_ids"].masked_fill(batch()["attention_mask"] == 0, -100)
+    expected = model(**batch(), labels=labels).loss
+    make(model)
+    assert_close(model(**batch(), labels=labels).loss, expected)
+
+
 def test_models_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="cannot read the attention of the vision tower `dinov3_vit`"):
+        tiny_model("dinov3_vit", **LLAVA).set_reducer("fastervlm", keep=4)
     with pytest.raises(ValueError, match="siglip_vision_model` has none"):
         tiny_model("siglip_vision_model", **LLAVA).set_reducer("fastervlm", keep=4)
     with pytest.raises(ValueError, match="one token a patch"):

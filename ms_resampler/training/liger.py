@@ -27,10 +27,11 @@ def fuse_loss(model: Any, fused: FusedLoss | None = None) -> None:
     fused = fused or liger_loss()
 
     def forward(self: Any, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> Any:
-        hidden = self.model(prompt_mask=labels == IGNORED, **inputs).last_hidden_state[:, :-1].flatten(0, 1)
+        outputs = self.model(prompt_mask=labels == IGNORED, **inputs)
+        hidden = outputs.last_hidden_state[:, :-1].flatten(0, 1)
         if config.logit_scale != 1:
             hidden = hidden * config.logit_scale
-        targets = self.words_only(labels)[:, 1:].flatten()
+        targets = self.words_only(labels, outputs.kept_positions)[:, 1:].flatten()
         total = fused(self.lm_head.weight.to(hidden.dtype), hidden, targets, config.logit_cap)
         return MSResamplerCausalLMOutputWithPast(loss=total / (num_items_in_batch or (targets != IGNORED).sum()))
 

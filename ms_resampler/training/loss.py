@@ -13,8 +13,9 @@ def skip_unlearned(model: Any) -> None:
     """Makes a MSResamplerForConditionalGeneration's forward return only the loss, without logits."""
 
     def forward(self: Any, labels: Tensor, num_items_in_batch: Any = None, **inputs: Any) -> Any:
-        hidden = self.model(prompt_mask=labels == IGNORED, **inputs).last_hidden_state[:, :-1]
-        targets = self.words_only(labels)[:, 1:]
+        outputs = self.model(prompt_mask=labels == IGNORED, **inputs)
+        hidden = outputs.last_hidden_state[:, :-1]
+        targets = self.words_only(labels, outputs.kept_positions)[:, 1:]
         learned = targets != IGNORED
         loss = self.loss_function(
             logits=self._logits(hidden[learned]),

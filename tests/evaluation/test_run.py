@@ -403,7 +403,7 @@ def test_every_task_has_a_headline_that_its_numbers_hold(tmp_path):
     [("divprune", {"keep": 9}), ("fastv", {"keep": 9, "layer": 1}), ("visionzip", {"keep": 9}),
      ("mustdrop", {"layers": (0, 1), "thresholds": (0.03, 0.06)})],
 )  # fmt: skip
-def test_a_reduced_model_is_evaluated_as_it_answers(kind, settings, tmp_path):
+def test_a_reduced_model_is_evaluated_as_it_answers(kind, settings):
     """Pictures are encoded once for all their questions, and replies are those of `generate` on the pixels."""
     projector = {"projector_type": "mlp", "visual_tokens": [6, 6]}
     model = tiny_model(text="llama", projector=projector, text_changes={"num_hidden_layers": 3})
@@ -415,13 +415,6 @@ def test_a_reduced_model_is_evaluated_as_it_answers(kind, settings, tmp_path):
         assert [answerer.visual_tokens(one) for one in encoded] == [9, 9]
     replies = answerer.answer(["What?", "Is it red?"], [encoded[:1], encoded], 6)
     for question, pictures, reply in (("What?", shown[:1], replies[0]), ("Is it red?", shown, replies[1])):
-        content = [*({"type": "image", "image": one} for one in pictures), {"type": "text", "text": question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        inputs = asked(processor, question, *pictures)
         ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         assert processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == reply

@@ -432,22 +432,20 @@ def test_a_page_that_shows_only_the_latest_of_many_changes_has_the_maps(answerer
     assert one != other != ""
 
 
-def test_words_of_an_answer_that_was_taken_back_are_not_played(answerer, picture_file, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "answer", "sentence"),
+    [
+        (1, "ab", "That answer was taken back; ask again to play its words."),
+        (0, "", "That answer has no words to play; please ask again."),
+    ],
+)
+def test_words_that_are_not_there_are_not_played(number, answer, sentence, answerer, picture_file, monkeypatch):
     warned = []
     monkeypatch.setattr(gr, "Warning", lambda message, title: warned.append(message))
-    event = types.SimpleNamespace(number=1, visual_tokens=None, system_prompt="")
-    history = [conversation.user_turn(QUESTION, [picture_file], []), conversation.assistant_turn("ab")]
+    event = types.SimpleNamespace(number=number, visual_tokens=None, system_prompt="")
+    history = [conversation.user_turn(QUESTION, [picture_file], []), conversation.assistant_turn(answer)]
     assert ask_page.AskPage(answerer, []).words(history, event)["words"] == []
-    assert warned == ["That answer was taken back; ask again to play its words."]
-
-
-def test_what_stands_for_an_empty_answer_is_not_played(answerer, picture_file, monkeypatch):
-    warned = []
-    monkeypatch.setattr(gr, "Warning", lambda message, title: warned.append(message))
-    event = types.SimpleNamespace(number=0, visual_tokens=None, system_prompt="")
-    history = [conversation.user_turn(QUESTION, [picture_file], []), conversation.assistant_turn("")]
-    assert ask_page.AskPage(answerer, []).words(history, event)["words"] == []
-    assert warned == ["That answer has no words to play; please ask again."]
+    assert warned == [sentence]
 
 
 def test_foreign_words_in_a_message_are_text(monkeypatch):
