@@ -37,11 +37,11 @@ TALK_KINDS = (0.3, 0.4)  # more scenes of several things than the words stage ha
 NAMED = 1000  # scenes of each held-out split whose tokens' names are scored
 
 
-def small_words(features: Features, steps: int, seed: int) -> Stage:
-    """Trains the projector to say what is at each place."""
+def small_words(features: Features, steps: int, seed: int, grid: tuple[int, int] | None = None) -> Stage:
+    """Trains the projector to say what is at each place, on several token grids or on one."""
     return Stage(
         name="words",
-        dataset=lambda records: CellsOfScenes(features, records, 32, seed),
+        dataset=lambda records: CellsOfScenes(features, records, 32, seed, grid),
         collator=lambda _: CellsCollator(features),
         steps=steps,
         batch_size=32,

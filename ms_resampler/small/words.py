@@ -27,10 +27,12 @@ CLASS_GROUPS = ((3, 1), (10, 2), (40, 4), (1000, 8))  # up to so many classes of
 
 
 class CellsOfScenes(Dataset):
-    """Scene numbers in training order, epoch after epoch, with the token grid of their step."""
+    """Scene numbers in training order, epoch after epoch, with the token grid of their step: of GRIDS, or `grid`."""
 
-    def __init__(self, features: Features, length: int, batch_size: int, seed: int = 0):
-        self.features, self.length, self.batch_size, self.seed = features, length, batch_size, seed
+    def __init__(
+        self, features: Features, length: int, batch_size: int, seed: int = 0, grid: tuple[int, int] | None = None
+    ):
+        self.features, self.length, self.batch_size, self.seed, self.grid = features, length, batch_size, seed, grid
 
     def __len__(self) -> int:
         return self.length
@@ -39,7 +41,7 @@ class CellsOfScenes(Dataset):
         epoch, place = divmod(index, self.features.count)
         number = (place * 7919 + epoch * 4241 + self.seed) % self.features.count  # 7919 is prime: every scene once
         step = random.Random(f"{self.seed} {index // self.batch_size}")
-        return {"number": number, "grid": step.choices(GRIDS, OFTEN)[0]}
+        return {"number": number, "grid": self.grid or step.choices(GRIDS, OFTEN)[0]}
 
 
 class CellsCollator:
