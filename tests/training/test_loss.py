@@ -94,9 +94,10 @@ def test_a_run_computes_the_head_only_where_something_is_learned(name, tmp_path,
         plain_words = model.words_only
         model.lm_head.register_forward_hook(lambda head, inputs, output: rows.append(output.shape[:-1].numel()))
 
-        def words_only(labels):
-            learned.append(int((plain_words(labels)[:, 1:] != IGNORED).sum()))
-            return plain_words(labels)
+        def words_only(labels, kept_positions):
+            words = plain_words(labels, kept_positions)
+            learned.append(int((words[:, 1:] != IGNORED).sum()))
+            return words
 
         model.words_only = words_only
 
