@@ -5,7 +5,7 @@
 Every projector starts from random weights and learns to say the words of its cells (the small model's words stage, in
 which the language model is not run), for the same number of steps, at random budgets if it can have several. Then the
 small model's adapters, the same for all, answer questions about scenes in a style that was never seen, at 36 and at 16
-visual tokens.
+visual tokens. Behind the MLP, which keeps all 256 patches, reducers leave as many without training.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from concurrent.futures import as_completed
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from ms_resampler.folders import write_whole
 from ms_resampler.pictures.sources import Shelf
 from ms_resampler.pictures.suite import PACKAGE_FOLDER
 from ms_resampler.small.features import Features
-from ms_resampler.small.parts import CACHE, TRAINED, start_small
-from ms_resampler.small.scenes import Painter, clipart_folder, find_drawings
+from ms_resampler.small.parts import TRAINED, start_small
+from ms_resampler.small.scenes import Painter, find_drawings
 from ms_resampler.small.stages import NAMED, SCENES, small_words
 from ms_resampler.small.talk import TASKS, write_suite
 from ms_resampler.small.words import DROPOUT, SayingCells, score_names
@@ -43,17 +44,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "resampler": {"projector_type": "resampler", "query_grid": [6, 6]},
     "token_packer": {"projector_type": "token_packer"},
     "avg_pool": {"projector_type": "avg_pool"},
+    "mlp": {"projector_type": "mlp"},
 }
 BUDGETS = ((6, 6), (4, 4))
 # It joins whole patches, of which there are 16 x 16: six rows of tokens cannot be had, and it learns four alone.
-BUDGETS_OF = {"token_packer": ((4, 4),)}
+BUDGETS_OF = {"token_packer": ((4, 4),), "mlp": ((16, 16),)}
+REDUCERS = ("divprune", "fastv", "pyramiddrop", "dart", "sparsevlm")  # the others need a tower with a CLS token
+NAMES = ("one thing, first", "scene")  # which scores of names are shown
 STORED = Path(__file__).parent / "results" / "real.json"
 RESAMPLES = 2000
 
 
 def prepare(out: Path, questions: int) -> None:
     """The features and questions that all runs share."""
-    drawings = find_drawings(Shelf(PACKAGE_FOLDER), clipart_folder(CACHE))
+    drawings = find_drawings(Shelf(PACKAGE_FOLDER))
     painters = {split: Painter(found, split) for split, found in drawings.items()}
     assembled = start_small()
     for split, count in (("train", SCENES), ("test-style", NAMED)):
@@ -91,8 +95,12 @@ def run(out: Path, arm: str, seed: int, steps: int) -> dict[str, Any]:
     model.requires_grad_(True)
     answering: Any = PeftModel.from_pretrained(model.float(), str(TRAINED)).merge_and_unload()
     result["right"] = {
-        str(rows * columns): ask(answering.eval(), processor, out, work, (rows, columns)) for rows, columns in budgets
+        str(rows * columns): ask(answering.eval(), processor, out, work, Options(visual_tokens=(rows, columns)))
+        for rows, columns in budgets
     }
+    for reducer, (rows, columns) in product(REDUCERS if arm == "mlp" else (), BUDGETS):
+        options = Options(reducer={"reducer_type": reducer, "keep": rows * columns})
+        result["right"][f"{rows * columns}, {reducer}"] = ask(answering, processor, out, work, options)
     write_whole(path, json.dumps(result))
     shutil.rmtree(work)
     return result
@@ -103,10 +111,12 @@ def drop_features(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return F.dropout(arguments[0], DROPOUT, module.training), *arguments[1:]
 
 
-def ask(model: Any, processor: Any, out: Path, work: Path, grid: tuple[int, int]) -> dict[str, str]:
+def ask(model: Any, processor: Any, out: Path, work: Path, options: Options) -> dict[str, str]:
     """Which questions of each task a model answers right, as a string of 1 and 0."""
-    folder = work / f"answers {grid[0]}"
-    evaluate((model, processor), [str(out / "suite")], folder, Options(visual_tokens=grid))
+    folder = (
+        work / f"answers {options.visual_tokens} {options.reducer and ' '.join(map(str, options.reducer.values()))}"
+    )
+    evaluate((model, processor), [str(out / "suite")], folder, options)
     rows = {task: (folder / f"{task}.jsonl").read_text(encoding="utf-8").splitlines() for task in TASKS}
     return {task: "".join(str(int(json.loads(row)["score"])) for row in lines) for task, lines in rows.items()}
 
@@ -119,21 +129,25 @@ def collected(results: list[dict[str, Any]]) -> dict[str, Any]:
 def table(stored: dict[str, Any], budget: str) -> str:
     """Accuracy by projector and task at a budget, and our lead over each in the mean of tasks, as Markdown."""
     runs = stored["runs"]
-    arms = [arm for arm in ARMS if any(row["arm"] == arm and budget in row["right"] for row in runs)]
-    ours_STQ = right_of(runs, OURS, budget)
+    rows = [(arm, arm, budget) for arm in ARMS] + [(f"mlp, {name}", "mlp", f"{budget}, {name}") for name in REDUCERS]
+    rows = [("mlp, all 256 patches", "mlp", "256"), *rows]
     lines = [
         "| projector | name, first | names of a scene | " + " | ".join(TASKS) + " | mean | ms_resampler's lead | time |"
     ]
     lines.append("|" + "---|" * (len(TASKS) + 6))
+    ours_STQ = right_of(runs, OURS, budget)
     cost = np.mean([row["seconds"] for row in runs if row["arm"] == OURS])
-    for arm in arms:
-        of_arm = [row for row in runs if row["arm"] == arm]
-        right_STQ = right_of(runs, arm, budget)
-        names = [np.mean([row["names"][budget][key] for row in of_arm]) for key in ("one thing, first", "scene")]
-        means = [*names, *(100 * right_STQ.mean(axis=(0, 2))), 100 * right_STQ.mean()]
+    for label, arm, key in rows:
+        of_arm = [row for row in runs if row["arm"] == arm and key in row["right"]]
+        if not of_arm:
+            continue
+        right_STQ = right_of(of_arm, arm, key)
+        names = [[row["names"][key][kind] for row in of_arm] for kind in NAMES if key in of_arm[0]["names"]]
+        said = [f"{np.mean(found):.1f}" for found in names] or ["", ""]
+        means = [f"{mean:.1f}" for mean in (*(100 * right_STQ.mean(axis=(0, 2))), 100 * right_STQ.mean())]
         lead = "" if arm == OURS else lead_text(ours_STQ - right_STQ)
         time_ratio = np.mean([row["seconds"] for row in of_arm]) / cost
-        lines.append(f"| {arm} | {' | '.join(f'{mean:.1f}' for mean in means)} | {lead} | {time_ratio:.2f} |")
+        lines.append(f"| {' | '.join([label, *said, *means, lead, f'{time_ratio:.2f}'])} |")
     return "\n".join(lines)
 
 

@@ -5,11 +5,13 @@ import json
 from itertools import product
 from pathlib import Path
 
-from matplotlib import get_data_path
+from matplotlib import get_data_path, rc_context
+from matplotlib.backends.backend_pdf import PdfPages
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ms_resampler.pictures.packages import PACKAGES
-from ms_resampler.pictures.sources import FONTS, RANKS, SUITS, TABLES
+from ms_resampler.pictures.sources import FONTS, MANUALS, RANKS, SUITS, TABLES
 
 NOUNS = (
     "monkey",
@@ -108,7 +110,21 @@ def make_packages(root: Path) -> Path:
                 writer = csv.DictWriter(table, list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)
+    for manual in (*MANUALS["train"], *MANUALS["new"]):
+        write_manual(root / f"debian/{manual}/manual.pdf")
     return root
+
+
+def write_manual(path: Path) -> None:
+    """Twelve pages of a line for each noun, in its colour: "monkey on page 3"."""
+    path.parent.mkdir(parents=True)
+    with rc_context({"pdf.fonttype": 42}), PdfPages(path) as pdf:
+        for page in range(12):
+            figure = Figure(figsize=(6, 8))
+            for number, noun in enumerate(NOUNS[:30]):
+                colour = [part / 255 for part in COLOURS[noun]]
+                figure.text(0.1, 0.95 - 0.03 * number, f"{noun} on page {page}", size=14, color=colour)
+            pdf.savefig(figure)
 
 
 def write(path: Path, value) -> None:

@@ -33,6 +33,7 @@ class Task:
         build: the sample of a record, from a folder or from the Hub.
         score: the verdict on a reply. judge: the same with a judge, if `score` could not parse it.
         aggregation: the benchmark's numbers.
+        group_size: how many samples of a group must be usable.
         picture_key: identifies the picture of a row, if the Hub's copy repeats pictures.
         place: a suite's file; None for other tasks.
         export: the file that the benchmark's server or script takes: its name and content.
@@ -49,6 +50,7 @@ class Task:
     build: Callable[[Columns], Sample]
     score: Callable[[Sample, str], Outcome]
     aggregation: Aggregation
+    group_size: int = 1
     judge: Callable[[Sample, str, Judge], Outcome] | None = None
     picture_key: Callable[[Record], str] | None = None
     export: Callable[[Sequence[Scored]], tuple[str, Any]] | None = None
@@ -65,9 +67,9 @@ class Task:
             raise DataError(f"There is no folder {str(place)!r}.")
         if self.hub is None or (place is not None and not is_hub_copy(Path(place))):
             source = {"place": str(place), "split": split}
-            return usable(self.records(Path(str(place)), split), self.build, source)
+            return usable(self.records(Path(str(place)), split), self.build, source, self.group_size)
         records, source = hub_records(str(place or self.hub.repo), self.hub, split, self.picture_key)
-        return usable(records, self.build, source)
+        return usable(records, self.build, source, self.group_size)
 
 
 def is_hub_copy(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ class HubData:
     """A data set on the Hub.
 
     splits: the release's name of a split -> its name there. configs: the configuration, if it has several.
-    revision: the commit to load; the one that was loaded is recorded with the results.
+    revision: the commit to load, where one is known from public records; the one that was loaded is recorded.
     picture_config: the configuration of a separate table of pictures, if there is one; the column `picture_id` refers
     to its column `id`.
     """
@@ -40,10 +41,13 @@ class Loaded:
     source: Mapping[str, Any] = field(default_factory=dict)
 
 
-def usable(records: Iterator[Record | Problem], build: Callable[[Columns], Sample], source: Record) -> Loaded:
+def usable(
+    records: Iterator[Record | Problem], build: Callable[[Columns], Sample], source: Record, group_size: int = 1
+) -> Loaded:
     """Builds samples from records; a record that cannot be used is a problem with its place and reason.
 
-    Raises DataError, with the first reason, if no record can be used.
+    So are the other samples of its group, if fewer than `group_size` are left. Raises DataError, with the first reason,
+    if no record can be used.
     """
     samples: dict[str, Sample] = {}
     problems: list[Problem] = []
@@ -66,6 +70,11 @@ def usable(records: Iterator[Record | Problem], build: Callable[[Columns], Sampl
             problems.append(Problem(sample.id, "repeated id", "Only the first sample with this id is used."))
         else:
             samples[sample.id] = sample
+    sizes = Counter(sample.group or sample.id for sample in samples.values())
+    for sample in list(samples.values()):
+        if sizes[sample.group or sample.id] < group_size:
+            problems.append(Problem(sample.id, "incomplete group", "Another question of its group cannot be used."))
+            del samples[sample.id]
     if not samples:
         reason = problems[0].message if problems else "there are no records"
         raise DataError(f"Nothing of {source['place']} can be used: {reason}")
@@ -111,7 +120,7 @@ def load_rows(place: str, config: str | None, split: str, revision: str) -> Any:
     except (ValueError, OSError) as error:
         sentence = " ".join(str(error).split())
         raise DataError(
-            f"The split {split!r} of {place} ({config or 'default'}) cannot be loaded: {sentence}"
+            f"The split {split!r} of {place} ({config or 'default'}, revision {revision}) cannot be loaded: {sentence}"
         ) from error
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.Image):

@@ -1,4 +1,4 @@
-"""The npm packages that the pictures come from: their versions, hashes and licences, and how they are fetched."""
+"""The packages that the pictures come from: their versions, hashes and licences, and how npm and apt fetch them."""
 
 import base64
 import hashlib
@@ -15,7 +15,7 @@ from ..folders import whole_folder
 
 @dataclass(frozen=True)
 class Package:
-    """A version of a package, its licence (SPDX), and the hash of its archive as npm writes it."""
+    """A version of a package, its licence (SPDX), and the hash of its archive as npm writes it, or its SHA-256."""
 
     version: str
     licence: str
@@ -150,6 +150,21 @@ PACKAGES = {
     ),
 }
 
+# Of Debian 12; what they are for is left out where apt does not have them.
+DEBIAN = {
+    "debian-policy": Package(
+        "4.6.2.0", "GPL-2.0-or-later", "ef9d01b625c3b87c3a845c2cd1b66f1a16e9240b2b9e5bee53472a00e8457a39"
+    ),
+    "developers-reference": Package(
+        "12.18", "GPL-2.0-or-later", "0dba82f6fa16e373f2a84ad07e7971aa9264ad2e7d2ae46b37edbc9c5fd57e2e"
+    ),
+    "mpich-doc": Package("4.0.2-3", "mpich2", "2d3e8f2feb4b28888412ebde2cfdaa3972753eaeba126ef90bc9bae95c7266de"),
+    "openclipart-svg": Package(
+        "1:0.18+dfsg-19", "CC0-1.0", "989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5"
+    ),
+    "xorg-docs": Package("1:1.7.1-1.2", "MIT", "4842f9de2722d4a1998d8c8b1d14ef475fbc5e16db7d0954b4c0f5f72bd67440"),
+}
+
 
 def package_folder(name: str, root: Path) -> Path:
     """The folder of a package under `root`, which is laid out like `node_modules`; fetched with npm if missing.
@@ -185,3 +200,26 @@ def fetch(name: str, package: Package, folder: Path) -> None:
         with whole_folder(folder) as partial, tarfile.open(archives[0]) as archive:
             archive.extractall(Path(place), filter="data")
             shutil.copytree(Path(place) / "package", partial, dirs_exist_ok=True)
+
+
+def debian_folder(name: str, root: Path) -> Path | None:
+    """The folder of one of Debian's packages under `root`; None if it is not there and apt cannot fetch this version.
+
+    Raises ValueError if the archive is not the pinned one.
+    """
+    package, folder = DEBIAN[name], root / "debian" / name
+    if folder.is_dir():
+        return folder
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        return None
+    with tempfile.TemporaryDirectory() as place:
+        wanted = f"{name}={package.version}"
+        subprocess.run(["apt-get", "download", wanted], cwd=place, capture_output=True)
+        archives = list(Path(place).glob("*.deb"))
+        if not archives:
+            return None
+        if hashlib.sha256(archives[0].read_bytes()).hexdigest() != package.integrity:
+            raise ValueError(f"The archive of {wanted} is not the pinned one: its hash differs.")
+        with whole_folder(folder) as partial:
+            subprocess.run(["dpkg-deb", "-x", archives[0], partial], check=True)
+    return folder

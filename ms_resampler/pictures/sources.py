@@ -1,7 +1,7 @@
-"""What pictures are made of: nouns drawn in several styles, cards, fonts, words, texts, tables and outlines of regions.
+"""What pictures are made of: nouns drawn in several styles, cards, fonts, words, texts, tables, maps and pages.
 
-Content (a noun, a word, a text, a table, a region, a card) and look (a drawing style, a font, a deck, a palette) are
-each either for training or held out, by their names alone, whatever the seed.
+Content (a noun, a word, a text, a table, a region, a card, a page) and look (a drawing style, a font, a deck, a
+palette, a set of manuals) are each either for training or held out, by their names alone, whatever the seed.
 """
 
 import csv
@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .packages import package_folder
+from .packages import debian_folder, package_folder
+from .pages import open_pdf
 
 STYLES = {"train": ("noto", "twemoji", "emojione", "fxemoji"), "new": ("fluent-emoji-3d", "openmoji")}
 FONTS = {
@@ -28,12 +29,14 @@ FONTS = {
 DECKS = {"train": ("game-icons", "twemoji", "noto"), "new": ("svg-cards",)}
 PLOTS = {"train": ("default", "ggplot", "bmh"), "new": ("fivethirtyeight", "dark_background", "Solarize_Light2")}
 PALETTES = {"train": ("Pastel1", "Set3", "tab20"), "new": ("Paired", "tab20b")}
+MANUALS = {"train": ("xorg-docs", "mpich-doc"), "new": ("debian-policy", "developers-reference")}
 LOOKS: dict[str, Mapping[str, tuple[str, ...]]] = {
     "styles": STYLES,
     "fonts": FONTS,
     "decks": DECKS,
     "plots": PLOTS,
     "palettes": PALETTES,
+    "manuals": MANUALS,
 }
 
 # Themes of emoji whose names are names of things.
@@ -188,6 +191,13 @@ class Shelf:
         self.used.add(package)
         return package_folder(package, self.root) / file
 
+    def debian(self, package: str) -> Path | None:
+        """The folder of one of Debian's packages, if it can be had."""
+        folder = debian_folder(package, self.root)
+        if folder is not None:
+            self.used.add(package)
+        return folder
+
     def read(self, package: str, file: str) -> Any:
         """A JSON file of a package."""
         return json.loads(self.path(package, file).read_text(encoding="utf-8"))
@@ -288,6 +298,20 @@ class Shelf:
         countries = read_regions(self.read("world-atlas", "countries-50m.json"), "countries")
         states = read_regions(self.read("us-atlas", "states-10m.json"), "states")
         return {"countries": countries, "states": states}
+
+    @cached_property
+    def pages(self) -> dict[str, list[tuple[Path, int]]] | None:
+        """The pages of the PDFs of MANUALS, by manual: file and number; None if a manual cannot be had."""
+        found: dict[str, list[tuple[Path, int]]] = {}
+        for manual in (*MANUALS["train"], *MANUALS["new"]):
+            folder = self.debian(manual)
+            if folder is None:
+                return None
+            found[manual] = []
+            for path in sorted(folder.rglob("*.pdf*")):
+                with open_pdf(path) as pdf:
+                    found[manual] += [(path, number) for number in range(len(pdf))]
+        return found
 
     def card(self, deck: str, rank: str, suit: str) -> Image.Image:
         """A playing card, 240 pixels high (RGBA)."""

@@ -13,7 +13,7 @@ from ..evaluation.samples import Columns
 from ..evaluation.suite import build, suite_task
 from ..folders import whole_folder
 from ..progress import progress
-from .packages import PACKAGES
+from .packages import DEBIAN, PACKAGES
 from .sources import SPLITS, Shelf, Split
 from .tasks import TASKS, Asked, draw_sheet
 
@@ -23,7 +23,7 @@ ONLY_IN = {"scenes": ("train", "test")}  # splits of tasks that do not have all
 
 def build_pictures(
     out: Path,
-    tasks: Sequence[str] = tuple(TASKS),
+    tasks: Sequence[str] | None = None,
     *,
     questions: int = 300,
     train_questions: int = 3000,
@@ -32,17 +32,20 @@ def build_pictures(
 ) -> dict[str, Any]:
     """Builds the suite in a new folder, and returns the content of its suite.json.
 
-    questions and train_questions: per task, in each test split and for training. packages: the folder of the packages,
-    laid out like `node_modules`; by default in ~/.cache. The same arguments and versions give the same files.
+    tasks: by default all that can be drawn here; `pages` needs packages of Debian. questions and train_questions: per
+    task, in each test split and for training. packages: the folder of the packages, laid out like `node_modules`; by
+    default in ~/.cache. The same arguments and versions give the same files.
 
     Raises ValueError if a task is unknown, if `out` exists, or if a package is not the pinned one; OSError if one
     cannot be fetched.
     """
-    if unknown := [task for task in tasks if task not in TASKS]:
+    if unknown := [task for task in tasks or () if task not in TASKS]:
         raise ValueError(f"There is no task {unknown[0]!r}; the tasks are {', '.join(TASKS)}.")
     if questions < 1 or train_questions < 0:
         raise ValueError("At least 1 question a task is needed, and at least 0 for training.")
     shelf = Shelf(packages or PACKAGE_FOLDER)
+    if tasks is None:
+        tasks = tuple(task for task in TASKS if task != "pages" or shelf.pages is not None)
     with whole_folder(out) as partial:
         counts: dict[str, dict[str, Any]] = defaultdict(dict)
         records: list[dict[str, Any]] = []
@@ -60,10 +63,10 @@ def build_pictures(
         if records:
             text = json.dumps(records, indent=1, ensure_ascii=False)
             (partial / "train" / "train.json").write_text(text, encoding="utf-8")
-        used = {
-            name: {"version": PACKAGES[name].version, "licence": PACKAGES[name].licence} for name in sorted(shelf.used)
-        }
-        said = {"seed": seed, "splits": dict(counts), "packages": used}
+        known = PACKAGES | DEBIAN
+        used = {name: {"version": known[name].version, "licence": known[name].licence} for name in sorted(shelf.used)}
+        left_out = [task for task in TASKS if task not in tasks]
+        said = {"seed": seed, "splits": dict(counts), "left_out": left_out, "packages": used}
         (partial / "suite.json").write_text(json.dumps(said, indent=1), encoding="utf-8")
         contact_sheet(partial, tasks).save(partial / "contact_sheet.png")
     return said

@@ -1,6 +1,7 @@
 """The tasks: each draws a picture of a split and asks about it what follows from how it was drawn."""
 
 import io
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..tiny import scenes as tiny_scenes
+from .pages import crop, lines_of, runs_of
 from .scenes import SIDE, Scene, compose, pick, spread
 from .sources import RANKS, SUITS, Noun, Region, Shelf, Split, Table, clash, cutout
 
 CLEAR = 0.1  # of the picture's side: how far apart centres are that are asked about
 POPULAR = 30  # the nouns that are drawn most often
+NTH = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 DOT = 15  # pixels from a region's middle, where its name is, down to the dot that marks it
 
 
@@ -267,13 +270,18 @@ def text_page(text: str, font: ImageFont.FreeTypeFont, rng: np.random.Generator)
     start = int(rng.integers(len(every) - count + 1))
     lines = every[start : start + count]
     number = int(rng.integers(count))
-    nth = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")[number]
-    questions = [
-        Asked("line", f"What does the {nth} line say?", lines[number], "open"),
-        Asked("first word", f"What is the first word of the {nth} line?", lines[number].split()[0], "open"),
+    return lines, [
+        *ask_line(lines, number),
         Asked("lines", "How many lines of text are there?", str(count), "number"),
     ]
-    return lines, questions
+
+
+def ask_line(lines: Sequence[str], number: int) -> tuple[Asked, Asked]:
+    """To read a line, and its first word."""
+    return (
+        Asked("line", f"What does the {NTH[number]} line say?", lines[number], "open"),
+        Asked("first word", f"What is the first word of the {NTH[number]} line?", lines[number].split()[0], "open"),
+    )
 
 
 def record_page(table: Table, rng: np.random.Generator) -> tuple[list[str], list[Asked]]:
@@ -301,6 +309,37 @@ def shown(number: float) -> str:
 def plain_figure(number: float) -> str:
     """A number as an answer: "1250000" or "4.5"."""
     return shown(number).replace(",", "")
+
+
+def pages(shelf: Shelf, split: Split, rng: np.random.Generator) -> Sheet | None:
+    """Some lines of a page of a manual: to read one, to find a number or a word; nothing where no lines can be cut out.
+
+    Raises ValueError if there are no manuals.
+    """
+    if shelf.pages is None:
+        raise ValueError("The task pages needs Debian's packages of manuals, which apt-get cannot fetch here.")
+    manual = pick(split.looks("manuals"), rng)
+    path, number = pick(split.contents(shelf.pages[manual], lambda page: f"{page[0].name} {page[1]}"), rng)
+    every = lines_of(path, number)
+    runs = runs_of(every, len(NTH))
+    if not runs:
+        return None
+    (run, box), scale = pick(runs, rng), float(rng.uniform(1.3, 2.0))
+    lines = [line.text for line in run]
+    known = [set(re.findall("[A-Za-z]{5,}", line.text)) for line in every]
+    here = set(re.findall("[A-Za-z]{5,}", " ".join(lines)))
+    absent = sorted(word for word in set().union(*known) if word.lower() not in " ".join(lines).lower())
+    questions = [*ask_line(lines, int(rng.integers(len(lines))))]
+    figures = [(place, found) for place, line in enumerate(lines) if len(found := re.findall(r"[\d.]+", line)) == 1]
+    whole = [(place, found[0]) for place, found in figures if re.search(rf"(?<![\w.-]){found[0]}(?!\w)", lines[place])]
+    if numbers := [(place, found) for place, found in whole if found.isdigit()]:
+        place, figure = pick(numbers, rng)
+        questions.append(Asked("number", f"Which number is in the {NTH[place]} line?", figure, "number"))
+    if here and absent:
+        word = pick(sorted(here) if rng.random() < 0.5 else absent, rng)
+        questions.append(Asked("is there", f"Is the word “{word}” in the picture?", yes_no(word in here), "yes/no"))
+    meta = {"manual": manual, "text size": f"{round(10 * scale)} pixels"}
+    return Sheet(crop(path, number, box, scale), tuple(questions), meta)
 
 
 # Charts and maps ---------------------------------------------------------------------------------------------------
@@ -476,7 +515,7 @@ def kind_of(answer: str) -> str:
 Drawer = Callable[[Shelf, Split, np.random.Generator], Sheet | None]
 TASKS: dict[str, Drawer] = {
     drawer.__name__: drawer
-    for drawer in (presence, naming, relations, counting, cards, maps, words, documents, charts, scenes)
+    for drawer in (presence, naming, relations, counting, cards, maps, words, documents, pages, charts, scenes)
 }
 
 

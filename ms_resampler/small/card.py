@@ -27,7 +27,6 @@ def notes(record: dict[str, Any]) -> str:
     results, pictures = record["results"], record["pictures"]
     plain = results["plain questions"]
     drawings = [f"{name} {said}" for name, said in pictures["packages"].items()]
-    drawings += [pictures["clip art"]] if pictures["clip art"] else []
     return (
         NOTES.read_text(encoding="utf-8")
         .format(

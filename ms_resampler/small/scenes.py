@@ -5,9 +5,6 @@ fluent-emoji-3d is kept aside for tests, openmoji for validation.
 """
 
 import random
-import shutil
-import subprocess
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from ..folders import whole_folder
 from ..pictures.scenes import GROUNDS, draw_ground, touch
 from ..pictures.sources import Shelf, cutout
 from .parts import SIDE, things
@@ -26,7 +22,6 @@ STYLES = {
     "validation": ("openmoji",),
     "test-style": ("fluent-emoji-3d",),
 }
-CLIPART = ("openclipart-svg", "1:0.18+dfsg-19")  # Debian's package: CC0 drawings
 GAP = 3  # pixels between two things
 # The size of things in a picture of 1, 2, 4 and more: square root of the area, in picture widths.
 SIZES = ((1, (0.42, 0.92)), (2, (0.3, 0.47)), (4, (0.24, 0.42)), (9, (0.2, 0.32)))
@@ -52,8 +47,9 @@ class Scene:
     boxes: tuple[Box, ...]
 
 
-def find_drawings(shelf: Shelf, clipart: Path | None) -> dict[str, dict[str, list[Drawing]]]:
-    """Drawings by split and noun. clipart: the folder of openclipart's SVGs."""
+def find_drawings(shelf: Shelf) -> dict[str, dict[str, list[Drawing]]]:
+    """Drawings by split and noun."""
+    clipart = shelf.debian("openclipart-svg")
     found: dict[str, dict[str, list[Drawing]]] = {split: defaultdict(list) for split in STYLES}
     emoji = {entry["label"]: entry for entry in shelf.read("emojibase-data", "en/data.json")}
     for split, styles in STYLES.items():
@@ -69,25 +65,10 @@ def find_drawings(shelf: Shelf, clipart: Path | None) -> dict[str, dict[str, lis
                         found[split][noun].append(Drawing(noun, style, source))
             if clipart is not None and "openclipart" in styles:
                 for name in known.get("clipart", []):
-                    found[split][noun].append(Drawing(noun, "openclipart", clipart / name))
+                    found[split][noun].append(
+                        Drawing(noun, "openclipart", clipart / "usr/share/openclipart/svg" / name)
+                    )
     return {split: dict(nouns) for split, nouns in found.items()}
-
-
-def clipart_folder(cache: Path) -> Path | None:
-    """The folder of openclipart's SVGs, which apt fetches once; None where there is no apt."""
-    folder = cache / CLIPART[0]
-    if folder.is_dir():
-        return folder
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        return None
-    with tempfile.TemporaryDirectory() as place, whole_folder(folder) as partial:
-        fetched = subprocess.run(["apt-get", "download", "=".join(CLIPART)], cwd=place, capture_output=True, text=True)
-        archives = list(Path(place).glob("*.deb"))
-        if fetched.returncode or not archives:
-            raise OSError(f"apt-get cannot fetch {'='.join(CLIPART)}: {' '.join(fetched.stderr.split())}")
-        subprocess.run(["dpkg-deb", "-x", archives[0], place], check=True)
-        shutil.copytree(next(Path(place).rglob("openclipart/svg")), partial, dirs_exist_ok=True)
-    return folder
 
 
 class Painter:

@@ -14,7 +14,7 @@ from ..evaluation.run import Options, evaluate
 from ..folders import PROJECTOR, whole_folder, write_whole
 from ..hub_upload.staging import RECORD
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
-from ..pictures.packages import PACKAGES
+from ..pictures.packages import DEBIAN, PACKAGES
 from ..pictures.sources import Shelf
 from ..pictures.suite import PACKAGE_FOLDER
 from ..processing_ms_resampler import MSResamplerProcessor
@@ -25,9 +25,9 @@ from ..training.run import train
 from ..training.trainer import fast_bfloat16, keep_freed_memory
 from .card import write_small_card
 from .features import Features
-from .parts import ADAPTER, CACHE, FIELDS, LLM, PARTS, TOWER, TRAINED, start_small, things, words
+from .parts import ADAPTER, FIELDS, LLM, PARTS, TOWER, TRAINED, start_small, things, words
 from .plain import answers_of, right_answers
-from .scenes import CLIPART, Painter, clipart_folder, find_drawings
+from .scenes import Painter, find_drawings
 from .talk import PLAIN, TASKS, write_conversations, write_suite
 from .words import CellsCollator, CellsOfScenes, SayingCells, add_dropout, say_the_towers_classes, score_names
 
@@ -92,8 +92,8 @@ def train_small(
     """
     keep_freed_memory()
     out, steps = Path(out), steps or round(2 * scenes / 32)
-    shelf, clipart = Shelf(PACKAGE_FOLDER), clipart_folder(CACHE)
-    drawings = find_drawings(shelf, clipart)
+    shelf, known = Shelf(PACKAGE_FOLDER), PACKAGES | DEBIAN
+    drawings = find_drawings(shelf)
     painters = {split: Painter(found, split) for split, found in drawings.items()}
     if not (out / "start").is_dir():
         learn_words(out, painters["train"], scenes, steps, seed)
@@ -111,8 +111,7 @@ def train_small(
         "stages": [words_row(out, scenes, steps, seed), talk_row(out, talks)],
         "pretrained": [vars(TOWER), vars(LLM)],
         "pictures": {
-            "packages": {name: f"{PACKAGES[name].version} ({PACKAGES[name].licence})" for name in sorted(shelf.used)},
-            "clip art": None if clipart is None else f"{' '.join(CLIPART)} (CC0)",
+            "packages": {name: f"{known[name].version} ({known[name].licence})" for name in sorted(shelf.used)},
             "drawings": {split: sum(map(len, found.values())) for split, found in drawings.items()},
             "nouns": len(things()),
         },

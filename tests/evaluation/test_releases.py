@@ -1,6 +1,7 @@
 """Every benchmark's records, read in the layout of its official release and in that of its copy on the Hub."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -273,7 +274,26 @@ def test_gqa_on_the_hub_joins_its_two_tables(tmp_path):
     assert [(problem.id, problem.kind) for problem in loaded.problems] == [("2", "no picture")]
 
 
+def test_the_benchmarks_that_have_a_known_commit_are_pinned_to_it():
+    pinned = {name for name, task in TASKS.items() if re.fullmatch("[0-9a-f]{40}", task.hub.revision)}
+    assert pinned == {"vqav2", "gqa", "textvqa", "pope", "mme", "docvqa", "mmmu"}
+    assert {task.hub.revision for name, task in TASKS.items() if name not in pinned} == {"main"}
+
+
 # What is not as it should be is named.
+
+
+def test_a_question_of_a_pair_that_cannot_be_used_leaves_out_the_other(tmp_path):
+    damaged = [
+        {**HUB["mme"][0], "question_id": f"existence/{n}.jpg", "question": question, "answer": answer}
+        for n, answers in enumerate((("Yes", "No"), ("Yes", "Perhaps")))
+        for question, answer in zip(("Is there a cat?", "Is there a dog?"), answers, strict=True)
+    ]
+    loaded = TASKS["mme"].load(None, hub_copy(tmp_path / "mme", {("default", "test"): (damaged, ("image",))}))
+    assert {sample.group for sample in loaded.samples} == {"existence/0.jpg"}
+    assert len(loaded.samples) == 2
+    assert [problem.kind for problem in loaded.problems] == ["unusable record", "incomplete group"]
+    assert loaded.problems[1].id == "existence/1.jpg Is there a cat?"
 
 
 def test_a_renamed_column_is_named_with_those_that_there_are(tmp_path):

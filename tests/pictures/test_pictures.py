@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from ms_resampler.pictures import TASKS, build_pictures
 from ms_resampler.pictures.packages import PACKAGES, Package, package_folder
 from ms_resampler.pictures.scenes import unevenness
 from ms_resampler.pictures.sources import LOOKS, SPLITS, Shelf, is_held_out, read_regions
-from ms_resampler.pictures.tasks import draw_sheet
+from ms_resampler.pictures.tasks import NTH, draw_sheet
 from ms_resampler.training.conversations import messages_in
 from ms_resampler.training.records import open_records
 from ms_resampler_cli.main import main
@@ -150,6 +151,41 @@ def test_charts_and_records_tell_the_tables_numbers(shelf):
         if sheet.meta["page"] == "record":
             asked = sheet.questions[0]
             assert float(asked.answer) == 10 * int(asked.question.split("“")[1].split("”")[0].split()[-1])
+
+
+def test_lines_of_pages_are_those_of_the_pixels(shelf):
+    """Every line has the colour of its first word."""
+    seen = Counter()
+    for sheet in sheets("pages", shelf):
+        there = sorted((found[0][0], noun) for noun in COLOURS if (found := blobs(sheet.image, noun)))
+        nouns = [noun for _, noun in there]
+        nth = dict(zip(NTH, nouns, strict=False))
+        for asked in sheet.questions:
+            seen[asked.asks] += 1
+            if asked.asks == "is there":
+                word = asked.question.split("“")[1].split("”")[0]
+                assert (asked.answer == "yes") == (word in nouns)
+            else:
+                (noun,) = [noun for place, noun in nth.items() if f"the {place} line" in asked.question]
+                line = sheet.questions[0].answer
+                text = {"line": line, "first word": asked.answer, "number": f"{noun} on page {asked.answer}"}[
+                    asked.asks
+                ]
+                assert f"{noun} on page {line.split()[-1]}".startswith(text)
+        assert len(nouns) > 1
+    assert len(seen) == 4
+
+
+def test_pages_are_left_out_without_the_manuals(packages, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "packages"
+    shutil.copytree(packages, root, ignore=shutil.ignore_patterns("mpich-doc"))
+    monkeypatch.setenv("PATH", "")
+    sizes = ["--questions", "1", "--train-questions", "0", "--packages", str(root)]
+    assert main(["pictures", str(tmp_path / "out"), *sizes]) == 0
+    assert "Left out, since apt-get cannot fetch Debian 12's manuals here: pages" in capsys.readouterr().out
+    assert not list((tmp_path / "out").rglob("pages*"))
+    assert main(["pictures", str(tmp_path / "asked"), "--tasks", "pages", *sizes]) == 2
+    assert "The task pages needs Debian's packages of manuals" in capsys.readouterr().err
 
 
 # Unevenness ----------------------------------------------------------------------------------------------------------

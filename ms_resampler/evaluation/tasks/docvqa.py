@@ -42,7 +42,9 @@ def export(scored: Sequence[Scored]) -> tuple[str, list]:
 TASK = Task(
     name="docvqa",
     title="DocVQA",
-    hub=HubData("lmms-lab/DocVQA", {"val": "validation", "test": "test"}, config="DocVQA"),
+    hub=HubData(
+        "lmms-lab/DocVQA", {"val": "validation", "test": "test"}, "DocVQA", "539088ef8a8ada01ac8e2e6d4e372586748a265e"
+    ),
     split="val",
     published_split="val",
     prompt=SHORT,

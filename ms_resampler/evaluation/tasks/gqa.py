@@ -49,6 +49,7 @@ TASK = Task(
         "lmms-lab/GQA",
         {"testdev": "testdev"},
         config="testdev_balanced_instructions",
+        revision="a6e72d6e1b912da88af8b2f9eba05d5ea8ec2dd8",
         picture_config="testdev_balanced_images",
         picture_id="imageId",
     ),

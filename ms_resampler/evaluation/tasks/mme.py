@@ -97,7 +97,7 @@ def finish(sums: Sums) -> dict[str, np.ndarray]:
 TASK = Task(
     name="mme",
     title="MME-P",
-    hub=HubData("lmms-lab/MME", {"test": "test"}),
+    hub=HubData("lmms-lab/MME", {"test": "test"}, revision="d6c9023f017b564f7b3ccccf5348166bce8fdbcd"),
     split="test",
     published_split="test",
     prompt=SHORT,
@@ -106,5 +106,6 @@ TASK = Task(
     build=build,
     score=score,
     aggregation=Aggregation(tally, finish, "perception", scale=2000),
+    group_size=2,
     picture_key=lambda row: str(row["question_id"]),
 )

@@ -62,7 +62,7 @@ def export(scored: Sequence[Scored]) -> tuple[str, dict]:
 TASK = Task(
     name="mmmu",
     title="MMMU",
-    hub=HubData("lmms-lab/MMMU", NAMES),
+    hub=HubData("lmms-lab/MMMU", NAMES, revision="364f2e2eb107b36e07ff4c5a15f5947a759cef47"),
     split="val",
     published_split="val",
     prompt="{question}\n\n{instruction}",

@@ -75,7 +75,7 @@ def finish(sums: Sums) -> dict[str, np.ndarray]:
 TASK = Task(
     name="pope",
     title="POPE",
-    hub=HubData("lmms-lab/POPE", {"test": "test"}),
+    hub=HubData("lmms-lab/POPE", {"test": "test"}, revision="4db1276663dfa5eb8ad16a52d24c31a09e470896"),
     split="test",
     published_split="test",
     prompt=SHORT,

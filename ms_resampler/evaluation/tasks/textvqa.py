@@ -52,7 +52,11 @@ def export(scored: Sequence[Scored]) -> tuple[str, list]:
 TASK = Task(
     name="textvqa",
     title="TextVQA",
-    hub=HubData("lmms-lab/textvqa", {"val": "validation", "test": "test"}),
+    hub=HubData(
+        "lmms-lab/textvqa",
+        {"val": "validation", "test": "test"},
+        revision="9c0699cd19768ac5ab97568f6b3cbac4c0062884",
+    ),
     split="val",
     published_split="val",
     prompt="{question}\n{ocr}Answer the question using a single word or phrase.",

@@ -53,7 +53,11 @@ def export(scored: Sequence[Scored]) -> tuple[str, list]:
 TASK = Task(
     name="vqav2",
     title="VQAv2",
-    hub=HubData("lmms-lab/VQAv2", {"val": "validation", "test-dev": "testdev", "test": "test"}),
+    hub=HubData(
+        "lmms-lab/VQAv2",
+        {"val": "validation", "test-dev": "testdev", "test": "test"},
+        revision="32665d35052eb4a6d4414851c3c829a72754915a",
+    ),
     split="val",
     published_split="test-dev",
     prompt=SHORT,
