@@ -80,12 +80,16 @@ def prepare(model: Any, recipe: Recipe) -> Any:
 def set_precision(model: nn.Module, frozen: torch.dtype) -> None:
     """What learns is kept in float32, what is frozen in `frozen`.
 
-    An update of 1e-5 is lost on a bfloat16 weight, and what is not updated needs no more than bfloat16.
+    An update of 1e-5 is lost on a bfloat16 weight, and what is not updated needs no more than bfloat16. Batch norms
+    take parameters of the type of their running statistics alone.
     """
-    for parameter in model.parameters():
-        # Four bits are packed into numbers of some type, which are not what they stand for.
-        if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+    for module in model.modules():
+        statistics = getattr(module, "running_mean", None)
+        for parameter in module.parameters(recurse=False):
+            # Four bits are packed into numbers of some type, which are not what they stand for.
+            if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+                still = frozen if statistics is None else statistics.dtype
+                parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else still)
 
 
 def parameter_groups(model: nn.Module, rates: LearningRates, weight_decay: float) -> list[dict[str, Any]]:

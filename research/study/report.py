@@ -113,9 +113,9 @@ projectors are also given on {data["validation_scenes"]} validation scenes, whic
 
 
 def signed(difference: Difference, column: int) -> str:
-    """A difference in percentage points and its interval: "+1.2 (+0.3 to +2.0)"."""
+    """A difference in percentage points and its interval: "+1.2 (+0.3, +2.0)"."""
     mean, low, high = interval(difference.estimate, column)
-    return f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{100 * mean:+.1f} ({100 * low:+.1f}, {100 * high:+.1f})"
 
 
 def interval(estimate: Estimate, column: int) -> tuple[float, float, float]:

@@ -67,6 +67,16 @@ def test_what_is_frozen_keeps_every_tensor_and_buffer(frozen, start, tmp_path, m
     assert moved == {"tower"} - {frozen}
 
 
+@pytest.mark.parametrize("name", ["align", "instruct"])
+def test_batch_norms_take_part_in_bfloat16(name, start, tmp_path):
+    begin = save_efficientnet(tmp_path / "start")
+    recipes = [small(name, steps=1, bf16=bf16, rates=LearningRates(projector=1e-3)) for bf16 in (True, False)]
+    for recipe in recipes:
+        train(recipe, **options_in(start, tmp_path / str(recipe.bf16), model=str(begin)))
+    narrow, wide = (losses_of(tmp_path / str(recipe.bf16)) for recipe in recipes)
+    torch.testing.assert_close(narrow, wide, rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("tower", ["clip_vision_model", "efficientnet"])
 def test_dropout_is_off_in_what_is_frozen(tower, start, tmp_path):
     """Through layers whose activations are checkpointed, too."""
