@@ -34,6 +34,7 @@ OPTIONS: dict[str, Any] = {
     "overview_share": 0.25,
     "tiles_apart": False,
     "auto_tokens": (36, 576),
+    "newline_token": None,
 }
 OF_IMAGES = ("visual_tokens", "visual_tokens_total", "tiles", "overview_share")  # options that are ours
 Layout = tuple[Any, Grid]  # a picture's Tiling, or None if it is not cut, and its token grid
@@ -70,6 +71,8 @@ class MSResamplerProcessor(ProcessorMixin):
             [rows, columns], or one of a list of grids. See tiles_ms_resampler.py.
         overview_share: the share of a count of visual tokens that goes to the overview of a picture in several tiles;
             0 leaves it out.
+        newline_token: of LLaVA-NeXT's layout, a token after each row of visual tokens of a picture in tiles, and at the
+            end of one that is not cut. Every picture in tiles then has an overview.
         tiles_apart: whether each tile has a budget of its own, as projectors need that are made for one grid.
         image_token: the placeholder in the text.
         max_pixels: images with more are refused before they are decoded.
@@ -265,9 +268,13 @@ class MSResamplerProcessor(ProcessorMixin):
         return inputs, [self.replace_image_token(inputs, number) for number in range(len(layouts))]
 
     def replace_image_token(self, image_inputs: BatchFeature, image_idx: int, **kwargs: Any) -> str:
-        """The text that replaces an image's placeholder: its image tokens."""
+        """The text that replaces an image's placeholder: its image tokens, with newlines if there are any."""
+        rows, columns = (int(side) for side in image_inputs["token_grids"][image_idx])
         tiling = read_tilings([image_inputs["tilings"][image_idx]])[0] if "tilings" in image_inputs else None
-        return self.image_token * int(self._count((tiling, tuple(image_inputs["token_grids"][image_idx]))))
+        count, newline = self._count((tiling, (rows, columns))), self.newline_token or ""
+        if tiling is None or not newline:
+            return self.image_token * count + newline
+        return self.image_token * (count - rows * columns) + (self.image_token * columns + newline) * rows
 
     def _count(self, layout: Layout) -> int:
         """The visual tokens of a picture."""
@@ -334,7 +341,7 @@ class MSResamplerProcessor(ProcessorMixin):
         grids = grids_of(self._option("tiles", options))
         sizes = image_size, tile_size, patches, grids
         if not self.tiles_apart:
-            return lay_out(*sizes, budget, self.auto_tokens, share)
+            return lay_out(*sizes, budget, self.auto_tokens, share, share if self.newline_token else 0.0)
         tiling, _ = lay_out(*sizes, None, self.auto_tokens, share)
         _, grid = self._lay_out(patches, budget)
         return Tiling(tiling.tiles, patches, NONE if tiling.overview == NONE else grid), grid

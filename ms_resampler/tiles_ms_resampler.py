@@ -114,9 +114,16 @@ def budgets_for(budget: Any, bounds: Grid, patches: Grid) -> Iterator[Any]:
 
 
 def lay_out(
-    image_size: Grid, tile_size: Grid, tile_patches: Grid, grids: list[Grid], budget: Any, bounds: Grid, share: float
+    image_size: Grid,
+    tile_size: Grid,
+    tile_patches: Grid,
+    grids: list[Grid],
+    budget: Any,
+    bounds: Grid,
+    share: float,
+    share_of_one: float = 0.0,
 ) -> tuple[Tiling, Grid]:
-    """The tiling of a picture of (height, width) pixels, and its token grid.
+    """The tiling of a picture of (height, width) pixels, and its token grid; with one tile, another share counts.
 
     Of the grids on which the budget has room, the one that keeps most of the picture's pixels is taken, and of several
     such the one with the least padding. Raises ValueError if the budget has room on none.
@@ -127,7 +134,8 @@ def lay_out(
         rows, columns = open_grids.pop(select_best_resolution(image_size, list(open_grids)))
         patches = picture_patches(image_size, (rows * tile_patches[0], columns * tile_patches[1]))
         for count in budgets_for(budget, bounds, patches):
-            if parts := split_budget(count, share * (rows * columns > 1), tile_patches, patches):
+            of_overview = share if rows * columns > 1 else share_of_one
+            if parts := split_budget(count, of_overview, tile_patches, patches):
                 return Tiling((rows, columns), patches, parts[0]), parts[1]
     if budget == "auto":
         raise ValueError(

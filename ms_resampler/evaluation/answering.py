@@ -26,9 +26,10 @@ class Answerer(Protocol):
 
 
 class EncodedPicture(NamedTuple):
-    """A picture's visual tokens (M, T), and those of them that the reducer mustdrop always keeps."""
+    """A picture's visual tokens (M, T), their text, and those of them that the reducer mustdrop always keeps."""
 
     tokens: Any
+    text: str
     key_set: Any = None
 
 
@@ -82,7 +83,11 @@ class LocalModel:
         with torch.inference_mode():
             images = self.model.get_image_features(**inputs, return_dict=True)
         key_sets = images.key_sets or [None] * len(images.pooler_output)
-        return list(map(EncodedPicture, images.pooler_output, key_sets))
+        token, texts = self.processor.image_token, []
+        for number, tokens in enumerate(images.pooler_output):
+            whole = self.processor.replace_image_token(inputs, number)
+            texts.append(whole if whole.count(token) == len(tokens) else token * len(tokens))  # fewer after a reducer
+        return list(map(EncodedPicture, images.pooler_output, texts, key_sets))
 
     def answer(self, prompts: Sequence[str], pictures: Sequence[Sequence[Any]], max_new_tokens: int) -> list[str]:
         """Greedy replies, decoded as one batch."""
@@ -123,7 +128,7 @@ class LocalModel:
         for text, group in zip(texts, pictures, strict=True):
             first, *others = text.split(token)
             assert len(others) == len(group), f"the chat template wrote {len(others)} images for {len(group)}"
-            parts = (token * len(picture.tokens) + other for picture, other in zip(group, others, strict=True))
+            parts = (picture.text + other for picture, other in zip(group, others, strict=True))
             expanded.append(first + "".join(parts))
         beginning = self.processor.tokenizer.bos_token
         has_beginning = beginning is not None and expanded[0].startswith(beginning)
