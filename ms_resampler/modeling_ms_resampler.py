@@ -697,9 +697,9 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         spatial_shapes: Tensor | None = None,
         mm_encoder_outputs: dict[str, MSResamplerImageFeatures] | None = None,
         prompt_mask: Tensor | None = None,
-        tilings: Tensor | list | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        tilings: Tensor | list | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MSResamplerCausalLMOutputWithPast:
         """Next-token logits of MSResamplerModel's text.

@@ -153,7 +153,7 @@ def share_out(total: int, weights: Sequence[float], can_have: Callable[[int, int
     """
     if total < len(weights):
         raise ValueError(
-            f"`visual_tokens_total` is {total}, but there are {len(weights)} images: give one token to each."
+            f"`visual_tokens_total` {total} is too small: the prompt's images, {len(weights)}, need one token each."
         )
     reached: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     due = 0.0

@@ -9,14 +9,22 @@ import pytest
 import tiny_models as tiny
 import torch
 from PIL import Image
+from tiny_runs import losses_of, make_start, options_in, small
 from torch.testing import assert_close
+from transformers import AutoProcessor
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
+import ms_resampler
 from ms_resampler import MSResamplerProcessor, modeling_ms_resampler
+from ms_resampler.answers import load
+from ms_resampler.evaluation.answering import LocalModel
 from ms_resampler.projectors_ms_resampler import OWN_GRID
 from ms_resampler.tiles_ms_resampler import MOST_TILES, Tiling, grids_of, lay_out, picture_patches, share_out
+from ms_resampler.training.collate import ConversationCollator
+from ms_resampler.training.run import train
+from ms_resampler_cli.main import main
 
 SIDE, PATCHES = tiny.IMAGE_SIZE, tiny.IMAGE_SIZE // tiny.PATCH_SIZE
 PINPOINTS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
@@ -399,7 +407,7 @@ def test_a_total_with_auto_goes_by_area():
 @pytest.mark.parametrize(
     ("total", "options", "sentence"),
     [
-        (2, {}, "`visual_tokens_total` is 2, but there are 3 images"),
+        (2, {}, "`visual_tokens_total` 2 is too small: the prompt's images, 3, need one token each"),
         (1000, {}, "cannot be shared exactly among 3 images; use a total such as .*108"),
         (30, {"visual_tokens": 4}, "Give `visual_tokens_total`, or `visual_tokens` of each image, not both"),
     ],
@@ -444,3 +452,62 @@ def test_tilings_are_read_from_tuples_as_from_tensors(model):
     lists["tilings"] = [Tiling(*map(tuple, row)) for row in inputs["tilings"].tolist()]
     again = model.get_image_features(inputs["pixel_values"], return_dict=True, **lists)
     assert_close(again.pooler_output[0], features(model, inputs).pooler_output[0])
+
+
+def test_questions_in_python_and_in_the_terminal_take_tiles_and_totals(tmp_path, capsys):
+    tiny.save_tiny(tmp_path / "model", text="qwen2")
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, file in enumerate(files):
+        tiny.picture(seed=number, size=(60, 90)).save(file)
+    model, processor = load(tmp_path / "model")
+    inputs = tiny.asked(processor, "What?", *files[:1], tiles=6, visual_tokens=16)
+    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    answer = ms_resampler.ask("What?", files[0], model, processor, tiles=6, visual_tokens=16, max_new_tokens=4)
+    assert answer.text == processor.decode(ids[0], skip_special_tokens=True).strip()
+    assert answer.visual_tokens == [16]
+    assert "tilings" in inputs
+    images = [part for file in files for part in ("--image", str(file))]
+    common = ["--model", str(tmp_path / "model"), "--max-new-tokens", "1", "--json", "--tiles", "2x3"]
+    assert main(["chat", "What?", *images, *common, "--visual-tokens-total", "30"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [image["visual_tokens"] for image in told["images"]] == [10, 10, 10]
+    assert sum(told["scope_weights"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_evaluation_encodes_pictures_in_tiles(model):
+    processor, picture = tiny.tiny_processor(visual_tokens=16), tiny.picture(size=(60, 90))
+    answerer = LocalModel(model, processor, "auto", tiles=(2, 3))
+    encoded = answerer.encode([picture, tiny.picture()])
+    inputs = processor(images=[picture], text="<image>", return_tensors="pt", visual_tokens="auto", tiles=(2, 3))
+    assert_close(encoded[0].tokens, features(model, inputs).pooler_output[0])
+    assert answerer.visual_tokens(encoded[0]) == (inputs["input_ids"] == tiny.IMAGE).sum()
+    assert (answerer.tokenize(["What?"], [encoded])["input_ids"] == tiny.IMAGE).sum() == sum(
+        len(one.tokens) for one in encoded
+    )
+
+
+@pytest.mark.parametrize("frozen_features", [False, True])
+def test_a_run_trains_on_tiles_and_saves_them(frozen_features, tmp_path):
+    start = make_start(tmp_path, records=4)
+    recipe = small("align", steps=2, batch_size=2, tiles=4, token_budgets=(9, 16))
+    features = {"features": tmp_path / "features"} if frozen_features else {}
+    result = train(recipe, **options_in(start, tmp_path / "run", **features))
+    assert AutoProcessor.from_pretrained(result).tiles == 4
+    assert all(math.isfinite(loss) for loss in losses_of(tmp_path / "run"))
+    with pytest.raises(ValueError, match="`tiles` is a count from 1 to"):
+        train(small("align", tiles=99), **options_in(start, tmp_path / "other"))
+
+
+def test_batches_of_training_hold_tiles_as_generation_has_them(model):
+    processor = tiny.tiny_processor(visual_tokens=12, tiles=4)
+    said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    records = [
+        {"id": str(n), "image": tiny.picture(seed=n, size=size), "conversations": said}
+        for n, size in enumerate([(24, 24), (60, 30)])
+    ]
+    batch = ConversationCollator(processor, max_length=256)(records)
+    losses = []
+    for record in records:
+        losses.append(model(**ConversationCollator(processor, max_length=256)([record])).loss)
+    assert len(batch["pixel_values"]) == 1 + int(batch["tilings"][1, 0].prod()) + 1
+    assert_close(model(**batch).loss, torch.stack(losses).mean(), rtol=1e-4, atol=1e-5)
