@@ -44,10 +44,10 @@ def make_model(tower: dict[str, Any]) -> MSResamplerModel:
 
 def make_inputs(model: MSResamplerModel, grid: tuple[int, int], tokens: int) -> dict[str, Any]:
     """What the model reads of a picture that fills a grid of tiles."""
-    side, patches = model.config.vision_config.image_size, model.config.native_patch_grid
-    size = grid[0] * side, grid[1] * side
-    tiling, laid = lay_out(size, (side, side), patches, [grid], tokens, (1, 1), OVERVIEW_SHARE)
-    pixels = torch.randn(tiling.views, 3, side, side, dtype=model.dtype, device=model.device)
+    tile, patches = model.config.tower.image_size, model.config.native_patch_grid
+    size = grid[0] * tile[0], grid[1] * tile[1]
+    tiling, laid = lay_out(size, tile, patches, [grid], tokens, (1, 1), OVERVIEW_SHARE)
+    pixels = torch.randn(tiling.views, 3, *tile, dtype=model.dtype, device=model.device)
     return {"pixel_values": pixels, "tilings": [tiling], "token_grids": [laid]}
 
 
