@@ -30,7 +30,7 @@ from .fusion_ms_resampler import PreFusion, fuse, words_of_prompt
 from .loading_ms_resampler import LoadingMixin
 from .packing_ms_resampler import PackedLinear, pack_linears
 from .projectors_ms_resampler import OWN_GRID, PROJECTORS, SCOPED_PROJECTORS, build_projector, init_projector_weights
-from .reducers_ms_resampler import DivPrune, LayerReducer, MustDrop, Reducer, TowerReducer, ascending, read_reducer
+from .reducers_ms_resampler import DivPrune, HiRED, LayerReducer, MustDrop, Reducer, TowerReducer, ascending, read_reducer
 from .reducing_ms_resampler import (
     FILL,
     Cutting,
@@ -227,7 +227,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         reducer = self.config.reducer
         self._check_tilings(tilings, token_grids, spatial_shapes, reducer)
         if isinstance(reducer, TowerReducer):
-            return self._reduce_patches(reducer, pixel_values, token_grids, **kwargs)
+            return self._reduce_patches(reducer, pixel_values, token_grids, tilings, **kwargs)
         size = pixel_values.shape[-2], pixel_values.shape[-1]  # patches have their own grids
         if tilings is None:
             tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
@@ -281,6 +281,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         reducer: TowerReducer,
         pixel_values: Tensor,
         token_grids: Tensor | list[tuple[int, int]] | None,
+        tilings: Tensor | list | None,
         **kwargs: Any,
     ) -> MSResamplerImageFeatures:
         """Visual tokens of what a reducer takes from the tower; `token_grids` of all patches, as the text has them."""
@@ -288,28 +289,44 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         if reducer.last_layer:
             kwargs.pop("skip_unread", None)
         reading = TowerReading(self.vision_tower, reading_layer(reducer, layer, len(shape.states) - 1))
+        first = None if tilings is None else TowerReading(self.vision_tower, 0)
         sides, stride = pixel_values.shape[-2:], shape.states[layer].stride
         patch_grid = sides[0] // stride[0], sides[1] // stride[1]
         merging: Any = nullcontext()
         projector: Any = self.projector
         dtype = next(p.dtype for p in projector.parameters() if p.is_floating_point())
-        views, states = [], []
+        views, first_views, states = [], [], []
         merges = isinstance(reducer, MustDrop)  # so that pictures have different numbers of patches
-        for pixels in pixel_values.split(1 if merges else len(pixel_values)):
+        for pixels in pixel_values.split(1 if merges else len(pixel_values) if tilings is None else VIEWS_AT_ONCE):
             if isinstance(reducer, MustDrop):
                 merging = merged_windows(self.vision_tower, reducer, patch_grid)
-            with reading.hooked(), merging:
+            with reading.hooked(), merging, first.hooked() if first else nullcontext():
                 states.append(states_of(self._run_tower(pixels, None, None, **kwargs))[layer])
             views += reading.views(states[-1].to(dtype), shape)
-        tokens, words = self._mix_words([projector.mlp(reducer.reduce(view)) for view in views])
-        patch_grids = [patch_grid] * len(pixel_values)
+            first_views += first.views(states[-1], shape) if first else []
+        patch_grids, overviews = [patch_grid] * len(pixel_values), None
+        if isinstance(reducer, HiRED) and tilings is not None:
+            cuts = read_tilings(tilings)
+            patch_grids, overviews = [cut.patches for cut in cuts], [cut.overview for cut in cuts]
+            rows, reduced = iter(zip(views, first_views, strict=True)), []
+            for cut in cuts:
+                seen, seen_first = zip(*islice(rows, cut.views), strict=True)
+                tiled = reducer.reduce_tiles(seen, seen_first[0].attention_hP) if cut.views > 1 else None
+                reduced.append(reducer.reduce(seen[0]) if tiled is None else tiled)
+        else:
+            reduced = [reducer.reduce(view) for view in views]
+        tokens, words = self._mix_words([projector.mlp(x_TC) for x_TC in reduced])
         wanted = self._token_grids(token_grids, patch_grids)
+        counts = [rows * columns for rows, columns in wanted]
+        if overviews is not None:
+            counts = [count + rows * columns for count, (rows, columns) in zip(counts, overviews, strict=True)]
         return MSResamplerImageFeatures(
-            last_hidden_state=None if merges else states[0],
+            last_hidden_state=None if merges else torch.cat(states),
             pooler_output=tokens,
             patch_grids=patch_grids,
             token_grids=wanted,
-            token_counts=[rows * columns for rows, columns in wanted],
+            overview_grids=overviews,
+            token_counts=counts,
             word_weights=words,
             key_sets=[reducer.key_set(view) for view in views] if isinstance(reducer, MustDrop) else None,
         )
@@ -358,8 +375,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             return
         if self.fusion is not None:
             raise ValueError("Pre-fusion reads the patches of single views: leave out `tiles`.")
-        if isinstance(reducer, TowerReducer):
-            raise ValueError(f"{reducer.name} chooses patches of single views: leave out `tiles`, or use divprune.")
+        if isinstance(reducer, TowerReducer) and not isinstance(reducer, HiRED):
+            raise ValueError(f"{reducer.name} chooses patches of single views: leave out `tiles`, or use hired.")
         if spatial_shapes is not None:
             raise ValueError("`tilings` and `spatial_shapes` exclude each other: such a tower reads pictures uncut.")
         if token_grids is None:

@@ -30,10 +30,10 @@ SIDE, PATCHES = tiny.IMAGE_SIZE, tiny.IMAGE_SIZE // tiny.PATCH_SIZE
 PINPOINTS = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
 
 
-def processed(size, processor=None, **options):
+def processed(size, processor=None, seed=0, text="What?", **options):
     """What the model reads of a picture of (height, width) pixels."""
     processor = processor or tiny.tiny_processor(visual_tokens=16)
-    return processor(images=[tiny.picture(size=size)], text="<image>What?", return_tensors="pt", **options)
+    return processor(images=[tiny.picture(seed, size)], text=f"<image>{text}", return_tensors="pt", **options)
 
 
 def of_images(inputs):
@@ -511,3 +511,42 @@ def test_batches_of_training_hold_tiles_as_generation_has_them(model):
         losses.append(model(**ConversationCollator(processor, max_length=256)([record])).loss)
     assert len(batch["pixel_values"]) == 1 + int(batch["tilings"][1, 0].prod()) + 1
     assert_close(model(**batch).loss, torch.stack(losses).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_hired_keeps_a_budget_of_every_view_and_the_text_is_shortened():
+    """Against the tower's own attention, for two pictures of different tiles and one of a single tile."""
+    model = tiny.tiny_model(projector={"projector_type": "mlp"})
+    model.set_attn_implementation("eager")
+    processor = tiny.tiny_processor(tiles=4)
+    processor.visual_tokens = None
+    sizes = [(2 * SIDE, 2 * SIDE), (SIDE, 2 * SIDE), (SIDE, SIDE)]
+    inputs = processor(
+        images=[[tiny.picture(n, size)] for n, size in enumerate(sizes)],
+        text=["<image>What?", "<image>Why?", "<image>How?"],
+        padding=True,
+        return_tensors="pt",
+    )
+    whole = features(model, inputs)
+    model.set_reducer("hired", keep=12)
+    found = features(model, inputs)
+    rule = model.config.reducer
+    with torch.no_grad():
+        tower = model.model.vision_tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+    layer = model.config.feature_layers[0]
+    read, first = tower.attentions[layer % len(tower.hidden_states) - 1][:, :, 0], tower.attentions[0][:, :, 0]
+    start = 0
+    for tokens, count, tiling in zip(found.pooler_output, whole.token_counts, inputs["tilings"].tolist(), strict=True):
+        views = tiling[0][0] * tiling[0][1] + (tiling[2] != [0, 0])
+        budgets = rule.budgets(first[start], views - 1) if views > 1 else [12]
+        states = tower.hidden_states[layer][start : start + views, 1:]
+        kept = [read[start + n, :, 1:].sum(0).topk(budget).indices.sort().values for n, budget in enumerate(budgets)]
+        x_TC = torch.cat([state[places] for state, places in zip(states, kept, strict=True)])
+        with torch.no_grad():
+            assert_close(tokens, model.model.projector.mlp(x_TC), rtol=1e-4, atol=1e-5)
+        assert len(tokens) <= 12 < count
+        start += views
+    assert found.token_counts == whole.token_counts
+    together = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    for row, size in enumerate(sizes):
+        alone = processed(size, processor, seed=row, text=["What?", "Why?", "How?"][row])
+        assert_close(model.generate(**alone, max_new_tokens=3, do_sample=False)[0, -3:], together[row, -3:])
