@@ -30,7 +30,16 @@ from .fusion_ms_resampler import PreFusion, fuse, words_of_prompt
 from .loading_ms_resampler import LoadingMixin
 from .packing_ms_resampler import PackedLinear, pack_linears
 from .projectors_ms_resampler import OWN_GRID, PROJECTORS, SCOPED_PROJECTORS, build_projector, init_projector_weights
-from .reducers_ms_resampler import DivPrune, HiRED, LayerReducer, MustDrop, Reducer, TowerReducer, ascending, read_reducer
+from .reducers_ms_resampler import (
+    DivPrune,
+    HiRED,
+    LayerReducer,
+    MustDrop,
+    Reducer,
+    TowerReducer,
+    ascending,
+    read_reducer,
+)
 from .reducing_ms_resampler import (
     FILL,
     Cutting,
