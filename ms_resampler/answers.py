@@ -69,7 +69,9 @@ def ask(
     processor: MSResamplerProcessor | None = None,
     *,
     revision: str | None = None,
-    visual_tokens: int | tuple[int, int] | None = None,
+    visual_tokens: int | str | tuple[int, int] | None = None,
+    visual_tokens_total: int | None = None,
+    tiles: int | tuple[int, int] | None = None,
     reducer: Mapping[str, Any] | None = None,
     max_new_tokens: int = 256,
     scopes: bool = False,
@@ -78,9 +80,10 @@ def ask(
     """Answers a question about pictures by greedy decoding.
 
     A picture is a file, a URL or a PIL image. `model` is what `load` takes, or a loaded model given with its
-    processor. `visual_tokens` is a count or a grid for each picture; None is the model's default. `reducer` reduces
-    them, such as {"reducer_type": "divprune", "keep": 64}; a loaded model keeps it. `scopes=True` adds the fusion
-    weights, if the projector has scopes. `on_text` receives the answer piece by piece.
+    processor. `visual_tokens` is a count, a grid or "auto" for each picture, and `visual_tokens_total` a count for all
+    together; `tiles` cuts pictures, see MSResamplerProcessor. None is the model's default. `reducer` reduces tokens,
+    such as {"reducer_type": "divprune", "keep": 64}; a loaded model keeps it. `scopes=True` adds the fusion weights, if
+    the projector has scopes. `on_text` receives the answer piece by piece.
 
     Raises ValueError if a picture or a budget cannot be used, OSError if the model cannot be loaded.
     """
@@ -96,6 +99,7 @@ def ask(
         raise ValueError("A loaded model needs its processor, too: ask(question, pictures, model, processor).")
     if reducer is not None:
         model.set_reducer(**reducer)
+    options = {"visual_tokens": visual_tokens, "visual_tokens_total": visual_tokens_total, "tiles": tiles}
     started = time.perf_counter()
     projector: Any = model.config.projector_config
     scopes = scopes and bool(pictures) and projector.num_scopes > 0
@@ -105,7 +109,7 @@ def ask(
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={} if visual_tokens is None else {"visual_tokens": visual_tokens},
+        processor_kwargs={name: value for name, value in options.items() if value is not None},
     ).to(model.device, model.dtype)
     if pictures:
         pixels = {key: inputs.pop(key) for key in list(inputs) if key not in processor.tokenizer.model_input_names}

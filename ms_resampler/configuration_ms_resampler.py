@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -132,17 +133,17 @@ def token_grid(visual_tokens: int | Sequence[int] | None, patch_grid: tuple[int,
         return patch_grid
     if isinstance(budget, int) and not isinstance(budget, bool):
         _check_budget(budget, patch_grid)
-        grid = _nearest_grid(budget, patch_grid)
+        grid = nearest_grid(budget, patch_grid)
         if grid is None:
-            possible = [n for n in range(1, patches + 1) if _nearest_grid(n, patch_grid)]
-            near = sorted(sorted(possible, key=lambda n: abs(n - budget))[:3])
+            counts = sorted(range(1, patches + 1), key=lambda n: abs(n - budget))
+            near = sorted(islice((n for n in counts if nearest_grid(n, patch_grid)), 3))
             raise ValueError(
                 f"{budget} visual tokens cannot be laid out as a grid over {patch_grid[0]} x "
                 f"{patch_grid[1]} patches; use a count such as {', '.join(map(str, near))}, or give "
                 "the grid as (rows, columns)."
             )
         return grid
-    if not _is_grid(budget):
+    if not is_grid(budget):
         raise ValueError(
             f"Visual tokens are a count or a grid (rows, columns) of two positive integers, got {budget!r}."
         )
@@ -160,13 +161,18 @@ def _check_budget(count: int, patch_grid: tuple[int, int]) -> None:
         )
 
 
-def _nearest_grid(count: int, patch_grid: tuple[int, int]) -> tuple[int, int] | None:
-    """The factor pair of `count` nearest in proportion to the patch grid, None if all are off by more than 2."""
+def nearest_grid(count: int, patch_grid: tuple[int, int], most: float = 2) -> tuple[int, int] | None:
+    """The factor pair of `count` nearest in proportion to the patch grid.
+
+    None if all are off by a factor of more than `most`, or if there are fewer patches.
+    """
+    if count > patch_grid[0] * patch_grid[1]:
+        return None
     pairs = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
     target = math.log(patch_grid[1] / patch_grid[0])
     # Rounded, or the last digit of a logarithm would choose between 4 x 5 and 5 x 4.
     distance, grid = min([(round(abs(math.log(pair[1] / pair[0]) - target), 9), pair) for pair in pairs])
-    return grid if distance <= round(math.log(2), 9) else None
+    return grid if distance <= round(math.log(most), 9) else None
 
 
 def _plain(value: Any) -> Any:
@@ -178,7 +184,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _is_grid(value: Any) -> bool:
+def is_grid(value: Any) -> bool:
     """Whether a value is (rows, columns), two positive integers."""
     numbers = isinstance(value, (list, tuple)) and len(value) == 2
     return numbers and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value)
@@ -415,7 +421,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         else:
             grids["visual_tokens"] = self.visual_tokens
         for name, grid in grids.items():
-            if not _is_grid(grid):
+            if not is_grid(grid):
                 raise ValueError(f"`{name}` must be [rows, columns], two positive integers, got {list(grid)}.")
 
     def _check_peer(self) -> None:
@@ -673,4 +679,4 @@ def _tell_transformers_serve() -> None:
 
 MSResamplerConfig.register_for_auto_class()
 
-__all__ = ["MSResamplerConfig", "MSResamplerProjectorConfig", "token_grid"]
+__all__ = ["MSResamplerConfig", "MSResamplerProjectorConfig", "is_grid", "nearest_grid", "token_grid"]

@@ -4,11 +4,11 @@ Pixels (B, 3, height, width) -> tower -> patches (B, N, C) -> projector -> visua
 places of the image tokens in the text -> language model -> logits.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Self
 
 import torch
@@ -29,8 +29,17 @@ from .configuration_ms_resampler import MSResamplerConfig, token_grid
 from .fusion_ms_resampler import PreFusion, fuse, words_of_prompt
 from .loading_ms_resampler import LoadingMixin
 from .packing_ms_resampler import PackedLinear, pack_linears
-from .projectors_ms_resampler import PROJECTORS, SCOPED_PROJECTORS, build_projector, init_projector_weights
-from .reducers_ms_resampler import DivPrune, LayerReducer, MustDrop, TowerReducer, ascending, read_reducer
+from .projectors_ms_resampler import OWN_GRID, PROJECTORS, SCOPED_PROJECTORS, build_projector, init_projector_weights
+from .reducers_ms_resampler import (
+    DivPrune,
+    HiRED,
+    LayerReducer,
+    MustDrop,
+    Reducer,
+    TowerReducer,
+    ascending,
+    read_reducer,
+)
 from .reducing_ms_resampler import (
     FILL,
     Cutting,
@@ -45,8 +54,10 @@ from .reducing_ms_resampler import (
     take,
 )
 from .resampler_ms_resampler import init_resampler_weights
+from .tiles_ms_resampler import NONE, Grid, Tiling, join_tiles, over_picture, read_tilings
 from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features, states_of
 
+VIEWS_AT_ONCE = 8  # of tiled pictures, in the tower
 # The name of the key-value cache: until transformers 5.23, and since.
 _CACHE_NAMES = ("past_key_values", "cache")
 
@@ -56,15 +67,20 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     """What `get_image_features` returns: one entry per image, in order.
 
     pooler_output: visual tokens (M, T); patch_grids, token_grids: (rows, columns).
+    overview_grids: of tiled images, the token grids of the overviews, whose tokens come first; (0, 0) is none.
+    token_counts: how many image tokens each has in a text: M, before a reducer.
     last_hidden_state: of the tower's last layer that is read; attentions and all hidden_states: if requested.
     word_weights (M, words): the share of each of the configured `visual_words` in each token.
     deepstack_features: with pre-fusion, one list of every image's patches (N, T); a name that `generate` knows.
     scope_weights (S, M), scope_attentions (S, M, N) and token_places (M, 2): with `output_scopes=True`, see ScopeMaps.
+        Attention of an overview is spread over the patches of the whole image.
     key_sets: the visual tokens that the reducer mustdrop always keeps.
     """
 
     patch_grids: list[tuple[int, int]] | None = None
     token_grids: list[tuple[int, int]] | None = None
+    overview_grids: list[tuple[int, int]] | None = None
+    token_counts: list[int] | None = None
     word_weights: list[Tensor] | None = None
     deepstack_features: list[list[Tensor]] | None = None
     scope_weights: list[Tensor] | None = None
@@ -194,6 +210,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         output_scopes: bool = False,
+        tilings: Tensor | list | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MSResamplerImageFeatures:
         """Visual tokens of images, for `forward` or `generate` (`mm_encoder_outputs={"image": features}`).
@@ -202,6 +219,9 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         token_grids (B, 2) sets the grid of every image, and None means the configured budget; torch.compile needs
         them as a list of tuples, and compiles once for every list. Gemma's embedding multiplier is not applied to
         visual tokens, because it belongs to the word embeddings; Granite's is, because it belongs to the decoder.
+
+        tilings (B, 3, 2) says how images are cut into tiles (see Tiling): pixel_values are then the views of all of
+        them, (V, 3, height, width), which the tower runs a few at a time.
 
         The tower runs up to the last layer that is read, which is last_hidden_state; `output_hidden_states=True` or
         `output_attentions=True` runs all layers.
@@ -214,10 +234,16 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         if not shape.can_stop_early:
             kwargs["output_hidden_states"] = True
         reducer = self.config.reducer
+        self._check_tilings(tilings, token_grids, spatial_shapes, reducer)
         if isinstance(reducer, TowerReducer):
-            return self._reduce_patches(reducer, pixel_values, token_grids, **kwargs)
+            return self._reduce_patches(reducer, pixel_values, token_grids, tilings, **kwargs)
         size = pixel_values.shape[-2], pixel_values.shape[-1]  # patches have their own grids
-        tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
+        if tilings is None:
+            tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
+        else:
+            tower = joined(
+                [self._run_tower(views, None, None, **kwargs) for views in pixel_values.split(VIEWS_AT_ONCE)]
+            )
         x_BNC, patch_grid = patch_features(tower, shape, layers, size)
         x_BNC = x_BNC.to(next(p.dtype for p in self.projector.parameters() if p.is_floating_point()))
         if torch.compiler.is_exporting():  # graphs cannot split it: (B, M, T), in the configured budget
@@ -227,9 +253,17 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
                 pooler_output=self._mix_words([tokens_BMT])[0][0],
                 deepstack_features=[patches_BNT] if self.fusion is not None else None,
             )
-        patch_grids = [patch_grid] * len(x_BNC) if spatial_shapes is None else list(map(tuple, spatial_shapes.tolist()))
-        wanted = self._token_grids(token_grids, patch_grids)
-        tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
+        overviews = None
+        if tilings is None:
+            sizes = [patch_grid] * len(x_BNC) if spatial_shapes is None else list(map(tuple, spatial_shapes.tolist()))
+            patch_grids, wanted = sizes, self._token_grids(token_grids, sizes)
+            tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
+        else:
+            cuts = read_tilings(tilings)
+            patch_grids, overviews = [cut.patches for cut in cuts], [cut.overview for cut in cuts]
+            wanted = self._token_grids(token_grids, patch_grids)
+            tokens, maps = self._project_tiles(x_BNC, patch_grid, cuts, wanted, output_scopes)
+        counts = [len(y_MT) for y_MT in tokens]
         tokens, words = self._mix_words(tokens)
         if isinstance(reducer, DivPrune):
             kept = [ascending(reducer.choose(y_MT)) for y_MT in tokens]
@@ -242,6 +276,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             attentions=getattr(tower, "attentions", None),
             patch_grids=patch_grids,
             token_grids=wanted,
+            overview_grids=overviews,
+            token_counts=counts,
             word_weights=words,
             deepstack_features=[[patches for (patches,) in maps]] if self.fusion is not None else None,
             scope_weights=[weights for weights, _, _ in maps] if output_scopes else None,
@@ -254,6 +290,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         reducer: TowerReducer,
         pixel_values: Tensor,
         token_grids: Tensor | list[tuple[int, int]] | None,
+        tilings: Tensor | list | None,
         **kwargs: Any,
     ) -> MSResamplerImageFeatures:
         """Visual tokens of what a reducer takes from the tower; `token_grids` of all patches, as the text has them."""
@@ -261,26 +298,44 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         if reducer.last_layer:
             kwargs.pop("skip_unread", None)
         reading = TowerReading(self.vision_tower, reading_layer(reducer, layer, len(shape.states) - 1))
+        first = None if tilings is None else TowerReading(self.vision_tower, 0)
         sides, stride = pixel_values.shape[-2:], shape.states[layer].stride
         patch_grid = sides[0] // stride[0], sides[1] // stride[1]
         merging: Any = nullcontext()
         projector: Any = self.projector
         dtype = next(p.dtype for p in projector.parameters() if p.is_floating_point())
-        views, states = [], []
+        views, first_views, states = [], [], []
         merges = isinstance(reducer, MustDrop)  # so that pictures have different numbers of patches
-        for pixels in pixel_values.split(1 if merges else len(pixel_values)):
+        for pixels in pixel_values.split(1 if merges else len(pixel_values) if tilings is None else VIEWS_AT_ONCE):
             if isinstance(reducer, MustDrop):
                 merging = merged_windows(self.vision_tower, reducer, patch_grid)
-            with reading.hooked(), merging:
+            with reading.hooked(), merging, first.hooked() if first else nullcontext():
                 states.append(states_of(self._run_tower(pixels, None, None, **kwargs))[layer])
             views += reading.views(states[-1].to(dtype), shape)
-        tokens, words = self._mix_words([projector.mlp(reducer.reduce(view)) for view in views])
-        patch_grids = [patch_grid] * len(pixel_values)
+            first_views += first.views(states[-1], shape) if first else []
+        patch_grids, overviews = [patch_grid] * len(pixel_values), None
+        if isinstance(reducer, HiRED) and tilings is not None:
+            cuts = read_tilings(tilings)
+            patch_grids, overviews = [cut.patches for cut in cuts], [cut.overview for cut in cuts]
+            rows, reduced = iter(zip(views, first_views, strict=True)), []
+            for cut in cuts:
+                seen, seen_first = zip(*islice(rows, cut.views), strict=True)
+                tiled = reducer.reduce_tiles(seen, seen_first[0].attention_hP) if cut.views > 1 else None
+                reduced.append(reducer.reduce(seen[0]) if tiled is None else tiled)
+        else:
+            reduced = [reducer.reduce(view) for view in views]
+        tokens, words = self._mix_words([projector.mlp(x_TC) for x_TC in reduced])
+        wanted = self._token_grids(token_grids, patch_grids)
+        counts = [rows * columns for rows, columns in wanted]
+        if overviews is not None:
+            counts = [count + rows * columns for count, (rows, columns) in zip(counts, overviews, strict=True)]
         return MSResamplerImageFeatures(
-            last_hidden_state=None if merges else states[0],
+            last_hidden_state=None if merges else torch.cat(states),
             pooler_output=tokens,
             patch_grids=patch_grids,
-            token_grids=self._token_grids(token_grids, patch_grids),
+            token_grids=wanted,
+            overview_grids=overviews,
+            token_counts=counts,
             word_weights=words,
             key_sets=[reducer.key_set(view) for view in views] if isinstance(reducer, MustDrop) else None,
         )
@@ -321,8 +376,71 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             return self.projector(x_BNC, patch_grid, token_grid, with_patches=True)
         return self.projector(x_BNC, patch_grid, token_grid), None
 
+    def _check_tilings(
+        self, tilings: Any, token_grids: Any, spatial_shapes: Tensor | None, reducer: Reducer | None
+    ) -> None:
+        """Raises ValueError if this model, or the call, cannot have tiles."""
+        if tilings is None:
+            return
+        if self.fusion is not None:
+            raise ValueError("Pre-fusion reads the patches of single views: leave out `tiles`.")
+        if isinstance(reducer, TowerReducer) and not isinstance(reducer, HiRED):
+            raise ValueError(f"{reducer.name} chooses patches of single views: leave out `tiles`, or use hired.")
+        if spatial_shapes is not None:
+            raise ValueError("`tilings` and `spatial_shapes` exclude each other: such a tower reads pictures uncut.")
+        if token_grids is None:
+            raise ValueError("`tilings` come with `token_grids`: give the model all that the processor returns.")
+
+    def _project_tiles(
+        self,
+        x_VNC: Tensor,
+        tile_patches: Grid,
+        cuts: list[Tiling],
+        token_grids: list[Grid],
+        output_scopes: bool,
+    ) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+        """Visual tokens of every tiled image, and its scope maps; those of the overview come first.
+
+        Raises ValueError if the number of views is not that of the tilings.
+        """
+        views = [cut.views for cut in cuts]
+        if sum(views) != len(x_VNC):
+            raise ValueError(f"Got {len(x_VNC)} views for tilings of {sum(views)}: give pixels and tilings together.")
+        images = zip(x_VNC.split(views), cuts, token_grids, strict=True)
+        parts = [self._parts(x_vNC, tile_patches, cut, grid) for x_vNC, cut, grid in images]
+        x_parts, patch_grids, wanted = zip(*(part for of_image in parts for part in of_image), strict=True)
+        projected = self._project(list(x_parts), list(patch_grids), list(wanted), output_scopes)
+        tokens, maps = iter(projected[0]), iter(projected[1])
+        joint_tokens: list[Tensor] = []
+        joint_maps: list[tuple[Tensor, ...]] = []
+        for of_image, cut in zip(parts, cuts, strict=True):
+            joint_tokens.append(torch.cat(list(islice(tokens, len(of_image)))))
+            if output_scopes:
+                weights, attentions, places = zip(*islice(maps, len(of_image)), strict=True)
+                seen = [over_picture(attention, tile_patches, cut.patches) for attention in attentions[:-1]]
+                attention_SMN = torch.cat([*seen, attentions[-1]], dim=1)
+                joint_maps.append((torch.cat(weights, dim=1), attention_SMN, torch.cat(places)))
+        return joint_tokens, joint_maps
+
+    def _parts(self, x_vNC: Tensor, tile_patches: Grid, cut: Tiling, grid: Grid) -> list[tuple[Tensor, Grid, Grid]]:
+        """What the projector reads of a tiled image: features (N, C), their grid and the token grid over it.
+
+        That is the overview, if there is one, and the whole image; or, for peers with a grid of their own, each view.
+        """
+        kind = self.config.projector_config.projector_type
+        if kind not in OWN_GRID:
+            seen = [] if cut.overview == NONE else [(x_vNC[0], tile_patches, cut.overview)]
+            return [*seen, (join_tiles(x_vNC[len(seen) :], tile_patches, cut), cut.patches, grid)]
+        if cut.patches != tile_patches:
+            raise ValueError(f"`{kind}` is made for the grid of one tile: give the processor `tiles_apart=True`.")
+        return [(x_NC, tile_patches, grid) for x_NC in x_vNC]
+
     def _project(
-        self, x_BNC: Tensor, patch_grids: list[tuple[int, int]], token_grids: list[tuple[int, int]], output_scopes: bool
+        self,
+        x_BNC: Tensor | list[Tensor],
+        patch_grids: list[tuple[int, int]],
+        token_grids: list[tuple[int, int]],
+        output_scopes: bool,
     ) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
         """Visual tokens of every image and its scope maps or fused patches; images of the same grids are batched."""
         grids = list(zip(patch_grids, token_grids, strict=True))
@@ -330,7 +448,10 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         maps: dict[int, tuple[Tensor, ...]] = {}
         for patches, wanted in dict.fromkeys(grids):
             rows = [row for row, grid in enumerate(grids) if grid == (patches, wanted)]
-            x = x_BNC if len(rows) == len(grids) else x_BNC[rows]
+            if isinstance(x_BNC, Tensor):
+                x = x_BNC if len(rows) == len(grids) else x_BNC[rows]
+            else:
+                x = torch.stack([x_BNC[row] for row in rows])
             if self.tower_shape.takes_patches:  # drops padding to the batch's largest image
                 x = x[:, : patches[0] * patches[1]]
             y_BMT, more = self._run_projector(x, patches, wanted, output_scopes)
@@ -387,6 +508,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         spatial_shapes: Tensor | None = None,
         mm_encoder_outputs: dict[str, MSResamplerImageFeatures] | None = None,
         prompt_mask: Tensor | None = None,
+        tilings: Tensor | list | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MSResamplerModelOutputWithPast:
         """Runs text (batch, L), as ids or embeddings, with the images for its image tokens, if any.
@@ -403,14 +525,14 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             images = self.get_image_features(
-                pixel_values, token_grids, pixel_attention_mask, spatial_shapes, return_dict=True
+                pixel_values, token_grids, pixel_attention_mask, spatial_shapes, tilings=tilings, return_dict=True
             )
         running: Any = nullcontext()
         features, kept = None, None
         if images is not None:
             tokens = images.pooler_output
-            if self.config.reducer is not None and getattr(images, "token_grids", None):
-                wholes, counts = [math.prod(grid) for grid in images.token_grids], [len(y_MT) for y_MT in tokens]
+            if self.config.reducer is not None and (wholes := getattr(images, "token_counts", None)):
+                counts = [len(y_MT) for y_MT in tokens]
                 shortened = None
                 if len(counts) == len(wholes) and counts != wholes:  # for beams, transformers repeats only the tokens
                     shortened = self.shorten(wholes, counts, input_ids, inputs_embeds, attention_mask)
@@ -510,6 +632,17 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             raise ValueError("Pre-fusion reads a prompt at once: give all of it with its images, and an empty cache.")
 
 
+def joined(outputs: list[Any]) -> Any:
+    """The tower's outputs of several groups of views as those of all."""
+
+    def join(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], Tensor):
+            return torch.cat(list(values))
+        return None if values[0] is None else tuple(map(join, zip(*values, strict=True)))
+
+    return type(outputs[0])(**{name: join([output[name] for output in outputs]) for name in outputs[0]})
+
+
 def with_prompt(generated: Any, prompt: Tensor, length: int) -> Any:
     """What `generate` returned, with a prompt instead of its first `length` tokens."""
     sequences = generated if isinstance(generated, Tensor) else generated.sequences
@@ -592,6 +725,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         prompt_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        tilings: Tensor | list | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MSResamplerCausalLMOutputWithPast:
         """Next-token logits of MSResamplerModel's text.
@@ -611,6 +745,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
             spatial_shapes=spatial_shapes,
             mm_encoder_outputs=mm_encoder_outputs,
             prompt_mask=prompt_mask,
+            tilings=tilings,
             **kwargs,
         )
         logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -642,7 +777,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
             kwargs.setdefault("prompt_mask", torch.ones(given.shape[:2], dtype=torch.bool, device=given.device))
         images = self._images_to_shorten_for(kwargs) if self.config.reducer else None
         if images is not None:
-            wholes, counts = [math.prod(grid) for grid in images.token_grids], [len(y) for y in images.pooler_output]
+            wholes, counts = images.token_counts or [], [len(y) for y in images.pooler_output]
             shown = self.get_input_embeddings()(prompt) if embeds is None else embeds
             ids = prompt if embeds is None else None
             shortened = self.model.shorten(wholes, counts, ids, shown, kwargs.get("attention_mask"))
@@ -659,13 +794,13 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         """The images among the arguments of `generate`, encoded there, if a reducer works before the language model."""
         if isinstance(self.config.reducer, LayerReducer) and not isinstance(self.config.reducer, TowerReducer):
             return None
-        encode = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes")
+        encode = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes", "tilings")
         given = {name: kwargs.pop(name) for name in encode if kwargs.get(name) is not None}
         images: Any = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if "pixel_values" in given:
             with torch.no_grad():
                 images = self.get_image_features(**given, return_dict=True)
-        if images is None or getattr(images, "token_grids", None) is None:
+        if images is None or getattr(images, "token_counts", None) is None:
             return None
         kwargs["mm_encoder_outputs"] = {"image": copy(images)}  # transformers repeats the tokens in place for beams
         return images

@@ -7,7 +7,8 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,22 +19,39 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import ImageInput, get_image_size_for_max_height_width, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_ms_resampler import AUTO_MAP, patch_grid, token_grid
+from .configuration_ms_resampler import AUTO_MAP, nearest_grid, patch_grid, token_grid
 from .images_ms_resampler import is_rgb_array, open_picture
 from .messages_ms_resampler import TYPED, as_typed, understood_messages
+from .tiles_ms_resampler import NONE, Grid, Tiling, budgets_for, cut, grids_of, lay_out, read_tilings, share_out
 
 BACKENDS = "transformers.image_processing_backends"  # where image processors inherit resizing and cropping from
 
 
-OPTIONS: dict[str, Any] = {"visual_tokens": 144, "padding_side": "left"}
+OPTIONS: dict[str, Any] = {
+    "visual_tokens": 144,
+    "padding_side": "left",
+    "tiles": None,
+    "overview_share": 0.25,
+    "tiles_apart": False,
+    "auto_tokens": (36, 576),
+    "newline_token": None,
+}
+OF_IMAGES = ("visual_tokens", "visual_tokens_total", "tiles", "overview_share")  # options that are ours
+Layout = tuple[Any, Grid]  # a picture's Tiling, or None if it is not cut, and its token grid
 
 
 class MSResamplerImagesKwargs(ImagesKwargs, total=False):
-    """Image options at call time: `visual_tokens` is a count, a (rows, columns) tuple, or a list with one of
-    these for each image.
+    """Image options at call time, beside the image processor's.
+
+    visual_tokens: a count, a (rows, columns) tuple, "auto", or a list with one of these for each image.
+    visual_tokens_total: for all images of a prompt together (of each list of images, or of a flat one).
+    tiles, overview_share: see MSResamplerProcessor.
     """
 
-    visual_tokens: int | tuple[int, int] | list[int | tuple[int, int] | list[int] | None] | None
+    visual_tokens: int | str | tuple[int, int] | list[int | str | tuple[int, int] | list[int] | None] | None
+    visual_tokens_total: int | None
+    tiles: int | tuple[int, int] | list[int | tuple[int, int] | list[int]] | None
+    overview_share: float | int | None
 
 
 class MSResamplerProcessorKwargs(ProcessingKwargs, total=False):
@@ -47,7 +65,15 @@ class MSResamplerProcessor(ProcessorMixin):
 
     Fields:
         patch_size: side of a patch in pixels, the model's `config.patch_size`.
-        visual_tokens: the default budget: a count, [rows, columns], or None for one token per patch.
+        visual_tokens: the default budget: a count, [rows, columns], None for one token per patch, or "auto": a quarter
+            of the picture's patches, within the bounds `auto_tokens`.
+        tiles: None; or into how many tiles a picture is cut at its own proportions: at most a count, exactly a grid
+            [rows, columns], or one of a list of grids. See tiles_ms_resampler.py.
+        overview_share: the share of a count of visual tokens that goes to the overview of a picture in several tiles;
+            0 leaves it out.
+        newline_token: of LLaVA-NeXT's layout, a token after each row of visual tokens of a picture in tiles, and at the
+            end of one that is not cut. Every picture in tiles then has an overview.
+        tiles_apart: whether each tile has a budget of its own, as projectors need that are made for one grid.
         image_token: the placeholder in the text.
         max_pixels: images with more are refused before they are decoded.
         padding_side: where the tokenizer pads; generation needs "left".
@@ -85,9 +111,11 @@ class MSResamplerProcessor(ProcessorMixin):
         _drop_typed_marks(tokenizer)
         self._set(**OPTIONS | options)
 
-    def _set(self, visual_tokens: Any, padding_side: str) -> None:
-        self.visual_tokens = visual_tokens
+    def _set(self, padding_side: str, auto_tokens: Any, **options: Any) -> None:
         self.tokenizer.padding_side = self.tokenizer.init_kwargs["padding_side"] = padding_side
+        self.auto_tokens = tuple(auto_tokens)
+        for name, value in options.items():
+            setattr(self, name, value)
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs: Any):
@@ -102,7 +130,9 @@ class MSResamplerProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What `processor_config.json` has."""
-        return super().to_dict() | {"visual_tokens": self.visual_tokens}
+        others = {name: getattr(self, name) for name in OPTIONS if name not in ("visual_tokens", "padding_side")}
+        changed = {name: value for name, value in others.items() if value != OPTIONS[name]}
+        return super().to_dict() | {"visual_tokens": self.visual_tokens} | changed
 
     def __call__(
         self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any
@@ -188,7 +218,7 @@ class MSResamplerProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of everything that a call can return; image inputs are those that are not the tokenizer's."""
-        return [*super().model_input_names, "token_grids"]
+        return [*super().model_input_names, "token_grids", "tilings"]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs: Any):
         """Opens every image (file, URL, base64, bytes, array, PIL) upright and in RGB, keeping nested lists."""
@@ -218,15 +248,115 @@ class MSResamplerProcessor(ProcessorMixin):
             raise ValueError(f"Got {len(groups)} lists of images for {len(text)} prompts; give one for each.")
 
     def _process_images(self, images, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
-        budgets = kwargs.pop("visual_tokens", None)
-        inputs = self._look(make_flat_list_of_images(images), **kwargs)
-        grids = self._token_grids(budgets, self._patch_grids(inputs))
-        inputs["token_grids"] = np.array(grids)
-        return inputs, [self.replace_image_token(inputs, number) for number in range(len(grids))]
+        options = {name: kwargs.pop(name, None) for name in OF_IMAGES}
+        flat = make_flat_list_of_images(images)
+        nested = isinstance(images, (list, tuple)) and bool(images) and isinstance(images[0], (list, tuple))
+        groups = [len(group) for group in images] if nested else [len(flat)]
+        if self._option("tiles", options) is None:
+            inputs = self._look(flat, **kwargs)
+            lay = [partial(self._lay_out, grid) for grid in self._patch_grids(inputs)]
+            layouts = self._layouts(lay, groups, options)
+        else:
+            pictures, tile = [_as_picture(image) for image in flat], self._tile_size(kwargs)
+            lay = [partial(self._lay_tiles, (image.height, image.width), tile, options) for image in pictures]
+            layouts = self._layouts(lay, groups, options)
+            tilings, resample = [tiling for tiling, _ in layouts], kwargs.get("resample", self.image_processor.resample)
+            views = [view for pair in zip(pictures, tilings, strict=True) for view in cut(*pair, tile, resample)]
+            inputs = self.image_processor(views, **kwargs | {"do_resize": False, "do_center_crop": False})
+            inputs["tilings"] = np.array(tilings)
+        inputs["token_grids"] = np.array([grid for _, grid in layouts])
+        return inputs, [self.replace_image_token(inputs, number) for number in range(len(layouts))]
 
     def replace_image_token(self, image_inputs: BatchFeature, image_idx: int, **kwargs: Any) -> str:
-        """The text that replaces an image's placeholder: its image tokens."""
-        return self.image_token * int(np.prod(image_inputs["token_grids"][image_idx]))
+        """The text that replaces an image's placeholder: its image tokens, with newlines if there are any."""
+        rows, columns = (int(side) for side in image_inputs["token_grids"][image_idx])
+        tiling = read_tilings([image_inputs["tilings"][image_idx]])[0] if "tilings" in image_inputs else None
+        count, newline = self._count((tiling, (rows, columns))), self.newline_token or ""
+        if tiling is None or not newline:
+            return self.image_token * count + newline
+        return self.image_token * (count - rows * columns) + (self.image_token * columns + newline) * rows
+
+    def _count(self, layout: Layout) -> int:
+        """The visual tokens of a picture."""
+        tiling, grid = layout
+        if tiling is None:
+            return math.prod(grid)
+        return tiling.views * math.prod(grid) if self.tiles_apart else math.prod(grid) + math.prod(tiling.overview)
+
+    def _option(self, name: str, options: Mapping[str, Any]) -> Any:
+        """An option of a call, or the processor's own."""
+        given = options.get(name)
+        return getattr(self, name) if given is None else given
+
+    def _layouts(
+        self, lay: Sequence[Callable[[Any], Layout]], groups: list[int], options: dict[str, Any]
+    ) -> list[Layout]:
+        """The layout of every image, from functions of a budget; `groups` are the numbers of images of each prompt."""
+        given, total = options.get("visual_tokens"), options.get("visual_tokens_total")
+        budgets = given if isinstance(given, list) else [given] * len(lay)
+        if len(budgets) != len(lay):
+            raise ValueError(
+                f"Got {len(budgets)} entries in `visual_tokens` for {len(lay)} images; give one for each, "
+                "or a single count or (rows, columns) tuple for all."
+            )
+        budgets = [self.visual_tokens if budget is None else budget for budget in budgets]
+        if total is not None:
+            if given not in (None, "auto"):
+                raise ValueError('Give `visual_tokens_total`, or `visual_tokens` of each image, not both; "auto" fits.')
+            first, budgets = 0, []
+            for count in groups:
+                budgets += self._share(total, lay[first : first + count], self._option("visual_tokens", options))
+                first += count
+        return [place(budget) for place, budget in zip(lay, budgets, strict=True)]
+
+    def _share(self, total: int, lay: Sequence[Callable[[Any], Layout]], budget: Any) -> list[int]:
+        """A prompt's total shared among its images: evenly, or for "auto" in proportion to what each would have."""
+        weights = [self._count(place("auto")) if budget == "auto" else 1 for place in lay]
+
+        def can_have(image: int, count: int) -> bool:
+            try:
+                return self._count(lay[image](count)) == count
+            except ValueError:
+                return False
+
+        return share_out(total, weights, can_have) if lay else []
+
+    def _lay_out(self, patches: Grid, budget: Any) -> Layout:
+        """The layout of a budget over the patches of one view."""
+        if budget != "auto":
+            return None, token_grid(budget, patches)
+        grids = (nearest_grid(count, patches) for count in budgets_for(budget, self.auto_tokens, patches))
+        grid = next(filter(None, grids), None)
+        if grid is None:
+            raise ValueError(
+                f"{patches[0]} x {patches[1]} patches have room for none of `auto_tokens` {self.auto_tokens}."
+            )
+        return None, grid
+
+    def _lay_tiles(self, image_size: Grid, tile_size: Grid, options: dict[str, Any], budget: Any) -> Layout:
+        """The layout of a budget over the tiles of an image of (height, width) pixels."""
+        share, patches = self._option("overview_share", options), patch_grid(tile_size, self.patch_size)
+        if not 0 <= share < 1:
+            raise ValueError(f"`overview_share` is at least 0 and below 1, got {share}.")
+        grids = grids_of(self._option("tiles", options))
+        sizes = image_size, tile_size, patches, grids
+        if not self.tiles_apart:
+            return lay_out(*sizes, budget, self.auto_tokens, share, share if self.newline_token else 0.0)
+        tiling, _ = lay_out(*sizes, None, self.auto_tokens, share)
+        _, grid = self._lay_out(patches, budget)
+        return Tiling(tiling.tiles, patches, NONE if tiling.overview == NONE else grid), grid
+
+    def _tile_size(self, options: Mapping[str, Any]) -> Grid:
+        """(height, width) of a tile: what the image processor makes of a square picture."""
+        tool = self.image_processor
+        if "max_num_patches" in options or getattr(tool, "max_num_patches", None):
+            raise ValueError(
+                "The tower reads pictures at their own proportions, without tiles: leave out `tiles`, and set "
+                "`max_num_patches` for more detail."
+            )
+        if not options.get("do_resize", tool.do_resize):
+            raise ValueError("`tiles` are resized to the tower's size: leave out `do_resize=False`.")
+        return self._size_after((64, 64), options)
 
     def _look(self, images: list, **kwargs: Any) -> BatchFeature:
         """The image processor's outputs."""
@@ -251,32 +381,39 @@ class MSResamplerProcessor(ProcessorMixin):
         sizes = [image.shape[-2:] for image in image_inputs["pixel_values"]]
         return [patch_grid(size, self.patch_size) for size in sizes]
 
-    def _token_grids(self, budgets: Any, patch_grids: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The token grid of every image: the requested or default budget, laid out over its patches."""
-        budgets = budgets if isinstance(budgets, list) else [budgets] * len(patch_grids)
-        if len(budgets) != len(patch_grids):
-            raise ValueError(
-                f"Got {len(budgets)} entries in `visual_tokens` for {len(patch_grids)} images; give one for each, "
-                "or a single count or (rows, columns) tuple for all."
-            )
-        budgets = [self.visual_tokens if budget is None else budget for budget in budgets]
-        return [token_grid(budget, patches) for budget, patches in zip(budgets, patch_grids, strict=True)]
-
     def _get_num_multimodal_tokens(self, image_sizes: list | None = None, **kwargs: Any) -> MultiModalData:
         """The numbers of visual tokens of images of (height, width) pixels, without the images (called by vLLM)."""
         if image_sizes is None:
             return MultiModalData()
         self._refuse_unknown_options(kwargs)
         options = getattr(self, "images_kwargs", {}) | kwargs.pop("images_kwargs", {}) | kwargs
-        grids = self._token_grids(
-            options.get("visual_tokens"), [self._patches_of(size, options) for size in image_sizes]
-        )
+        if self._option("tiles", options) is None:
+            lay = [partial(self._lay_out, self._patches_of(size, options)) for size in image_sizes]
+        else:
+            lay = [partial(self._lay_tiles, tuple(size), self._tile_size(options), options) for size in image_sizes]
+        layouts = self._layouts(lay, [len(lay)], options)
         return MultiModalData(
-            num_image_tokens=[rows * columns for rows, columns in grids], num_image_patches=[1] * len(grids)
+            num_image_tokens=[self._count(layout) for layout in layouts],
+            num_image_patches=[1 if tiling is None else tiling.views for tiling, _ in layouts],
         )
 
-    def _patches_of(self, image_size: tuple[int, int], options: dict[str, Any]) -> tuple[int, int]:
+    def _patches_of(self, image_size: Grid, options: dict[str, Any]) -> Grid:
         """The patch grid of an image of (height, width) pixels after the image processor."""
+        tool, (height, width) = self.image_processor, image_size
+
+        def option(name: str) -> Any:
+            return options.get(name, getattr(tool, name, None))
+
+        if option("max_num_patches"):  # SigLIP 2: up to a number of patches, in the image's proportions
+            side = option("patch_size")
+            if option("do_resize"):
+                resized = inspect.getmodule(type(tool)).get_image_size_for_max_num_patches
+                height, width = resized(height, width, side, option("max_num_patches"))
+            return height // side, width // side
+        return patch_grid(self._size_after(image_size, options), self.patch_size)
+
+    def _size_after(self, image_size: Grid, options: Mapping[str, Any]) -> Grid:
+        """(height, width) of an image of (height, width) pixels after the image processor."""
         tool, (height, width) = self.image_processor, image_size
 
         def option(name: str) -> Any:
@@ -286,26 +423,31 @@ class MSResamplerProcessor(ProcessorMixin):
             size = option(name)
             return size if hasattr(size, "get") else get_size_dict(size, default_to_square=option("default_to_square"))
 
-        if option("max_num_patches"):  # SigLIP 2: up to a number of patches, in the image's proportions
-            side = option("patch_size")
-            if option("do_resize"):
-                resized = inspect.getmodule(type(tool)).get_image_size_for_max_num_patches
-                height, width = resized(height, width, side, option("max_num_patches"))
-            return height // side, width // side
         if option("do_resize") and type(tool).__name__.startswith("ConvNext"):  # crops the resized image, or warps it
             height = width = size_of("size")["shortest_edge"]
         elif {type(tool).resize.__module__, type(tool).center_crop.__module__} != {BACKENDS}:
             blank = Image.new("RGB", (width, height))  # an unknown way of resizing has to be tried
-            return self._patch_grids(self._look([blank], **{k: v for k, v in options.items() if k != "visual_tokens"}))[
-                0
-            ]
+            tried = self._look([blank], **{k: v for k, v in options.items() if k not in OF_IMAGES})
+            return tried["pixel_values"][0].shape[-2:]
         elif option("do_resize"):
             height, width = _resized((height, width), size_of("size"))
         if option("do_center_crop"):
             height, width = (size_of("crop_size")[side] for side in ("height", "width"))
         if option("do_pad") and option("pad_size"):
             height, width = (size_of("pad_size")[side] for side in ("height", "width"))
-        return patch_grid((height, width), self.patch_size)
+        return height, width
+
+
+def _as_picture(image: Any) -> Image.Image:
+    """An opened image as a PIL image. Raises ValueError if it is neither one nor an 8-bit RGB array."""
+    if is_rgb_array(image):
+        return Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return image
+    raise ValueError(
+        f"Tiles are cut from pictures, files and 8-bit arrays (height, width, 3), not from a {type(image).__name__}: "
+        "give one of those, or leave out `tiles`."
+    )
 
 
 def _resized(image_size: tuple[int, int], size: Any) -> tuple[int, int]:

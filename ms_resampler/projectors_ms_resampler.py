@@ -834,6 +834,13 @@ PROJECTORS: dict[str, type[nn.Module]] = {
     "idefics2_perceiver": Idefics2Perceiver,
     "q_former": QFormer,
 }
+# Peers with weights for one grid of patches or tokens: in a tiled picture they read every view on its own.
+OWN_GRID = frozenset(
+    (
+        *("pixel_shuffle", "saep", "ldp", "token_packer", "delta_llava"),  # cells of whole patches
+        *("d_abstractor", "llava_mini", "qwen_resampler", "perceiver", "idefics2_perceiver", "q_former"),  # queries
+    )
+)
 # Names of parameters and buffers in earlier versions, and today's.
 EARLIER_NAMES = {
     "query_1DHW": "query",
@@ -951,6 +958,7 @@ def init_projector_weights(module: nn.Module) -> None:
 
 
 __all__ = [
+    "OWN_GRID",
     "PROJECTORS",
     "SCOPED_PROJECTORS",
     "build_projector",

@@ -166,12 +166,43 @@ class FasterVLM(TowerReducer):
 
 @dataclass(frozen=True)
 class HiRED(FasterVLM):
-    """HiRED (arXiv 2408.10945) on a picture in one piece: FasterVLM's choice, but shares are rounded down."""
+    """FasterVLM's choice with shares rounded down and, of a picture in tiles, in each view (HiRED, arXiv 2408.10945).
+
+    `overview` is the share of a picture's budget that its overview has. The tiles share the rest by how many of the
+    overview's patches that the tower's first layer attends to most are theirs. There, as in the authors' code, a tile's
+    patches are a run in raster order, not the part of the overview that it shows, and rounding leaves some unused.
+    """
+
+    overview: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.overview < 1:
+            raise ValueError(f"`overview` is a share between 0 and 1, got {self.overview!r}.")
 
     def choose(self, attention_hP: Tensor) -> Tensor:
         """The patches that stay."""
         score_N = attention_hP.float().sum(dim=0)[1:]
         return ascending(highest(score_N, self.count(len(score_N), int)))
+
+    def budgets(self, first_hP: Tensor, tiles: int) -> list[int]:
+        """How many patches stay of the overview and of each tile. first_hP: the overview's attention in layer 1."""
+        score_N = first_hP.float().sum(dim=0)[1:]
+        patches = len(score_N)
+        total = self.count((1 + tiles) * patches, int)
+        of_overview = min(int(total * self.overview), patches)
+        seen = highest(score_N, max(1, int(patches * (1 - self.overview))))
+        found = torch.bincount((seen * tiles).div(patches, rounding_mode="floor"), minlength=tiles).tolist()
+        shares = [int(count / len(seen) * (total - of_overview)) for count in found]
+        return [of_overview, *(min(share, patches) for share in shares)]
+
+    def reduce_tiles(self, views: Sequence[TowerView], first_hP: Tensor) -> Tensor:
+        """Features (T, C) of a picture in tiles: of the overview, which is the first view, and of each tile."""
+        kept = []
+        for view, count in zip(views, self.budgets(first_hP, len(views) - 1), strict=True):
+            score_N = view.attention_hP.float().sum(dim=0)[1:]
+            kept.append(view.x_PC[1:][ascending(highest(score_N, count))])
+        return torch.cat(kept)
 
 
 @dataclass(frozen=True)

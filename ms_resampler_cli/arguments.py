@@ -5,13 +5,28 @@ import json
 from typing import Any
 
 
-def budget(text: str) -> int | tuple[int, int]:
-    """A count or a grid of visual tokens: "36" -> 36, "4x9" -> (4, 9)."""
+def count_or_grid(text: str) -> int | tuple[int, int]:
+    """A count or a grid: "36" -> 36, "4x9" -> (4, 9)."""
     rows, by, columns = text.partition("x")
     try:
         return (int(rows), int(columns)) if by else int(rows)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a count such as 36 nor a grid such as 4x9") from None
+
+
+def budget(text: str) -> int | str | tuple[int, int]:
+    """Visual tokens of a picture: a count, a grid, or "auto"."""
+    return text if text == "auto" else count_or_grid(text)
+
+
+def add_tiles_argument(parser: Any) -> None:
+    """Declares --tiles."""
+    parser.add_argument(
+        "--tiles",
+        type=count_or_grid,
+        metavar="N",
+        help="cut pictures into tiles of the tower's size: at most a number such as 9, or a grid such as 2x3",
+    )
 
 
 def assignment(text: str) -> tuple[str, Any]:

@@ -5,7 +5,7 @@ import json
 from functools import partial
 from typing import Any
 
-from .arguments import add_reducer_arguments, budget, reducer_of
+from .arguments import add_reducer_arguments, add_tiles_argument, budget, reducer_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--visual-tokens",
         type=budget,
         metavar="N",
-        help="visual tokens per picture: a count such as 36, or a grid such as 4x9 (default: the model's)",
+        help="visual tokens per picture: a count such as 36, a grid such as 4x9, or auto (default: the model's)",
     )
+    parser.add_argument(
+        "--visual-tokens-total", type=int, metavar="N", help="visual tokens of all pictures together, shared among them"
+    )
+    add_tiles_argument(parser)
     add_reducer_arguments(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer, in tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the bare answer")
@@ -39,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model,
         revision=arguments.revision,
         visual_tokens=arguments.visual_tokens,
+        visual_tokens_total=arguments.visual_tokens_total,
+        tiles=arguments.tiles,
         reducer=reducer_of(arguments),
         max_new_tokens=arguments.max_new_tokens,
         scopes=arguments.json,

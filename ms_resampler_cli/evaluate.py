@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .arguments import add_reducer_arguments, budget, reducer_of
+from .arguments import add_reducer_arguments, add_tiles_argument, budget, reducer_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=budget,
         default=[None],
         metavar="N",
-        help="visual tokens per picture: counts such as 36, grids such as 4x9 (default: the model's)",
+        help="visual tokens per picture: counts such as 36, grids such as 4x9, auto (default: the model's)",
     )
+    add_tiles_argument(parser)
     add_reducer_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions at a time (default: 16)")
     parser.add_argument("--limit", type=int, metavar="N", help="ask only the first N questions of a task")
@@ -93,6 +94,7 @@ def evaluated(arguments: argparse.Namespace) -> list[Path]:
         raise ValueError("--batch-size and --limit must be at least 1.")
     options = Options(
         data=arguments.data,
+        tiles=arguments.tiles,
         reducer=reducer_of(arguments),
         splits=dict(arguments.split),
         batch_size=arguments.batch_size,
@@ -104,7 +106,7 @@ def evaluated(arguments: argparse.Namespace) -> list[Path]:
     )
     asked: dict[Path, tuple[str, Any]] = {}
     for model, visual_tokens in product(arguments.model, arguments.visual_tokens):
-        out = arguments.out / run_name(model, visual_tokens, arguments.blind, options.reducer)
+        out = arguments.out / run_name(model, visual_tokens, arguments.blind, options.reducer, options.tiles)
         if out in asked:
             raise ValueError(
                 f"{asked[out][0]} and {model} would both be evaluated in {out}: evaluate them one at a time, each with "
@@ -117,11 +119,17 @@ def evaluated(arguments: argparse.Namespace) -> list[Path]:
     return runs if PartialState().is_main_process else []
 
 
-def run_name(model: str, visual_tokens: Any, blind: bool, reducer: Mapping[str, Any] | None = None) -> str:
-    """The folder of a run: the model's name, the budget, the reducer and whether it is blind."""
+def run_name(
+    model: str, visual_tokens: Any, blind: bool, reducer: Mapping[str, Any] | None = None, tiles: Any = None
+) -> str:
+    """The folder of a run: the model's name, the budget, the tiles, the reducer and whether it is blind."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
-    grid = "x".join(map(str, visual_tokens)) if isinstance(visual_tokens, tuple) else visual_tokens
-    parts = (name, grid, *(reducer or {}).values(), "blind" if blind else None)
+
+    def told(value: Any) -> Any:
+        return "x".join(map(str, value)) if isinstance(value, tuple) else value
+
+    cut = None if tiles is None else f"tiles{told(tiles)}"
+    parts = (name, told(visual_tokens), cut, *(reducer or {}).values(), "blind" if blind else None)
     return "-".join(str(part) for part in parts if part is not None)
 
 

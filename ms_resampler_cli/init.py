@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .arguments import assignment, budget
+from .arguments import assignment, count_or_grid
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the model")
     parser.add_argument("--projector", metavar="TYPE", help="the projector's type (default: ms_resampler)")
     parser.add_argument(
-        "--visual-tokens", type=budget, metavar="N", help="visual tokens per picture: a count, or a grid such as 12x12"
+        "--visual-tokens",
+        type=count_or_grid,
+        metavar="N",
+        help="visual tokens per picture: a count, or a grid such as 12x12",
     )
     parser.add_argument(
         "--set",

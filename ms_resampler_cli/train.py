@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .arguments import add_tiles_argument
+
 PARTS = ("tower", "projector", "llm", "embeddings")
 LAUNCHERS = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "zero2": "zero2.json", "zero3": "zero3.json"}
 TINY_OPTIONS = ("scenes", "projector", "embed")
@@ -54,6 +56,7 @@ def add_recipe_changes(parser: argparse.ArgumentParser) -> None:
         metavar="[PART=]RATE",
         help=f"of all trained parts, or of one of {', '.join(PARTS)}; `PART=frozen` freezes it",
     )
+    add_tiles_argument(changes)
     changes.add_argument("--max-length", type=int, help="longest record, in tokens")
     changes.add_argument(
         "--truncate", action="store_true", default=None, help="shorten longer records, which are bad otherwise"

@@ -245,7 +245,7 @@ ASK = {
     ("options", "sentence"),
     [
         ({"visual_token": 9}, "`visual_token` is not an option of the processor; did you mean `visual_tokens`?"),
-        ({"tiles": 9}, "`tiles` is not an option of the processor"),
+        ({"slices": 9}, "`slices` is not an option of the processor"),
         ({"num_crops": 4}, "`num_crops` is not an option"),
         (
             {"images_kwargs": {"do_rezise": False}},
@@ -256,7 +256,7 @@ ASK = {
             "`max_lenght` is not an option of the processor; did you mean `max_length`",
         ),
         ({"images_kwargs": {"max_length": 3}}, "`max_length` is not an option"),
-        ({"videos_kwargs": {"tiles": 2}}, "`tiles` is not an option"),
+        ({"videos_kwargs": {"slices": 2}}, "`slices` is not an option"),
         ({"image_kwargs": {}}, "`image_kwargs` is not an option of the processor; did you mean `images_kwargs`?"),
     ],
     ids=str,
@@ -296,7 +296,7 @@ def test_names_are_those_that_transformers_expects():
 
 def test_options_in_loading(processor, tmp_path):
     processor.save_pretrained(tmp_path)
-    for name, near in {"visual_token": "visual_tokens", "max_pixel": "max_pixels", "tiles": None}.items():
+    for name, near in {"visual_token": "visual_tokens", "max_pixel": "max_pixels", "num_crops": None}.items():
         with pytest.raises(ValueError, match=f"`{name}` is not an option" + (f".* `{near}`" if near else "")):
             AutoProcessor.from_pretrained(tmp_path, **{name: 4})
     loaded = AutoProcessor.from_pretrained(

@@ -54,6 +54,24 @@ def test_hired_is_the_original(name, rate):
     assert reducer("hired", keep=rate).choose(view.attention_hP).tolist() == tensors["out.keep"].tolist()
 
 
+def test_hired_on_tiles_is_the_original():
+    tensors, _ = reference("hired_next_r02_a05")
+    rule = reducer("hired", keep=0.2)
+    parts = [tensors[key].split(tensors["in.partitions"].tolist()) for key in ("in.top_cls_attn", "out.mask")]
+    bottom = iter(tensors["in.bottom_cls_attn"])
+    for first, mask in zip(*parts, strict=True):
+        views = [Attended(next(bottom)) for _ in mask]
+        found = rule.reduce_tiles(views, first[0])
+        assert found.flatten().tolist() == torch.cat([row.nonzero().flatten() for row in mask]).tolist()
+
+
+class Attended:
+    """A view whose features are the numbers of its patches, with a given attention."""
+
+    def __init__(self, attention_hP):
+        self.attention_hP, self.x_PC = attention_hP, torch.arange(-1, attention_hP.shape[1] - 1)[:, None]
+
+
 @pytest.mark.parametrize("name", ["visionzip_d53_c10", "visionzip_d20_c7_batch2"])
 def test_visionzip_is_the_original(name):
     tensors, about = reference(name)

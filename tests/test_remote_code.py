@@ -29,6 +29,7 @@ SIBLINGS = {
     "reducers_ms_resampler": set(),
     "reducing_ms_resampler": {"reducers_ms_resampler", "towers_ms_resampler"},
     "configuration_ms_resampler": {"reducers_ms_resampler", "towers_ms_resampler"},
+    "tiles_ms_resampler": {"configuration_ms_resampler"},
     "messages_ms_resampler": set(),
     "fusion_ms_resampler": set(),
     "loading_ms_resampler": {"projectors_ms_resampler"},
@@ -52,9 +53,15 @@ SIBLINGS = {
         "reducers_ms_resampler",
         "reducing_ms_resampler",
         "resampler_ms_resampler",
+        "tiles_ms_resampler",
         "towers_ms_resampler",
     },
-    "processing_ms_resampler": {"configuration_ms_resampler", "messages_ms_resampler", "images_ms_resampler"},
+    "processing_ms_resampler": {
+        "configuration_ms_resampler",
+        "messages_ms_resampler",
+        "images_ms_resampler",
+        "tiles_ms_resampler",
+    },
 }
 QUESTION = "What is this?"
 
@@ -199,7 +206,7 @@ def test_model_and_processor_each_bring_their_code(tmp_path):
     everything = {file.stem for file in CODE}
     of_processor = {f"{name}_ms_resampler" for name in ("images", "messages", "processing")}
     assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - of_processor}
-    alone = of_processor | {f"{name}_ms_resampler" for name in ("configuration", "reducers", "towers")}
+    alone = of_processor | {f"{name}_ms_resampler" for name in ("configuration", "reducers", "tiles", "towers")}
     assert set(code_in(tmp_path / "processor")) == {f"{stem}.py" for stem in alone}
 
 

@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
 
 from ..configuration_ms_resampler import MSResamplerConfig
 from ..folders import PROJECTOR
@@ -25,6 +30,8 @@ def largest_difference(source: str | Path, result: str | Path) -> tuple[float, f
             f"{source} and {result} read the same question as {logits[0].shape[1]} and {logits[1].shape[1]} tokens: "
             "their projectors differ, so their logits cannot be compared."
         )
+    words = min(answer.shape[-1] for answer in logits)  # the result may have a row more, for LLaVA-NeXT's newline
+    logits = [answer[..., :words] for answer in logits]
     return (logits[0] - logits[1]).abs().max().item(), logits[0].abs().max().item()
 
 
@@ -33,6 +40,7 @@ def logits_of(folder: Path) -> Tensor:
     """Logits of a picture's question, in float32."""
     kinds: dict[str, Any] = {
         "llava": LlavaForConditionalGeneration,
+        "llava_next": LlavaNextForConditionalGeneration,
         MSResamplerConfig.model_type: MSResamplerForConditionalGeneration,
     }
     kind = AutoConfig.from_pretrained(folder).model_type

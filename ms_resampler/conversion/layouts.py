@@ -5,7 +5,7 @@ from typing import Any
 
 from ..folders import read_config
 from .from_honeybee import open_honeybee
-from .from_llava import open_llava
+from .from_llava import CONFIGS, open_llava
 from .from_original import ORIGINAL_MODELS, open_original
 from .from_ours import open_ours
 from .source import Source
@@ -21,7 +21,7 @@ def open_source(folder: Path, projector: dict[str, Any], tower: str | None, llm:
     kind = config.get("model_type")
     if kind == "ms_resampler":
         return open_ours(folder, projector, tower, llm)
-    if kind == "llava" and "vision_config" in config:
+    if kind in CONFIGS and "vision_config" in config:
         return open_llava(folder, projector)
     if kind in ORIGINAL_MODELS and "mm_vision_tower" in config:
         return open_original(folder, config, projector, tower, llm)
@@ -29,8 +29,9 @@ def open_source(folder: Path, projector: dict[str, Any], tower: str | None, llm:
         return open_honeybee(folder, config, projector, llm)
     keys = [weight.key for weight in list_weights(folder)]
     raise ValueError(
-        f"{folder} has an unknown layout (known: transformers' LLaVA; the original LLaVA's, TokenPacker's, "
-        f"Delta-LLaVA's, MQT's, LLaVA-Mini's, MobileVLM's, Honeybee's; ours): its model_type is `{kind}`, "
+        f"{folder} has an unknown layout (known: transformers' LLaVA, LLaVA-NeXT and LLaVA-OneVision; the original "
+        "LLaVA's, TokenPacker's, Delta-LLaVA's, MQT's, LLaVA-Mini's, MobileVLM's, Honeybee's; ours): its model_type is "
+        f"`{kind}`, "
         f"and its {len(keys)} weights begin with "
         f"{', '.join(sorted({key.split('.')[0] for key in keys})[:6])}."
     )

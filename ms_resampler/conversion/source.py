@@ -28,7 +28,8 @@ class Source:
     """A checkpoint to convert: the resulting configuration, and where each weight comes from.
 
     `transforms` change weights, by our name; `new` are weights that no source has; `carried` says whether the source's
-    projector is kept, and `begins` whether missing projector weights are initialised.
+    projector is kept, and `begins` whether missing projector weights are initialised. `joined` has the sources' names
+    of weights that become part of another, with our name of that.
     """
 
     layout: str
@@ -40,6 +41,7 @@ class Source:
     begins: bool = False
     transforms: Transforms = field(default_factory=dict)
     new: dict[str, Tensor] = field(default_factory=dict)
+    joined: dict[str, str] = field(default_factory=dict)
 
 
 def projector_start(old: str, asked: dict[str, Any]) -> tuple[dict[str, Any], bool, bool]:

@@ -13,6 +13,7 @@ Table = Sequence[tuple[str, str | None]]
 # transformers' LlavaForConditionalGeneration, as saved by any version.
 LLAVA: Table = (
     (r".*\.(?:position_ids|rotary_emb\.inv_freq)", None),
+    (r"(?:model\.)?image_newline", None),  # a row of the embeddings, see from_llava.py
     (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)", r"model.vision_tower.\1"),
     (r"(?:model\.)?multi_modal_projector\.linear_1\.(.+)", r"model.projector.mlp.0.\1"),
     (r"(?:model\.)?multi_modal_projector\.linear_2\.(.+)", r"model.projector.mlp.2.\1"),

@@ -26,7 +26,8 @@ def plan_ours(source: Source) -> Plan:
         if target is None or place is None:
             if target is not None and not may_be_left(source, target):
                 problems.append(f"{weight.key} has no place")
-            rows.append(Row(weight.key, "", weight.shape, "unused"))
+            part_of = source.joined.get(weight.key, "")
+            rows.append(Row(weight.key, part_of, weight.shape, "changed" if part_of else "unused"))
             continue
         output = output_of(source, weight, target, place)
         if output.shape != place:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-Budget = int | tuple[int, int]
+Budget = int | str | tuple[int, int]
 
 
 class Answerer(Protocol):
@@ -26,25 +26,33 @@ class Answerer(Protocol):
 
 
 class EncodedPicture(NamedTuple):
-    """A picture's visual tokens (M, T), and those of them that the reducer mustdrop always keeps."""
+    """A picture's visual tokens (M, T), their text, and those of them that the reducer mustdrop always keeps."""
 
     tokens: Any
+    text: str
     key_set: Any = None
 
 
 class LocalModel:
     """An MS-Resampler model and its processor.
 
-    budget: visual tokens per picture; reducer: see `set_reducer`. None is the model's own.
+    budget: visual tokens per picture; tiles: see MSResamplerProcessor; reducer: see `set_reducer`. None is the model's
+    own.
     """
 
     def __init__(
-        self, model: Any, processor: Any, budget: Budget | None = None, reducer: Mapping[str, Any] | None = None
+        self,
+        model: Any,
+        processor: Any,
+        budget: Budget | None = None,
+        reducer: Mapping[str, Any] | None = None,
+        tiles: Any = None,
     ):
         if reducer is not None:
             model.set_reducer(**reducer)
         self.model, self.processor = model.eval(), processor
-        self.options = {} if budget is None else {"visual_tokens": budget}
+        asked = {"visual_tokens": budget, "tiles": tiles}
+        self.options = {name: value for name, value in asked.items() if value is not None}
 
     @classmethod
     def load(
@@ -54,6 +62,7 @@ class LocalModel:
         budget: Budget | None,
         device: Any,
         reducer: Mapping[str, Any] | None = None,
+        tiles: Any = None,
     ) -> "LocalModel":
         """Loads a model from a folder or Hub repository on a device; packed on the CPU."""
         from transformers.utils import logging
@@ -63,7 +72,7 @@ class LocalModel:
         logging.disable_progress_bar()
         processor = MSResamplerProcessor.from_pretrained(model_id, revision=revision)
         model = MSResamplerForConditionalGeneration.from_pretrained(model_id, revision=revision, dtype="auto")
-        return cls(model.eval().to(device).pack_weights(), processor, budget, reducer)
+        return cls(model.eval().to(device).pack_weights(), processor, budget, reducer, tiles)
 
     def encode(self, pictures: Sequence[Any]) -> list[Any]:
         """What the model made of each picture: its visual tokens (M, T), and which of them the reducer always keeps."""
@@ -74,7 +83,11 @@ class LocalModel:
         with torch.inference_mode():
             images = self.model.get_image_features(**inputs, return_dict=True)
         key_sets = images.key_sets or [None] * len(images.pooler_output)
-        return list(map(EncodedPicture, images.pooler_output, key_sets))
+        token, texts = self.processor.image_token, []
+        for number, tokens in enumerate(images.pooler_output):
+            whole = self.processor.replace_image_token(inputs, number)
+            texts.append(whole if whole.count(token) == len(tokens) else token * len(tokens))  # fewer after a reducer
+        return list(map(EncodedPicture, images.pooler_output, texts, key_sets))
 
     def answer(self, prompts: Sequence[str], pictures: Sequence[Sequence[Any]], max_new_tokens: int) -> list[str]:
         """Greedy replies, decoded as one batch."""
@@ -115,7 +128,7 @@ class LocalModel:
         for text, group in zip(texts, pictures, strict=True):
             first, *others = text.split(token)
             assert len(others) == len(group), f"the chat template wrote {len(others)} images for {len(group)}"
-            parts = (token * len(picture.tokens) + other for picture, other in zip(group, others, strict=True))
+            parts = (picture.text + other for picture, other in zip(group, others, strict=True))
             expanded.append(first + "".join(parts))
         beginning = self.processor.tokenizer.bos_token
         has_beginning = beginning is not None and expanded[0].startswith(beginning)
@@ -139,9 +152,11 @@ class ServedModel:
     each picture, since a bare grid would be read as the counts of two pictures.
     """
 
-    def __init__(self, url: str, model: str, budget: Budget | None = None, timeout_seconds: float = 600):
+    def __init__(
+        self, url: str, model: str, budget: Budget | None = None, timeout_seconds: float = 600, tiles: Any = None
+    ):
         self.url, self.model, self.timeout_seconds = url.rstrip("/"), model, timeout_seconds
-        self.budget = budget
+        self.budget, self.tiles = budget, tiles
 
     def encode(self, pictures: Sequence[Any]) -> list[str]:
         """The pictures as data URLs. Raises ValueError if one is not a picture."""
@@ -160,8 +175,10 @@ class ServedModel:
             "temperature": 0.0,
             "max_tokens": max_new_tokens,
         }
-        if urls and self.budget is not None:
-            body["chat_template_kwargs"] = {"visual_tokens": [self.budget] * len(urls)}
+        options = {"visual_tokens": self.budget and [self.budget] * len(urls), "tiles": self.tiles}
+        asked = {name: value for name, value in options.items() if urls and value is not None}
+        if asked:
+            body["chat_template_kwargs"] = asked
         request = urllib.request.Request(
             f"{self.url}/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )

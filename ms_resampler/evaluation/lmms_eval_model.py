@@ -11,7 +11,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from .answering import Budget, LocalModel
+from .answering import LocalModel
 
 NAME = "ms_resampler"
 
@@ -24,7 +24,7 @@ def manifest() -> ModelManifest:
 class MSResamplerForLmmsEval(lmms):
     """Answers lmms-eval's requests greedily, in batches; pictures come before the text.
 
-    visual_tokens: a count, or a grid such as "4x9". Raises ValueError for unknown arguments.
+    visual_tokens, tiles: a count, or a grid such as "4x9". Raises ValueError for unknown arguments.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class MSResamplerForLmmsEval(lmms):
         pretrained: str,
         revision: str | None = None,
         visual_tokens: int | str | None = None,
+        tiles: int | str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         **unknown: Any,
@@ -46,14 +47,9 @@ class MSResamplerForLmmsEval(lmms):
             accelerator.num_processes,
             accelerator,
         )
-        if isinstance(visual_tokens, str):
-            rows, columns = map(int, visual_tokens.split("x"))
-            budget: Budget | None = (rows, columns)
-        else:
-            budget = visual_tokens
         self.batch_size = int(batch_size)
         place = device if device and accelerator.num_processes == 1 else accelerator.device
-        self.answerer = LocalModel.load(pretrained, revision, budget, place)
+        self.answerer = LocalModel.load(pretrained, revision, grid(visual_tokens), place, tiles=grid(tiles))
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Replies, cut at the first of the request's `until` texts."""
@@ -89,6 +85,14 @@ class MSResamplerForLmmsEval(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not offered."""
         raise NotImplementedError("The model ms_resampler answers generate_until tasks only.")
+
+
+def grid(given: int | str | None) -> int | tuple[int, int] | None:
+    """A count as it is, and a grid such as "4x9" as (4, 9)."""
+    if not isinstance(given, str):
+        return given
+    rows, columns = map(int, given.split("x"))
+    return rows, columns
 
 
 def cut(reply: str, stops: str | Sequence[str]) -> str:

@@ -38,7 +38,8 @@ class Options:
     Fields:
         data: a folder with a subfolder for each task, named as the task; a task without one is loaded from the Hub.
         splits: splits by task, if not the default.
-        visual_tokens: the budget of a picture, a count or a grid; None is the model's default.
+        visual_tokens: the budget of a picture: a count, a grid or "auto"; None is the model's default.
+        tiles: the tiles of a picture, at most a count or a grid, see MSResamplerProcessor; None is the model's default.
         reducer: `reducer_type`, `keep` and the settings of a visual token reducer; None is the model's own.
         limit: ask only this many samples of a task (whole groups); the result is marked as incomplete.
         blind: ask without the pictures, to measure guessing.
@@ -50,6 +51,7 @@ class Options:
     data: Path | None = None
     splits: Mapping[str, str] | None = None
     visual_tokens: Budget | None = None
+    tiles: int | tuple[int, int] | None = None
     reducer: Mapping[str, Any] | None = None
     batch_size: int = 16
     limit: int | None = None
@@ -107,14 +109,14 @@ def evaluate(model: Model, tasks: Sequence[str | Path], out: Path, options: Opti
 def the_answerer(model: Model, options: Options, device: Any) -> Answerer:
     """Loads the model, or wraps the address that serves it."""
     if isinstance(model, tuple):
-        return LocalModel(*model, options.visual_tokens, options.reducer)
+        return LocalModel(*model, options.visual_tokens, options.reducer, options.tiles)
     if not isinstance(model, str):
         return model
     if options.url is not None:
         if options.reducer is not None:
             raise ValueError("A served model has its own reducer: set it in its configuration, not with --reducer.")
-        return ServedModel(options.url, model, options.visual_tokens)
-    return LocalModel.load(model, options.revision, options.visual_tokens, device, options.reducer)
+        return ServedModel(options.url, model, options.visual_tokens, tiles=options.tiles)
+    return LocalModel.load(model, options.revision, options.visual_tokens, device, options.reducer, options.tiles)
 
 
 def folder_of(task: Task, data: Path | None) -> Path | None:
@@ -154,6 +156,7 @@ def run_settings(model: Model, options: Options) -> dict[str, Any]:
         "revision": commit_of_model(loaded, options.revision) if loaded and not local else None,
         "sha256": hash_of_weights(Path(loaded)) if loaded and local else None,
         "visual_tokens": options.visual_tokens,
+        "tiles": options.tiles,
         "reducer": options.reducer and dict(options.reducer),
         "blind": options.blind,
         "limit": options.limit,

@@ -53,6 +53,7 @@ class Recipe:
     number of records a step over all devices. `steps` None means `epochs` passes through the data. `text` "plain"
     trains on `<image>{answer}` without a chat template, "words" on the visual words in the answers. Every step draws
     its visual tokens from `token_budgets`, counts or (rows, columns) grids; if empty, the model's default is used.
+    `tiles` become the processor's, and are saved with it; None leaves them as they are.
     `truncate` shortens records of more than `max_length` tokens, which are otherwise bad. Streams use `shuffle_buffer`,
     and ignore `group_by_modality`.
     """
@@ -70,6 +71,7 @@ class Recipe:
     group_by_modality: bool = False
     shuffle_buffer: int = 1000
     token_budgets: tuple[int | tuple[int, int], ...] = ()
+    tiles: int | tuple[int, int] | None = None
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0  # of matrices; biases, norms and scales have none
     adam_beta2: float = 0.999

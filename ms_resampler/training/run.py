@@ -15,6 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..folders import our_model
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from ..tiles_ms_resampler import grids_of
 from .adapters import four_bit_config
 from .collate import BatchMaker, ConversationCollator, errors_of_workers, mend_template
 from .feature_cache import cache_features
@@ -55,6 +56,9 @@ def train(
     model, data, out = our_model(model), str(data), Path(out or Path("runs") / recipe.name)
     result = out / ("adapter" if recipe.adapters else "model")
     processor = AutoProcessor.from_pretrained(model)
+    if recipe.tiles is not None:
+        grids_of(recipe.tiles)  # raises for what is none
+        processor.tiles = recipe.tiles
     note = mend_template(processor) if recipe.text == "chat" else None
     if streaming:
         recipe = replace(recipe, group_by_modality=False)

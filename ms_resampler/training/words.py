@@ -73,10 +73,11 @@ class SayingWords(nn.Module):
         token_grids: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        tilings: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of a batch with the shares `words` (B, words)."""
         images = self.model.get_image_features(
-            pixel_values, token_grids, pixel_attention_mask, spatial_shapes, return_dict=True
+            pixel_values, token_grids, pixel_attention_mask, spatial_shapes, tilings=tilings, return_dict=True
         )
         said = torch.stack([weight_MW.mean(dim=0) for weight_MW in images.word_weights])
         return {"loss": -(words * said.clamp(min=1e-9).log()).sum(dim=-1).mean()}

@@ -108,8 +108,8 @@ def test_batched_requests_get_the_evaluators_replies(adapter, tmp_path):
     wrapped = adapter.MSResamplerForLmmsEval(pretrained=model, visual_tokens="3x3", batch_size=4, device="cpu")
     wrapped.task_dict = {"scenes": {"test": documents}}
     assert wrapped.generate_until(requests) == ours
-    with pytest.raises(ValueError, match="does not know tiles"):
-        adapter.MSResamplerForLmmsEval(pretrained=model, tiles=4)
+    with pytest.raises(ValueError, match="does not know slices"):
+        adapter.MSResamplerForLmmsEval(pretrained=model, slices=4)
 
 
 def visual(suite: Path):

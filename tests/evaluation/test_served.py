@@ -50,14 +50,14 @@ def server(status=200, content="Yes. "):
 def test_requests_hold_the_pictures_the_text_and_the_budget(tmp_path):
     path = put(tmp_path / "a.png", pixels(1, "PNG"))
     with server() as (url, asked):
-        model = ServedModel(url, "ours", budget=(2, 3))
+        model = ServedModel(url, "ours", budget=(2, 3), tiles=9)
         encoded = model.encode([path, pixels(2), base64.b64encode(pixels(3)).decode()])
         replies = model.answer(["What?", "Why?"], [encoded, []], max_new_tokens=7)
     assert replies == ["Yes.", "Yes."]
     path, body = max(asked, key=lambda request: len(str(request)))
     assert path == "/v1/chat/completions"
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("ours", 7, 0.0)
-    assert body["chat_template_kwargs"] == {"visual_tokens": [[2, 3]] * 3}
+    assert body["chat_template_kwargs"] == {"visual_tokens": [[2, 3]] * 3, "tiles": 9}
     *images, text = body["messages"][0]["content"]
     assert text == {"type": "text", "text": "What?"}
     kinds, contents = zip(*(image["image_url"]["url"].split(";base64,") for image in images), strict=True)

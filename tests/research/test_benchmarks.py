@@ -48,6 +48,9 @@ from research.benchmarks.projectors import (
     table,
 )
 from research.benchmarks.projectors import make_run as make_projector_run
+from research.benchmarks.tiles import make_model as make_tiled_model
+from research.benchmarks.tiles import measure as measure_tiles
+from research.benchmarks.tiles import table as tiles_table
 from research.benchmarks.training_step import PROJECTORS, make_steps
 from research.benchmarks.training_step import make_models as make_training_models
 from research.benchmarks.training_step import measure as measure_training
@@ -426,3 +429,17 @@ def test_loading_is_told_relative_to_llava():
     run = {"import_s": 0.5, "load_s": 2.0, "read_s": 3.0, "peak_bytes": 10e6}
     lines = loading_table({"LLaVA": [run], "ours": [run | {"load_s": 1.0, "peak_bytes": 5e6}]}).splitlines()
     assert lines[-1] == "| ours | 0.50 | 1.00 | 1.00 to 1.00 | 0.50 | 3.00 | 5 | 0.50 |"
+
+
+def test_tiles_are_measured_with_and_without_a_limit_of_views():
+    sizes = {"image_size": 28, "patch_size": 2, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = make_tiled_model(TOWER | sizes | {"intermediate_size": 8192})
+    found = measure_tiles(model, [(1, 1), (3, 3)], tokens=16, repeats=1)
+    assert [tiling.views for tiling, *_ in found.values()] == [1, 10]
+    assert all(len(times) == 1 for _, spent, *_ in found.values() for times in spent.values())
+    (*_, limited, unlimited) = found[3, 3]
+    assert limited < unlimited
+    # tiles, views, patches and tokens of the overview
+    first, second = tiles_table(found).splitlines()[2:]
+    assert first.startswith("| 1 x 1 | 1 | 196 | 0 |")
+    assert second.startswith("| 3 x 3 | 10 | 1,764 | 4 |")
