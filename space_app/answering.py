@@ -17,6 +17,7 @@ import torch
 from jinja2 import TemplateError
 from pictures import Refusal
 from PIL import Image
+from proof import Change, Proof, cover, without_scope
 from settings import Settings
 from transformers import (
     AutoModelForImageTextToText,
@@ -25,7 +26,7 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
-from words import Word, attended_words
+from words import Word, attended_words, probability
 
 try:
     import spaces
@@ -42,8 +43,9 @@ class ScopeMaps:
     """The projector's result for one picture: S scopes, M visual tokens in a grid, N patches in a grid.
 
     picture is the model's input (cropped and scaled); weights (S, M) sum to one over the scopes, attentions
-    (S, M, N) over the patches; grids are (rows, columns). S is 0 for a projector without scopes. words: the most
-    likely words of each token with their shares, if tokens are mixtures of words.
+    (S, M, N) over the patches; grids are (rows, columns). S is 0 for a projector without scopes. places (M, 2): the
+    middle of each token's cell, as shares of the picture's height and width. words: the most likely words of each token
+    with their shares, if tokens are mixtures of words.
     """
 
     picture: Image.Image
@@ -51,6 +53,7 @@ class ScopeMaps:
     attentions: np.ndarray
     token_grid: tuple[int, int]
     patch_grid: tuple[int, int]
+    places: np.ndarray
     words: list[list[tuple[str, float]]]
 
     @property
@@ -104,7 +107,8 @@ class Answerer:
         self.model, self.processor, self.name = model, processor, name
         self.readings: OrderedDict[bytes, tuple[Any, list[ScopeMaps]]] = OrderedDict()
         # ZeroGPU runs these in a separate process: bound here, so that the model is not sent with each call.
-        self.reply, self.look, self.attend = on_gpu(self.reply), on_gpu(self.look), on_gpu(self.attend)
+        self.reply, self.look = on_gpu(self.reply), on_gpu(self.look)
+        self.attend, self.prove = on_gpu(self.attend), on_gpu(self.prove)
 
     @property
     def scopes(self) -> list[str]:
@@ -193,12 +197,14 @@ class Answerer:
         """Of one of the pictures."""
         token_grid, patch_grid = tuple(features.token_grids[number]), tuple(features.patch_grids[number])
         tokens, patches = math.prod(token_grid), math.prod(patch_grid)
-        weights, attentions = np.zeros((0, tokens)), np.zeros((0, tokens, patches))
+        weights, attentions, places = np.zeros((0, tokens)), np.zeros((0, tokens, patches)), centres(token_grid)
         if self.scopes:
             weights = features.scope_weights[number].float().cpu().numpy()
             attentions = features.scope_attentions[number].float().cpu().numpy()
+            if getattr(features, "token_places", None):  # code saved with earlier weights lacks them
+                places = features.token_places[number].float().cpu().numpy()
         seen = seen_picture(self.processor.image_processor, pixels["pixel_values"][number], picture)
-        return ScopeMaps(seen, weights, attentions, token_grid, patch_grid, self._words_of(features, number))
+        return ScopeMaps(seen, weights, attentions, token_grid, patch_grid, places, self._words_of(features, number))
 
     def _words_of(self, features: Any, number: int) -> list[list[tuple[str, float]]]:
         """The WORDS_SHOWN most likely words of each token of a picture; empty if the model's tokens are no words."""
@@ -221,6 +227,30 @@ class Answerer:
         """The words of an answer, and what each attended to."""
         inputs, features, *_ = self.encode(prompt)
         return attended_words(self.model, self.processor.tokenizer, inputs["input_ids"], features, answer)
+
+    @torch.inference_mode()
+    def prove(self, prompt: Prompt, answer: str, change: Change) -> Proof:
+        """Asks again with a change, and compares. Raises Refusal if it cannot be made."""
+        text, features, maps, _ = self.encode(prompt)
+        pixels = {name: value for name, value in prompt.inputs.items() if name not in text}
+        if change.scope is None:
+            pictures = list(pixels["pixel_values"])
+            pictures[change.picture] = cover(
+                pictures[change.picture], change.patches, maps[change.picture].patch_grid
+            )
+            pixels["pixel_values"] = torch.stack(pictures)
+            changed, _ = self._read(pixels, prompt.pictures)
+        else:
+            with without_scope(self.model.model.projector, change.scope):
+                changed, _ = self._read(pixels, prompt.pictures)
+        room = min(Settings.max_new_tokens, self._room(text))
+        ids = self.model.generate(**text, mm_encoder_outputs={"image": changed}, max_new_tokens=room, do_sample=False)
+        said = self.processor.tokenizer.decode(ids[0, text["input_ids"].shape[1] :], skip_special_tokens=True)
+        before, after = (
+            probability(self.model, self.processor.tokenizer, text["input_ids"], read, answer)
+            for read in (features, changed)
+        )
+        return Proof(before, after, said.strip())
 
     def reply(self, prompt: Prompt, settings: Settings) -> Iterator[Step]:
         """Streams the answer. Closing this iterator stops the generation, which runs in a separate thread."""
@@ -254,6 +284,12 @@ class Answerer:
             stop.set()
         if failures:
             raise failures[0]
+
+
+def centres(grid: tuple[int, int]) -> np.ndarray:
+    """The middles (y, x) of a grid's cells, in raster order, from 0 to 1."""
+    rows, columns = grid
+    return (np.indices(grid).reshape(2, -1).T + 0.5) / (rows, columns)
 
 
 def fingerprint(pixels: dict[str, torch.Tensor]) -> bytes:

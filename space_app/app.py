@@ -8,7 +8,6 @@ GRADIO_ROOT_PATH and so on.
 import atexit
 import gc
 import inspect
-import json
 import os
 import shutil
 import signal
@@ -46,7 +45,8 @@ from answering import Answerer, load
 from api import Api
 from ask_page import AskPage
 from compare_page import ComparePage
-from elements import EXAMPLES, HERE, PAGE_SCRIPT, header
+from elements import HERE, PAGE_SCRIPT, header
+from examples import EXAMPLES, examples_for, read_examples
 from pictures import MAX_FILE_MEGABYTES, Refusal
 from safetensors import SafetensorError
 from starlette.middleware import Middleware
@@ -68,22 +68,16 @@ async def fetch_nothing(url: str, cache_dir: str) -> str:
 gr.processing_utils.async_ssrf_protected_download = fetch_nothing
 
 
-def about_the_model() -> dict[str, Any]:
-    """Notes on models' abilities and examples of their own, by model name, and the example scenes of all others."""
-    return json.loads((EXAMPLES / "examples.json").read_text())
-
-
 def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
     """The pages and the API for a model, and a second one to compare it with."""
-    about = about_the_model()
-    scenes = about["scenes_of"].get(answerer.name, about["scenes"])
+    notes, examples = read_examples()["models"], examples_for(answerer.name)
     with gr.Blocks(title="MS-Resampler", analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE) as demo:
-        header(about["models"].get(answerer.name, ""))
+        header(notes.get(answerer.name, ""))
         with gr.Tab("Ask and see"):
-            AskPage(answerer, scenes).build()
+            AskPage(answerer, examples).build()
         with gr.Tab("Compare"):
             second = other or answerer
-            ComparePage(answerer, second, scenes, about["models"].get(second.name)).build()
+            ComparePage(answerer, second, examples, notes.get(second.name)).build()
         Api(answerer).build()
         for side in {answerer, other or answerer}:
             demo.unload(side.forget)

@@ -1,6 +1,7 @@
 """The Compare page: two budgets, or two models, answer the same question about the same pictures side by side."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import gradio as gr
@@ -8,7 +9,6 @@ from answering import Answerer
 from ask_page import QUEUED, TAKE_PICTURES, UNSEEN, errors_in_a_sentence, warnings_in_a_sentence
 from conversation import PENDING, topic, user_turn
 from elements import (
-    EXAMPLES,
     ask_box,
     box_update,
     budget_props,
@@ -18,15 +18,17 @@ from elements import (
     scope_view,
     view_props,
 )
-from scope_view import view_value
+from examples import Examples
+from pictures import Refusal
+from scope_view import view_value, words_value
 from settings import Settings, checked
 
 
 class ComparePage:
     """The page's events for two models, which may be the same."""
 
-    def __init__(self, one: Answerer, other: Answerer, scenes: list[dict[str, Any]], note: str | None = None):
-        self.sides, self.scenes, self.note = (one, other), scenes, note
+    def __init__(self, one: Answerer, other: Answerer, examples: Examples, note: str | None = None):
+        self.sides, self.examples, self.note = (one, other), examples, note
 
     def compare(self, message: dict, second: int, *budgets: Any) -> Iterator[tuple]:
         """Yields the question, then answer and view of one side, then of the other. Raises Refusal if it cannot.
@@ -35,7 +37,8 @@ class ComparePage:
         """
         sides = self.sides[0], self.sides[second]
         with errors_in_a_sentence():
-            conversation = topic([user_turn(message["text"], message["files"], [])])
+            asked = user_turn(message["text"], message["files"], [])
+            conversation, example = topic([asked]), self.examples.number_of(asked)
             wanted = [checked(budget, "", 0, 1, Settings.max_new_tokens) for budget in budgets]
             prompts = [side.prepare(*conversation, settings) for side, settings in zip(sides, wanted, strict=True)]
         shown: list = ["", None, "", None]
@@ -45,13 +48,18 @@ class ComparePage:
                 for step in side.reply(prompt, settings):
                     shown[2 * number] = step.text or PENDING
                     if step.maps:
-                        shown[2 * number + 1] = view_value(side.scopes, step, settings)
+                        view = shown[2 * number + 1] = view_value(side.scopes, step, settings, example=example)
                     yield message["text"], *shown
+                ended = {"verdict": self.examples.verdict(example, step.text)}
+                with suppress(Refusal):  # of a language model without weights of attention
+                    ended["words"] = words_value(side.attend(prompt, step.text)) if step.text else None
+                shown[2 * number + 1] = view | ended
+                yield message["text"], *shown
 
     def choose(self, event: gr.EventData, second: int, *budgets: Any) -> Iterator[tuple]:
         """Compares on an example at once; what is in the box stays there."""
-        scene = self.scenes[event.scene]
-        yield from self.compare({"text": scene["question"], "files": [str(EXAMPLES / scene["file"])]}, second, *budgets)
+        example = self.examples[event.scene]
+        yield from self.compare({"text": example.question, "files": [example.path]}, second, *budgets)
 
     def switch(self, second: int) -> tuple[gr.MultimodalTextbox, gr.Textbox, gr.HTML, gr.HTML]:
         """Resets the box and the other side's answer, view and budget for another model.
@@ -88,7 +96,7 @@ class ComparePage:
                     visible=one is not other,
                 )
             with gr.Column(scale=1, min_width=320):
-                scenes = example_scenes(self.scenes, "Or compare on one of these", "compare-scenes")
+                scenes = example_scenes(self.examples, "Or compare on one of these", "compare-scenes")
         with gr.Row(elem_classes="page"):
             first_budget = budget_slider(one, one.trained_budget, "A, visual tokens", "budget-a")
             budgets = [first_budget, budget_slider(other, self.second_budget(1), "B, visual tokens", "budget-b")]
@@ -98,9 +106,7 @@ class ComparePage:
                 with gr.Column(scale=1, min_width=320):
                     shown.append(gr.Textbox(label=f"{name} answers", interactive=False, elem_id=f"answer-{letter}"))
                     shown.append(
-                        scope_view(
-                            side, f"view-{letter}", f"Maps of {letter.upper()}", plays=False, beside=f"#answer-{letter}"
-                        )
+                        scope_view(side, f"view-{letter}", f"Maps of {letter.upper()}", beside=f"#answer-{letter}")
                     )
         page = {"outputs": shown, **QUEUED, "show_progress_on": [shown[1], shown[3]]}
         for begins in (box.submit, scenes.choose):  # before those that take their time
