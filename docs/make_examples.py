@@ -5,8 +5,8 @@
 The notes on models in examples.json are written by hand, and kept.
 
 The scenes were chosen for their looks before any model had answered them. The questions are of those families of
-which the embedded checkpoint's card says that it does more than guess; whether it is right here decided nothing. Scenes to
-play with are simply the PLAYED ones, with a question of every family that they allow.
+which the embedded checkpoint's card says that it does more than guess; whether it is right here decided nothing. To
+play with there are the scenes PLAYED, with a question of every family that they allow.
 """
 
 import json

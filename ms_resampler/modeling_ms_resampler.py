@@ -30,7 +30,7 @@ from .fusion_ms_resampler import PreFusion, fuse, words_of_prompt
 from .loading_ms_resampler import LoadingMixin
 from .packing_ms_resampler import PackedLinear, pack_linears
 from .projectors_ms_resampler import PROJECTORS, SCOPED_PROJECTORS, build_projector, init_projector_weights
-from .reducers_ms_resampler import DivPrune, LayerReducer, MustDrop, TowerReducer, ascending, read_reducer
+from .reducers_ms_resampler import DivPrune, LayerReducer, MustDrop, Reducer, TowerReducer, ascending, read_reducer
 from .reducing_ms_resampler import (
     FILL,
     Cutting,
@@ -60,6 +60,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     word_weights (M, words): the share of each of the configured `visual_words` in each token.
     deepstack_features: with pre-fusion, one list of every image's patches (N, T); a name that `generate` knows.
     scope_weights (S, M), scope_attentions (S, M, N) and token_places (M, 2): with `output_scopes=True`, see ScopeMaps.
+    kept_tokens: with the reducer divprune, which visual tokens stay; maps and grids are of all.
     key_sets: the visual tokens that the reducer mustdrop always keeps.
     """
 
@@ -70,6 +71,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     scope_weights: list[Tensor] | None = None
     scope_attentions: list[Tensor] | None = None
     token_places: list[Tensor] | None = None
+    kept_tokens: list[Tensor] | None = None
     key_sets: list[Tensor] | None = None
 
 
@@ -125,6 +127,16 @@ class MSResamplerPreTrainedModel(LoadingMixin, PreTrainedModel):
         language_model = self.base_model.language_model
         language_model._init_weights(language_model)
 
+    @property
+    def reducer(self) -> Reducer | None:
+        """The visual token reducer, if there is one.
+
+        Not that of the configuration: with `trust_remote_code`, transformers loads the configuration's modules a
+        second time, so that its classes are others.
+        """
+        fields = self.config.reducer_config
+        return None if fields is None else read_reducer(fields)
+
     def set_reducer(self, reducer_type: str | None, **settings: Any) -> Self:
         """Reduces visual tokens from now on by a method of reducers_ms_resampler.py, such as `set_reducer("divprune",
         keep=64)`; None switches it off. It is saved with the configuration.
@@ -168,8 +180,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         for part in self.projector.modules():
             if isinstance(part, PreTrainedModel) and config.projector_config._attn_implementation is not None:
                 part.set_attn_implementation(config.projector_config._attn_implementation)
-        if config.reducer is not None:
-            check_reducer(config.reducer, self)
+        if self.reducer is not None:
+            check_reducer(self.reducer, self)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -213,7 +225,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             kwargs["skip_unread"] = True  # not passed to towers that do not accept it
         if not shape.can_stop_early:
             kwargs["output_hidden_states"] = True
-        reducer = self.config.reducer
+        reducer = self.reducer
         if isinstance(reducer, TowerReducer):
             return self._reduce_patches(reducer, pixel_values, token_grids, **kwargs)
         size = pixel_values.shape[-2], pixel_values.shape[-1]  # patches have their own grids
@@ -231,6 +243,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         wanted = self._token_grids(token_grids, patch_grids)
         tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
         tokens, words = self._mix_words(tokens)
+        kept = None
         if isinstance(reducer, DivPrune):
             kept = [ascending(reducer.choose(y_MT)) for y_MT in tokens]
             tokens = [y_MT[k] for y_MT, k in zip(tokens, kept, strict=True)]
@@ -247,6 +260,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             scope_weights=[weights for weights, _, _ in maps] if output_scopes else None,
             scope_attentions=[attentions for _, attentions, _ in maps] if output_scopes else None,
             token_places=[places for *_, places in maps] if output_scopes else None,
+            kept_tokens=kept,
         )
 
     def _reduce_patches(
@@ -409,7 +423,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         features, kept = None, None
         if images is not None:
             tokens = images.pooler_output
-            if self.config.reducer is not None and getattr(images, "token_grids", None):
+            if self.reducer is not None and getattr(images, "token_grids", None):
                 wholes, counts = [math.prod(grid) for grid in images.token_grids], [len(y_MT) for y_MT in tokens]
                 shortened = None
                 if len(counts) == len(wholes) and counts != wholes:  # for beams, transformers repeats only the tokens
@@ -430,7 +444,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             features = tokens.flatten(0, 1) if isinstance(tokens, Tensor) else torch.cat(list(tokens))
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
-            if isinstance(reducer := self.config.reducer, LayerReducer):
+            if isinstance(reducer := self.reducer, LayerReducer):
                 running = self._cutting(reducer, inputs_embeds, mask, images, attention_mask, _cache_of(kwargs))
         for cache in _cache_of(kwargs).values():
             if images is None and hasattr(cache, "kept"):
@@ -640,7 +654,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         given = prompt if embeds is None else embeds
         if self.config.projector_config.fusion_layers and given is not None:
             kwargs.setdefault("prompt_mask", torch.ones(given.shape[:2], dtype=torch.bool, device=given.device))
-        images = self._images_to_shorten_for(kwargs) if self.config.reducer else None
+        images = self._images_to_shorten_for(kwargs) if self.reducer else None
         if images is not None:
             wholes, counts = [math.prod(grid) for grid in images.token_grids], [len(y) for y in images.pooler_output]
             shown = self.get_input_embeddings()(prompt) if embeds is None else embeds
@@ -657,7 +671,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
 
     def _images_to_shorten_for(self, kwargs: dict[str, Any]) -> MSResamplerImageFeatures | None:
         """The images among the arguments of `generate`, encoded there, if a reducer works before the language model."""
-        if isinstance(self.config.reducer, LayerReducer) and not isinstance(self.config.reducer, TowerReducer):
+        if isinstance(self.reducer, LayerReducer) and not isinstance(self.reducer, TowerReducer):
             return None
         encode = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes")
         given = {name: kwargs.pop(name) for name in encode if kwargs.get(name) is not None}

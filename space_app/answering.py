@@ -7,6 +7,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from threading import Event, Thread
@@ -45,7 +46,7 @@ class ScopeMaps:
     picture is the model's input (cropped and scaled); weights (S, M) sum to one over the scopes, attentions
     (S, M, N) over the patches; grids are (rows, columns). S is 0 for a projector without scopes. places (M, 2): the
     middle of each token's cell, as shares of the picture's height and width. words: the most likely words of each token
-    with their shares, if tokens are mixtures of words.
+    with their shares, if tokens are mixtures of words. kept: the tokens that the language model gets; None if all.
     """
 
     picture: Image.Image
@@ -55,6 +56,7 @@ class ScopeMaps:
     patch_grid: tuple[int, int]
     places: np.ndarray
     words: list[list[tuple[str, float]]]
+    kept: list[int] | None = None
 
     @property
     def patches(self) -> int:
@@ -64,10 +66,11 @@ class ScopeMaps:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Model inputs, on the CPU, and their pictures."""
+    """Model inputs, on the CPU, and their pictures. keep: the number of visual tokens left, if others are dropped."""
 
     inputs: Any
     pictures: list[Image.Image]
+    keep: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,13 @@ def on_gpu(function: Callable) -> Callable:
 
 
 class Answerer:
-    """Answers questions with a model and its processor; keeps the visual tokens of the last pictures until cleared."""
+    """Answers questions with a model and its processor; keeps the visual tokens of the last pictures until cleared.
 
-    def __init__(self, model: Any, processor: Any, name: str):
-        self.model, self.processor, self.name = model, processor, name
+    With a reducer, pictures are read into the default number of visual tokens, and it drops those beyond the budget.
+    """
+
+    def __init__(self, model: Any, processor: Any, name: str, reducer: str | None = None):
+        self.model, self.processor, self.name, self.reducer = model, processor, name, reducer
         self.readings: OrderedDict[bytes, tuple[Any, list[ScopeMaps]]] = OrderedDict()
         # ZeroGPU runs these in a separate process: bound here, so that the model is not sent with each call.
         self.reply, self.look = on_gpu(self.reply), on_gpu(self.look)
@@ -130,14 +136,28 @@ class Answerer:
     def budgets(self) -> list[int]:
         """Numbers of visual tokens to offer: grids with the patches' proportions, and the default."""
         rows, columns = self.model.config.native_patch_grid
-        return sorted({n * max(1, round(n * columns / rows)) for n in range(1, rows + 1)} | {self.trained_budget})
+        budgets = {n * max(1, round(n * columns / rows)) for n in range(1, rows + 1)} | {self.trained_budget}
+        return sorted(count for count in budgets if not self.reducer or count <= self.trained_budget)
+
+    @contextmanager
+    def reducing(self, keep: int | None) -> Iterator[None]:
+        """Drops all but `keep` visual tokens; None drops none."""
+        before = getattr(self.model.config, "reducer_config", None)  # code saved with earlier weights lacks it
+        if keep is not None:
+            self.model.set_reducer(self.reducer, keep=keep)
+        try:
+            yield
+        finally:
+            if keep is not None:
+                self.model.config.reducer_config = before
 
     def prepare(self, turns: list[dict], pictures: list[Image.Image], settings: Settings) -> Prompt:
         """Model inputs for a conversation. Raises Refusal if this model does not support it."""
         if settings.system_prompt:
             system = {"role": "system", "content": [{"type": "text", "text": settings.system_prompt}]}
             turns = [system, *turns]
-        budget = {} if settings.visual_tokens is None else {"visual_tokens": settings.visual_tokens}
+        keep = settings.visual_tokens if self.reducer else None
+        budget = {} if keep or settings.visual_tokens is None else {"visual_tokens": settings.visual_tokens}
         try:
             inputs = self.processor.apply_chat_template(
                 turns,
@@ -157,7 +177,7 @@ class Answerer:
                 f"The conversation has {inputs['input_ids'].shape[1]} tokens, {1 - room} too many for this model; "
                 "please clear it, or ask with fewer visual tokens."
             )
-        return Prompt(inputs, pictures)
+        return Prompt(inputs, pictures, keep)
 
     def _room(self, inputs: Any) -> int:
         """The longest answer that fits the model's positions, in tokens."""
@@ -168,12 +188,14 @@ class Answerer:
         took; 0 if the tokens were kept from before, at the same budget.
         """
         text = self.processor.tokenizer.model_input_names
-        key = fingerprint({name: value for name, value in prompt.inputs.items() if name not in text})
+        kept = {} if prompt.keep is None else {"kept": torch.tensor(prompt.keep)}
+        key = fingerprint({name: value for name, value in prompt.inputs.items() if name not in text} | kept)
         inputs = prompt.inputs.to(self.model.device, self.model.dtype)
         reading, milliseconds = self.readings.pop(key, None), 0.0
         if reading is None:
             started = time.perf_counter()
-            reading = self._read({name: inputs[name] for name in inputs if name not in text}, prompt.pictures)
+            with self.reducing(prompt.keep):
+                reading = self._read({name: inputs[name] for name in inputs if name not in text}, prompt.pictures)
             milliseconds = 1000 * (time.perf_counter() - started)
         self.readings[key] = reading
         while len(self.readings) > READINGS:
@@ -204,7 +226,11 @@ class Answerer:
             if getattr(features, "token_places", None):  # code saved with earlier weights lacks them
                 places = features.token_places[number].float().cpu().numpy()
         seen = seen_picture(self.processor.image_processor, pixels["pixel_values"][number], picture)
-        return ScopeMaps(seen, weights, attentions, token_grid, patch_grid, places, self._words_of(features, number))
+        kept = getattr(features, "kept_tokens", None)
+        words = self._words_of(features, number)
+        return ScopeMaps(
+            seen, weights, attentions, token_grid, patch_grid, places, words, kept and kept[number].tolist()
+        )
 
     def _words_of(self, features: Any, number: int) -> list[list[tuple[str, float]]]:
         """The WORDS_SHOWN most likely words of each token of a picture; empty if the model's tokens are no words."""
@@ -235,9 +261,7 @@ class Answerer:
         pixels = {name: value for name, value in prompt.inputs.items() if name not in text}
         if change.scope is None:
             pictures = list(pixels["pixel_values"])
-            pictures[change.picture] = cover(
-                pictures[change.picture], change.patches, maps[change.picture].patch_grid
-            )
+            pictures[change.picture] = cover(pictures[change.picture], change.patches, maps[change.picture].patch_grid)
             pixels["pixel_values"] = torch.stack(pictures)
             changed, _ = self._read(pixels, prompt.pictures)
         else:
@@ -261,14 +285,15 @@ class Answerer:
 
         def generate() -> None:
             try:
-                self.model.generate(
-                    **inputs,
-                    mm_encoder_outputs={"image": features},
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([Stop(stop)]),
-                    max_new_tokens=min(settings.max_new_tokens, self._room(inputs)),
-                    **sampling(settings),
-                )
+                with self.reducing(prompt.keep):
+                    self.model.generate(
+                        **inputs,
+                        mm_encoder_outputs={"image": features},
+                        streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([Stop(stop)]),
+                        max_new_tokens=min(settings.max_new_tokens, self._room(inputs)),
+                        **sampling(settings),
+                    )
             except Exception as error:  # raised to the reader of the stream, below
                 failures.append(error)
                 streamer.end()

@@ -77,9 +77,10 @@ def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
             AskPage(answerer, examples).build()
         with gr.Tab("Compare"):
             second = other or answerer
-            ComparePage(answerer, second, examples, notes.get(second.name)).build()
+            compared = ComparePage(answerer, second, examples, notes.get(second.name))
+            compared.build()
         Api(answerer).build()
-        for side in {answerer, other or answerer}:
+        for side in {*compared.sides}:
             demo.unload(side.forget)
     return demo.queue(max_size=QUEUE_LENGTH)
 

@@ -15,12 +15,14 @@ from settings import MAX_NEW_TOKENS, MAX_SYSTEM_CHARACTERS, MAX_TEMPERATURE, MIN
 HERE = Path(__file__).resolve().parent
 INTAKE_SCRIPT = (HERE / "intake.js").read_text()
 PAGE_SCRIPT = f"() => {{\n{(HERE / 'page.js').read_text()}\n}}"
-VIEW_SCRIPT = "\n".join((HERE / name).read_text() for name in ("heat.js", "rings.js", "view_texts.js", "view_parts.js", "view.js"))
+VIEW_FILES = ("heat.js", "rings.js", "view_texts.js", "view_parts.js", "view.js")
+VIEW_SCRIPT = "\n".join((HERE / name).read_text() for name in VIEW_FILES)
 # Ignored while an answer is being written, which another one would overwrite. Scenes to play with come in random order.
 EXAMPLES_SCRIPT = """
 let left = [];
 const linked = Number(new URLSearchParams(location.search).get('example') ?? NaN);
-if (element.id === 'scenes' && linked >= 0 && linked < props.shown + props.played) trigger('choose', {scene: linked});
+const known = linked >= 0 && linked < props.shown + props.played;
+if (known && element.closest('#scenes')) trigger('choose', {scene: linked});
 element.addEventListener('click', event => {
   const button = event.target.closest('button');
   if (!button || element.closest('.page').querySelector('.ask .stop-button')) return;
@@ -48,7 +50,7 @@ const take = () => {
 };
 watch(Object.keys(props), take);
 const linked = Number(new URLSearchParams(location.search).get('tokens'));
-if (element.id === 'budget' && props.budgets.includes(linked)) props.value = linked;
+if (element.closest('#budget') && props.budgets.includes(linked)) props.value = linked;
 take();
 """
 WITHOUT_SCOPES = "The projector of this model, {}, has no scopes, so there are no maps of them to see."

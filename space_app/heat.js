@@ -189,7 +189,7 @@ function paintTokens(canvas, picture, ofTokens, byShare, colours, fused, {paper,
   values.forEach((value, token) => {
     const left = token % columns * width + gap / 2, top = Math.floor(token / columns) * height + gap / 2;
     context.fillStyle = byTrust ? colours[most[token].scope] : byShare ? fused : ink;
-    context.globalAlpha = 0.1 + 0.9 * value / peak;
+    context.globalAlpha = (0.1 + 0.9 * value / peak) * (picture.kept?.includes(token) ?? true);  // what is dropped is empty
     context.fillRect(left, top, width - gap, height - gap);
   });
   context.globalAlpha = 1;

@@ -46,7 +46,9 @@ def as_file(kind: str, scopes: list[str], pictures: list[ScopeMaps]) -> bytes:
         for number, maps in enumerate(pictures)
         for name in ("token_grid", "patch_grid", "places", "weights", "attentions")
     }
-    arrays |= {f"{make.__name__}_{number}": make(maps) for number, maps in enumerate(pictures) for make in (reach, entropy)}
+    arrays |= {
+        f"{make.__name__}_{number}": make(maps) for number, maps in enumerate(pictures) for make in (reach, entropy)
+    }
     file = io.BytesIO()
     np.savez_compressed(file, scopes=np.array(scopes), **arrays)
     return file.getvalue()

@@ -29,12 +29,11 @@ class Proof:
 
 def checked_change(picture: Any, patches: Any, scope: Any, patch_counts: list[int], scopes: int) -> Change:
     """A change from what a browser sent, for pictures of so many patches. Raises Refusal if there is no such thing."""
-    if scope is not None:
-        if scope in range(scopes) and scopes > 1:
-            return Change(scope=int(scope))
-    elif isinstance(patches, list) and patches and picture in range(len(patch_counts)):
-        if all(patch in range(patch_counts[picture]) for patch in patches):
-            return Change(int(picture), tuple(map(int, patches)))
+    if scopes > 1 and scope in range(scopes):
+        return Change(scope=int(scope))
+    count = patch_counts[picture] if picture in range(len(patch_counts)) else 0
+    if scope is None and isinstance(patches, list) and patches and all(patch in range(count) for patch in patches):
+        return Change(int(picture), tuple(map(int, patches)))
     raise Refusal("There is no such part of the picture and no such scope; please choose again.")
 
 

@@ -9,13 +9,13 @@ TOUR_SCRIPT = (Path(__file__).resolve().parent / "tour.js").read_text()
 # What a step is about, which style.css marks on the page, and what it says.
 TOKENS = (
     "tokens",
-    "A <b>patch</b> is a small square of the picture, one of {patches}. A <b>visual token</b> is what the language model "
-    "gets in place of patches: one for each cell of a grid.",
+    "A <b>patch</b> is a small square of the picture, one of {patches}. A <b>visual token</b> is what the language "
+    "model gets in place of patches: one for each cell of a grid.",
 )
 SCOPES = (
     "scopes",
-    "A <b>scope</b> is how far a token may look: a local one stays near the token, a global one goes anywhere; the rings "
-    "show how far each really looked. <b>Trust</b> is the part that a scope has in a token.",
+    "A <b>scope</b> is how far a token may look: local stays near it, global goes anywhere, and a ring shows how far "
+    "each really looked. <b>Trust</b> is the part that a scope has in a token.",
 )
 BUDGET = (
     "budget",

@@ -1,9 +1,9 @@
 // The scope view. Its value is a message from the page's events: an answer's maps, the reply to a request, or null.
 
-const root = element.querySelector('.view'), ALL = {kind: 'all'};
+const root = element.querySelector('.view'), own = element.closest('.block').id, ALL = {kind: 'all'};
 const state = {
   answers: [], shown: 0, picture: 0, pinned: ALL, pointed: null, mode: 'overlay', opacity: 0.85, timer: null,
-  proof: null, numbers: false, requests: 0, other: null,
+  proof: null, numbers: false, requests: 0, other: null, known: 0, right: 0,
 };
 const WORD_MILLISECONDS = 450;
 const link = new URLSearchParams(location.search);
@@ -11,13 +11,14 @@ const link = new URLSearchParams(location.search);
 // --- What arrives ---------------------------------------------------------------------------------------------
 
 async function receive(message, opening = false) {
-  if (!message) Object.assign(state, {answers: [], shown: 0, picture: 0});
+  if (!message) Object.assign(state, {answers: [], shown: 0, picture: 0, known: 0, right: 0});
   else if (!message.pictures) return receiveReply(message);
   else if (state.answers[message.number]?.milliseconds === message.milliseconds) return complete(message);
   else {
     state.answers.length = Math.min(state.answers.length, message.number);  // what came later was taken back
     const pictures = await Promise.all(message.pictures.map(unpackPicture)), words = await unpackWords(message.words);
     state.answers[message.number] = {...message, pictures, words, proofs: []};
+    count(message.verdict);
     Object.assign(state, {shown: message.number, picture: 0});
     if (innerWidth <= 700 && !opening) document.querySelector(props.beside).scrollIntoView();
   }
@@ -30,9 +31,16 @@ async function receive(message, opening = false) {
 // An answer that is there has ended.
 async function complete(message) {
   const answer = state.answers[message.number];
+  if (!answer.verdict) count(message.verdict);
   answer.verdict = message.verdict;
   answer.words ||= await unpackWords(message.words);
   build();
+}
+
+function count(verdict) {
+  if (!verdict) return;
+  state.known++;
+  state.right += verdict.right;
 }
 
 async function receiveReply(message) {
@@ -185,6 +193,7 @@ document.addEventListener('compared', ({detail: {from, picture, selection, point
   if (props.asks || from === element || !state.answers[0]?.pictures[state.picture]) return;
   if (playing) return state.answers[0].words && !state.timer && play();
   if (map) {
+    if (own === 'view-a') return;
     const isNew = !state.other;
     state.other = {map, patch_grid: picture.patch_grid};
     return isNew ? build() : refresh(false);

@@ -27,8 +27,10 @@ function answerView(answer) {
   parts.push(selectors(answer));
   if (!picture.scopes) parts.push(make('p', {class: 'note'}, props.without_scopes));
   else if (dominant(answer, picture)) parts.push(make('p', {class: 'note'}, dominant(answer, picture)));
-  if (props.asks || answer.words) parts.push(wordStrip(answer));
-  parts.push(make('p', {class: 'status', 'aria-live': 'polite'}), make('p', {class: 'reach'}), figures(answer, picture));
+  const about = [make('p', {class: 'status', 'aria-live': 'polite'}), make('p', {class: 'reach'})];
+  if (props.asks || answer.words) about.unshift(wordStrip(answer));
+  // Of two views side by side, the figures are at the same height.
+  parts.push(...(props.asks ? [...about, figures(answer, picture)] : [figures(answer, picture), ...about]));
   if (picture.scopes) parts.push(toolbar(answer));
   parts.push(make('div', {class: 'asking', role: 'group', 'aria-label': 'Ask again'}));
   if (answer.proofs.length) parts.push(make('ul', {class: 'proofs', 'aria-live': 'polite'}, ...answer.proofs.map(proof => proofLine(answer, proof))));
@@ -37,7 +39,7 @@ function answerView(answer) {
 }
 
 function costLine(answer) {
-  const tokens = sum(answer.pictures.map(picture => picture.tokens)), patches = sum(answer.pictures.map(picture => picture.patches));
+  const tokens = sum(answer.pictures.map(({tokens, kept}) => kept ? kept.length : tokens)), patches = sum(answer.pictures.map(picture => picture.patches));
   const saved = tokens < patches ? `, ${percent(1 - tokens / patches)} saved` : '';
   const read = answer.reading ? `read in ${Math.round(answer.reading)} ms` : 'read before, and reused';
   return make('p', {class: 'cost'},
@@ -67,7 +69,7 @@ function dominant(answer, picture) {
 function toolbar(answer) {
   const shown = [['picture', 'Original'], ['overlay', 'Overlay'], ['heat', 'Heat map'], ['difference', 'Difference']];
   const modes = shown.slice(0, answer.scopes.length > 1 ? 4 : 3).map(([mode, label]) => make('label', {},
-    make('input', {type: 'radio', name: `mode-${element.id}`, value: mode, 'data-focus': mode, ...(mode === state.mode ? {checked: ''} : {}),
+    make('input', {type: 'radio', name: `mode-${own}`, value: mode, 'data-focus': mode, ...(mode === state.mode ? {checked: ''} : {}),
       change: () => { state.mode = mode; refresh(); }}), label));
   const opacity = make('input', {type: 'range', min: 10, max: 100, value: 100 * state.opacity,
     input: event => { state.opacity = event.target.value / 100; refresh(); }});
@@ -119,7 +121,7 @@ function caption(title, colour = null, note = '') {
 function figures(answer, picture) {
   const maps = answer.scopes.map(({name, colour}, scope) => mapFigure(picture, name, colour, scope));
   if (picture.scopes > 1) maps.unshift(mapFigure(picture, 'all scopes, fused', props.fused_colour, 'fused'));
-  const versus = state.other && picture.scopes && String(state.other.patch_grid) === String(picture.patch_grid) && element.id !== 'view-a';
+  const versus = state.other && picture.scopes && String(state.other.patch_grid) === String(picture.patch_grid);
   if (versus) maps.push(mapFigure(picture, 'B minus A', null, 'versus'));
   return make('div', {class: 'figures'}, pictureFigure(picture), tokenFigure(answer, picture), ...maps);
 }

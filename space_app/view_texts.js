@@ -10,7 +10,7 @@ function percent(share) {
 
 function signed(points) {
   const whole = Math.round(100 * points);
-  return whole < 0 ? `−${-whole}` : `+${whole}`;
+  return whole < 0 ? `−${-whole}` : whole > 0 ? `+${whole}` : '±0';
 }
 
 function listed(parts) {
@@ -65,8 +65,7 @@ function reachSentence(answer, picture, ofTokens) {
 }
 
 function verdictLine({verdict}) {
-  const known = state.answers.map(answer => answer.verdict).filter(Boolean), right = known.filter(one => one.right).length;
-  const score = known.length > 1 ? ` ${right} of ${known.length} answers are right so far.` : '';
+  const score = state.known > 1 ? ` ${state.right} of ${state.known} answers are right so far.` : '';
   return make('p', {class: `verdict ${verdict.right ? 'right' : 'wrong'}`},
     make('b', {}, verdict.right ? '✓ The answer is right.' : `✗ The answer is wrong: the truth is “${verdict.truth}”.`), score);
 }
