@@ -285,26 +285,26 @@ class Answerer:
 
         def generate() -> None:
             try:
-                with self.reducing(prompt.keep):
-                    self.model.generate(
-                        **inputs,
-                        mm_encoder_outputs={"image": features},
-                        streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([Stop(stop)]),
-                        max_new_tokens=min(settings.max_new_tokens, self._room(inputs)),
-                        **sampling(settings),
-                    )
+                self.model.generate(
+                    **inputs,
+                    mm_encoder_outputs={"image": features},
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([Stop(stop)]),
+                    max_new_tokens=min(settings.max_new_tokens, self._room(inputs)),
+                    **sampling(settings),
+                )
             except Exception as error:  # raised to the reader of the stream, below
                 failures.append(error)
                 streamer.end()
 
-        Thread(target=generate, daemon=True).start()
         try:
             text = ""
-            for piece in streamer:
-                text += piece
-                yield Step(text.strip(), 1000 * (time.perf_counter() - started), reading, maps)
-                maps = None
+            with self.reducing(prompt.keep):
+                Thread(target=generate, daemon=True).start()
+                for piece in streamer:
+                    text += piece
+                    yield Step(text.strip(), 1000 * (time.perf_counter() - started), reading, maps)
+                    maps = None
         finally:
             stop.set()
         if failures:

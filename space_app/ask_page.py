@@ -72,7 +72,7 @@ class AskPage:
     """
 
     def __init__(self, answerer: Answerer, examples: Examples):
-        self.answerer, self.examples = answerer, examples
+        self.answerer, self.examples, self.first = answerer, examples, ([], None)
 
     def opening(self) -> tuple[list[dict], dict[str, Any] | None]:
         """The chat and the view that the page opens with: an example, answered now; empty if that fails."""
@@ -84,12 +84,16 @@ class AskPage:
             self.answerer.forget()
             steps = list(self.answerer.reply(prompt, Settings()))
             number, answer = self.examples.number_of(asked), steps[-1].text
-            view = view_value(self.answerer.scopes, steps[0], Settings(), 0, number)
+            view = view_value(self.answerer.scopes, steps[0], Settings(), 0, number) | {"opening": True}
             view["verdict"] = self.examples.verdict(number, answer)
             with suppress(Refusal):
                 view["words"] = words_value(self.answerer.attend(prompt, answer))
             return [asked, assistant_turn(answer)], view
         return [], None
+
+    def open(self, request: gr.Request) -> tuple[list[dict], dict[str, Any] | None]:
+        """What a visitor sees first; nothing, if a link names another example, which is asked about then."""
+        return ([], None) if "example" in request.query_params else self.first
 
     def choose(self, history: list[dict], event: gr.EventData) -> tuple[list[dict], gr.MultimodalTextbox]:
         """Puts the question of an example into the chat; what is in the box stays there."""
@@ -165,11 +169,10 @@ class AskPage:
 
     def build(self) -> None:
         """Builds the page and connects its events."""
-        chat, maps = self.opening()
+        self.first = self.opening()
         with gr.Row(elem_classes="page"):
             with gr.Column(scale=6, min_width=320, elem_classes="talk"):
                 chatbot = gr.Chatbot(
-                    chat,
                     label="Conversation",
                     show_label=False,
                     height=360,
@@ -191,7 +194,9 @@ class AskPage:
                         camera = gr.Image(sources=["webcam"], type="filepath", label="Camera", show_label=False)
             with gr.Column(scale=7, min_width=320, elem_classes="look"):
                 tour(self.answerer)
-                view = scope_view(self.answerer, "view", "Maps", beside="#chat", value=maps, asks=True)
+                view = scope_view(self.answerer, "view", "Maps", beside="#chat", asks=True)
+        # Not a value that all visitors get: Gradio would keep its picture among the uploads, which are deleted.
+        gr.context.Context.root_block.load(self.open, None, [chatbot, view], queue=False, **UNSEEN)
         camera.change(None, [camera, box], [camera, box], js=TAKE_PHOTOGRAPH, **UNSEEN)
         taken.sent(None, [taken, box], [taken, box], js=TAKE_PICTURES, **UNSEEN)
         self.connect(chatbot, box, scenes, view, settings)

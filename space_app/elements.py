@@ -49,9 +49,9 @@ const take = () => {
   show();
 };
 watch(Object.keys(props), take);
-const linked = Number(new URLSearchParams(location.search).get('tokens'));
-if (element.closest('#budget') && props.budgets.includes(linked)) props.value = linked;
 take();
+const linked = Number(new URLSearchParams(location.search).get('tokens'));
+if (element.closest('#budget') && props.budgets.includes(linked)) setTimeout(() => { props.value = linked; take(); });
 """
 WITHOUT_SCOPES = "The projector of this model, {}, has no scopes, so there are no maps of them to see."
 
@@ -133,16 +133,14 @@ def box_update(answering: bool, **changes: Any) -> gr.MultimodalTextbox:
     return gr.MultimodalTextbox(submit_btn=not answering, stop_btn=answering, **changes)
 
 
-def scope_view(
-    answerer: Answerer, elem_id: str, name: str, beside: str, value: dict[str, Any] | None = None, asks: bool = False
-) -> gr.HTML:
-    """Where an answer's maps are drawn; `name` is for screen readers, `value` the maps at first.
+def scope_view(answerer: Answerer, elem_id: str, name: str, beside: str, asks: bool = False) -> gr.HTML:
+    """Where an answer's maps are drawn; `name` is for screen readers.
 
     `beside` is where the answer itself stands, to which a narrow page scrolls. `asks`: words, proofs and files can be
     requested; views that do not ask share their selection with each other.
     """
     return gr.HTML(
-        value,
+        None,
         html_template=f'<div class="view" role="region" aria-label="{escape(name)}"></div>',
         js_on_load=VIEW_SCRIPT,
         apply_default_css=False,

@@ -65,9 +65,11 @@ setInterval(async () => {
   if (lost !== !answer?.ok) say(answer?.ok ? '' : LOST);
   lost = !answer?.ok;
 }, 5000);
+let talked = false;
+new MutationObserver(() => { talked ||= Boolean(document.querySelector('#ask .stop-button')); }).observe(document.body, {childList: true, subtree: true});
 const boxes = () => [...document.querySelectorAll('.ask textarea')];
 window.addEventListener('pagehide', () => {
-  const typed = boxes().map(box => box.value), talked = Boolean(document.querySelector('#chat .message-content'));
+  const typed = boxes().map(box => box.value);
   if (talked || typed.some(Boolean)) sessionStorage.setItem('before', JSON.stringify(typed));
 });
 const before = JSON.parse(sessionStorage.getItem('before') || 'null');

@@ -10,7 +10,7 @@ const link = new URLSearchParams(location.search);
 
 // --- What arrives ---------------------------------------------------------------------------------------------
 
-async function receive(message, opening = false) {
+async function receive(message) {
   if (!message) Object.assign(state, {answers: [], shown: 0, picture: 0, known: 0, right: 0});
   else if (!message.pictures) return receiveReply(message);
   else if (state.answers[message.number]?.milliseconds === message.milliseconds) return complete(message);
@@ -20,11 +20,12 @@ async function receive(message, opening = false) {
     state.answers[message.number] = {...message, pictures, words, proofs: []};
     count(message.verdict);
     Object.assign(state, {shown: message.number, picture: 0});
-    if (innerWidth <= 700 && !opening) document.querySelector(props.beside).scrollIntoView();
+    if (innerWidth <= 700 && !message.opening) document.querySelector(props.beside).scrollIntoView();
   }
   stop();
   Object.assign(state, {pinned: ALL, pointed: null, proof: null});
   build();
+  if (message?.opening) open();
   if (message && props.asks) restore(message);
 }
 
@@ -137,9 +138,7 @@ element.closest('.page').addEventListener('click', event => {
 // --- The first sight, and links -----------------------------------------------------------------------------------
 
 // The words of the first answer play by themselves; then, of the tokens that they attended to most, one is kept.
-async function open(message) {
-  await receive(message, true);
-  if (link.has('example')) return;
+function open() {
   const answer = state.answers[0], picture = answer.pictures[0], still = matchMedia('(prefers-reduced-motion: reduce)').matches;
   const most = (answer.words || []).map((_, number) => wordSelection(number).shares).map(shares => shares.indexOf(largest(shares)));
   const away = token => Math.hypot(...picture.places[token].map(at => at - 0.5));  // its rings fit in the middle
@@ -307,13 +306,8 @@ function save() {
 
 new MutationObserver(() => refresh()).observe(document.body, {attributes: true, attributeFilter: ['class']});  // dark or light
 let received = Promise.resolve();  // messages are unpacked one after the other
-const take = taking => { received = received.then(taking).catch(console.error); };  // a broken one does not stop those after it
 watch(Object.keys(props), () => {  // scopes, too, which come with another model: in quotes, Gradio takes them for an event
   const message = props.value;
-  take(() => receive(message));
+  received = received.then(() => receive(message)).catch(console.error);  // a broken one does not stop those after it
 });
 build();
-if (props.value) {
-  const message = props.value;
-  take(() => open(message));
-}
