@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from threading import Event, Thread
 from typing import Any
@@ -62,6 +62,12 @@ class ScopeMaps:
     def patches(self) -> int:
         """N."""
         return math.prod(self.patch_grid)
+
+    @property
+    def left(self) -> np.ndarray:
+        """Whether the language model gets each token (M)."""
+        tokens = np.arange(math.prod(self.token_grid))
+        return np.isin(tokens, tokens if self.kept is None else self.kept)
 
 
 @dataclass(frozen=True)
@@ -251,8 +257,13 @@ class Answerer:
 
     def attend(self, prompt: Prompt, answer: str) -> list[Word]:
         """The words of an answer, and what each attended to."""
-        inputs, features, *_ = self.encode(prompt)
-        return attended_words(self.model, self.processor.tokenizer, inputs["input_ids"], features, answer)
+        inputs, features, maps, _ = self.encode(prompt)
+        ids = inputs["input_ids"]
+        left = np.concatenate([one.left for one in maps])
+        stays = ids[0] != self.model.config.image_token_id
+        stays[~stays] = torch.from_numpy(left).to(ids.device)  # what was dropped is not in the prompt, either
+        words = attended_words(self.model, self.processor.tokenizer, ids[:, stays], features, answer)
+        return [replace(word, shares=among(word.shares, left)) for word in words]
 
     @torch.inference_mode()
     def prove(self, prompt: Prompt, answer: str, change: Change) -> Proof:
@@ -309,6 +320,13 @@ class Answerer:
             stop.set()
         if failures:
             raise failures[0]
+
+
+def among(shares: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """The shares of the tokens that are left, among all tokens; 0 for the others."""
+    everything = np.zeros(len(left))
+    everything[left] = shares
+    return everything
 
 
 def centres(grid: tuple[int, int]) -> np.ndarray:

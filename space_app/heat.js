@@ -71,6 +71,14 @@ function fusedMap(picture, ofTokens) {
   return map;
 }
 
+// The same for tokens whose attention is not known: each is taken to read its own cell. (N)
+function cellMap({patches, patch_grid: [rows, columns], token_grid: [tall, wide]}, ofTokens) {
+  return new Float32Array(patches).map((_, patch) => {
+    const row = Math.floor(Math.floor(patch / columns) * tall / rows), column = Math.floor(patch % columns * wide / columns);
+    return ofTokens[row * wide + column];
+  });
+}
+
 function newCanvas(width, height) {
   return Object.assign(document.createElement('canvas'), {width, height});
 }

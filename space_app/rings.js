@@ -40,19 +40,23 @@ function paintRing(canvas, [y, x], reach, colour, paper) {
 }
 
 // The number of a ring on its line, where there is room: below the token, or turned from there, a bit for each scope.
-function paintReach(canvas, [y, x], reach, colour, {paper, ink}, turn) {
-  const context = canvas.getContext('2d'), wide = 58, tall = 28;
+function paintReach(canvas, [y, x], reach, colour, look, turn) {
+  const wide = 58, tall = 28;
   const spots = [...Array(24).keys()].map(step => {
     const angle = (turn + (step % 2 ? -1 : 1) * Math.ceil(step / 2) / 24) * 2 * Math.PI;
     return [x * canvas.width + Math.cos(angle) * reach * canvas.width, y * canvas.height + Math.sin(angle) * reach * canvas.width];
   });
   const inside = ([left, top]) => left > wide / 2 && left < canvas.width - wide / 2 && top > tall / 2 && top < canvas.height - tall / 2;
-  const [left, top] = spots.find(inside) || spots[0];
+  paintLabel(canvas, reach.toFixed(2), spots.find(inside) || spots[0], wide, tall, colour, look);
+}
+
+function paintLabel(canvas, text, [left, top], wide, tall, colour, {paper, ink}) {
+  const context = canvas.getContext('2d');
   Object.assign(context, {fillStyle: paper, strokeStyle: colour, lineWidth: 2, font: '600 21px system-ui', textAlign: 'center', textBaseline: 'middle'});
   context.beginPath();
   context.roundRect(left - wide / 2, top - tall / 2, wide, tall, 6);
   context.fill();
   context.stroke();
   context.fillStyle = ink;
-  context.fillText(reach.toFixed(2), left, top + 1);
+  context.fillText(text, left, top + 1);
 }

@@ -80,7 +80,7 @@ async function unpackWords(packed) {
 
 // Asks the server about the shown answer.
 function request(kind, wanted = {}) {
-  root.querySelectorAll(`[data-request]`).forEach(button => { button.disabled = true; });
+  root.querySelectorAll('[data-request]').forEach(button => button.setAttribute('aria-busy', 'true'));
   trigger(kind, {number: state.shown, request: ++state.requests, ...state.answers[state.shown].asked, ...wanted});
 }
 
@@ -213,10 +213,21 @@ function show(choice) {
 }
 
 function build() {
-  const focused = document.activeElement?.dataset.focus, answer = state.answers[state.shown];
-  root.replaceChildren(...(answer ? answerView(answer) : blankView()));
+  const answer = state.answers[state.shown];
+  keepingFocus(() => {
+    root.replaceChildren(...(answer ? answerView(answer) : blankView()));
+    refresh();
+  });
+}
+
+function keepingFocus(change) {
+  const focused = root.contains(document.activeElement) && document.activeElement.dataset.focus;
+  change();
   if (focused) root.querySelector(`[data-focus="${focused}"]`)?.focus({preventScroll: true});
-  refresh();
+}
+
+function fill(place, parts) {
+  keepingFocus(() => root.querySelector(place).replaceChildren(...parts));
 }
 
 function refresh(tells = true) {
@@ -229,39 +240,42 @@ function refresh(tells = true) {
   };
   const maps = mapsOf(picture, ofTokens);
   root.querySelectorAll('[data-figure]').forEach(figure => paintFigure(figure, answer, picture, selection, ofTokens, maps, look));
-  root.querySelector('.status').replaceChildren(...statusOf(answer, picture, selection, ofTokens));
+  fill('.status', statusOf(answer, picture, selection, ofTokens));
   root.querySelector('.status').ariaLive = state.timer ? 'off' : 'polite';  // or a reader would speak every word
-  root.querySelector('.reach').replaceChildren(...reachSentence(answer, picture, ofTokens));
-  root.querySelector('.asking').replaceChildren(...(props.asks ? questionsAgain(answer, picture, maps) : []));
-  root.querySelector('.numbers tbody')?.replaceChildren(...numberRows(answer, picture, ofTokens, maps));
+  fill('.reach', reachSentence(answer, picture, ofTokens));
+  if (props.asks) fill('.asking', questionsAgain(answer, picture));
+  if (picture.scopes) fill('.numbers tbody', numberRows(answer, picture, ofTokens));
   root.querySelectorAll('[data-token]').forEach((button, token) => {
     button.setAttribute('aria-pressed', token === state.pinned.token);
     button.tabIndex = token === (state.pinned.token || 0) ? 0 : -1;  // one tab stop; arrow keys lead to the others
   });
   root.querySelectorAll('[data-word]').forEach(button => button.setAttribute('aria-pressed', button.dataset.word === String(selection.number)));
   root.querySelectorAll('.play').forEach(button => { button.textContent = state.timer ? '■ Stop' : '▶ Play the words'; });
-  if (tells && picture.scopes) tellOther({map: maps.fused});
+  if (tells && picture.scopes) tellOther({map: fusedMap(picture, ofTokens)});
 }
 
 // Of all figures: where tokens looked in each scope, and in all; as far as that differs from their mean, if that is shown.
 function mapsOf(picture, ofTokens) {
   const maps = Array.from({length: picture.scopes}, (_, scope) => scopeMap(picture, scope, ofTokens)), fused = fusedMap(picture, ofTokens);
-  if (state.mode !== 'difference' || picture.scopes < 2) return {scopes: maps, fused, read: fused};
-  return {scopes: maps.map(map => difference(map, maps)), fused: difference(fused, maps), read: fused};
+  if (state.mode !== 'difference' || picture.scopes < 2) return {scopes: maps, fused};
+  return {scopes: maps.map(map => difference(map, maps)), fused: difference(fused, maps)};
 }
 
 function paintFigure(figure, answer, picture, selection, ofTokens, maps, look) {
   const canvas = figure.querySelector('canvas'), kind = figure.dataset.figure, scope = answer.scopes[kind], {paper, ink} = look;
   if (kind === 'picture') {
     canvas.getContext('2d').drawImage(picture.image, 0, 0, picture.width, picture.height);
-    if (state.proof?.picture === state.picture) paintCover(canvas, picture.patch_grid, state.proof.patches);
+    if (state.proof?.picture === state.picture) {
+      paintCover(canvas, picture.patch_grid, state.proof.patches);
+      paintLabel(canvas, `${percent(state.proof.before)} → ${percent(state.proof.after)}`, [100, 24], 184, 32, ink, look);
+    }
   } else if (kind === 'tokens') {
     const byShare = ['place', 'word'].includes(selection.kind);
     paintTokens(canvas, picture, ofTokens, byShare, answer.scopes.map(one => one.colour), props.fused_colour, look);
     if (picture.words.length) paintTokenWords(canvas, picture, look);
     figure.querySelector('.number').textContent = byShare ? 'by attention' : picture.scopes > 1 ? 'trust above mean' : picture.token_grid.join(' × ');
   } else if (kind === 'versus') {
-    const map = difference(maps.fused, [state.other.map]), peak = largest(map);
+    const map = difference(fusedMap(picture, ofTokens), [state.other.map]), peak = largest(map);
     paintMap(canvas, picture, map, props.fused_colour, peak, {...look, mode: 'difference'});
     figure.querySelector('.peak').textContent = `${percent(peak)} more in B`;
   } else {

@@ -74,7 +74,7 @@ function toolbar(answer) {
   const opacity = make('input', {type: 'range', min: 10, max: 100, value: 100 * state.opacity,
     input: event => { state.opacity = event.target.value / 100; refresh(); }});
   const button = (text, click, attributes = {}) => make('button', {type: 'button', click, ...attributes}, text);
-  const file = kind => button(kind === 'npz' ? 'npz' : 'JSON', () => request('download', {kind}), {'data-request': '', 'aria-label': `Save as ${kind === 'npz' ? 'npz' : 'JSON'}`});
+  const file = kind => button(kind, () => request('download', {kind}), {'data-request': '', 'aria-label': `Save as ${kind}`});
   const saves = [button('PNG', save, {'aria-label': 'Save as PNG'}), ...(props.asks ? [file('npz'), file('json')] : [])];
   const copy = event => navigator.clipboard.writeText(linkTo(answer)).then(() => { event.target.textContent = 'Copied'; });
   return make('div', {class: 'toolbar'},
@@ -83,17 +83,23 @@ function toolbar(answer) {
     ...(props.asks && answer.example !== null ? [button('Copy a link to this view', copy)] : []));
 }
 
-// Buttons that ask the question again without something.
-function questionsAgain(answer, picture, maps) {
-  const {kind, patch, word} = state.pinned, [rows, columns] = picture.patch_grid;
-  const around = [-1, 0, 1].flatMap(down => [-1, 0, 1].map(right => [Math.floor(patch / columns) + down, patch % columns + right]))
-    .filter(([row, column]) => row >= 0 && row < rows && column >= 0 && column < columns).map(([row, column]) => row * columns + column);
-  const covers = {place: 'cover this place', token: 'cover what this token read most', word: `cover what “${word?.text}” read most`};
+// Buttons that ask the question again: with what is kept in view covered, or without a scope.
+function questionsAgain(answer, picture) {
+  const {kind, patch, word} = state.pinned, readers = tokenShares(picture, state.pinned);
+  const covered = () => kind === 'place' ? around(picture.patch_grid, patch) : mostRead(picture.scopes ? fusedMap(picture, readers) : cellMap(picture, readers));
   const button = (text, change, focus) => make('button', {type: 'button', 'data-request': '', 'data-focus': focus,
-    click: () => request('proof', {picture: state.picture, patches: [], scope: null, ...change})}, text);
-  const buttons = answer.scopes.length > 1 ? answer.scopes.map(({name}, scope) => button(`without ${name}`, {scope}, `without${scope}`)) : [];
-  if (covers[kind] && picture.scopes) buttons.unshift(button(covers[kind], {patches: kind === 'place' ? around : mostRead(maps.read)}, 'cover'));
+    click: () => request('proof', {picture: state.picture, patches: [], scope: null, ...change()})}, text);
+  const scopes = answer.scopes.length > 1 ? answer.scopes.map(({name}, scope) => button(`without ${name}`, () => ({scope}), `without${scope}`)) : [];
+  const what = {place: 'this place', token: 'what this token read most', word: `what “${word?.text}” read most`}[kind];
+  const buttons = what ? [button(`cover ${what}`, () => ({patches: covered()}), 'cover'), ...scopes] : scopes;
   return buttons.length ? [make('b', {}, 'Ask again: '), ...buttons] : [];
+}
+
+// A patch and its neighbours.
+function around([rows, columns], patch) {
+  const near = (one, other) => Math.abs(one - other) < 2;
+  return [...Array(rows * columns).keys()].filter(other =>
+    near(Math.floor(other / columns), Math.floor(patch / columns)) && near(other % columns, patch % columns));
 }
 
 function numberTable() {
@@ -103,7 +109,7 @@ function numberTable() {
     make('table', {}, make('thead', {}, make('tr', {}, ...heads)), make('tbody')));
 }
 
-function numberRows(answer, picture, ofTokens, maps) {
+function numberRows(answer, picture, ofTokens) {
   const everywhere = tokenShares(picture, ALL);
   return answer.scopes.map(({name}, scope) => {
     const trust = trustIn(picture, scope, ofTokens), peak = largest(scopeMap(picture, scope, ofTokens));

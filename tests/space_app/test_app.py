@@ -769,6 +769,8 @@ def test_tokens_that_a_reducer_drops_are_told_and_only_while_it_answers(answerer
     first, *_, last = reduced.reply(reduced.prepare(*asked, one), one)
     assert (len(first.maps[0].kept), first.maps[0].token_grid) == (1, (2, 2))
     assert answerer.model.config.reducer_config is None
+    (word, *_) = reduced.attend(reduced.prepare(*asked, one), "abc")
+    assert np.flatnonzero(word.shares).tolist() == first.maps[0].kept
     *_, whole = answerer.reply(answerer.prepare(*asked, PLAIN), PLAIN)
     assert last.text != whole.text
     assert answerer.look([tiny_models.picture()], PLAIN)[0].kept is None

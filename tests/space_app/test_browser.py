@@ -17,7 +17,9 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 import app  # isort: skip (space_server made it importable)
+import measures
 import pictures
+import proof
 import scope_view
 import settings
 
@@ -695,6 +697,146 @@ def test_a_scope_that_takes_all_the_trust_is_named(open_page, monkeypatch):
         expect(page.get_by_text("Here the regional scope took nearly all the trust")).to_be_visible()
 
 
+# --- The first sight ----------------------------------------------------------------------------------------------
+
+
+def test_the_page_opens_with_an_answer_whose_words_play_once_and_a_token_is_kept(open_page, answerer, address):
+    with space_server.served(answerer, opening=True) as alive:
+        page = open_page(alive)
+        expect(page.locator("#chat .user .message-content")).to_have_text("What is in the picture?")
+        expect(page.get_by_role("button", name="■ Stop")).to_be_visible()
+        expect(page.locator("#view [data-word][aria-pressed=true]")).to_have_count(1)
+        expect(page.get_by_role("button", name="▶ Play the words")).to_be_visible()
+        expect(status(page)).to_contain_text("Token in row")
+        still = open_page(alive, reduced_motion="reduce")
+        expect(status(still)).to_contain_text("Token in row")
+        expect(still.get_by_role("button", name="■ Stop")).to_have_count(0)
+        ask(still)  # about the picture that is there
+        expect(answers(still)).to_have_count(2)
+
+
+def test_the_tour_is_shown_once_and_comes_back(open_page):
+    page = open_page()
+    tour, begin = page.get_by_role("region", name="Tour"), page.get_by_role("button", name="What are tokens")
+    for said in ("A patch is a small square of the picture, one of 36.", "A scope is how far", "The budget is"):
+        expect(tour).to_contain_text(said)
+        tour.get_by_role("button", name=re.compile("Next|Done")).click()
+    expect(tour).to_be_hidden()
+    expect(begin).to_be_focused()
+    page.reload()
+    begin.click()
+    expect(tour).to_contain_text("1 of 3")
+    page.keyboard.press("Escape")
+    expect(tour).to_be_hidden()
+
+
+def test_a_scope_s_reach_is_a_ring_a_sentence_and_a_number(seen):
+    page, maps = seen
+    page.locator("#view [data-token='3']").click()
+    page.mouse.move(2, 2)
+    reach, bits = measures.reach(maps)[:, 3], measures.entropy(maps)[:, 3]
+    said = re.fullmatch(
+        r"How far: local looks ([\d.]+) of the picture’s width away, regional ([\d.]+) and global ([\d.]+)\.",
+        page.locator("#view .reach").inner_text(),
+    )
+    np.testing.assert_allclose([float(number) for number in said.groups()], reach, atol=0.0051)
+    page.get_by_text("Numbers").click()
+    rows = page.locator("#view .numbers tbody tr").all_inner_texts()
+    np.testing.assert_allclose([float(re.search(r"([\d.]+) bits", row)[1]) for row in rows], bits, atol=0.0051)
+    pixels = drawn(page, "picture")
+    for scope, away in enumerate(reach):
+        colour = [int(scope_view.PALETTE[scope][place : place + 2], 16) for place in (1, 3, 5)]
+        rows, columns = np.nonzero(np.abs(pixels - colour).max(-1) < 3)
+        distance = np.hypot(rows + 0.5 - 0.75 * 384, columns + 0.5 - 0.75 * 384) / 384
+        assert (np.abs(distance - away) < 0.008).mean() > 0.5  # the rest frames the number, or is of the picture
+
+
+def test_scopes_are_shown_on_one_scale_and_by_what_differs(seen):
+    page, maps = seen
+    page.mouse.move(2, 2)
+    peaks = page.locator("#view .peak").all_inner_texts()
+    assert set(peaks) == {f"{100 * maps.attentions.mean(1).max():.0f} %"}
+    together = drawn(page, 0)
+    page.get_by_text("Difference").click()
+    differs = maps.attentions.mean(1) - maps.attentions.mean((0, 1))
+    assert set(page.locator("#view .peak").all_inner_texts()) == {f"{100 * np.abs(differs).max():.0f} %"}
+    assert np.abs(drawn(page, 0) - together).mean() > 1
+
+
+# --- Proof ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_question_is_asked_again_without_what_was_read(seen, answerer):
+    page, maps = seen
+    text, before = answers(page).inner_text(), drawn(page, "picture")
+    content = [{"type": "image", "image": tiny_models.picture()}, {"type": "text", "text": QUESTION}]
+    prompt = answerer.prepare([{"role": "user", "content": content}], [tiny_models.picture()], settings.Settings())
+    page.locator("#view [data-token='1']").click()
+    fused = (maps.weights[:, 1, None] * maps.attentions[:, 1]).sum(0)
+    order = np.argsort(-fused)
+    most = order[: np.searchsorted(np.cumsum(fused[order]), fused.sum() / 2) + 1]
+    changes = {
+        "cover what this token read most": proof.Change(0, tuple(most.tolist())),
+        "without local": proof.Change(scope=0),
+    }
+    for number, (button, change) in enumerate(changes.items()):
+        page.get_by_role("button", name=button).click()
+        line = page.locator("#view .proofs li").nth(number)
+        expect(line).to_contain_text(f"With {len(most)} patches covered" if number == 0 else "Without local")
+        found = answerer.prove(prompt, text, change)
+        np.testing.assert_allclose(percents(line.inner_text()), [100 * found.before, 100 * found.after], atol=0.51)
+        expect(line).to_contain_text("it is still the answer" if found.answer == text else found.answer)
+        if number == 0:
+            page.mouse.move(2, 2)
+            grey = np.abs(drawn(page, "picture") - 0x8C).max(-1) < 1
+            assert 0.6 < grey.mean() / (len(most) / 36) <= 1  # stripes, the token's frame and the label are on it
+            assert (np.abs(before - 0x8C).max(-1) < 1).mean() < 0.01
+
+
+def test_maps_are_downloaded_and_a_link_brings_a_view_back(open_page, answerer, tmp_path):
+    page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_role("slider", name="Visual tokens a picture").press("ArrowRight")
+    ask_example(page, 1)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save as npz").click()
+    download.value.save_as(tmp_path / "scopes.npz")
+    arrays = np.load(tmp_path / "scopes.npz")
+    assert arrays["attentions_0"].shape == (3, 9, 36)
+    page.locator("#view [data-token='5']").click()
+    page.get_by_text("Heat map").click()
+    page.get_by_role("button", name="Copy a link to this view").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    again = open_page(page.evaluate("navigator.clipboard.readText()"))
+    expect(status(again)).to_contain_text("Token in row 2, column 3")
+    expect(again.locator("#view [data-token]")).to_have_count(9)
+    expect(again.get_by_role("radio", name="Heat map")).to_be_checked()
+    expect(again.locator("#chat .user .message-content")).to_have_text("Where is the red star?")
+    settle(again)
+
+
+def test_a_new_scene_is_marked_and_counted_on_both_pages(open_page, answerer, monkeypatch):
+    reply = answerer.reply
+    truthful = [True, False, True, False]
+
+    def told(prompt, wanted):
+        said = "yes, no, 0, 1" if truthful.pop() else "?"
+        return (replace(step, text=said) for step in reply(prompt, wanted))
+
+    monkeypatch.setattr(answerer, "reply", told)
+    monkeypatch.setattr("examples.is_right", lambda answer, truth: answer != "?")
+    page = open_page()
+    for line in ("The answer is wrong: the truth is “", "The answer is right. 1 of 2 answers are right so far."):
+        with answering(page):
+            page.get_by_role("button", name="A new scene").click()
+        expect(page.locator("#view .verdict")).to_contain_text(line)
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#compare-scenes").get_by_role("button", name="A new scene").click()
+    expect(page.locator("#view-a .verdict")).to_contain_text("The answer is wrong")
+    expect(page.locator("#view-b .verdict")).to_contain_text("The answer is right")
+    wait_until_done(page, "#compare-ask")
+    settle(page)
+
+
 # --- Comparing --------------------------------------------------------------------------------------------------
 
 
@@ -712,8 +854,30 @@ def test_two_budgets_are_compared(open_page):
     assert other
     assert one != other
     page.locator("#view-a [data-token='3']").click()
+    page.mouse.move(2, 2)
     expect(status(page, "#view-a")).to_contain_text("Token in row 2, column 2")
-    expect(status(page, "#view-b")).to_contain_text("All 36 visual tokens")
+    expect(status(page, "#view-b")).to_contain_text("Token in row 5, column 5")  # at the same place
+    expect(page.locator("#view-b [data-figure='versus'] .peak")).to_contain_text("more in B")
+    page.locator("#view-b .play").click()
+    for side in "ab":
+        expect(page.locator(f"#view-{side} .play")).to_have_text("■ Stop")
+    tops = [page.locator(f"#view-{side} [data-figure='picture']").bounding_box()["y"] for side in "ab"]
+    assert abs(tops[0] - tops[1]) < 30
+
+
+def test_three_budgets_answer_in_a_row_and_tokens_are_dropped(open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("radio", name="tiny with DivPrune").check()
+    expect(page.locator("#budget-b output")).to_contain_text("1 for 36 patches")
+    page.get_by_role("checkbox", name="Also ask A with 1, 4 and 36 visual tokens").check()
+    page.locator("#compare-scenes [data-scene='1']").click()
+    expect(page.locator("#view-b .cost")).to_contain_text("1 visual token from 36 patches")
+    expect(page.locator("#budgets-in-a-row p")).to_have_count(3)
+    rows = page.locator("#budgets-in-a-row p").all_inner_texts()
+    assert rows[1] == f"4 visual tokens: {page.get_by_label('A answers').input_value()} ✗"
+    wait_until_done(page, "#compare-ask")
+    settle(page)
 
 
 def test_two_models_are_compared(open_page, answerer, picture_files):
