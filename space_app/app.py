@@ -43,7 +43,7 @@ with patch("inspect.getfile", file_of):  # half of the time of importing Gradio
 
 from answering import Answerer, load
 from api import Api
-from ask_page import AskPage
+from ask_page import UNSEEN, AskPage
 from compare_page import ComparePage
 from elements import HERE, PAGE_SCRIPT, header
 from examples import EXAMPLES, examples_for, read_examples
@@ -74,7 +74,9 @@ def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
     with gr.Blocks(title="MS-Resampler", analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE) as demo:
         header(notes.get(answerer.name, ""))
         with gr.Tab("Ask and see"):
-            AskPage(answerer, examples).build()
+            ask = AskPage(answerer, examples)
+            # As an event, because Gradio would keep the picture of a fixed value among the uploads, which are deleted.
+            demo.load(ask.open, None, ask.build(), queue=False, **UNSEEN)
         with gr.Tab("Compare"):
             second = other or answerer
             compared = ComparePage(answerer, second, examples, notes.get(second.name))

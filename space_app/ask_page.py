@@ -167,8 +167,8 @@ class AskPage:
             return reply_to(event, file={"name": f"scopes.{kind}", "content": content})
         return reply_to(event)
 
-    def build(self) -> None:
-        """Builds the page and connects its events."""
+    def build(self) -> list[gr.components.Component]:
+        """Builds the page and connects its events; returns what `open` fills."""
         self.first = self.opening()
         with gr.Row(elem_classes="page"):
             with gr.Column(scale=6, min_width=320, elem_classes="talk"):
@@ -195,11 +195,10 @@ class AskPage:
             with gr.Column(scale=7, min_width=320, elem_classes="look"):
                 tour(self.answerer)
                 view = scope_view(self.answerer, "view", "Maps", beside="#chat", asks=True)
-        # Not a value that all visitors get: Gradio would keep its picture among the uploads, which are deleted.
-        gr.context.Context.root_block.load(self.open, None, [chatbot, view], queue=False, **UNSEEN)
         camera.change(None, [camera, box], [camera, box], js=TAKE_PHOTOGRAPH, **UNSEEN)
         taken.sent(None, [taken, box], [taken, box], js=TAKE_PICTURES, **UNSEEN)
         self.connect(chatbot, box, scenes, view, settings)
+        return [chatbot, view]
 
     def connect(self, chatbot, box, scenes, view, settings: list) -> None:
         """The events of the page; `talk` is in page.js."""

@@ -15,8 +15,8 @@ from settings import MAX_NEW_TOKENS, MAX_SYSTEM_CHARACTERS, MAX_TEMPERATURE, MIN
 HERE = Path(__file__).resolve().parent
 INTAKE_SCRIPT = (HERE / "intake.js").read_text()
 PAGE_SCRIPT = f"() => {{\n{(HERE / 'page.js').read_text()}\n}}"
-VIEW_FILES = ("heat.js", "rings.js", "view_texts.js", "view_parts.js", "view.js")
-VIEW_SCRIPT = "\n".join((HERE / name).read_text() for name in VIEW_FILES)
+VIEW_FILES = ("heat", "rings", "view_texts", "view_parts", "view_links", "view_pairs", "view")
+VIEW_SCRIPT = "\n".join((HERE / f"{name}.js").read_text() for name in VIEW_FILES)
 # Ignored while an answer is being written, which another one would overwrite. Scenes to play with come in random order.
 EXAMPLES_SCRIPT = """
 let left = [];

@@ -6,7 +6,6 @@ const state = {
   proof: null, numbers: false, requests: 0, other: null, known: 0, right: 0,
 };
 const WORD_MILLISECONDS = 450;
-const link = new URLSearchParams(location.search);
 
 // --- What arrives ---------------------------------------------------------------------------------------------
 
@@ -133,75 +132,6 @@ element.closest('.page').addEventListener('click', event => {
   if (!turn || event.target.closest('button') || !getSelection().isCollapsed) return;
   const number = [...document.querySelectorAll('#chat .bot-row')].indexOf(turn);
   if (state.answers[number]) show({shown: number, picture: 0});
-});
-
-// --- The first sight, and links -----------------------------------------------------------------------------------
-
-// The words of the first answer play by themselves; then, of the tokens that they attended to most, one is kept.
-function open() {
-  const answer = state.answers[0], picture = answer.pictures[0], still = matchMedia('(prefers-reduced-motion: reduce)').matches;
-  const most = (answer.words || []).map((_, number) => wordSelection(number).shares).map(shares => shares.indexOf(largest(shares)));
-  const away = token => Math.hypot(...picture.places[token].map(at => at - 0.5));  // its rings fit in the middle
-  const [token] = [...most, picture.tokens - 1].sort((a, b) => away(a) - away(b));
-  if (answer.words && !still) play({kind: 'token', token});
-  else select({kind: 'token', token});
-}
-
-// What a link names is kept in view once its example is answered.
-function restore(message) {
-  const {tokens, patches} = state.answers[message.number].pictures[0];
-  if (!link.has('example') || message.example !== Number(link.get('example'))) return;
-  link.delete('example');
-  state.mode = ['picture', 'overlay', 'heat', 'difference'].find(mode => mode === link.get('show')) || state.mode;
-  const [token, patch] = ['token', 'place'].map(kind => link.has(kind) ? Number(link.get(kind)) : -1);
-  if (token >= 0 && token < tokens) state.pinned = {kind: 'token', token};
-  if (patch >= 0 && patch < patches) state.pinned = {kind: 'place', patch};
-  build();
-}
-
-function linkTo(answer) {
-  const address = new URL(location.href), {token, patch} = state.pinned;
-  const wanted = {example: answer.example, tokens: sum(answer.pictures.map(picture => picture.tokens)), show: state.mode, token, place: patch};
-  Object.entries(wanted).forEach(([name, value]) => value === undefined ? address.searchParams.delete(name) : address.searchParams.set(name, value));
-  return address.href;
-}
-
-// --- Two views that are compared share a selection, and the second shows how the first differs --------------------
-
-function tellOther(detail) {
-  if (!props.asks) document.dispatchEvent(new CustomEvent('compared', {detail: {from: element, picture: state.answers[0]?.pictures[state.picture], ...detail}}));
-}
-
-function inGrid([y, x], [rows, columns]) {
-  return Math.min(rows - 1, Math.floor(y * rows)) * columns + Math.min(columns - 1, Math.floor(x * columns));
-}
-
-function middle([rows, columns], cell) {
-  return [(Math.floor(cell / columns) + 0.5) / rows, (cell % columns + 0.5) / columns];
-}
-
-// The selection of another view of the same picture, here.
-function translated(selection, from) {
-  const {token_grid, patch_grid} = state.answers[0].pictures[state.picture];
-  if (selection?.kind === 'token') return {kind: 'token', token: inGrid(middle(from.token_grid, selection.token), token_grid)};
-  if (selection?.kind === 'place') return {kind: 'place', patch: inGrid(middle(from.patch_grid, selection.patch), patch_grid)};
-  return selection && ALL;
-}
-
-document.addEventListener('compared', ({detail: {from, picture, selection, pointed, playing, map}}) => {
-  if (props.asks || from === element || !state.answers[0]?.pictures[state.picture]) return;
-  if (playing) return state.answers[0].words && !state.timer && play();
-  if (map) {
-    if (own === 'view-a') return;
-    const isNew = !state.other;
-    state.other = {map, patch_grid: picture.patch_grid};
-    return isNew ? build() : refresh(false);
-  }
-  if (selection?.kind === 'word') return;
-  stop();
-  if (pointed) state.pointed = translated(selection, picture);
-  else Object.assign(state, {pinned: translated(selection, picture), pointed: null});
-  refresh();
 });
 
 // --- What is shown ----------------------------------------------------------------------------------------------
