@@ -1,7 +1,7 @@
 """The example pictures, what is asked about them, and the truth where it is known."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,12 @@ def read_examples() -> dict[str, Any]:
 
 
 def examples_for(name: str) -> Examples:
-    """For the model of a name."""
+    """For the model of a name. One that has no note puts its answers in words of its own, which are not marked."""
     about = read_examples()
     own = about["scenes_of"].get(name)
     shown = [Example(**scene) for scene in own or about["scenes"]]
+    if name not in about["models"]:
+        return Examples([replace(example, truth=None) for example in shown], [])
     played = [
         Example(scene["file"], question, truth=truth)
         for scene in ([] if own else json.loads((EXAMPLES / "played.json").read_text()))

@@ -208,6 +208,7 @@ function paintFigure(figure, answer, picture, selection, ofTokens, maps, look) {
     const map = difference(fusedMap(picture, ofTokens), [state.other.map]), peak = largest(map);
     paintMap(canvas, picture, map, props.fused_colour, peak, {...look, mode: 'difference'});
     figure.querySelector('.peak').textContent = `${percent(peak)} more in B`;
+    figure.querySelector('.number').textContent = 'grey: more in A';
   } else {
     const peak = largest(maps.scopes.map(largest));  // one scale for all
     paintMap(canvas, picture, scope ? maps.scopes[kind] : maps.fused, scope ? scope.colour : props.fused_colour, peak, look);

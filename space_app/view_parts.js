@@ -185,7 +185,7 @@ function tokenFigure(answer, picture) {
     }));
   }
   return make('figure', {'data-figure': 'tokens'}, caption('Its visual tokens', null, `${rows} × ${columns}`),
-    make('div', {class: 'frame'}, canvasOf(picture, 'The grid of visual tokens, coloured by the scopes that they trusted'), grid));
+    make('div', {class: 'frame'}, canvasOf(picture, 'The grid of visual tokens, each in the colour of the scope that it trusts most above the mean'), grid));
 }
 
 function walk(event) {

@@ -706,6 +706,7 @@ def test_a_scope_that_takes_all_the_trust_is_named(open_page, monkeypatch):
 def test_the_page_opens_with_an_answer_whose_words_play_once_and_a_token_is_kept(open_page, answerer, address):
     with space_server.served(answerer, opening=True) as alive:
         page = open_page(alive)
+        assert str(space_server.SPACE) not in page.request.get(f"{alive}/config").text()
         expect(page.locator("#chat .user .message-content")).to_have_text("What is in the picture?")
         expect(page.get_by_role("button", name="■ Stop")).to_be_visible()
         expect(page.locator("#view [data-word][aria-pressed=true]")).to_have_count(1)
