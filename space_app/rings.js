@@ -47,16 +47,18 @@ function paintReach(canvas, [y, x], reach, colour, look, turn) {
     return [x * canvas.width + Math.cos(angle) * reach * canvas.width, y * canvas.height + Math.sin(angle) * reach * canvas.width];
   });
   const inside = ([left, top]) => left > wide / 2 && left < canvas.width - wide / 2 && top > tall / 2 && top < canvas.height - tall / 2;
-  paintLabel(canvas, reach.toFixed(2), spots.find(inside) || spots[0], wide, tall, colour, look);
+  paintLabel(canvas, reach.toFixed(2), spots.find(inside) || spots[0], colour, look);
 }
 
-function paintLabel(canvas, text, [left, top], wide, tall, colour, {paper, ink}) {
+// A text around a point, but not beyond the left edge.
+function paintLabel(canvas, text, [x, y], colour, {paper, ink}) {
   const context = canvas.getContext('2d');
   Object.assign(context, {fillStyle: paper, strokeStyle: colour, lineWidth: 2, font: '600 21px system-ui', textAlign: 'center', textBaseline: 'middle'});
+  const wide = context.measureText(text).width + 14, tall = 28, middle = Math.max(x, wide / 2 + 6);
   context.beginPath();
-  context.roundRect(left - wide / 2, top - tall / 2, wide, tall, 6);
+  context.roundRect(middle - wide / 2, y - tall / 2, wide, tall, 6);
   context.fill();
   context.stroke();
   context.fillStyle = ink;
-  context.fillText(text, left, top + 1);
+  context.fillText(text, middle, y + 1);
 }

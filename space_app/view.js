@@ -197,7 +197,7 @@ function paintFigure(figure, answer, picture, selection, ofTokens, maps, look) {
     canvas.getContext('2d').drawImage(picture.image, 0, 0, picture.width, picture.height);
     if (state.proof?.picture === state.picture) {
       paintCover(canvas, picture.patch_grid, state.proof.patches);
-      paintLabel(canvas, `${percent(state.proof.before)} → ${percent(state.proof.after)}`, [100, 24], 184, 32, ink, look);
+      paintLabel(canvas, `${chance(state.proof.before)} → ${chance(state.proof.after)}`, [0, 22], ink, look);
     }
   } else if (kind === 'tokens') {
     const byShare = ['place', 'word'].includes(selection.kind);

@@ -8,6 +8,12 @@ function percent(share) {
   return share > 0 && share < 0.01 ? `${(100 * share).toFixed(1)} %` : `${Math.round(100 * share)} %`;
 }
 
+// Of an answer: long ones are never likely as a whole.
+function chance(probability) {
+  if (probability >= 0.01) return percent(probability);
+  return probability < 1e-9 ? 'almost 0' : `1 in ${Math.round(1 / probability).toLocaleString('en')}`;
+}
+
 function signed(points) {
   const whole = Math.round(100 * points);
   return whole < 0 ? `−${-whole}` : whole > 0 ? `+${whole}` : '±0';
@@ -72,6 +78,6 @@ function verdictLine({verdict}) {
 
 function proofLine(answer, proof) {
   const what = proof.scope === null ? `With ${counted(proof.patches.length, 'patch', 'patches')} covered` : `Without ${answer.scopes[proof.scope].name}`;
-  return make('li', {}, make('b', {}, what), `: the answer’s probability went from ${percent(proof.before)} to `,
-    make('b', {}, percent(proof.after)), proof.answer === proof.said ? '; it is still the answer.' : `; now it says “${proof.answer || '…'}”.`);
+  return make('li', {}, make('b', {}, what), `: the answer’s probability went from ${chance(proof.before)} to `,
+    make('b', {}, chance(proof.after)), proof.answer === proof.said ? '; it is still the answer.' : `; now it says “${proof.answer || '…'}”.`);
 }
