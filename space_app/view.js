@@ -174,7 +174,7 @@ function refresh(tells = true) {
   root.querySelector('.status').ariaLive = state.timer ? 'off' : 'polite';  // or a reader would speak every word
   fill('.reach', reachSentence(answer, picture, ofTokens));
   if (props.asks) fill('.asking', questionsAgain(answer, picture));
-  if (picture.scopes) fill('.numbers tbody', numberRows(answer, picture, ofTokens));
+  if (picture.scopes && state.numbers) fill('.numbers tbody', numberRows(answer, picture, ofTokens));
   root.querySelectorAll('[data-token]').forEach((button, token) => {
     button.setAttribute('aria-pressed', token === state.pinned.token);
     button.tabIndex = token === (state.pinned.token || 0) ? 0 : -1;  // one tab stop; arrow keys lead to the others

@@ -29,7 +29,7 @@ document.addEventListener('compared', ({detail: {from, picture, selection, point
     state.other = {map, patch_grid: picture.patch_grid};
     return isNew ? build() : refresh(false);
   }
-  if (selection?.kind === 'word') return;
+  if (selection?.kind === 'word' || selection?.kind === 'all' && state.timer) return;  // each plays its own words
   stop();
   if (pointed) state.pointed = translated(selection, picture);
   else Object.assign(state, {pinned: translated(selection, picture), pointed: null});

@@ -104,7 +104,10 @@ function around([rows, columns], patch) {
 
 function numberTable() {
   const heads = ['scope', 'trust', 'against the mean', 'reach', 'entropy', 'peak'].map(name => make('th', {scope: 'col'}, name));
-  const toggle = event => { state.numbers = event.currentTarget.open; };
+  const toggle = event => {
+    state.numbers = event.currentTarget.open;
+    refresh();
+  };
   return make('details', {class: 'numbers', toggle, ...(state.numbers ? {open: ''} : {})}, make('summary', {'data-focus': 'numbers'}, 'Numbers'),
     make('table', {}, make('thead', {}, make('tr', {}, ...heads)), make('tbody')));
 }

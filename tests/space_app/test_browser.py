@@ -745,6 +745,7 @@ def test_a_scope_s_reach_is_a_ring_a_sentence_and_a_number(seen):
     )
     np.testing.assert_allclose([float(number) for number in said.groups()], reach, atol=0.0051)
     page.get_by_text("Numbers").click()
+    expect(page.locator("#view .numbers tbody tr")).to_have_count(3)
     rows = page.locator("#view .numbers tbody tr").all_inner_texts()
     np.testing.assert_allclose([float(re.search(r"([\d.]+) bits", row)[1]) for row in rows], bits, atol=0.0051)
     pixels = drawn(page, "picture")
