@@ -76,7 +76,8 @@ def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
         with gr.Tab("Ask and see"):
             ask = AskPage(answerer, examples)
             # As an event, because Gradio would keep the picture of a fixed value among the uploads, which are deleted.
-            demo.load(ask.open, None, ask.build(), queue=False, **UNSEEN)
+            opened = demo.load(ask.open, None, ask.build(), queue=False, **UNSEEN)
+            opened.then(None, None, None, js="talk.opened", **UNSEEN)
         with gr.Tab("Compare"):
             second = other or answerer
             compared = ComparePage(answerer, second, examples, notes.get(second.name))

@@ -91,9 +91,10 @@ class AskPage:
             return [asked, assistant_turn(answer)], view
         return [], None
 
-    def open(self, request: gr.Request) -> tuple[list[dict], dict[str, Any] | None]:
-        """What a visitor sees first; nothing, if a link names another example, which is asked about then."""
-        return ([], None) if "example" in request.query_params else self.first
+    def open(self, request: gr.Request) -> tuple:
+        """What a visitor sees first, if there is anything; a link that names another example asks about that one."""
+        linked = "example" in request.query_params
+        return (gr.skip(), gr.skip()) if linked or not self.first[0] else self.first
 
     def choose(self, history: list[dict], event: gr.EventData) -> tuple[list[dict], gr.MultimodalTextbox]:
         """Puts the question of an example into the chat; what is in the box stays there."""

@@ -23,8 +23,9 @@ let left = [];
 const linked = Number(new URLSearchParams(location.search).get('example') ?? NaN);
 const known = linked >= 0 && linked < props.shown + props.played;
 if (known && element.closest('#scenes')) trigger('choose', {scene: linked});
-element.addEventListener('click', event => {
+element.addEventListener('click', async event => {
   const button = event.target.closest('button');
+  await window.talk?.begun;
   if (!button || element.closest('.page').querySelector('.ask .stop-button')) return;
   if (button.dataset.scene) return trigger('choose', {scene: Number(button.dataset.scene)});
   if (!left.length) left = [...Array(props.played).keys()];

@@ -25,6 +25,9 @@ window.talk = {
   end: (history, box) => history.at(-1)?.role === 'user' ? window.talk.takeBack(history, box) : [history, READY],
 };
 
+// What the page opens with comes before what is asked.
+window.talk.begun = new Promise(begin => { window.talk.opened = () => { begin(); return []; }; });
+
 function name() {
   document.querySelectorAll('.ask textarea').forEach(box => box.setAttribute('aria-label', 'Your question'));
   document.querySelectorAll('.ask .stop-button').forEach(button => button.setAttribute('aria-label', 'Stop'));
