@@ -494,7 +494,7 @@ def test_who_comes_when_too_many_wait_is_told_so(browser, monkeypatch, slow):
         for page in (first, second, third):
             page.goto(address)
             page.locator("#scenes [data-scene='0']").click()
-            shown = {first: page.locator("#view .tokens"), second: page.get_by_text("queue: 1/1")}
+            shown = {first: page.locator("#view .tokens"), second: page.get_by_text("queue: 1/1").first}
             expect(shown.get(page, page.get_by_text("This application is currently busy."))).to_be_visible()
         expect(third.locator("#chat .message-content")).to_have_count(0)
         for page in (third, second, first):
