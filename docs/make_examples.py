@@ -1,21 +1,23 @@
-"""Makes the Space's example pictures, with a question each: scenes of the test split, never seen in training.
+"""Makes the Space's example pictures, with questions: scenes of the test split, never seen in training.
 
     python docs/make_examples.py
 
 The notes on models in examples.json are written by hand, and kept.
 
 The scenes were chosen for their looks before any model had answered them. The questions are of those families of
-which the embedded checkpoint's card says that it does more than guess; whether it is right here decided nothing.
+which the embedded checkpoint's card says that it does more than guess; whether it is right here decided nothing. To
+play with there are the scenes PLAYED, with a question of every family that they allow.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ms_resampler.pictures.sources import Shelf
 from ms_resampler.pictures.suite import PACKAGE_FOLDER
 from ms_resampler.small.scenes import Painter, find_drawings
 from ms_resampler.small.talk import phrase
-from ms_resampler.tiny.scenes import ask, make_scene
+from ms_resampler.tiny.scenes import FAMILIES, Scene, ask, make_scene, scene_rng
 
 FOLDER = Path(__file__).resolve().parent.parent / "space_app" / "examples"
 # Scene number, question family, and which of the questions of that family.
@@ -27,34 +29,51 @@ CHOSEN = [
     (53, "majority", 3),
     (166, "describe", 0),
 ]
-# For the small model: scene number, from FIRST on, in a style that it has not seen, and the question.
+OPENING = 166  # the page opens with it
+PLAYED = range(1000, 1040)
+# For the small model: scene number, from FIRST on, in a style that it has not seen, the question, and its
+# answer if there is only one way to put it.
 FIRST = 2_000_000
 CHOSEN_FOR_SMALL = [
-    (1, "What is in the picture?"),
-    (17, "Is the tree above the rocket?"),
-    (16, "How many ants are in the picture?"),
-    (37, "Where is the guitar?"),
-    (49, "Is there a dog in the picture?"),
-    (8, "Describe the picture."),
+    (1, "What is in the picture?", None),
+    (17, "Is the tree above the rocket?", "yes"),
+    (16, "How many ants are in the picture?", None),
+    (37, "Where is the guitar?", None),
+    (49, "Is there a dog in the picture?", "no"),
+    (8, "Describe the picture.", None),
 ]
 
 
-def make_example(index: int, family: str, number: int) -> dict[str, str]:
-    """Draws a scene into the folder; returns its file, question and alternative text."""
+def draw(index: int) -> tuple[Scene, str]:
+    """A scene, and the file in the folder that it is drawn into."""
     scene = make_scene("test", index)
-    name = f"scene_{index}.png"
-    scene.image.save(FOLDER / name, optimize=True)
-    question = ask(scene, "test", index, number + 1, [family])[number].question
+    scene.image.save(FOLDER / f"scene_{index}.png", optimize=True)
+    return scene, f"scene_{index}.png"
+
+
+def make_example(index: int, family: str, number: int) -> dict[str, Any]:
+    """A scene with one question and its answer, and alternative text."""
+    scene, file = draw(index)
+    asked = ask(scene, "test", index, number + 1, [family])[number]
     things = ", ".join(f"{thing.colour} {thing.name} ({thing.place})" for thing in scene.things)
-    return {"file": name, "question": question, "alt": f"A drawn scene: {things}"}
+    example = {"file": file, "question": asked.question, "alt": f"A drawn scene: {things}", "truth": asked.answer}
+    return example | ({"opening": True} if index == OPENING else {})
 
 
-def make_small_example(painter: Painter, number: int, question: str) -> dict[str, str]:
-    """The same for the small model."""
+def make_played(index: int) -> dict[str, Any]:
+    """A scene with a question of each family, and the answers."""
+    scene, file = draw(index)
+    questions = [family.questions(scene, scene_rng("test", index, 1)) for family in FAMILIES.values()]
+    return {"file": file, "asked": [[first.question, first.answer] for first, *_ in filter(None, questions)]}
+
+
+def make_small_example(painter: Painter, number: int, question: str, truth: str | None) -> dict[str, Any]:
+    """A scene of the small model, with its question."""
     scene = painter.scene(FIRST + number)
     name = f"things_{number}.png"
     scene.image.save(FOLDER / name, optimize=True)
-    return {"file": name, "question": question, "alt": f"Drawings: {', '.join(phrase(noun) for noun in scene.nouns)}"}
+    shown = {"file": name, "question": question, "alt": f"Drawings: {', '.join(phrase(noun) for noun in scene.nouns)}"}
+    return shown | ({} if truth is None else {"truth": truth})
 
 
 def main() -> None:
@@ -68,6 +87,8 @@ def main() -> None:
         "scenes_of": {"small": for_small},
     }
     file.write_text(json.dumps(examples, indent=2) + "\n")
+    played = ",\n".join(json.dumps(make_played(index)) for index in PLAYED)
+    (FOLDER / "played.json").write_text(f"[\n{played}\n]\n")
 
 
 if __name__ == "__main__":

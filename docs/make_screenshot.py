@@ -33,8 +33,9 @@ BROWSER_OPTIONS = [
 
 def ask(page: Page, example: int) -> None:
     """Picks an example and reads the answer."""
+    page.locator("#view .tokens").evaluate("tokens => { tokens.dataset.old = true; }")  # the page opens with an answer
     page.locator(f"#scenes [data-scene='{example}']").click()
-    page.locator("#view .tokens").wait_for()
+    page.locator("#view .tokens:not([data-old])").wait_for()
     page.locator("#ask [data-testid=submit-button]").wait_for()  # it is back when the answer is complete
 
 
@@ -113,7 +114,8 @@ def main() -> None:
 
 def take(browser: Browser, address: str, shot: Shot, path: Path) -> None:
     """The whole page, when nothing moves any more."""
-    page = browser.new_page(viewport={"width": shot.width, "height": 900})
+    page = browser.new_page(viewport={"width": shot.width, "height": 900}, reduced_motion="reduce")
+    page.add_init_script("localStorage.setItem('toured', 'yes')")
     page.goto(f"{address}/?__theme={shot.theme}")
     shot.act(page)
     page.evaluate("document.fonts.ready")

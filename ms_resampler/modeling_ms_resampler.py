@@ -74,6 +74,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     deepstack_features: with pre-fusion, one list of every image's patches (N, T); a name that `generate` knows.
     scope_weights (S, M), scope_attentions (S, M, N) and token_places (M, 2): with `output_scopes=True`, see ScopeMaps.
         Attention of an overview is spread over the patches of the whole image.
+    kept_tokens: with the reducer divprune, which visual tokens stay; maps and grids are of all.
     key_sets: the visual tokens that the reducer mustdrop always keeps.
     """
 
@@ -86,6 +87,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     scope_weights: list[Tensor] | None = None
     scope_attentions: list[Tensor] | None = None
     token_places: list[Tensor] | None = None
+    kept_tokens: list[Tensor] | None = None
     key_sets: list[Tensor] | None = None
 
 
@@ -141,6 +143,16 @@ class MSResamplerPreTrainedModel(LoadingMixin, PreTrainedModel):
         language_model = self.base_model.language_model
         language_model._init_weights(language_model)
 
+    @property
+    def reducer(self) -> Reducer | None:
+        """The visual token reducer, if there is one.
+
+        Not that of the configuration: with `trust_remote_code`, transformers loads the configuration's modules a
+        second time, so that its classes are others.
+        """
+        fields = self.config.reducer_config
+        return None if fields is None else read_reducer(fields)
+
     def set_reducer(self, reducer_type: str | None, **settings: Any) -> Self:
         """Reduces visual tokens from now on by a method of reducers_ms_resampler.py, such as `set_reducer("divprune",
         keep=64)`; None switches it off. It is saved with the configuration.
@@ -184,8 +196,8 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         for part in self.projector.modules():
             if isinstance(part, PreTrainedModel) and config.projector_config._attn_implementation is not None:
                 part.set_attn_implementation(config.projector_config._attn_implementation)
-        if config.reducer is not None:
-            check_reducer(config.reducer, self)
+        if self.reducer is not None:
+            check_reducer(self.reducer, self)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -233,7 +245,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             kwargs["skip_unread"] = True  # not passed to towers that do not accept it
         if not shape.can_stop_early:
             kwargs["output_hidden_states"] = True
-        reducer = self.config.reducer
+        reducer = self.reducer
         self._check_tilings(tilings, token_grids, spatial_shapes, reducer)
         if isinstance(reducer, TowerReducer):
             return self._reduce_patches(reducer, pixel_values, token_grids, tilings, **kwargs)
@@ -265,6 +277,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             tokens, maps = self._project_tiles(x_BNC, patch_grid, cuts, wanted, output_scopes)
         counts = [len(y_MT) for y_MT in tokens]
         tokens, words = self._mix_words(tokens)
+        kept = None
         if isinstance(reducer, DivPrune):
             kept = [ascending(reducer.choose(y_MT)) for y_MT in tokens]
             tokens = [y_MT[k] for y_MT, k in zip(tokens, kept, strict=True)]
@@ -283,6 +296,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             scope_weights=[weights for weights, _, _ in maps] if output_scopes else None,
             scope_attentions=[attentions for _, attentions, _ in maps] if output_scopes else None,
             token_places=[places for *_, places in maps] if output_scopes else None,
+            kept_tokens=kept,
         )
 
     def _reduce_patches(
@@ -531,7 +545,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         features, kept = None, None
         if images is not None:
             tokens = images.pooler_output
-            if self.config.reducer is not None and (wholes := getattr(images, "token_counts", None)):
+            if self.reducer is not None and (wholes := getattr(images, "token_counts", None)):
                 counts = [len(y_MT) for y_MT in tokens]
                 shortened = None
                 if len(counts) == len(wholes) and counts != wholes:  # for beams, transformers repeats only the tokens
@@ -552,7 +566,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             features = tokens.flatten(0, 1) if isinstance(tokens, Tensor) else torch.cat(list(tokens))
             features = features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask, features)
-            if isinstance(reducer := self.config.reducer, LayerReducer):
+            if isinstance(reducer := self.reducer, LayerReducer):
                 running = self._cutting(reducer, inputs_embeds, mask, images, attention_mask, _cache_of(kwargs))
         for cache in _cache_of(kwargs).values():
             if images is None and hasattr(cache, "kept"):
@@ -775,7 +789,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         given = prompt if embeds is None else embeds
         if self.config.projector_config.fusion_layers and given is not None:
             kwargs.setdefault("prompt_mask", torch.ones(given.shape[:2], dtype=torch.bool, device=given.device))
-        images = self._images_to_shorten_for(kwargs) if self.config.reducer else None
+        images = self._images_to_shorten_for(kwargs) if self.reducer else None
         if images is not None:
             wholes, counts = images.token_counts or [], [len(y) for y in images.pooler_output]
             shown = self.get_input_embeddings()(prompt) if embeds is None else embeds
@@ -792,7 +806,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
 
     def _images_to_shorten_for(self, kwargs: dict[str, Any]) -> MSResamplerImageFeatures | None:
         """The images among the arguments of `generate`, encoded there, if a reducer works before the language model."""
-        if isinstance(self.config.reducer, LayerReducer) and not isinstance(self.config.reducer, TowerReducer):
+        if isinstance(self.reducer, LayerReducer) and not isinstance(self.reducer, TowerReducer):
             return None
         encode = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes", "tilings")
         given = {name: kwargs.pop(name) for name in encode if kwargs.get(name) is not None}

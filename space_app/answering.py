@@ -7,7 +7,8 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from threading import Event, Thread
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from jinja2 import TemplateError
 from pictures import Refusal
 from PIL import Image
+from proof import Change, Proof, cover, without_scope
 from settings import Settings
 from transformers import (
     AutoModelForImageTextToText,
@@ -25,7 +27,7 @@ from transformers import (
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
-from words import Word, attended_words
+from words import Word, attended_words, probability
 
 try:
     import spaces
@@ -42,8 +44,9 @@ class ScopeMaps:
     """The projector's result for one picture: S scopes, M visual tokens in a grid, N patches in a grid.
 
     picture is the model's input (cropped and scaled); weights (S, M) sum to one over the scopes, attentions
-    (S, M, N) over the patches; grids are (rows, columns). S is 0 for a projector without scopes. words: the most
-    likely words of each token with their shares, if tokens are mixtures of words.
+    (S, M, N) over the patches; grids are (rows, columns). S is 0 for a projector without scopes. places (M, 2): the
+    middle of each token's cell, as shares of the picture's height and width. words: the most likely words of each token
+    with their shares, if tokens are mixtures of words. kept: the tokens that the language model gets; None if all.
     """
 
     picture: Image.Image
@@ -51,20 +54,29 @@ class ScopeMaps:
     attentions: np.ndarray
     token_grid: tuple[int, int]
     patch_grid: tuple[int, int]
+    places: np.ndarray
     words: list[list[tuple[str, float]]]
+    kept: list[int] | None = None
 
     @property
     def patches(self) -> int:
         """N."""
         return math.prod(self.patch_grid)
 
+    @property
+    def left(self) -> np.ndarray:
+        """Whether the language model gets each token (M)."""
+        tokens = np.arange(math.prod(self.token_grid))
+        return np.isin(tokens, tokens if self.kept is None else self.kept)
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """Model inputs, on the CPU, and their pictures."""
+    """Model inputs, on the CPU, and their pictures. keep: the number of visual tokens left, if others are dropped."""
 
     inputs: Any
     pictures: list[Image.Image]
+    keep: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,13 +110,17 @@ def on_gpu(function: Callable) -> Callable:
 
 
 class Answerer:
-    """Answers questions with a model and its processor; keeps the visual tokens of the last pictures until cleared."""
+    """Answers questions with a model and its processor; keeps the visual tokens of the last pictures until cleared.
 
-    def __init__(self, model: Any, processor: Any, name: str):
-        self.model, self.processor, self.name = model, processor, name
+    With a reducer, pictures are read into the default number of visual tokens, and it drops those beyond the budget.
+    """
+
+    def __init__(self, model: Any, processor: Any, name: str, reducer: str | None = None):
+        self.model, self.processor, self.name, self.reducer = model, processor, name, reducer
         self.readings: OrderedDict[bytes, tuple[Any, list[ScopeMaps]]] = OrderedDict()
         # ZeroGPU runs these in a separate process: bound here, so that the model is not sent with each call.
-        self.reply, self.look, self.attend = on_gpu(self.reply), on_gpu(self.look), on_gpu(self.attend)
+        self.reply, self.look = on_gpu(self.reply), on_gpu(self.look)
+        self.attend, self.prove = on_gpu(self.attend), on_gpu(self.prove)
 
     @property
     def scopes(self) -> list[str]:
@@ -126,14 +142,28 @@ class Answerer:
     def budgets(self) -> list[int]:
         """Numbers of visual tokens to offer: grids with the patches' proportions, and the default."""
         rows, columns = self.model.config.native_patch_grid
-        return sorted({n * max(1, round(n * columns / rows)) for n in range(1, rows + 1)} | {self.trained_budget})
+        budgets = {n * max(1, round(n * columns / rows)) for n in range(1, rows + 1)} | {self.trained_budget}
+        return sorted(count for count in budgets if not self.reducer or count <= self.trained_budget)
+
+    @contextmanager
+    def reducing(self, keep: int | None) -> Iterator[None]:
+        """Drops all but `keep` visual tokens; None drops none."""
+        before = getattr(self.model.config, "reducer_config", None)  # code saved with earlier weights lacks it
+        if keep is not None:
+            self.model.set_reducer(self.reducer, keep=keep)
+        try:
+            yield
+        finally:
+            if keep is not None:
+                self.model.config.reducer_config = before
 
     def prepare(self, turns: list[dict], pictures: list[Image.Image], settings: Settings) -> Prompt:
         """Model inputs for a conversation. Raises Refusal if this model does not support it."""
         if settings.system_prompt:
             system = {"role": "system", "content": [{"type": "text", "text": settings.system_prompt}]}
             turns = [system, *turns]
-        budget = {} if settings.visual_tokens is None else {"visual_tokens": settings.visual_tokens}
+        keep = settings.visual_tokens if self.reducer else None
+        budget = {} if keep or settings.visual_tokens is None else {"visual_tokens": settings.visual_tokens}
         try:
             inputs = self.processor.apply_chat_template(
                 turns,
@@ -153,7 +183,7 @@ class Answerer:
                 f"The conversation has {inputs['input_ids'].shape[1]} tokens, {1 - room} too many for this model; "
                 "please clear it, or ask with fewer visual tokens."
             )
-        return Prompt(inputs, pictures)
+        return Prompt(inputs, pictures, keep)
 
     def _room(self, inputs: Any) -> int:
         """The longest answer that fits the model's positions, in tokens."""
@@ -164,12 +194,14 @@ class Answerer:
         took; 0 if the tokens were kept from before, at the same budget.
         """
         text = self.processor.tokenizer.model_input_names
-        key = fingerprint({name: value for name, value in prompt.inputs.items() if name not in text})
+        kept = {} if prompt.keep is None else {"kept": torch.tensor(prompt.keep)}
+        key = fingerprint({name: value for name, value in prompt.inputs.items() if name not in text} | kept)
         inputs = prompt.inputs.to(self.model.device, self.model.dtype)
         reading, milliseconds = self.readings.pop(key, None), 0.0
         if reading is None:
             started = time.perf_counter()
-            reading = self._read({name: inputs[name] for name in inputs if name not in text}, prompt.pictures)
+            with self.reducing(prompt.keep):
+                reading = self._read({name: inputs[name] for name in inputs if name not in text}, prompt.pictures)
             milliseconds = 1000 * (time.perf_counter() - started)
         self.readings[key] = reading
         while len(self.readings) > READINGS:
@@ -193,12 +225,18 @@ class Answerer:
         """Of one of the pictures."""
         token_grid, patch_grid = tuple(features.token_grids[number]), tuple(features.patch_grids[number])
         tokens, patches = math.prod(token_grid), math.prod(patch_grid)
-        weights, attentions = np.zeros((0, tokens)), np.zeros((0, tokens, patches))
+        weights, attentions, places = np.zeros((0, tokens)), np.zeros((0, tokens, patches)), centres(token_grid)
         if self.scopes:
             weights = features.scope_weights[number].float().cpu().numpy()
             attentions = features.scope_attentions[number].float().cpu().numpy()
+            if getattr(features, "token_places", None):  # code saved with earlier weights lacks them
+                places = features.token_places[number].float().cpu().numpy()
         seen = seen_picture(self.processor.image_processor, pixels["pixel_values"][number], picture)
-        return ScopeMaps(seen, weights, attentions, token_grid, patch_grid, self._words_of(features, number))
+        kept = getattr(features, "kept_tokens", None)
+        words = self._words_of(features, number)
+        return ScopeMaps(
+            seen, weights, attentions, token_grid, patch_grid, places, words, kept and kept[number].tolist()
+        )
 
     def _words_of(self, features: Any, number: int) -> list[list[tuple[str, float]]]:
         """The WORDS_SHOWN most likely words of each token of a picture; empty if the model's tokens are no words."""
@@ -219,8 +257,35 @@ class Answerer:
 
     def attend(self, prompt: Prompt, answer: str) -> list[Word]:
         """The words of an answer, and what each attended to."""
-        inputs, features, *_ = self.encode(prompt)
-        return attended_words(self.model, self.processor.tokenizer, inputs["input_ids"], features, answer)
+        inputs, features, maps, _ = self.encode(prompt)
+        ids = inputs["input_ids"]
+        left = np.concatenate([one.left for one in maps])
+        stays = ids[0] != self.model.config.image_token_id
+        stays[~stays] = torch.from_numpy(left).to(ids.device)  # what was dropped is not in the prompt, either
+        words = attended_words(self.model, self.processor.tokenizer, ids[:, stays], features, answer)
+        return [replace(word, shares=among(word.shares, left)) for word in words]
+
+    @torch.inference_mode()
+    def prove(self, prompt: Prompt, answer: str, change: Change) -> Proof:
+        """Asks again with a change, and compares. Raises Refusal if it cannot be made."""
+        text, features, maps, _ = self.encode(prompt)
+        pixels = {name: value for name, value in prompt.inputs.items() if name not in text}
+        if change.scope is None:
+            pictures = list(pixels["pixel_values"])
+            pictures[change.picture] = cover(pictures[change.picture], change.patches, maps[change.picture].patch_grid)
+            pixels["pixel_values"] = torch.stack(pictures)
+            changed, _ = self._read(pixels, prompt.pictures)
+        else:
+            with without_scope(self.model.model.projector, change.scope):
+                changed, _ = self._read(pixels, prompt.pictures)
+        room = min(Settings.max_new_tokens, self._room(text))
+        ids = self.model.generate(**text, mm_encoder_outputs={"image": changed}, max_new_tokens=room, do_sample=False)
+        said = self.processor.tokenizer.decode(ids[0, text["input_ids"].shape[1] :], skip_special_tokens=True)
+        before, after = (
+            probability(self.model, self.processor.tokenizer, text["input_ids"], read, answer)
+            for read in (features, changed)
+        )
+        return Proof(before, after, said.strip())
 
     def reply(self, prompt: Prompt, settings: Settings) -> Iterator[Step]:
         """Streams the answer. Closing this iterator stops the generation, which runs in a separate thread."""
@@ -243,17 +308,31 @@ class Answerer:
                 failures.append(error)
                 streamer.end()
 
-        Thread(target=generate, daemon=True).start()
         try:
             text = ""
-            for piece in streamer:
-                text += piece
-                yield Step(text.strip(), 1000 * (time.perf_counter() - started), reading, maps)
-                maps = None
+            with self.reducing(prompt.keep):
+                Thread(target=generate, daemon=True).start()
+                for piece in streamer:
+                    text += piece
+                    yield Step(text.strip(), 1000 * (time.perf_counter() - started), reading, maps)
+                    maps = None
         finally:
             stop.set()
         if failures:
             raise failures[0]
+
+
+def among(shares: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """The shares of the tokens that are left, among all tokens; 0 for the others."""
+    everything = np.zeros(len(left))
+    everything[left] = shares
+    return everything
+
+
+def centres(grid: tuple[int, int]) -> np.ndarray:
+    """The middles (y, x) of a grid's cells, in raster order, from 0 to 1."""
+    rows, columns = grid
+    return (np.indices(grid).reshape(2, -1).T + 0.5) / (rows, columns)
 
 
 def fingerprint(pixels: dict[str, torch.Tensor]) -> bytes:

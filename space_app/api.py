@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
-import numpy as np
-from answering import Answerer, ScopeMaps
+from answering import Answerer
 from ask_page import ONE_AT_A_TIME, errors_in_a_sentence
 from conversation import topic, user_turn
+from measures import in_json
 from pictures import Refusal, check_count, open_picture
 from settings import Settings, checked
 
@@ -44,7 +44,7 @@ class Api:
                 yield {"answer": step.text, "milliseconds": round(step.milliseconds, 1), **cost}
 
     def scopes(self, images: Any, visual_tokens: float | None) -> dict[str, Any]:
-        """How far each visual token of each picture trusted each scope, and where it looked in it."""
+        """How far each visual token of each picture trusted each scope, and where, how far and how widely it looked."""
         with errors_in_a_sentence(str):
             paths = paths_of(images)
             check_count(paths)
@@ -86,13 +86,3 @@ def paths_of(images: Any) -> list[str]:
     ):
         return [file["path"] for file in files]
     raise Refusal("The images must be a list of files, each made by gradio_client's handle_file.")
-
-
-def in_json(maps: ScopeMaps) -> dict[str, Any]:
-    """The maps of a picture as lists, with four digits: weights [scope][token], attentions [scope][token][patch]."""
-    return {
-        "token_grid": list(maps.token_grid),
-        "patch_grid": list(maps.patch_grid),
-        "weights": np.round(maps.weights, 4).tolist(),
-        "attentions": np.round(maps.attentions, 4).tolist(),
-    }

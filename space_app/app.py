@@ -8,7 +8,6 @@ GRADIO_ROOT_PATH and so on.
 import atexit
 import gc
 import inspect
-import json
 import os
 import shutil
 import signal
@@ -44,9 +43,10 @@ with patch("inspect.getfile", file_of):  # half of the time of importing Gradio
 
 from answering import Answerer, load
 from api import Api
-from ask_page import AskPage
+from ask_page import UNSEEN, AskPage
 from compare_page import ComparePage
-from elements import EXAMPLES, HERE, PAGE_SCRIPT, header
+from elements import HERE, PAGE_SCRIPT, header
+from examples import EXAMPLES, examples_for, read_examples
 from pictures import MAX_FILE_MEGABYTES, Refusal
 from safetensors import SafetensorError
 from starlette.middleware import Middleware
@@ -68,24 +68,22 @@ async def fetch_nothing(url: str, cache_dir: str) -> str:
 gr.processing_utils.async_ssrf_protected_download = fetch_nothing
 
 
-def about_the_model() -> dict[str, Any]:
-    """Notes on models' abilities and examples of their own, by model name, and the example scenes of all others."""
-    return json.loads((EXAMPLES / "examples.json").read_text())
-
-
 def build_demo(answerer: Answerer, other: Answerer | None = None) -> gr.Blocks:
     """The pages and the API for a model, and a second one to compare it with."""
-    about = about_the_model()
-    scenes = about["scenes_of"].get(answerer.name, about["scenes"])
+    notes, examples = read_examples()["models"], examples_for(answerer.name)
     with gr.Blocks(title="MS-Resampler", analytics_enabled=False, fill_width=True, delete_cache=DELETE_CACHE) as demo:
-        header(about["models"].get(answerer.name, ""))
+        header(notes.get(answerer.name, ""))
         with gr.Tab("Ask and see"):
-            AskPage(answerer, scenes).build()
+            ask = AskPage(answerer, examples)
+            # As an event, because Gradio would keep the picture of a fixed value among the uploads, which are deleted.
+            opened = demo.load(ask.open, None, ask.build(), queue=False, **UNSEEN)
+            opened.then(None, None, None, js="talk.opened", **UNSEEN)
         with gr.Tab("Compare"):
             second = other or answerer
-            ComparePage(answerer, second, scenes, about["models"].get(second.name)).build()
+            compared = ComparePage(answerer, second, examples, notes.get(second.name))
+            compared.build()
         Api(answerer).build()
-        for side in {answerer, other or answerer}:
+        for side in {*compared.sides}:
             demo.unload(side.forget)
     return demo.queue(max_size=QUEUE_LENGTH)
 

@@ -1,13 +1,15 @@
 """The Ask page: the chat on one side, what each scope looked at on the other."""
 
+import base64
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
 import gradio as gr
-from answering import Answerer
+from answering import Answerer, Prompt
 from conversation import (
     answers_in,
     as_sent,
@@ -20,10 +22,14 @@ from conversation import (
     turn_of,
     user_turn,
 )
-from elements import EXAMPLES, ask_box, box_update, budget_slider, example_scenes, intake, scope_view, settings_panel
+from elements import ask_box, box_update, budget_slider, example_scenes, intake, scope_view, settings_panel
+from examples import Examples
+from measures import FILES, as_file
 from pictures import Refusal
+from proof import checked_change
 from scope_view import view_value, words_value
-from settings import checked
+from settings import Settings, checked
+from tour import tour
 
 log = logging.getLogger("ms_resampler.space")
 SORRY = "Something went wrong here; please try again, or try another picture."
@@ -65,13 +71,35 @@ class AskPage:
     A question is first in the chat, then checked, and then waits for the model.
     """
 
-    def __init__(self, answerer: Answerer, scenes: list[dict[str, Any]]):
-        self.answerer, self.scenes = answerer, scenes
+    def __init__(self, answerer: Answerer, examples: Examples):
+        self.answerer, self.examples, self.first = answerer, examples, ([], None)
+
+    def opening(self) -> tuple[list[dict], dict[str, Any] | None]:
+        """The chat and the view that the page opens with: an example, answered now; empty if that fails."""
+        example = self.examples.opening
+        asked = turn_of("user", example.question, [example.path])
+        with suppress(Refusal), errors_in_a_sentence():
+            prompt = self.answerer.prepare(*topic([asked]), Settings())
+            list(self.answerer.reply(prompt, Settings(max_new_tokens=1)))  # a model's first answer takes longer
+            self.answerer.forget()
+            steps = list(self.answerer.reply(prompt, Settings()))
+            number, answer = self.examples.number_of(asked), steps[-1].text
+            view = view_value(self.answerer.scopes, steps[0], Settings(), 0, number) | {"opening": True}
+            view["verdict"] = self.examples.verdict(number, answer)
+            with suppress(Refusal):
+                view["words"] = words_value(self.answerer.attend(prompt, answer))
+            return [asked, assistant_turn(answer)], view
+        return [], None
+
+    def open(self, request: gr.Request) -> tuple:
+        """What a visitor sees first, if there is anything; a link that names another example asks about that one."""
+        linked = "example" in request.query_params
+        return (gr.skip(), gr.skip()) if linked or not self.first[0] else self.first
 
     def choose(self, history: list[dict], event: gr.EventData) -> tuple[list[dict], gr.MultimodalTextbox]:
         """Puts the question of an example into the chat; what is in the box stays there."""
-        scene = self.scenes[event.scene]
-        asked = turn_of("user", scene["question"], [str(EXAMPLES / scene["file"])])
+        example = self.examples[event.scene]
+        asked = turn_of("user", example.question, [example.path])
         return [*as_sent(history), asked], box_update(answering=True)
 
     def retry(self, history: list[dict]) -> tuple[list[dict], gr.MultimodalTextbox]:
@@ -96,30 +124,53 @@ class AskPage:
             wanted = checked(*settings)
             steps = self.answerer.reply(self.answerer.prepare(*topic(history), wanted), wanted)
         yield [*history, assistant_turn("")], view
+        example = self.examples.number_of(history[-1])
         with warnings_in_a_sentence():
             for step in steps:
                 if step.maps:
-                    view = view_value(self.answerer.scopes, step, wanted, len(answers_in(history)))
+                    view = view_value(self.answerer.scopes, step, wanted, len(answers_in(history)), example)
                 yield [*history, assistant_turn(step.text)], view
+            verdict = self.examples.verdict(example, step.text)
+            yield [*history, assistant_turn(step.text)], {**view, "verdict": verdict} if verdict else view
+
+    def asked_before(self, history: list[dict], event: gr.EventData) -> tuple[Prompt, str]:
+        """The prompt of an answer that the view shows, and the answer. Raises Refusal if it is not there."""
+        wanted, places = checked(event.visual_tokens, event.system_prompt, 0, 1, 1), answers_in(history)
+        if event.number >= len(places):
+            raise Refusal("That answer was taken back; please ask again.")
+        place = places[event.number]
+        if not said_in(history[place]):
+            raise Refusal("That answer has no words; please ask again.")
+        return self.answerer.prepare(*topic(history[:place]), wanted), text_of(history[place])
 
     def words(self, history: list[dict], event: gr.EventData) -> dict[str, Any]:
         """The words of an answer, requested by the view."""
-        number = event.number
         with warnings_in_a_sentence():
-            wanted = checked(event.visual_tokens, event.system_prompt, 0, 1, 1)
-            places = answers_in(history)
-            if number >= len(places):
-                raise Refusal("That answer was taken back; ask again to play its words.")
-            place = places[number]
-            if not said_in(history[place]):
-                raise Refusal("That answer has no words to play; please ask again.")
-            prompt = self.answerer.prepare(*topic(history[:place]), wanted)
-            words = self.answerer.attend(prompt, text_of(history[place]))
-            return words_value(words, number)
-        return {"number": number, "words": []}
+            return reply_to(event, words=words_value(self.answerer.attend(*self.asked_before(history, event))))
+        return reply_to(event)
 
-    def build(self) -> None:
-        """Builds the page and connects its events."""
+    def prove(self, history: list[dict], event: gr.EventData) -> dict[str, Any]:
+        """Asks again without a part of the picture or a scope that the view names."""
+        with warnings_in_a_sentence():
+            prompt, answer = self.asked_before(history, event)
+            patches = [maps.patches for maps in self.answerer.encode(prompt)[2]]
+            change = checked_change(event.picture, event.patches, event.scope, patches, len(self.answerer.scopes))
+            proof = self.answerer.prove(prompt, answer, change)
+            return reply_to(event, proof={**asdict(change), **asdict(proof), "said": answer})
+        return reply_to(event)
+
+    def download(self, history: list[dict], event: gr.EventData) -> dict[str, Any]:
+        """The maps of an answer as a file."""
+        with warnings_in_a_sentence():
+            kind = FILES[FILES.index(event.kind)]
+            maps = self.answerer.encode(self.asked_before(history, event)[0])[2]
+            content = base64.b64encode(as_file(kind, self.answerer.scopes, maps)).decode()
+            return reply_to(event, file={"name": f"scopes.{kind}", "content": content})
+        return reply_to(event)
+
+    def build(self) -> list[gr.components.Component]:
+        """Builds the page and connects its events; returns what `open` fills."""
+        self.first = self.opening()
         with gr.Row(elem_classes="page"):
             with gr.Column(scale=6, min_width=320, elem_classes="talk"):
                 chatbot = gr.Chatbot(
@@ -137,16 +188,18 @@ class AskPage:
                 box = ask_box("ask")
                 taken = intake()
                 budget = budget_slider(self.answerer, self.answerer.trained_budget, "Visual tokens a picture", "budget")
-                scenes = example_scenes(self.scenes, "Or ask about one of these", "scenes")
+                scenes = example_scenes(self.examples, "Or ask about one of these", "scenes")
                 with gr.Row(elem_classes="drawers"):
                     settings = [budget, *settings_panel()]
                     with gr.Accordion("Camera", open=False, elem_id="camera"):
                         camera = gr.Image(sources=["webcam"], type="filepath", label="Camera", show_label=False)
             with gr.Column(scale=7, min_width=320, elem_classes="look"):
-                view = scope_view(self.answerer, "view", "Maps", plays=True, beside="#chat")
+                tour(self.answerer)
+                view = scope_view(self.answerer, "view", "Maps", beside="#chat", asks=True)
         camera.change(None, [camera, box], [camera, box], js=TAKE_PHOTOGRAPH, **UNSEEN)
         taken.sent(None, [taken, box], [taken, box], js=TAKE_PICTURES, **UNSEEN)
         self.connect(chatbot, box, scenes, view, settings)
+        return [chatbot, view]
 
     def connect(self, chatbot, box, scenes, view, settings: list) -> None:
         """The events of the page; `talk` is in page.js."""
@@ -170,4 +223,10 @@ class AskPage:
         cleared = chatbot.clear(None, cancels=answers)
         cleared.then(self.answerer.forget, **UNSEEN)
         cleared.then(lambda: ([], box_update(answering=False, value=None), None), None, [chatbot, box, view], **UNSEEN)
-        view.words(self.words, [chatbot], view, **UNSEEN, **ONE_AT_A_TIME)
+        for event, answer_it in ((view.words, self.words), (view.proof, self.prove), (view.download, self.download)):
+            event(answer_it, [chatbot], view, **UNSEEN, **ONE_AT_A_TIME)
+
+
+def reply_to(event: gr.EventData, **content: Any) -> dict[str, Any]:
+    """What the view gets for a request about an answer; the request's number, as an equal value would not be sent."""
+    return {"number": event.number, "request": event.request, **content}

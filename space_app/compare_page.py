@@ -1,6 +1,9 @@
 """The Compare page: two budgets, or two models, answer the same question about the same pictures side by side."""
 
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -8,7 +11,6 @@ from answering import Answerer
 from ask_page import QUEUED, TAKE_PICTURES, UNSEEN, errors_in_a_sentence, warnings_in_a_sentence
 from conversation import PENDING, topic, user_turn
 from elements import (
-    EXAMPLES,
     ask_box,
     box_update,
     budget_props,
@@ -18,40 +20,56 @@ from elements import (
     scope_view,
     view_props,
 )
-from scope_view import view_value
+from examples import Examples
+from pictures import Refusal
+from scope_view import view_value, words_value
 from settings import Settings, checked
 
 
 class ComparePage:
     """The page's events for two models, which may be the same."""
 
-    def __init__(self, one: Answerer, other: Answerer, scenes: list[dict[str, Any]], note: str | None = None):
-        self.sides, self.scenes, self.note = (one, other), scenes, note
+    def __init__(self, one: Answerer, other: Answerer, examples: Examples, note: str | None = None):
+        self.sides, self.examples, self.note = [one, other], examples, note
+        if hasattr(one.model, "set_reducer"):  # code saved with earlier weights lacks this method
+            self.sides.append(Answerer(one.model, one.processor, f"{one.name} with DivPrune", "divprune"))
 
-    def compare(self, message: dict, second: int, *budgets: Any) -> Iterator[tuple]:
-        """Yields the question, then answer and view of one side, then of the other. Raises Refusal if it cannot.
+    def compare(self, message: dict, second: int, in_a_row: bool, *budgets: Any) -> Iterator[tuple]:
+        """Yields the question, then answer and view of one side, then of the other; then, if wanted, the answers of the
+        first with three budgets. Raises Refusal if it cannot.
 
         The other side is the model with the number `second`.
         """
         sides = self.sides[0], self.sides[second]
         with errors_in_a_sentence():
-            conversation = topic([user_turn(message["text"], message["files"], [])])
+            asked = user_turn(message["text"], message["files"], [])
+            conversation, example = topic([asked]), self.examples.number_of(asked)
             wanted = [checked(budget, "", 0, 1, Settings.max_new_tokens) for budget in budgets]
             prompts = [side.prepare(*conversation, settings) for side, settings in zip(sides, wanted, strict=True)]
-        shown: list = ["", None, "", None]
+        shown: list = ["", None, "", None, ""]
         yield message["text"], *shown
         with warnings_in_a_sentence():
             for number, (side, prompt, settings) in enumerate(zip(sides, prompts, wanted, strict=True)):
                 for step in side.reply(prompt, settings):
                     shown[2 * number] = step.text or PENDING
                     if step.maps:
-                        shown[2 * number + 1] = view_value(side.scopes, step, settings)
+                        view = shown[2 * number + 1] = view_value(side.scopes, step, settings, example=example)
                     yield message["text"], *shown
+                ended = {"verdict": self.examples.verdict(example, step.text)}
+                with suppress(Refusal):  # of a language model without weights of attention
+                    ended["words"] = words_value(side.attend(prompt, step.text)) if step.text else None
+                shown[2 * number + 1] = view | ended
+                yield message["text"], *shown
+            for budget in three_budgets(sides[0]) if in_a_row else ():
+                settings = replace(wanted[0], visual_tokens=budget)
+                *_, step = sides[0].reply(sides[0].prepare(*conversation, settings), settings)
+                shown[-1] += budget_row(budget, step.text, self.examples.verdict(example, step.text))
+                yield message["text"], *shown
 
-    def choose(self, event: gr.EventData, second: int, *budgets: Any) -> Iterator[tuple]:
+    def choose(self, event: gr.EventData, *chosen: Any) -> Iterator[tuple]:
         """Compares on an example at once; what is in the box stays there."""
-        scene = self.scenes[event.scene]
-        yield from self.compare({"text": scene["question"], "files": [str(EXAMPLES / scene["file"])]}, second, *budgets)
+        example = self.examples[event.scene]
+        yield from self.compare({"text": example.question, "files": [example.path]}, *chosen)
 
     def switch(self, second: int) -> tuple[gr.MultimodalTextbox, gr.Textbox, gr.HTML, gr.HTML]:
         """Resets the box and the other side's answer, view and budget for another model.
@@ -69,55 +87,78 @@ class ComparePage:
     def second_budget(self, second: int) -> int:
         """The other side's initial budget: the model's default, or about half if both sides are the same model."""
         side = self.sides[second]
-        same = side is self.sides[0]
+        same = side.model is self.sides[0].model
         return nearest(side.budgets(), side.trained_budget / 2) if same else side.trained_budget
 
     def build(self) -> None:
         """Builds the page and connects its events."""
-        one, other = self.sides
+        one, other, *_ = self.sides
         names = ("A", "B") if one is other else (f"A: {one.name}", f"B: {other.name}")
+        choices = {side.name: number for number, side in enumerate(self.sides)}
         with gr.Row(elem_classes="page"):
             with gr.Column(scale=1, min_width=320):
                 box = ask_box("compare-ask")
                 taken = intake()
                 second = gr.Radio(
-                    [(side.name, number) for number, side in reversed(list(enumerate(self.sides)))],
+                    sorted(choices.items(), key=lambda choice: choice[1] != 1),
                     value=1,
                     label=f"Compare {one.name} with",
                     info=self.note,
-                    visible=one is not other,
+                    visible=len(choices) > 1,
                 )
             with gr.Column(scale=1, min_width=320):
-                scenes = example_scenes(self.scenes, "Or compare on one of these", "compare-scenes")
+                scenes = example_scenes(self.examples, "Or compare on one of these", "compare-scenes")
         with gr.Row(elem_classes="page"):
             first_budget = budget_slider(one, one.trained_budget, "A, visual tokens", "budget-a")
             budgets = [first_budget, budget_slider(other, self.second_budget(1), "B, visual tokens", "budget-b")]
-        shown: list = [gr.Textbox(label="Question", interactive=False, elem_id="asked")]
-        with gr.Row(elem_classes="page"):
-            for letter, name, side in zip("ab", names, self.sides, strict=True):
+        in_a_row = gr.Checkbox(False, label=f"Also ask A with {and_so_on(three_budgets(one))} visual tokens")
+        question, answers, views = gr.Textbox(label="Question", interactive=False, elem_id="asked"), [], []
+        with gr.Row(elem_classes="page"):  # a row of their own, so that the views begin at the same height
+            for letter, name in zip("ab", names, strict=True):
                 with gr.Column(scale=1, min_width=320):
-                    shown.append(gr.Textbox(label=f"{name} answers", interactive=False, elem_id=f"answer-{letter}"))
-                    shown.append(
-                        scope_view(
-                            side, f"view-{letter}", f"Maps of {letter.upper()}", plays=False, beside=f"#answer-{letter}"
-                        )
+                    answers.append(gr.Textbox(label=f"{name} answers", interactive=False, elem_id=f"answer-{letter}"))
+        rows = gr.HTML("", elem_id="budgets-in-a-row", apply_default_css=False)
+        with gr.Row(elem_classes="page"):
+            for letter, side in zip("ab", (one, other), strict=True):
+                with gr.Column(scale=1, min_width=320):
+                    views.append(
+                        scope_view(side, f"view-{letter}", f"Maps of {letter.upper()}", beside=f"#answer-{letter}")
                     )
-        page = {"outputs": shown, **QUEUED, "show_progress_on": [shown[1], shown[3]]}
+        shown = [question, answers[0], views[0], answers[1], views[1], rows]
+        page = {"outputs": shown, **QUEUED, "show_progress_on": answers}
         for begins in (box.submit, scenes.choose):  # before those that take their time
             begins(None, None, box, js="talk.answering", **UNSEEN)
         asked = [
-            box.submit(self.compare, [box, second, *budgets], **page),
-            scenes.choose(self.choose, [second, *budgets], **page),
+            box.submit(self.compare, [box, second, in_a_row, *budgets], **page),
+            scenes.choose(self.choose, [second, in_a_row, *budgets], **page),
         ]
         for compared in asked:
             compared.then(None, None, box, js="talk.ready", **UNSEEN)
         taken.sent(None, [taken, box], [taken, box], js=TAKE_PICTURES, **UNSEEN)
         # First cancels the comparison, so that its last words do not appear under another model's name.
         switched = second.change(None, cancels=asked)
-        switched.then(self.switch, second, [box, *shown[3:], budgets[1]], **UNSEEN)
+        switched.then(self.switch, second, [box, answers[1], views[1], budgets[1]], **UNSEEN)
         box.stop(lambda: box_update(answering=False), None, box, cancels=asked, **UNSEEN)
 
 
 def nearest(numbers: list[int], wanted: float) -> int:
     """The number nearest to the one wanted."""
     return min(numbers, key=lambda number: abs(number - wanted))
+
+
+def three_budgets(side: Answerer) -> list[int]:
+    """A quarter of the default number of visual tokens, that number, and one for every patch."""
+    budgets = side.budgets()
+    return sorted({nearest(budgets, side.trained_budget / 4), side.trained_budget, budgets[-1]})
+
+
+def and_so_on(numbers: list[int]) -> str:
+    """[9, 36, 144] -> "9, 36 and 144"."""
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def budget_row(budget: int, answer: str, verdict: dict[str, Any] | None) -> str:
+    """An answer with its budget, in HTML."""
+    mark = "" if verdict is None else " ✓" if verdict["right"] else " ✗"
+    return f"<p><b>{budget} visual token{'s' * (budget > 1)}:</b> {escape(answer or PENDING)}{mark}</p>"

@@ -6,22 +6,31 @@ from typing import Any
 
 import gradio as gr
 from answering import Answerer
+from examples import Examples
 from pictures import MAX_FILE_MEGABYTES, MAX_PICTURES, TOO_LARGE, TOO_MANY
 from PIL import Image
 from scope_view import FUSED_COLOUR, data_url, scope_legend
 from settings import MAX_NEW_TOKENS, MAX_SYSTEM_CHARACTERS, MAX_TEMPERATURE, MIN_TOP_P, Settings
 
 HERE = Path(__file__).resolve().parent
-EXAMPLES = HERE / "examples"
 INTAKE_SCRIPT = (HERE / "intake.js").read_text()
 PAGE_SCRIPT = f"() => {{\n{(HERE / 'page.js').read_text()}\n}}"
-VIEW_SCRIPT = "\n".join((HERE / name).read_text() for name in ("heat.js", "view_parts.js", "view.js"))
-# Ignored while an answer is being written, which another one would overwrite.
+VIEW_FILES = ("heat", "rings", "view_texts", "view_parts", "view_links", "view_pairs", "view")
+VIEW_SCRIPT = "\n".join((HERE / f"{name}.js").read_text() for name in VIEW_FILES)
+# Ignored while an answer is being written, which another one would overwrite. Scenes to play with come in random order.
 EXAMPLES_SCRIPT = """
-element.addEventListener('click', event => {
-  const scene = event.target.closest('[data-scene]');
-  const answering = element.closest('.page').querySelector('.ask .stop-button');
-  if (scene && !answering) trigger('choose', {scene: Number(scene.dataset.scene)});
+let left = [];
+const linked = Number(new URLSearchParams(location.search).get('example') ?? NaN);
+const known = linked >= 0 && linked < props.shown + props.played;
+if (known && element.closest('#scenes')) trigger('choose', {scene: linked});
+element.addEventListener('click', async event => {
+  const button = event.target.closest('button');
+  await window.talk?.begun;
+  if (!button || element.closest('.page').querySelector('.ask .stop-button')) return;
+  if (button.dataset.scene) return trigger('choose', {scene: Number(button.dataset.scene)});
+  if (!left.length) left = [...Array(props.played).keys()];
+  const [one] = left.splice(Math.floor(Math.random() * left.length), 1);
+  trigger('choose', {scene: props.shown + one});
 });
 """
 # Props change with the model. Their names are not quoted, because Gradio takes quoted words in a script for events.
@@ -42,6 +51,8 @@ const take = () => {
 };
 watch(Object.keys(props), take);
 take();
+const linked = Number(new URLSearchParams(location.search).get('tokens'));
+if (element.closest('#budget') && props.budgets.includes(linked)) setTimeout(() => { props.value = linked; take(); });
 """
 WITHOUT_SCOPES = "The projector of this model, {}, has no scopes, so there are no maps of them to see."
 
@@ -123,10 +134,11 @@ def box_update(answering: bool, **changes: Any) -> gr.MultimodalTextbox:
     return gr.MultimodalTextbox(submit_btn=not answering, stop_btn=answering, **changes)
 
 
-def scope_view(answerer: Answerer, elem_id: str, name: str, plays: bool, beside: str) -> gr.HTML:
-    """Where an answer's maps are drawn; `name` is for screen readers, `plays` if the answer's words can be played.
+def scope_view(answerer: Answerer, elem_id: str, name: str, beside: str, asks: bool = False) -> gr.HTML:
+    """Where an answer's maps are drawn; `name` is for screen readers.
 
-    `beside` is where the answer itself stands, to which a narrow page scrolls.
+    `beside` is where the answer itself stands, to which a narrow page scrolls. `asks`: words, proofs and files can be
+    requested; views that do not ask share their selection with each other.
     """
     return gr.HTML(
         None,
@@ -136,7 +148,7 @@ def scope_view(answerer: Answerer, elem_id: str, name: str, plays: bool, beside:
         elem_id=elem_id,
         elem_classes="scope-view",
         fused_colour=FUSED_COLOUR,
-        plays=plays,
+        asks=asks,
         beside=beside,
         **view_props(answerer),
     )
@@ -159,12 +171,19 @@ def header(note: str) -> gr.HTML:
     )
 
 
-def example_scenes(scenes: list[dict[str, Any]], title: str, elem_id: str) -> gr.HTML:
-    """The example pictures, each a button with its question."""
+def example_scenes(examples: Examples, title: str, elem_id: str) -> gr.HTML:
+    """The example pictures, each a button with its question, and a button for a random one, if there are any."""
     buttons = "".join(
-        f'<button type="button" data-scene="{number}"><img src="{data_url(Image.open(EXAMPLES / scene["file"]))}" '
-        f'alt="{escape(scene["alt"])}"><span>{escape(scene["question"])}</span></button>'
-        for number, scene in enumerate(scenes)
+        f'<button type="button" data-scene="{number}"><img src="{data_url(Image.open(example.path))}" '
+        f'alt="{escape(example.alt)}"><span>{escape(example.question)}</span></button>'
+        for number, example in enumerate(examples.shown)
     )
-    html = f'<h2>{escape(title)}</h2><div class="scenes">{buttons}</div>'
-    return gr.HTML(html, js_on_load=EXAMPLES_SCRIPT, elem_id=elem_id, elem_classes="examples")
+    another = '<button type="button" class="another">A new scene</button>' if examples.played else ""
+    return gr.HTML(
+        f'<div class="title"><h2>{escape(title)}</h2>{another}</div><div class="scenes">{buttons}</div>',
+        js_on_load=EXAMPLES_SCRIPT,
+        elem_id=elem_id,
+        elem_classes="examples",
+        shown=len(examples.shown),
+        played=len(examples.played),
+    )

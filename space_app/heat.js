@@ -26,7 +26,7 @@ function normalised(numbers) {
 }
 
 function largest(numbers) {
-  return numbers.reduce((best, value) => Math.max(best, value), 0);
+  return numbers.reduce((best, value) => Math.max(best, Math.abs(value)), 0);
 }
 
 // How much a picture's tokens have to do with a selection: (M), sums to one.
@@ -71,6 +71,14 @@ function fusedMap(picture, ofTokens) {
   return map;
 }
 
+// The same for tokens whose attention is not known: each is taken to read its own cell. (N)
+function cellMap({patches, patch_grid: [rows, columns], token_grid: [tall, wide]}, ofTokens) {
+  return new Float32Array(patches).map((_, patch) => {
+    const row = Math.floor(Math.floor(patch / columns) * tall / rows), column = Math.floor(patch % columns * wide / columns);
+    return ofTokens[row * wide + column];
+  });
+}
+
 function newCanvas(width, height) {
   return Object.assign(document.createElement('canvas'), {width, height});
 }
@@ -90,25 +98,38 @@ function faintGrey(image, width, height, darkPaper) {
   return canvas;
 }
 
-// A map over its grid in one colour: the more, the less transparent.
-function heatCanvas(map, [rows, columns], colour) {
+// What a map has more, or less, than the mean of others.
+function difference(map, others) {
+  return map.map((value, patch) => value - others.reduce((total, other) => total + other[patch], 0) / others.length);
+}
+
+// The patches that hold half of a map, the most read first.
+function mostRead(map) {
+  const order = [...map.keys()].sort((a, b) => map[b] - map[a]), half = sum(map) / 2, most = [];
+  for (let held = 0; held < half && order.length; held += map[most.at(-1)]) most.push(order.shift());
+  return most;
+}
+
+// A map over its grid, the more the less transparent: in one colour, and in another where it is negative. By square
+// roots, so that what is spread thin is seen beside what is not.
+function heatCanvas(map, [rows, columns], peak, colours) {
   const canvas = newCanvas(columns, rows), context = canvas.getContext('2d'), pixels = context.createImageData(columns, rows);
-  const peak = largest(map) || 1, channels = [1, 3, 5].map(start => parseInt(colour.slice(start, start + 2), 16));
-  map.forEach((value, i) => pixels.data.set([...channels, 255 * value / peak], 4 * i));
+  const channels = colours.map(colour => [1, 3, 5].map(start => parseInt(colour.slice(start, start + 2), 16)));
+  map.forEach((value, i) => pixels.data.set([...channels[value < 0 ? 1 : 0], 255 * Math.sqrt(Math.abs(value) / (peak || 1))], 4 * i));
   context.putImageData(pixels, 0, 0);
   return canvas;
 }
 
-// mode: picture, overlay or heat; opacity from 0 to 1; paper, ink: the page's colours.
-function paintMap(canvas, picture, map, colour, {mode, opacity, paper, dark}) {
+// mode: picture, overlay, heat or difference; opacity from 0 to 1; paper, ink: the page's colours; peak: of the scale.
+function paintMap(canvas, picture, map, colour, peak, {mode, opacity, paper, ink, dark}) {
   const context = canvas.getContext('2d'), whole = [0, 0, canvas.width, canvas.height];
   context.fillStyle = paper;
   context.fillRect(...whole);
-  if (mode === 'overlay') context.drawImage(dark ? picture.darkGrey : picture.lightGrey, ...whole);
   if (mode === 'picture') return context.drawImage(picture.image, ...whole);
+  if (mode !== 'heat') context.drawImage(dark ? picture.darkGrey : picture.lightGrey, ...whole);
   context.imageSmoothingQuality = 'high';
   context.globalAlpha = opacity;
-  context.drawImage(heatCanvas(map, picture.patch_grid, colour), ...whole);
+  context.drawImage(heatCanvas(map, picture.patch_grid, peak, [colour, ink]), ...whole);
   context.globalAlpha = 1;
 }
 
@@ -139,22 +160,45 @@ function paintFrame(canvas, [rows, columns], cell) {
   });
 }
 
-// The token grid: a cell is filled with the scopes' colours by their weights, and fades with its share.
-function paintTokens(canvas, picture, ofTokens, colours, {paper, ink}) {
-  const context = canvas.getContext('2d'), [rows, columns] = picture.token_grid, peak = largest(ofTokens) || 1;
+// Stripes over patches that are covered.
+function paintCover(canvas, [rows, columns], patches) {
+  const context = canvas.getContext('2d'), width = canvas.width / columns, height = canvas.height / rows;
+  patches.forEach(patch => {
+    const left = patch % columns * width, top = Math.floor(patch / columns) * height;
+    context.fillStyle = '#8c8c8c';
+    context.fillRect(left, top, width, height);
+    Object.assign(context, {strokeStyle: '#fff', lineWidth: 1.5});
+    context.beginPath();
+    context.moveTo(left, top + height);
+    context.lineTo(left + width, top);
+    context.stroke();
+  });
+}
+
+// For each token the scope that it trusts most above that scope's mean, and how far above.
+function trustAboveMean(picture) {
+  const all = tokenShares(picture, {kind: 'all'}), scopes = [...Array(picture.scopes).keys()];
+  const means = scopes.map(scope => trustIn(picture, scope, all));
+  return [...all.keys()].map(token => {
+    const above = scopes.map(scope => picture.weights[scope * picture.tokens + token] - means[scope]);
+    const scope = above.indexOf(Math.max(...above));
+    return {scope, above: above[scope]};
+  });
+}
+
+// The token grid. Of a place or a word, by the shares of its tokens; else by what each token trusts more than others do.
+function paintTokens(canvas, picture, ofTokens, byShare, colours, fused, {paper, ink}) {
+  const context = canvas.getContext('2d'), [rows, columns] = picture.token_grid, most = trustAboveMean(picture);
   const width = canvas.width / columns, height = canvas.height / rows, gap = Math.min(4, width / 8);
+  const byTrust = picture.scopes > 1 && !byShare, values = byTrust ? most.map(one => one.above) : [...ofTokens];
+  const peak = largest(values) || 1;
   context.fillStyle = paper;
   context.fillRect(0, 0, canvas.width, canvas.height);
-  ofTokens.forEach((share, token) => {
-    const left = token % columns * width + gap / 2, bottom = Math.floor(token / columns + 1) * height - gap / 2;
-    context.globalAlpha = 0.12 + 0.88 * share / peak;
-    const stripes = picture.scopes ? colours.map((_, scope) => picture.weights[scope * picture.tokens + token]) : [1];
-    let filled = 0;
-    stripes.forEach((weight, scope) => {
-      context.fillStyle = picture.scopes ? colours[scope] : ink;
-      context.fillRect(left, bottom - (filled + weight) * (height - gap), width - gap, weight * (height - gap));
-      filled += weight;
-    });
+  values.forEach((value, token) => {
+    const left = token % columns * width + gap / 2, top = Math.floor(token / columns) * height + gap / 2;
+    context.fillStyle = byTrust ? colours[most[token].scope] : byShare ? fused : ink;
+    context.globalAlpha = (0.1 + 0.9 * value / peak) * (picture.kept?.includes(token) ?? true);  // what is dropped is empty
+    context.fillRect(left, top, width - gap, height - gap);
   });
   context.globalAlpha = 1;
 }

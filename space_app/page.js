@@ -25,6 +25,9 @@ window.talk = {
   end: (history, box) => history.at(-1)?.role === 'user' ? window.talk.takeBack(history, box) : [history, READY],
 };
 
+// What the page opens with comes before what is asked.
+window.talk.begun = new Promise(begin => { window.talk.opened = () => { begin(); return []; }; });
+
 function name() {
   document.querySelectorAll('.ask textarea').forEach(box => box.setAttribute('aria-label', 'Your question'));
   document.querySelectorAll('.ask .stop-button').forEach(button => button.setAttribute('aria-label', 'Stop'));
@@ -65,9 +68,11 @@ setInterval(async () => {
   if (lost !== !answer?.ok) say(answer?.ok ? '' : LOST);
   lost = !answer?.ok;
 }, 5000);
+let talked = false;
+new MutationObserver(() => { talked ||= Boolean(document.querySelector('#ask .stop-button')); }).observe(document.body, {childList: true, subtree: true});
 const boxes = () => [...document.querySelectorAll('.ask textarea')];
 window.addEventListener('pagehide', () => {
-  const typed = boxes().map(box => box.value), talked = Boolean(document.querySelector('#chat .message-content'));
+  const typed = boxes().map(box => box.value);
   if (talked || typed.some(Boolean)) sessionStorage.setItem('before', JSON.stringify(typed));
 });
 const before = JSON.parse(sessionStorage.getItem('before') || 'null');

@@ -24,10 +24,15 @@ def scope_legend(names: list[str]) -> list[dict[str, str]]:
     return [{"name": name, "colour": PALETTE[place % len(PALETTE)]} for name, place in zip(names, places, strict=True)]
 
 
-def view_value(scopes: list[str], step: Step, settings: Settings, number: int = 0) -> dict[str, Any]:
-    """The maps of an answer's first step; `number` is the answer's index in the conversation."""
+def view_value(
+    scopes: list[str], step: Step, settings: Settings, number: int = 0, example: int | None = None
+) -> dict[str, Any]:
+    """The maps of an answer's first step; `number` is the answer's index in the conversation, `example` that of the
+    example which is asked about, if it is one.
+    """
     return {
         "number": number,
+        "example": example,
         "scopes": scope_legend(scopes),
         "pictures": [picture_value(one) for one in step.maps or []],
         "milliseconds": step.milliseconds,  # not rounded, because Gradio does not send a value that has not changed
@@ -43,17 +48,20 @@ def picture_value(maps: ScopeMaps) -> dict[str, Any]:
         "size": list(maps.picture.size),
         "token_grid": list(maps.token_grid),
         "patch_grid": list(maps.patch_grid),
+        "places": maps.places.tolist(),
         "weights": packed(maps.weights.astype("<f4")),
         "words": maps.words,
+        "kept": maps.kept,
         **packed_rows(maps.attentions),
     }
 
 
-def words_value(words: list[Word], number: int) -> dict[str, Any]:
-    """The words of an answer, each with its attention over the visual tokens of all pictures."""
+def words_value(words: list[Word]) -> dict[str, Any]:
+    """The words of an answer, each with its attention over the visual tokens of all pictures, and its probability."""
     return {
-        "number": number,
-        "words": [word.text for word in words],
+        "texts": [word.text for word in words],
+        "probabilities": [word.probability for word in words],
+        "likeliest": [word.likeliest for word in words],
         **packed_rows(np.stack([word.shares for word in words])),
     }
 

@@ -1,23 +1,59 @@
-// The scope view. Its value is a message from the page's events: an answer's maps, an answer's words, or null.
+// The scope view. Its value is a message from the page's events: an answer's maps, the reply to a request, or null.
 
-const root = element.querySelector('.view'), ALL = {kind: 'all'};
-const state = {answers: [], shown: 0, picture: 0, pinned: ALL, pointed: null, mode: 'overlay', opacity: 0.85, timer: null};
-const WORD_MILLISECONDS = 700;
+const root = element.querySelector('.view'), own = element.closest('.block').id, ALL = {kind: 'all'};
+const state = {
+  answers: [], shown: 0, picture: 0, pinned: ALL, pointed: null, mode: 'overlay', opacity: 0.85, timer: null,
+  proof: null, numbers: false, requests: 0, other: null, known: 0, right: 0,
+};
+const WORD_MILLISECONDS = 450;
 
 // --- What arrives ---------------------------------------------------------------------------------------------
 
 async function receive(message) {
-  if (!message) Object.assign(state, {answers: [], shown: 0, picture: 0});
-  else if (message.words) return receiveWords(message);
+  if (!message) Object.assign(state, {answers: [], shown: 0, picture: 0, known: 0, right: 0});
+  else if (!message.pictures) return receiveReply(message);
+  else if (state.answers[message.number]?.milliseconds === message.milliseconds) return complete(message);
   else {
     state.answers.length = Math.min(state.answers.length, message.number);  // what came later was taken back
-    state.answers[message.number] = {...message, pictures: await Promise.all(message.pictures.map(unpackPicture))};
+    const pictures = await Promise.all(message.pictures.map(unpackPicture)), words = await unpackWords(message.words);
+    state.answers[message.number] = {...message, pictures, words, proofs: []};
+    count(message.verdict);
     Object.assign(state, {shown: message.number, picture: 0});
-    if (innerWidth <= 700) document.querySelector(props.beside).scrollIntoView();
+    if (innerWidth <= 700 && !message.opening) document.querySelector(props.beside).scrollIntoView();
   }
   stop();
-  Object.assign(state, {pinned: ALL, pointed: null});
+  Object.assign(state, {pinned: ALL, pointed: null, proof: null});
   build();
+  if (message?.opening) open();
+  if (message && props.asks) restore(message);
+}
+
+// An answer that is there has ended.
+async function complete(message) {
+  const answer = state.answers[message.number];
+  if (!answer.verdict) count(message.verdict);
+  answer.verdict = message.verdict;
+  answer.words ||= await unpackWords(message.words);
+  build();
+}
+
+function count(verdict) {
+  if (!verdict) return;
+  state.known++;
+  state.right += verdict.right;
+}
+
+async function receiveReply(message) {
+  const answer = state.answers[message.number];
+  if (!answer) return;
+  if (message.file) download(message.file.name, `data:application/octet-stream;base64,${message.file.content}`);
+  if (message.proof) {
+    answer.proofs.push(message.proof);
+    state.proof = message.proof;
+  }
+  answer.words ||= await unpackWords(message.words);
+  build();
+  if (message.words && state.shown === message.number) play();
 }
 
 async function unpackPicture(packed) {
@@ -25,20 +61,26 @@ async function unpackPicture(packed) {
   image.src = packed.image;
   const [weights, shares] = await Promise.all([unpack(packed.weights, Float32Array), unpackRows(packed), image.decode()]);
   const width = CANVAS_PIXELS, height = Math.round(width * image.naturalHeight / image.naturalWidth);
-  return {
+  const picture = {
     ...packed, image, weights, shares, tokens, width, height, scopes: weights.length / tokens,
-    patches: packed.patch_grid[0] * packed.patch_grid[1], 
+    patches: packed.patch_grid[0] * packed.patch_grid[1],
     lightGrey: faintGrey(image, width, height, false), darkGrey: faintGrey(image, width, height, true),
   };
+  return {...picture, reaches: reaches(picture)};
 }
 
-async function receiveWords(message) {
-  const answer = state.answers[message.number];
-  if (!answer) return;
-  const rows = message.words.length ? await unpackRows(message) : [], width = rows.length / (message.words.length || 1);
-  answer.words = message.words.map((text, word) => ({text, shares: rows.slice(word * width, (word + 1) * width)}));
-  build();
-  if (answer.words.length && state.shown === message.number) play();
+async function unpackWords(packed) {
+  if (!packed) return null;
+  const rows = await unpackRows(packed), width = rows.length / packed.texts.length;
+  return packed.texts.map((text, word) => ({
+    text, shares: rows.slice(word * width, (word + 1) * width), probability: packed.probabilities[word], likeliest: packed.likeliest[word],
+  }));
+}
+
+// Asks the server about the shown answer.
+function request(kind, wanted = {}) {
+  root.querySelectorAll('[data-request]').forEach(button => button.setAttribute('aria-busy', 'true'));
+  trigger(kind, {number: state.shown, request: ++state.requests, ...state.answers[state.shown].asked, ...wanted});
 }
 
 // --- What is selected: all tokens, a token, a place in the picture, or a word -----------------------------------
@@ -46,8 +88,9 @@ async function receiveWords(message) {
 function select(selection, pointed = false) {
   stop();
   if (pointed) state.pointed = selection;
-  else Object.assign(state, {pinned: selection, pointed: null});
+  else Object.assign(state, {pinned: selection, pointed: null, proof: null});
   refresh();
+  tellOther({selection, pointed});
 }
 
 function selected() {
@@ -61,15 +104,17 @@ function wordSelection(number) {
   return {kind: 'word', number, word, shares};
 }
 
-function play() {
+// Shows one word after the other, and then what is given.
+function play(last = ALL) {
   const count = state.answers[state.shown].words.length;
   let number = 0;
   select(wordSelection(number));
   state.timer = setInterval(() => {
     if (++number < count) Object.assign(state, {pinned: wordSelection(number)});
-    else select(ALL);
+    else select(last);
     refresh();
   }, WORD_MILLISECONDS);
+  refresh();
 }
 
 function stop() {
@@ -78,7 +123,7 @@ function stop() {
 }
 
 document.addEventListener('keydown', event => {
-  if (event.key === 'Escape' && state.pinned.kind !== 'all') select(ALL);
+  if (event.key === 'Escape' && (state.pinned.kind !== 'all' || state.timer)) select(ALL);
 });
 
 // A click on an answer in the chat shows its maps, unless it marks text.
@@ -98,13 +143,24 @@ function show(choice) {
 }
 
 function build() {
-  const focused = document.activeElement?.dataset.focus, answer = state.answers[state.shown];
-  root.replaceChildren(...(answer ? answerView(answer) : blankView()));
-  if (focused) root.querySelector(`[data-focus="${focused}"]`)?.focus({preventScroll: true});
-  refresh();
+  const answer = state.answers[state.shown];
+  keepingFocus(() => {
+    root.replaceChildren(...(answer ? answerView(answer) : blankView()));
+    refresh();
+  });
 }
 
-function refresh() {
+function keepingFocus(change) {
+  const focused = root.contains(document.activeElement) && document.activeElement.dataset.focus;
+  change();
+  if (focused) root.querySelector(`[data-focus="${focused}"]`)?.focus({preventScroll: true});
+}
+
+function fill(place, parts) {
+  keepingFocus(() => root.querySelector(place).replaceChildren(...parts));
+}
+
+function refresh(tells = true) {
   const answer = state.answers[state.shown], picture = answer?.pictures[state.picture];
   if (!picture || !root.querySelector('.status')) return;
   const selection = selected(), ofTokens = tokenShares(picture, selection), style = getComputedStyle(root);
@@ -112,56 +168,66 @@ function refresh() {
     mode: state.mode, opacity: state.opacity, dark: document.body.classList.contains('dark'),
     paper: style.getPropertyValue('--paper').trim(), ink: style.getPropertyValue('--ink').trim(),
   };
-  root.querySelectorAll('[data-figure]').forEach(figure => paintFigure(figure, answer, picture, selection, ofTokens, look));
-  root.querySelector('.status').replaceChildren(...statusOf(answer, picture, selection, ofTokens));
+  const maps = mapsOf(picture, ofTokens);
+  root.querySelectorAll('[data-figure]').forEach(figure => paintFigure(figure, answer, picture, selection, ofTokens, maps, look));
+  fill('.status', statusOf(answer, picture, selection, ofTokens));
+  root.querySelector('.status').ariaLive = state.timer ? 'off' : 'polite';  // or a reader would speak every word
+  fill('.reach', reachSentence(answer, picture, ofTokens));
+  if (props.asks) fill('.asking', questionsAgain(answer, picture));
+  if (picture.scopes && state.numbers) fill('.numbers tbody', numberRows(answer, picture, ofTokens));
   root.querySelectorAll('[data-token]').forEach((button, token) => {
     button.setAttribute('aria-pressed', token === state.pinned.token);
     button.tabIndex = token === (state.pinned.token || 0) ? 0 : -1;  // one tab stop; arrow keys lead to the others
   });
   root.querySelectorAll('[data-word]').forEach(button => button.setAttribute('aria-pressed', button.dataset.word === String(selection.number)));
+  root.querySelectorAll('.play').forEach(button => { button.textContent = state.timer ? '■ Stop' : '▶ Play the words'; });
+  if (tells && picture.scopes) tellOther({map: fusedMap(picture, ofTokens)});
 }
 
-function paintFigure(figure, answer, picture, selection, ofTokens, look) {
-  const canvas = figure.querySelector('canvas'), kind = figure.dataset.figure;
-  if (kind === 'picture') canvas.getContext('2d').drawImage(picture.image, 0, 0, picture.width, picture.height);
-  else if (kind === 'tokens') {
-    const faded = ['place', 'word'].includes(selection.kind) ? ofTokens : tokenShares(picture, ALL);
-    paintTokens(canvas, picture, faded, answer.scopes.map(scope => scope.colour), look);
+// Of all figures: where tokens looked in each scope, and in all; as far as that differs from their mean, if that is shown.
+function mapsOf(picture, ofTokens) {
+  const maps = Array.from({length: picture.scopes}, (_, scope) => scopeMap(picture, scope, ofTokens)), fused = fusedMap(picture, ofTokens);
+  if (state.mode !== 'difference' || picture.scopes < 2) return {scopes: maps, fused};
+  return {scopes: maps.map(map => difference(map, maps)), fused: difference(fused, maps)};
+}
+
+function paintFigure(figure, answer, picture, selection, ofTokens, maps, look) {
+  const canvas = figure.querySelector('canvas'), kind = figure.dataset.figure, scope = answer.scopes[kind], {paper, ink} = look;
+  if (kind === 'picture') {
+    canvas.getContext('2d').drawImage(picture.image, 0, 0, picture.width, picture.height);
+    if (state.proof?.picture === state.picture) {
+      paintCover(canvas, picture.patch_grid, state.proof.patches);
+      paintLabel(canvas, `${chance(state.proof.before)} → ${chance(state.proof.after)}`, [0, 22], ink, look);
+    }
+  } else if (kind === 'tokens') {
+    const byShare = ['place', 'word'].includes(selection.kind);
+    paintTokens(canvas, picture, ofTokens, byShare, answer.scopes.map(one => one.colour), props.fused_colour, look);
     if (picture.words.length) paintTokenWords(canvas, picture, look);
+    figure.querySelector('.number').textContent = byShare ? 'by attention' : picture.scopes > 1 ? 'trust above mean' : picture.token_grid.join(' × ');
+  } else if (kind === 'versus') {
+    const map = difference(fusedMap(picture, ofTokens), [state.other.map]), peak = largest(map);
+    paintMap(canvas, picture, map, props.fused_colour, peak, {...look, mode: 'difference'});
+    figure.querySelector('.peak').textContent = `${percent(peak)} more in B`;
+    figure.querySelector('.number').textContent = 'grey: more in A';
   } else {
-    const scope = answer.scopes[kind], map = scope ? scopeMap(picture, Number(kind), ofTokens) : fusedMap(picture, ofTokens);
-    paintMap(canvas, picture, map, scope ? scope.colour : props.fused_colour, look);
-    figure.querySelector('.peak').textContent = percent(largest(map));
+    const peak = largest(maps.scopes.map(largest));  // one scale for all
+    paintMap(canvas, picture, scope ? maps.scopes[kind] : maps.fused, scope ? scope.colour : props.fused_colour, peak, look);
+    figure.querySelector('.peak').textContent = percent(peak);
     figure.querySelector('.legend').style.visibility = state.mode === 'picture' ? 'hidden' : '';
     if (scope) figure.querySelector('.number').textContent = `trust ${percent(trustIn(picture, Number(kind), ofTokens))}`;
   }
-  if (selection.kind === 'token') paintFrame(canvas, picture.token_grid, selection.token);
+  if (selection.kind === 'token') {
+    paintFrame(canvas, picture.token_grid, selection.token);
+    const at = picture.places[selection.token], around = kind === 'picture' ? answer.scopes : scope ? [scope] : [];
+    const ring = one => picture.reaches[answer.scopes.indexOf(one)][selection.token];
+    around.forEach(one => paintRing(canvas, at, ring(one), one.colour, paper));
+    around.forEach((one, turn) => paintReach(canvas, at, ring(one), one.colour, look, (turn + 1) / 6));
+  }
   if (selection.kind === 'place' && kind !== 'tokens') paintFrame(canvas, picture.patch_grid, selection.patch);
 }
 
-function statusOf(answer, picture, selection, ofTokens) {
-  const said = [make('b', {}, titleOf(picture, selection)), ` ${detailOf(answer, picture, selection, ofTokens)}`];
-  if (state.pinned.kind !== 'all') said.push(make('button', {type: 'button', 'data-focus': 'all', click: () => select(ALL)}, 'Show all tokens'));
-  return said;
-}
-
-function titleOf(picture, {kind, token, patch, word}) {
-  if (kind === 'token') return `Token in ${place(picture.token_grid, token)}`;
-  if (kind === 'place') return `Place in ${place(picture.patch_grid, patch)}`;
-  return kind === 'word' ? `“${word.text}”` : picture.tokens === 1 ? 'The only visual token' : `All ${picture.tokens} visual tokens`;
-}
-
-function detailOf(answer, picture, {kind, token, word}, ofTokens) {
-  const readers = () => [...ofTokens.keys()].sort((a, b) => ofTokens[b] - ofTokens[a]).slice(0, 3)
-    .map(reader => `${place(picture.token_grid, reader)} (${percent(ofTokens[reader])})`).join('; ');
-  const tokens = picture.tokens === 1 ? 'token' : 'tokens';
-  if (kind === 'word') return `gave ${percent(sum(word.shares))} of its attention to the picture, the rest to text. Of that, most to the ${tokens} in ${readers()}.`;
-  if (kind === 'place') return `is read most by the ${tokens} in ${readers()}, of all that read it.`;
-  const says = kind === 'token' && picture.words.length
-    ? `says ${picture.words[token].map(([said, share]) => `“${said}” ${percent(share)}`).join(', ')}; ` : '';
-  if (!picture.scopes) return says;
-  if (kind === 'all') return `${picture.tokens === 1 ? 'stands for the whole picture' : 'together'}. Point at a token, or at a place in the picture; click to keep it.`;
-  return `${says}trusts ${answer.scopes.map(({name}, scope) => `${name} ${percent(trustIn(picture, scope, ofTokens))}`).join(', ')}.`;
+function download(name, address) {
+  make('a', {href: address, download: name}).click();
 }
 
 // All figures on one sheet, as they are now.
@@ -180,14 +246,10 @@ function save() {
     context.drawImage(figure.querySelector('canvas'), left, top + title);
   });
   context.fillText(root.querySelector('.status b').textContent, margin, sheet.height - margin / 2 - 6);
-  sheet.toBlob(file => {
-    const address = URL.createObjectURL(file);
-    make('a', {href: address, download: 'scopes.png'}).click();
-    setTimeout(() => URL.revokeObjectURL(address), 1000);
-  });
+  download('scopes.png', sheet.toDataURL());
 }
 
-new MutationObserver(refresh).observe(document.body, {attributes: true, attributeFilter: ['class']});  // dark or light
+new MutationObserver(() => refresh()).observe(document.body, {attributes: true, attributeFilter: ['class']});  // dark or light
 let received = Promise.resolve();  // messages are unpacked one after the other
 watch(Object.keys(props), () => {  // scopes, too, which come with another model: in quotes, Gradio takes them for an event
   const message = props.value;

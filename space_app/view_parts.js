@@ -10,18 +10,6 @@ function make(tag, attributes = {}, ...children) {
   return made;
 }
 
-function counted(count, noun, nouns = `${noun}s`) {
-  return `${count} ${count === 1 ? noun : nouns}`;
-}
-
-function percent(share) {
-  return share > 0 && share < 0.01 ? `${(100 * share).toFixed(1)} %` : `${Math.round(100 * share)} %`;
-}
-
-function place([, columns], cell) {
-  return `row ${Math.floor(cell / columns) + 1}, column ${cell % columns + 1}`;
-}
-
 function blankView() {
   const maps = props.scopes.map(({name, colour}) => caption(name, colour));
   if (maps.length > 1) maps.unshift(caption('all scopes, fused', props.fused_colour));
@@ -34,15 +22,24 @@ function blankView() {
 
 function answerView(answer) {
   const picture = answer.pictures[state.picture];
-  const parts = [make('div', {class: 'title'}, make('h2', {}, 'What each scope looked at'), costLine(answer)), selectors(answer)];
+  const parts = [make('div', {class: 'title'}, make('h2', {}, 'What each scope looked at'), costLine(answer))];
+  if (answer.verdict) parts.push(verdictLine(answer));
+  parts.push(selectors(answer));
   if (!picture.scopes) parts.push(make('p', {class: 'note'}, props.without_scopes));
   else if (dominant(answer, picture)) parts.push(make('p', {class: 'note'}, dominant(answer, picture)));
-  if (props.plays) parts.push(wordStrip(answer));
-  return [...parts, make('p', {class: 'status', 'aria-live': 'polite'}), figures(answer, picture), toolbar(picture)];
+  const about = [make('p', {class: 'status', 'aria-live': 'polite'}), make('p', {class: 'reach'})];
+  if (props.asks || answer.words) about.unshift(wordStrip(answer));
+  // Of two views side by side, the figures are at the same height.
+  parts.push(...(props.asks ? [...about, figures(answer, picture)] : [figures(answer, picture), ...about]));
+  if (picture.scopes) parts.push(toolbar(answer));
+  parts.push(make('div', {class: 'asking', role: 'group', 'aria-label': 'Ask again'}));
+  if (answer.proofs.length) parts.push(make('ul', {class: 'proofs', 'aria-live': 'polite'}, ...answer.proofs.map(proof => proofLine(answer, proof))));
+  if (picture.scopes) parts.push(numberTable());
+  return parts;
 }
 
 function costLine(answer) {
-  const tokens = sum(answer.pictures.map(picture => picture.tokens)), patches = sum(answer.pictures.map(picture => picture.patches));
+  const tokens = sum(answer.pictures.map(({tokens, kept}) => kept ? kept.length : tokens)), patches = sum(answer.pictures.map(picture => picture.patches));
   const saved = tokens < patches ? `, ${percent(1 - tokens / patches)} saved` : '';
   const read = answer.reading ? `read in ${Math.round(answer.reading)} ms` : 'read before, and reused';
   return make('p', {class: 'cost'},
@@ -69,15 +66,60 @@ function dominant(answer, picture) {
     + 'maps show where those scopes looked, not what reached the answer.';
 }
 
-function toolbar(picture) {
-  const modes = [['picture', 'Original'], ['overlay', 'Overlay'], ['heat', 'Heat map']].map(([mode, label]) => make('label', {},
-    make('input', {type: 'radio', name: `mode-${element.id}`, value: mode, 'data-focus': mode, ...(mode === state.mode ? {checked: ''} : {}),
+function toolbar(answer) {
+  const shown = [['picture', 'Original'], ['overlay', 'Overlay'], ['heat', 'Heat map'], ['difference', 'Difference']];
+  const modes = shown.slice(0, answer.scopes.length > 1 ? 4 : 3).map(([mode, label]) => make('label', {},
+    make('input', {type: 'radio', name: `mode-${own}`, value: mode, 'data-focus': mode, ...(mode === state.mode ? {checked: ''} : {}),
       change: () => { state.mode = mode; refresh(); }}), label));
   const opacity = make('input', {type: 'range', min: 10, max: 100, value: 100 * state.opacity,
     input: event => { state.opacity = event.target.value / 100; refresh(); }});
-  return make('div', {class: 'toolbar', ...(picture.scopes ? {} : {hidden: ''})},
+  const button = (text, click, attributes = {}) => make('button', {type: 'button', click, ...attributes}, text);
+  const file = kind => button(kind, () => request('download', {kind}), {'data-request': '', 'aria-label': `Save as ${kind}`});
+  const saves = [button('PNG', save, {'aria-label': 'Save as PNG'}), ...(props.asks ? [file('npz'), file('json')] : [])];
+  const copy = event => navigator.clipboard.writeText(linkTo(answer)).then(() => { event.target.textContent = 'Copied'; });
+  return make('div', {class: 'toolbar'},
     make('fieldset', {}, make('legend', {}, 'Show'), ...modes), make('label', {class: 'opacity'}, 'Opacity', opacity),
-    make('button', {type: 'button', click: save}, 'Save as PNG'));
+    make('div', {role: 'group', 'aria-label': 'Save'}, 'Save ', ...saves),
+    ...(props.asks && answer.example !== null ? [button('Copy a link to this view', copy)] : []));
+}
+
+// Buttons that ask the question again: with what is kept in view covered, or without a scope.
+function questionsAgain(answer, picture) {
+  const {kind, patch, word} = state.pinned, readers = tokenShares(picture, state.pinned);
+  const covered = () => kind === 'place' ? around(picture.patch_grid, patch) : mostRead(picture.scopes ? fusedMap(picture, readers) : cellMap(picture, readers));
+  const button = (text, change, focus) => make('button', {type: 'button', 'data-request': '', 'data-focus': focus,
+    click: () => request('proof', {picture: state.picture, patches: [], scope: null, ...change()})}, text);
+  const scopes = answer.scopes.length > 1 ? answer.scopes.map(({name}, scope) => button(`without ${name}`, () => ({scope}), `without${scope}`)) : [];
+  const what = {place: 'this place', token: 'what this token read most', word: `what “${word?.text}” read most`}[kind];
+  const buttons = what ? [button(`cover ${what}`, () => ({patches: covered()}), 'cover'), ...scopes] : scopes;
+  return buttons.length ? [make('b', {}, 'Ask again: '), ...buttons] : [];
+}
+
+// A patch and its neighbours.
+function around([rows, columns], patch) {
+  const near = (one, other) => Math.abs(one - other) < 2;
+  return [...Array(rows * columns).keys()].filter(other =>
+    near(Math.floor(other / columns), Math.floor(patch / columns)) && near(other % columns, patch % columns));
+}
+
+function numberTable() {
+  const heads = ['scope', 'trust', 'against the mean', 'reach', 'entropy', 'peak'].map(name => make('th', {scope: 'col'}, name));
+  const toggle = event => {
+    state.numbers = event.currentTarget.open;
+    refresh();
+  };
+  return make('details', {class: 'numbers', toggle, ...(state.numbers ? {open: ''} : {})}, make('summary', {'data-focus': 'numbers'}, 'Numbers'),
+    make('table', {}, make('thead', {}, make('tr', {}, ...heads)), make('tbody')));
+}
+
+function numberRows(answer, picture, ofTokens) {
+  const everywhere = tokenShares(picture, ALL);
+  return answer.scopes.map(({name}, scope) => {
+    const trust = trustIn(picture, scope, ofTokens), peak = largest(scopeMap(picture, scope, ofTokens));
+    const reach = averageOf(picture.reaches[scope], ofTokens).toFixed(3), bits = `${entropyOf(picture, scope, ofTokens).toFixed(2)} bits`;
+    const cells = [percent(trust), `${signed(trust - trustIn(picture, scope, everywhere))} points`, reach, bits, percent(peak)];
+    return make('tr', {}, make('th', {scope: 'row'}, name), ...cells.map(cell => make('td', {}, cell)));
+  });
 }
 
 function caption(title, colour = null, note = '') {
@@ -88,6 +130,8 @@ function caption(title, colour = null, note = '') {
 function figures(answer, picture) {
   const maps = answer.scopes.map(({name, colour}, scope) => mapFigure(picture, name, colour, scope));
   if (picture.scopes > 1) maps.unshift(mapFigure(picture, 'all scopes, fused', props.fused_colour, 'fused'));
+  const versus = state.other && picture.scopes && String(state.other.patch_grid) === String(picture.patch_grid);
+  if (versus) maps.push(mapFigure(picture, 'B minus A', null, 'versus'));
   return make('div', {class: 'figures'}, pictureFigure(picture), tokenFigure(answer, picture), ...maps);
 }
 
@@ -143,8 +187,8 @@ function tokenFigure(answer, picture) {
       pointerenter: event => event.pointerType === 'mouse' && select({kind: 'token', token}, true),
     }));
   }
-  return make('figure', {'data-figure': 'tokens'}, caption('Its visual tokens', null, `${rows} × ${columns}${picture.scopes ? ', by trust' : ''}`),
-    make('div', {class: 'frame'}, canvasOf(picture, 'The grid of visual tokens, coloured by the scopes that they trusted'), grid));
+  return make('figure', {'data-figure': 'tokens'}, caption('Its visual tokens', null, `${rows} × ${columns}`),
+    make('div', {class: 'frame'}, canvasOf(picture, 'The grid of visual tokens, each in the colour of the scope that it trusts most above the mean'), grid));
 }
 
 function walk(event) {
@@ -157,7 +201,7 @@ function walk(event) {
 }
 
 function mapFigure(picture, name, colour, key) {
-  const ramp = `background:linear-gradient(90deg, transparent, ${colour})`;
+  const ramp = `background:linear-gradient(90deg, transparent, ${colour || props.fused_colour})`;
   return make('figure', {'data-figure': key}, caption(name, colour),
     make('div', {class: 'frame', ...placing(picture, false)}, canvasOf(picture, `Where the tokens looked, ${name}`)),
     make('div', {class: 'legend', title: 'Share of the attention that a patch got'},
@@ -168,12 +212,13 @@ function wordStrip(answer) {
   const words = (answer.words || []).map((word, number) => make('button', {
     type: 'button', 'data-word': number, 'data-focus': `word${number}`, click: () => select(wordSelection(number)),
     pointerenter: event => event.pointerType === 'mouse' && !state.timer && select(wordSelection(number), true), pointerleave: unpoint,
+    style: `--likely:${Math.round(100 * word.probability)}%`, title: `${percent(word.probability)} likely`,
   }, word.text));
-  const request = {number: state.shown, ...answer.asked};
-  const start = make('button', {type: 'button', class: 'play', 'data-focus': 'play', click: event => {
-    if (answer.words?.length) return play();
-    event.currentTarget.setAttribute('aria-busy', 'true');
-    trigger('words', request);
+  const start = make('button', {type: 'button', class: 'play', 'data-focus': 'play', ...(answer.words ? {} : {'data-request': ''}), click: () => {
+    if (state.timer) return select(ALL);
+    if (!answer.words) return request('words');
+    play();
+    tellOther({playing: true});
   }}, '▶ Play the words');
   return make('div', {class: 'words', role: 'group', 'aria-label': 'Words of the answer'}, start, ...words);
 }

@@ -1,4 +1,4 @@
-"""Which visual tokens each word of an answer attended to, in the language model."""
+"""The words of an answer: which visual tokens each attended to in the language model, and how likely it was."""
 
 import re
 from collections.abc import Iterator
@@ -10,17 +10,21 @@ import numpy as np
 import torch
 from pictures import Refusal
 
+LIKELIEST = 3  # next tokens told for a word
+
 
 @dataclass(frozen=True)
 class Word:
-    """A word, and its attention to the visual tokens of all pictures.
+    """A word, its attention to the visual tokens of all pictures, and its probability after the words before it.
 
-    The mean over the language model's layers and heads, and over the word's tokens; the rest of the attention, up to
-    one, went to text.
+    The attention is the mean over the language model's layers and heads, and over the word's tokens; the rest, up to
+    one, went to text. likeliest: what could have come where the word begins, with probabilities.
     """
 
     text: str
     shares: np.ndarray
+    probability: float
+    likeliest: list[tuple[str, float]]
 
 
 @torch.inference_mode()
@@ -38,17 +42,43 @@ def attended_words(model: Any, tokenizer: Any, prompt: torch.Tensor, features: A
     cache = {name: before[name] for name in ("past_key_values", "cache") if name in before.keys()}  # noqa: SIM118
     with eager_attention(model.model.language_model):
         rows = torch.cat([prompt[:, -1:], answer_ids[:, :-1]], dim=1)
-        layers = model(input_ids=rows, output_attentions=True, logits_to_keep=1, **cache).attentions
+        again = model(input_ids=rows, output_attentions=True, **cache)
+    layers = again.attentions
     length = prompt.shape[1] + answer_ids.shape[1] - 1
     layers = [layer for layer in layers or () if layer is not None and layer.shape[-1] == length]
     if not layers:
         raise Refusal("This language model keeps no attention weights, so its words cannot be played.")
     shares = sum(layer[0].float().mean(dim=0) for layer in layers) / len(layers)
     to_pictures = shares[:, : prompt.shape[1]][:, prompt[0] == model.config.image_token_id].cpu().numpy()
+    logs = again.logits[0].float().log_softmax(dim=-1).cpu()
+    chosen = logs.gather(-1, answer_ids[0].cpu()[:, None])[:, 0]
     return [
-        Word(answer[start:end], to_pictures[numbers].mean(axis=0))
+        Word(
+            answer[start:end],
+            to_pictures[numbers].mean(axis=0),
+            float(chosen[numbers].sum().exp()),
+            likeliest(tokenizer, logs[numbers[0]]),
+        )
         for start, end, numbers in words_of(answer, tokens["offset_mapping"])
     ]
+
+
+def likeliest(tokenizer: Any, logs: torch.Tensor) -> list[tuple[str, float]]:
+    """The LIKELIEST next tokens with their probabilities, from those of all (V), as logarithms."""
+    values, ids = logs.topk(LIKELIEST)
+    return [
+        (tokenizer.decode([token]).strip(), value)
+        for token, value in zip(ids.tolist(), values.exp().tolist(), strict=True)
+    ]
+
+
+@torch.inference_mode()
+def probability(model: Any, tokenizer: Any, prompt: torch.Tensor, features: Any, answer: str) -> float:
+    """Of an answer to a prompt (1, L) whose pictures are encoded."""
+    ids = tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"].to(prompt.device)
+    whole = torch.cat([prompt, ids[:, :-1]], dim=1)
+    logits = model(input_ids=whole, mm_encoder_outputs={"image": features}, logits_to_keep=ids.shape[1]).logits
+    return float(logits[0].float().log_softmax(dim=-1).gather(-1, ids[0][:, None]).sum().exp())
 
 
 @contextmanager

@@ -4,8 +4,9 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import tiny_models
 
@@ -48,11 +49,13 @@ def slowed(answerer, seconds: float):
 
 
 @contextmanager
-def served(*answerers, **options) -> Iterator[str]:
-    """The address of the app, as long as the context lasts."""
+def served(*answerers, opening=False, **options) -> Iterator[str]:
+    """The address of the app, as long as the context lasts; with the example that it opens with, or empty."""
     import app
+    import ask_page
 
-    demo = app.build_demo(*answerers)
+    with nullcontext() if opening else patch.object(ask_page.AskPage, "opening", lambda page: ([], None)):
+        demo = app.build_demo(*answerers)
     with socket.socket() as probe:  # Gradio's own search for a port leaves sockets open
         probe.bind(("127.0.0.1", 0))
         options.setdefault("server_port", probe.getsockname()[1])

@@ -323,6 +323,25 @@ def test_a_stranger_loads_every_peer(image_file, tmp_path):
             torch.testing.assert_close(theirs[kind], model(**inputs).logits, rtol=1e-4, atol=1e-5, msg=kind)
 
 
+REDUCED = (
+    STRANGER
+    + """
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+features = model.get_image_features(torch.rand(1, 3, 24, 24))
+assert [len(tokens) for tokens in features.pooler_output] == [len(kept) for kept in features.kept_tokens] == [2]
+"""
+)
+
+
+@pytest.mark.slow
+def test_a_reducer_drops_tokens_for_a_stranger(tmp_path):
+    """Though transformers loads the configuration's modules, the reducers' among them, a second time."""
+    tiny_model().set_reducer("divprune", keep=2).save_pretrained(tmp_path / "reduced")
+    run_as_stranger(REDUCED, tmp_path / "reduced", home=tmp_path / "home")
+
+
 TWO_FOLDERS = (
     STRANGER
     + """

@@ -10,6 +10,7 @@ import time
 import types
 import weakref
 import zlib
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,7 +32,10 @@ import ask_page
 import compare_page
 import conversation
 import elements
+import examples
+import measures
 import pictures
+import proof
 import scope_view
 import settings
 import uploads
@@ -225,7 +229,7 @@ def test_a_projector_without_scopes_answers_and_shows_no_maps(without_scopes):
     assert last.text
     assert without_scopes.scopes == []
     assert (first.maps[0].weights.shape, first.maps[0].attentions.shape) == ((0, 4), (0, 4, 36))
-    view = elements.scope_view(without_scopes, "view", "Maps", plays=True, beside="#chat")
+    view = elements.scope_view(without_scopes, "view", "Maps", beside="#chat")
     assert "avg_pool, has no scopes" in view.props["without_scopes"]
 
 
@@ -233,7 +237,7 @@ def test_zerogpu_gets_bound_functions(monkeypatch):
     taken = []
     monkeypatch.setattr(answering, "spaces", types.SimpleNamespace(GPU=lambda task: taken.append(task) or task))
     made = space_server.make_answerer()
-    assert {task.__name__ for task in taken} == {"reply", "look", "attend"}
+    assert {task.__name__ for task in taken} == {"reply", "look", "attend", "prove"}
     assert all(task.__self__ is made for task in taken)
 
 
@@ -422,11 +426,10 @@ def test_the_limits_in_the_docs_are_those_that_hold(tmp_path):
 def test_a_page_that_shows_only_the_latest_of_many_changes_has_the_maps(answerer, picture_file):
     plain = (None, "", 0, 1, 6)
     message = {"text": QUESTION, "files": [picture_file]}
-    asked = [conversation.user_turn(QUESTION, [picture_file], [])]
-    *_, (_, view) = ask_page.AskPage(answerer, []).answer(asked, *plain)
-    *_, (_, one, one_view, other, other_view) = compare_page.ComparePage(answerer, answerer, []).compare(
-        message, 1, 4, 9
-    )
+    asked, known = [conversation.user_turn(QUESTION, [picture_file], [])], examples.examples_for("tiny")
+    *_, (_, view) = ask_page.AskPage(answerer, known).answer(asked, *plain)
+    *_, shown = compare_page.ComparePage(answerer, answerer, known).compare(message, 1, False, 4, 9)
+    _, one, one_view, other, other_view, _ = shown
     grids = [value["pictures"][0]["token_grid"] for value in (view, one_view, other_view)]
     assert grids == [[2, 2], [2, 2], [3, 3]]
     assert one != other != ""
@@ -435,16 +438,16 @@ def test_a_page_that_shows_only_the_latest_of_many_changes_has_the_maps(answerer
 @pytest.mark.parametrize(
     ("number", "answer", "sentence"),
     [
-        (1, "ab", "That answer was taken back; ask again to play its words."),
-        (0, "", "That answer has no words to play; please ask again."),
+        (1, "ab", "That answer was taken back; please ask again."),
+        (0, "", "That answer has no words; please ask again."),
     ],
 )
 def test_words_that_are_not_there_are_not_played(number, answer, sentence, answerer, picture_file, monkeypatch):
     warned = []
     monkeypatch.setattr(gr, "Warning", lambda message, title: warned.append(message))
-    event = types.SimpleNamespace(number=number, visual_tokens=None, system_prompt="")
+    event = types.SimpleNamespace(number=number, request=1, visual_tokens=None, system_prompt="")
     history = [conversation.user_turn(QUESTION, [picture_file], []), conversation.assistant_turn(answer)]
-    assert ask_page.AskPage(answerer, []).words(history, event)["words"] == []
+    assert ask_page.AskPage(answerer, None).words(history, event) == {"number": number, "request": 1}
     assert warned == [sentence]
 
 
@@ -516,7 +519,7 @@ def test_uploads_beyond_the_quota_or_long_unused_are_deleted(tmp_path, monkeypat
         (tmp_path / name).mkdir()
         (tmp_path / name / "picture.png").write_bytes(bytes(2**20))
         time.sleep(0.02)
-    conversation.topic([conversation.turn_of("user", QUESTION, [elements.EXAMPLES / "scene_15.png"])])
+    conversation.topic([conversation.turn_of("user", QUESTION, [examples.EXAMPLES / "scene_15.png"])])
     uploads.make_room(2**20)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "d"]
     monkeypatch.setattr(uploads, "time", lambda: time.time() + uploads.UPLOAD_SECONDS + 1)
@@ -601,7 +604,7 @@ def test_colour_blind_people_tell_the_scopes_apart(kind):
 
 
 def test_the_note_on_the_projector_to_compare_with_is_found_and_true(answerer):
-    about, peer = app.about_the_model(), space_server.make_answerer()
+    about, peer = examples.read_examples(), space_server.make_answerer()
     peer.name = Path(PEER).name
     assert list(about["models"]) == ["tiny", peer.name, "small"]
     radios = [block for block in app.build_demo(answerer, peer).blocks.values() if isinstance(block, gr.Radio)]
@@ -616,7 +619,7 @@ def test_the_note_on_the_model_is_shown_for_that_model_only(answerer, monkeypatc
     monkeypatch.setattr(answerer, "name", name)
     (header,) = (block.value for block in app.build_demo(answerer).blocks.values() if block.elem_id == "header")
     assert header.count("<p") == paragraphs
-    assert (app.about_the_model()["models"]["tiny"].partition(".")[0] in header) == (name == "tiny")
+    assert (examples.read_examples()["models"]["tiny"].partition(".")[0] in header) == (name == "tiny")
 
 
 @torch.no_grad()
@@ -634,24 +637,158 @@ def test_tokens_that_are_words_say_the_likeliest(answerer, monkeypatch):
     assert shown["words"] == maps.words
 
 
-def test_example_scenes_are_there():
-    for scene in app.about_the_model()["scenes"]:
-        assert conversation.check_question(scene["question"])
-        assert pictures.open_picture(elements.EXAMPLES / scene["file"]).size == (96, 96)
-        assert scene["alt"].startswith("A drawn scene")
+def test_examples_are_there_and_their_truth_is_found():
+    for name, side in (("tiny", 96), ("small", 256)):
+        known = examples.examples_for(name)
+        assert len(known.shown) == 6
+        assert (len(known.played) > 300) == (name == "tiny")
+        for number, example in enumerate([*known.shown, *known.played]):
+            assert conversation.check_question(example.question)
+            assert pictures.open_picture(example.path).size == (side, side)
+            assert known[number] == example
+            assert known.number_of(conversation.turn_of("user", example.question, [example.path])) == number
+        assert known.number_of(conversation.turn_of("user", "Else?", [known.shown[0].path])) is None
+        assert all(example.truth for example in known.played)
+    strange = examples.examples_for("somebody's")  # whose answers may be put in other words
+    assert strange.played == [] == [example for example in strange.shown if example.truth]
 
 
-def test_the_small_model_has_examples_of_its_own(answerer, monkeypatch):
-    about = app.about_the_model()
-    for scene in about["scenes_of"]["small"]:
-        assert conversation.check_question(scene["question"])
-        assert pictures.open_picture(elements.EXAMPLES / scene["file"]).size == (256, 256)
-    shown = []
-    monkeypatch.setattr(app.AskPage, "build", lambda page: shown.append(page.scenes))
-    for name in ("small", "tiny"):
-        monkeypatch.setattr(answerer, "name", name)
-        app.build_demo(answerer)
-    assert shown == [about["scenes_of"]["small"], about["scenes"]]
+@pytest.mark.parametrize(
+    ("answer", "truth", "right"),
+    [
+        ("Dog.", "dog", True),
+        ("top", "top left", False),
+        ("left: red 7, top: blue star", "top: blue star, left: red 7", True),
+        ("left: red 7", "top: blue star, left: red 7", False),
+        ("Yes, it is.", "yes", True),
+        ("No, there is no dog.", "yes", False),
+    ],
+)
+def test_answers_are_right_or_wrong(answer, truth, right):
+    assert examples.is_right(answer, truth) == right
+
+
+# --- Proof, and numbers -----------------------------------------------------------------------------------------
+
+
+def test_words_have_the_probability_that_the_model_gives_them(answerer):
+    asked = turns_about(tiny_models.picture())
+    ab, cad = answerer.attend(answerer.prepare(*asked, PLAIN), "ab cad")
+    inputs = answerer.prepare(*asked, PLAIN).inputs
+    letters = answerer.processor.tokenizer("ab cad", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    pixels = {key: inputs[key] for key in inputs if key not in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        logits = answerer.model(input_ids=torch.cat([inputs["input_ids"], letters], dim=1), **pixels).logits[0]
+    chances = logits[-7:-1].softmax(dim=-1)
+    each = chances[range(6), letters[0]]
+    assert ab.probability == pytest.approx(float(each[:2].prod()), rel=1e-3)
+    assert cad.probability == pytest.approx(float(each[3:].prod()), rel=1e-3)
+    np.testing.assert_allclose([share for _, share in cad.likeliest], chances[3].topk(3).values, rtol=1e-3)
+
+
+@pytest.mark.parametrize("projector", ["ms_resampler", "ms_resampler_branches"])
+def test_without_a_scope_no_token_trusts_it(projector):
+    answerer = space_server.make_answerer(projector={"projector_type": projector})
+    gates = [module for name, module in answerer.model.named_modules() if name.endswith(".gate")]
+    for gate in gates:
+        torch.nn.init.normal_(gate.weight)
+    (before,) = answerer.look([tiny_models.picture()], PLAIN)
+    answerer.forget()
+    with proof.without_scope(answerer.model.model.projector, 1):
+        (without,) = answerer.look([tiny_models.picture()], PLAIN)
+    left = before.weights[[0, 2]] / before.weights[[0, 2]].sum(axis=0)
+    assert (without.weights[1] == 0).all()
+    np.testing.assert_allclose(without.weights.sum(axis=0), 1, atol=1e-6)
+    if projector == "ms_resampler":  # branches have a gate for each head
+        np.testing.assert_allclose(without.weights[[0, 2]], left, atol=1e-5)
+    answerer.forget()
+    np.testing.assert_array_equal(answerer.look([tiny_models.picture()], PLAIN)[0].weights, before.weights)
+
+
+def test_what_is_covered_has_the_mean_colour_and_the_rest_stays():
+    pixels = torch.rand(3, 24, 24)
+    covered = proof.cover(pixels, (0, 7), (6, 6))
+    changed = (covered != pixels).any(dim=0)
+    expected = torch.zeros(24, 24, dtype=torch.bool)
+    expected[:4, :4] = expected[4:8, 4:8] = True
+    assert torch.equal(changed, expected)
+    torch.testing.assert_close(covered[:, 5, 5], pixels.mean(dim=(1, 2)))
+    rows = torch.rand(10, 12)  # of a tower that takes patches, the last one of padding
+    assert (proof.cover(rows, (2,), (3, 3)) != rows).any(dim=1).nonzero().tolist() == [[2]]
+
+
+def test_a_proof_compares_with_what_the_model_says_of_the_changed_picture(answerer):
+    prompt = answerer.prepare(*turns_about(tiny_models.picture()), PLAIN)
+    said, change = "abc", proof.Change(0, tuple(range(18)))
+    found = answerer.prove(prompt, said, change)
+    changed = answerer.prepare(*turns_about(tiny_models.picture()), PLAIN)
+    changed.inputs["pixel_values"] = proof.cover(changed.inputs["pixel_values"][0], change.patches, (6, 6))[None]
+    *_, then = answerer.reply(changed, PLAIN)
+    assert found.answer == then.text
+    words = (answerer.attend(asked, said) for asked in (prompt, changed))
+    before, after = (np.prod([word.probability for word in one]) for one in words)
+    assert (found.before, found.after) == (pytest.approx(before, rel=0.02), pytest.approx(after, rel=0.02))
+    assert before != pytest.approx(after, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("picture", "patches", "scope"), [(0, [], None), (1, [0], None), (0, [36], None), (0, ["0"], None), (0, [], 3)]
+)
+def test_what_cannot_be_changed_is_refused(picture, patches, scope):
+    assert proof.checked_change(0, [35, 0], None, [36], 3) == proof.Change(0, (35, 0))
+    assert proof.checked_change(0, [], 2, [36], 3) == proof.Change(scope=2)
+    with pytest.raises(Refusal, match="no such part of the picture"):
+        proof.checked_change(picture, patches, scope, [36], 3)
+
+
+def test_reach_and_entropy_are_those_of_known_maps(maps):
+    attentions = np.zeros((3, 4, 36))
+    attentions[0, :, 0] = 1  # all look at the first patch,
+    attentions[1] = 1 / 36  # or everywhere
+    known = replace(maps, attentions=attentions)
+    middles = np.array([(0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)])
+    np.testing.assert_allclose(measures.reach(known)[0], np.linalg.norm(middles - 1 / 12, axis=1))
+    np.testing.assert_allclose(measures.entropy(known)[:, 0], [0, np.log2(36), 0], atol=1e-9)
+    wide = replace(known, picture=Image.new("RGB", (48, 24)))
+    np.testing.assert_allclose(
+        measures.reach(wide)[0], np.linalg.norm((middles - 1 / 12) * (0.5, 1), axis=1)
+    )  # in widths of the picture
+
+
+def test_maps_are_files(maps):
+    whole = json.loads(measures.as_file("json", ["local", "regional", "global"], [maps]))
+    arrays = np.load(io.BytesIO(measures.as_file("npz", ["local", "regional", "global"], [maps])))
+    assert whole["scopes"] == arrays["scopes"].tolist() == ["local", "regional", "global"]
+    np.testing.assert_array_equal(arrays["attentions_0"], maps.attentions)
+    np.testing.assert_allclose(whole["images"][0]["attentions"], maps.attentions, atol=6e-5)
+    np.testing.assert_allclose(whole["images"][0]["reach"], arrays["reach_0"], atol=6e-5)
+
+
+def test_tokens_that_a_reducer_drops_are_told_and_only_while_it_answers(answerer):
+    reduced = answering.Answerer(answerer.model, answerer.processor, "reduced", "divprune")
+    assert reduced.budgets() == [1, 4]
+    asked, one = turns_about(tiny_models.picture()), settings.Settings(visual_tokens=1)
+    first, *_, last = reduced.reply(reduced.prepare(*asked, one), one)
+    assert (len(first.maps[0].kept), first.maps[0].token_grid) == (1, (2, 2))
+    assert answerer.model.config.reducer_config is None
+    (word, *_) = reduced.attend(reduced.prepare(*asked, one), "abc")
+    assert np.flatnonzero(word.shares).tolist() == first.maps[0].kept
+    *_, whole = answerer.reply(answerer.prepare(*asked, PLAIN), PLAIN)
+    assert last.text != whole.text
+    assert answerer.look([tiny_models.picture()], PLAIN)[0].kept is None
+
+
+def test_the_page_opens_with_an_answer_of_the_model_or_empty(answerer, monkeypatch):
+    page = ask_page.AskPage(answerer, examples.examples_for("tiny"))
+    (asked, answered), view = page.opening()
+    assert conversation.text_of(asked) == "What is in the picture?"
+    prompt = answerer.prepare(*conversation.topic([asked]), PLAIN)
+    *_, said = answerer.reply(prompt, PLAIN)
+    assert conversation.text_of(answered) == said.text
+    assert " ".join(view["words"]["texts"]) == " ".join(said.text.split())
+    assert view["verdict"]["right"] is False
+    monkeypatch.setattr(answerer, "reply", lambda *asked: 1 / 0)
+    assert page.opening() == ([], None)
 
 
 def test_server_keeps_nothing(answerer):

@@ -1,0 +1,83 @@
+"""The example pictures, what is asked about them, and the truth where it is known."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from conversation import pictures_of, text_of
+
+EXAMPLES = Path(__file__).resolve().parent / "examples"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture of the folder, a question about it, words for who does not see it, and the answer if it is known.
+
+    opening: the page opens with it.
+    """
+
+    file: str
+    question: str
+    alt: str = ""
+    truth: str | None = None
+    opening: bool = False
+
+    @property
+    def path(self) -> str:
+        """Of the picture."""
+        return str(EXAMPLES / self.file)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """For a model: the examples that are shown, and those to play with."""
+
+    shown: list[Example]
+    played: list[Example]
+
+    @property
+    def opening(self) -> Example:
+        """What the page opens with."""
+        return next((example for example in self.shown if example.opening), self.shown[0])
+
+    def __getitem__(self, number: int) -> Example:
+        """The example of a number: first those that are shown."""
+        return [*self.shown, *self.played][number]
+
+    def number_of(self, turn: dict) -> int | None:
+        """The number of the example that a turn of the chat asks about, if it does."""
+        asked = [Path(path).name for path in pictures_of(turn)], text_of(turn)
+        everything = enumerate([*self.shown, *self.played])
+        return next((number for number, one in everything if ([one.file], one.question) == asked), None)
+
+    def verdict(self, number: int | None, answer: str) -> dict[str, Any] | None:
+        """The truth about an example, and whether an answer says it; None if it is not known."""
+        truth = None if number is None else self[number].truth
+        return None if truth is None else {"truth": truth, "right": is_right(answer, truth)}
+
+
+def read_examples() -> dict[str, Any]:
+    """Notes on models' abilities by model name, example scenes of all models, and of some by name."""
+    return json.loads((EXAMPLES / "examples.json").read_text())
+
+
+def examples_for(name: str) -> Examples:
+    """For the model of a name. One that has no note puts its answers in words of its own, which are not marked."""
+    about = read_examples()
+    own = about["scenes_of"].get(name)
+    shown = [Example(**scene) for scene in own or about["scenes"]]
+    if name not in about["models"]:
+        return Examples([replace(example, truth=None) for example in shown], [])
+    played = [
+        Example(scene["file"], question, truth=truth)
+        for scene in ([] if own else json.loads((EXAMPLES / "played.json").read_text()))
+        for question, truth in scene["asked"]
+    ]
+    return Examples(shown, played)
+
+
+def is_right(answer: str, truth: str) -> bool:
+    """Whether an answer is the truth, in any order of its parts; to yes or no, it may go on after a comma."""
+    said, true = ([part.strip() for part in text.lower().strip(" .").split(",")] for text in (answer, truth))
+    return sorted(said) == sorted(true) or (truth in ("yes", "no") and said[0] == truth)
