@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,13 +24,10 @@ from ..assembly import Assembled, Components, assemble
 from ..folders import PACKAGE, PROJECTOR, temporary_folder, whole_file, whole_folder
 
 TRAINED = PACKAGE / "checkpoints" / "small"  # the trained parts: projector, adapters, record and card
-PARTS = "parts.json"  # the projector's fields and the visual words that these were trained with
 CACHE = Path.home() / ".cache" / "ms-resampler" / "weights"
 THINGS = Path(__file__).with_name("things.json")
 ADAPTER = "adapter_model.safetensors"
 SIDE = 256  # of a picture, in pixels
-PLACES = ("left", "right", "top", "bottom")
-NUMBERS = ("one", "two", "three", "four", "five")
 BACKGROUND = "background"  # the word for what is none of the things
 LAYERS = [-1, 11]  # of the tower: 8 x 8 patches of 1,280 channels beside 16 x 16 of 112
 FIELDS = {
@@ -39,7 +35,6 @@ FIELDS = {
     "hidden_size": 512,
     "num_attention_heads": 8,
     "pooled_mlp": True,
-    "moving_scopes": True,
     "visual_tokens": [6, 6],
 }
 
@@ -106,11 +101,6 @@ def things() -> dict[str, dict[str, Any]]:
     return json.loads(THINGS.read_text(encoding="utf-8"))
 
 
-def words() -> tuple[str, ...]:
-    """The words that visual tokens say: the nouns, where a thing is, how often it is there, and the background."""
-    return (*things(), *PLACES, *NUMBERS, BACKGROUND)
-
-
 def build_small(out: str | Path) -> Assembled:
     """Builds the small model in the new folder `out`: pretrained parts, the trained projector, and merged adapters.
 
@@ -125,7 +115,7 @@ def build_small(out: str | Path) -> Assembled:
     from peft import PeftModel
 
     with whole_folder(Path(out)) as folder:
-        assembled = start_small(**json.loads((TRAINED / PARTS).read_text(encoding="utf-8")))
+        assembled = start_small()
         model = assembled.model
         model.model.projector.load_state_dict(load_file(TRAINED / PROJECTOR))
         dtype = model.dtype
@@ -147,10 +137,8 @@ def kept_small() -> Path:
     return folder
 
 
-def start_small(
-    seed: int = 0, projector: dict[str, Any] = FIELDS, visual_words: Sequence[str] | None = None
-) -> Assembled:
-    """The pretrained parts with a new projector of these fields, whose tokens say these words (default: `words`)."""
+def start_small(seed: int = 0, projector: dict[str, Any] = FIELDS) -> Assembled:
+    """The pretrained parts with a new projector of these fields."""
     with temporary_folder("ms-resampler-tower") as place, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         write_tower(place)
@@ -160,7 +148,7 @@ def start_small(
                 llm=str(weights_file(LLM)),
                 projector=projector,
                 vision_feature_layer=LAYERS,
-                visual_words=visual_words or words(),
+                visual_words=(*things(), BACKGROUND),
             )
         )
 

@@ -74,13 +74,13 @@ def find_drawings(shelf: Shelf) -> dict[str, dict[str, list[Drawing]]]:
 class Painter:
     """Draws the scene of any number, always the same one, of a split's drawings.
 
-    `kinds` are the shares of scenes with one thing and with two to four different ones; in the others, one thing is
-    there several times. Nouns with more drawings come more often.
+    Half of all scenes have one thing, most others two to four different ones, and the rest one thing several times.
+    Nouns with more drawings come more often.
     """
 
-    def __init__(self, drawings: dict[str, list[Drawing]], split: str, kinds: tuple[float, float] = (0.5, 0.35)):
+    def __init__(self, drawings: dict[str, list[Drawing]], split: str):
         self.drawings = drawings
-        self.split, self.kinds = split, kinds
+        self.split = split
         self.nouns = [noun for noun in things() if noun in drawings]
         self.weights = [min(len(drawings[noun]), 16) ** 0.5 for noun in self.nouns]
 
@@ -88,10 +88,10 @@ class Painter:
         """The things of a scene."""
         rng = random.Random(f"{self.split} {number}")
         kind = rng.random()
-        if kind < self.kinds[0]:
+        if kind < 0.5:
             return [self.draw(rng)]
         chosen: list[Drawing] = []
-        if kind < sum(self.kinds):
+        if kind < 0.85:
             count = rng.choices((2, 3, 4), (0.5, 0.3, 0.2))[0]
         else:
             chosen, count = [self.draw(rng)] * rng.randint(2, 5), 1

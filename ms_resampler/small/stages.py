@@ -25,15 +25,14 @@ from ..training.run import train
 from ..training.trainer import fast_bfloat16, keep_freed_memory
 from .card import write_small_card
 from .features import Features
-from .parts import ADAPTER, FIELDS, LLM, PARTS, TOWER, TRAINED, start_small, things, words
+from .parts import ADAPTER, LLM, TOWER, TRAINED, start_small, things
 from .plain import answers_of, right_answers
 from .scenes import Painter, find_drawings
 from .talk import PLAIN, TASKS, write_conversations, write_suite
 from .words import CellsCollator, CellsOfScenes, SayingCells, add_dropout, say_the_towers_classes, score_names
 
 SCENES = 16_000  # that the words stage learns from
-TALKS = 2500  # conversations
-TALK_KINDS = (0.3, 0.4)  # more scenes of several things than the words stage has
+TALKS = 2000  # conversations
 NAMED = 1000  # scenes of each held-out split whose tokens' names are scored
 
 
@@ -86,12 +85,12 @@ def train_small(
 ) -> Path:
     """Trains the small model's projector and adapters, or resumes an interrupted run in `out`.
 
-    The words stage takes `steps` steps (default: twice through the scenes); the result, and the same model
-    without pictures, answer `questions` questions of every task. `embed` copies the result into this package. Returns
-    the folder of the model, `out`/model.
+    The words stage takes `steps` steps (default: 1.5 times through the scenes); the result, and the same model without
+    pictures, answer `questions` questions of every task. `embed` copies the result into this package. Returns the
+    folder of the model, `out`/model.
     """
     keep_freed_memory()
-    out, steps = Path(out), steps or round(2 * scenes / 32)
+    out, steps = Path(out), steps or round(1.5 * scenes / 32)
     shelf, known = Shelf(PACKAGE_FOLDER), PACKAGES | DEBIAN
     drawings = find_drawings(shelf)
     painters = {split: Painter(found, split) for split, found in drawings.items()}
@@ -99,8 +98,7 @@ def train_small(
         learn_words(out, painters["train"], scenes, steps, seed)
     plain = answers_of(out / "start", PLAIN["train"], out / "plain.json")
     if not (out / "talk" / "adapter").is_dir():
-        painter = Painter(drawings["train"], "train", TALK_KINDS)
-        data = write_conversations(out / "conversations", painter, talks, plain)
+        data = write_conversations(out / "conversations", painters["train"], talks, plain)
         train(small_talk(seed), model=out / "start", data=data, images=data.parent, out=out / "talk")
     if not (out / "model").is_dir():
         merge(out / "talk", out / "model")
@@ -137,8 +135,6 @@ def learn_words(out: Path, painter: Painter, scenes: int, steps: int, seed: int)
     model, projector = assembled.model, assembled.model.model.projector
     features = Features(out / "features" / "train", painter, scenes)
     features.compute(model, assembled.processor.image_processor)
-    space: Any = projector.space
-    space.density.requires_grad_(False)  # the cells are those of even space
     saying = SayingCells(model)
     say_the_towers_classes(projector, saying.table_WT)
     handles = add_dropout(projector)
@@ -213,7 +209,6 @@ def embed_small(out: Path) -> None:
     prefix = "model.projector."
     parts = {name.removeprefix(prefix): value for name, value in model.items() if name.startswith(prefix)}
     save_half(parts, TRAINED / PROJECTOR)
-    write_whole(TRAINED / PARTS, json.dumps({"projector": FIELDS, "visual_words": words()}) + "\n")
     adapter = out / "talk" / "adapter"
     save_half(load_file(adapter / ADAPTER), TRAINED / ADAPTER)
     shutil.copyfile(adapter / "adapter_config.json", TRAINED / "adapter_config.json")

@@ -1,8 +1,7 @@
 """The words stage: the projector learns to say what is at each place, without the language model being run.
 
-Each visual token is a mixture of words, softmax(y E^T) E. Of every thing in its cell a token says the name, where the
-thing is in the picture and how many of its kind there are, by the area that the thing covers; what none covers is the
-background.
+Each visual token is a mixture of words, softmax(y E^T) E. Its shares must be those of the things in the token's cell
+by the area that each covers; what none covers is the background.
 """
 
 import random
@@ -14,13 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..pictures.tasks import centre
 from .features import FINE, Features
-from .parts import NUMBERS, things, tower_classes, words
-from .scenes import Box
+from .parts import things, tower_classes
 
 GRIDS, OFTEN = ((6, 6), (4, 4), (3, 3)), (0.6, 0.25, 0.15)  # token grids of the steps, and how often each is used
-NAME, PLACE, NUMBER = 0.5, 0.15, 0.2  # shares of what is said of a thing; it has a place along each axis
 BACKGROUND_WEIGHT = 0.15  # of the loss: most cells are empty
 DROPOUT = 0.15
 CLASS_GROUPS = ((3, 1), (10, 2), (40, 4), (1000, 8))  # up to so many classes of a noun are so many groups
@@ -49,7 +45,7 @@ class CellsCollator:
 
     def __init__(self, features: Features):
         self.features = features
-        self.numbers = {word: number for number, word in enumerate(words())}
+        self.nouns = {noun: number for number, noun in enumerate(things())}
 
     def __call__(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         grid = records[0]["grid"]
@@ -58,23 +54,14 @@ class CellsCollator:
         return {"x_BNC": self.features.patches(numbers), "share_BMW": torch.stack(shares)}
 
     def shares(self, scene: dict[str, Any], grid: tuple[int, int]) -> Tensor:
-        """The share of every word in each cell (M, words)."""
-        share_MW = torch.zeros(grid[0] * grid[1], len(self.numbers))
-        for noun, box in zip(scene["nouns"], scene["boxes"], strict=True):
-            left, top, right, bottom = box
-            covered_M = (overlap(grid[0], top, bottom)[:, None] * overlap(grid[1], left, right)).flatten()
-            for word, share in said_of(noun, box, scene["nouns"].count(noun)).items():
-                share_MW[:, self.numbers[word]] += share * covered_M
+        """The share of every word in each cell (M, words): the covered area of each noun, and the background's."""
+        share_MW = torch.zeros(grid[0] * grid[1], len(self.nouns) + 1)
+        for noun, (left, top, right, bottom) in zip(scene["nouns"], scene["boxes"], strict=True):
+            covered = overlap(grid[0], top, bottom)[:, None] * overlap(grid[1], left, right)
+            share_MW[:, self.nouns[noun]] += covered.flatten()
         share_MW = share_MW / share_MW.sum(-1, keepdim=True).clamp(min=1)
         share_MW[:, -1] = 1 - share_MW.sum(-1)
         return share_MW
-
-
-def said_of(noun: str, box: Box, count: int) -> dict[str, float]:
-    """The share of every word that is said of a thing; those of left and right, top and bottom are its coordinates."""
-    x, y = centre(box)
-    where = {"left": 1 - x, "right": x, "top": 1 - y, "bottom": y}
-    return {noun: NAME, **{word: PLACE * share for word, share in where.items()}, NUMBERS[count - 1]: NUMBER}
 
 
 def overlap(cells: int, begin: float, end: float) -> Tensor:

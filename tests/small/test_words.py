@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
-from ms_resampler.small import parts, words
+from ms_resampler.small import words
 from ms_resampler.small.features import FINE, TOP, Features
 from ms_resampler.small.scenes import Scene
 from ms_resampler.small.words import CellsCollator, CellsOfScenes, SayingCells, say_the_towers_classes
@@ -19,29 +19,18 @@ NOUNS = {"ant": {"classes": [3, 5]}, "bat": {}, "cat": {"classes": [7]}}
 
 @pytest.fixture(autouse=True)
 def three_nouns(monkeypatch):
-    for module in (words, parts):
-        monkeypatch.setattr(module, "things", lambda: NOUNS)
+    monkeypatch.setattr(words, "things", lambda: NOUNS)
 
 
-def test_of_what_is_in_its_cell_a_token_says_what_where_and_how_many():
+def test_shares_are_the_covered_areas():
     scene = {"nouns": ["ant", "cat", "cat"], "boxes": [(0, 0, 0.5, 0.5), (0.5, 0.25, 0.75, 1), (0.75, 0.25, 1, 1)]}
-    ant, cats = words.said_of("ant", scene["boxes"][0], 1), [words.said_of("cat", box, 2) for box in scene["boxes"][1:]]
-    assert ant == pytest.approx(
-        {"ant": 0.5, "left": 0.1125, "right": 0.0375, "top": 0.1125, "bottom": 0.0375, "one": 0.2}
-    )
-    assert (cats[1]["right"], cats[1]["bottom"], cats[1]["two"]) == pytest.approx((0.15 * 0.875, 0.15 * 0.625, 0.2))
-    collator, empty = CellsCollator(SimpleNamespace()), {"background": 1.0}
-
-    def mixed(*parts):
-        """Shares in the order of the words."""
-        return torch.tensor([sum(weight * said.get(word, 0) for weight, said in parts) for word in collator.numbers])
-
-    shares = collator.shares(scene, (2, 2))
-    assert_close(shares[0], mixed((1, ant)))
-    assert_close(shares[1], mixed((0.25, cats[0]), (0.25, cats[1]), (0.5, empty)))
-    assert_close(shares[2], mixed((1, empty)))
-    # From a third to two thirds: a quarter ant, half cat.
-    assert_close(collator.shares(scene, (3, 3))[4], mixed((0.25, ant), (0.5, cats[0]), (0.25, empty)))
+    shares = CellsCollator(SimpleNamespace()).shares(scene, (2, 2))
+    background = [0, 0.5, 1, 0]
+    assert_close(shares, torch.tensor([[1, 0, 0, 0], [0, 0, 0.5, 0.5], [0, 0, 0, 1], [0, 0, 1, 0.0]]))
+    assert shares[:, -1].tolist() == background
+    odd = CellsCollator(SimpleNamespace()).shares(scene, (3, 3))
+    assert_close(odd[0], torch.tensor([1, 0, 0, 0.0]))
+    assert_close(odd[4], torch.tensor([0.25, 0, 0.5, 0.25]))  # from a third to two thirds: a quarter ant, half cat
 
 
 class Echo(nn.Module):
@@ -100,6 +89,19 @@ def test_every_scene_is_learned_in_every_epoch_in_another_order():
     assert len(set(grids)) > 1
 
 
+def test_names_are_scored_by_the_likeliest_words_of_all_tokens():
+    """Five pictures of two tokens, whose shares of ant, bat, cat and the background are given."""
+    shares = [[[0.9, 0, 0.1, 0], [0, 0, 0, 1]], [[0.6, 0, 0, 0.4], [0, 0.7, 0, 0.3]],
+              [[0.5, 0, 0, 0.5], [0, 0, 0.6, 0.4]], [[0, 0.5, 0.2, 0.3], [0.4, 0, 0.3, 0.3]],
+              [[0, 0, 1, 0], [0, 0, 1, 0]]]  # fmt: skip
+    nouns = [["ant"], ["ant"], ["ant", "bat"], ["ant", "bat", "ant"], ["cat", "cat"]]
+    told = SimpleNamespace(eval=lambda: None, says=lambda rows, grid: torch.tensor([shares[row] for row in rows]).log())
+    features = SimpleNamespace(count=5, scenes=[{"nouns": found} for found in nouns], patches=list)
+    assert words.score_names(told, features, (1, 2)) == {
+        "one thing, first": 50.0, "one thing, first five": 100.0, "scene": 50.0
+    }  # fmt: skip
+
+
 class Tower:
     """States that tell which picture they are of; stops after some pictures, as if it were killed."""
 
@@ -130,10 +132,10 @@ def image_processor(images, return_tensors):
 
 def test_features_continue_where_they_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr("ms_resampler.small.features.KEPT", 1)
-    whole, pieces = (Features(tmp_path / name, Grey(), 40) for name in ("whole", "parts"))
+    whole, parts = (Features(tmp_path / name, Grey(), 40) for name in ("whole", "parts"))
     whole.compute(SimpleNamespace(model=SimpleNamespace(vision_tower=Tower())), image_processor)
     with pytest.raises(KeyboardInterrupt):
-        pieces.compute(SimpleNamespace(model=SimpleNamespace(vision_tower=Tower(most=20))), image_processor)
+        parts.compute(SimpleNamespace(model=SimpleNamespace(vision_tower=Tower(most=20))), image_processor)
     again, tower = Features(tmp_path / "parts", Grey(), 40), Tower()
     again.compute(SimpleNamespace(model=SimpleNamespace(vision_tower=tower)), image_processor)
     assert tower.left == 1000 - 24  # the first 16 were kept
