@@ -20,6 +20,7 @@ EXTRAS = {
     "openpyxl": ["eval"],
     "peft": ["train", "small"],
     "pillow_heif": ["demo"],
+    "pypdfium2": ["pictures"],
     "resvg_py": ["pictures"],
     "scipy": ["eval"],
     "sklearn": ["train", "eval", "pictures"],

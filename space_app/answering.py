@@ -354,6 +354,7 @@ def sampling(settings: Settings) -> dict[str, Any]:
 def load(model_id: str, revision: str | None = None) -> Answerer:
     """The model of a folder or a Hub repository, on the GPU if there is one, else with weights packed for the CPU."""
     processor = AutoProcessor.from_pretrained(model_id, revision=revision, trust_remote_code=True)
+    processor.tiles = None  # maps are shown on a picture in one piece
     model = AutoModelForImageTextToText.from_pretrained(
         model_id, revision=revision, trust_remote_code=True, dtype="auto"
     )

@@ -261,6 +261,15 @@ def test_copy_on_the_hub(name, tmp_path):
         assert loaded.samples[0].pictures[0].load() == pixels(2)
 
 
+def test_folders_of_one_name_and_changed_folders_are_read_as_they_are(tmp_path):
+    def answers(place, answer):
+        rows = [{**HUB["pope"][0], "answer": answer}]
+        hub_copy(tmp_path / place / "pope", {("default", "test"): (rows, ("image",))})
+        return [sample.truth for sample in TASKS["pope"].load(None, tmp_path / place / "pope").samples]
+
+    assert [answers("one", "Yes"), answers("two", "No"), answers("one", "no")] == [["yes"], ["no"], ["no"]]
+
+
 def test_gqa_on_the_hub_joins_its_two_tables(tmp_path):
     about = {"question": "Is it?", "answer": "no", "types": {"structural": "verify"}}
     questions = [{"id": "1", "imageId": "n1", **about}, {"id": "2", "imageId": "n2", **about}]
