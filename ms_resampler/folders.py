@@ -4,6 +4,7 @@ This module imports nothing heavy, so that `ms-resampler demo` can start its pag
 """
 
 import glob
+import hashlib
 import json
 import re
 import shutil
@@ -139,3 +140,18 @@ def copy_whole(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as fresh:
         shutil.copyfile(source, fresh)
+
+
+def datasets_cache(place: str | Path) -> str | None:
+    """Where `datasets` keeps what it made of a folder, another place for every state of its files; None for a name.
+
+    `datasets` itself takes all folders of one name for the same, and a folder for unchanged after its files were.
+    """
+    import datasets
+
+    if not Path(place).is_dir():
+        return None
+    files = sorted(path for path in Path(place).resolve().rglob("*") if path.is_file())
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+    return str(Path(datasets.config.HF_DATASETS_CACHE, f"local-{digest}"))

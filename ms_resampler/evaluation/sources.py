@@ -1,7 +1,6 @@
 """Where a task's records come from: a data set on the Hub, or a local folder in the official release's layout."""
 
 import csv
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..folders import datasets_cache
 from .samples import Columns, DataError, Picture, Problem, Sample, picture_file
 
 Record = Mapping[str, Any]
@@ -115,12 +115,10 @@ def load_rows(place: str, config: str | None, split: str, revision: str) -> Any:
     """A split of a data set with undecoded pictures. Raises DataError if it cannot be loaded."""
     import datasets
 
-    local = Path(place).is_dir()
-    cache = Path(datasets.config.HF_DATASETS_CACHE, f"local-{state_of(Path(place))}") if local else None
+    cache = datasets_cache(place)
+    revision_there = None if Path(place).is_dir() else revision
     try:
-        rows = datasets.load_dataset(
-            place, config, split=split, revision=None if local else revision, cache_dir=cache and str(cache)
-        )
+        rows = datasets.load_dataset(place, config, split=split, revision=revision_there, cache_dir=cache)
     except (ValueError, OSError) as error:
         sentence = " ".join(str(error).split())
         raise DataError(
@@ -132,16 +130,6 @@ def load_rows(place: str, config: str | None, split: str, revision: str) -> Any:
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             rows = rows.cast_column(column, datasets.List(datasets.Image(decode=False)))
     return rows
-
-
-def state_of(folder: Path) -> str:
-    """A digest of where a folder is and of its files' sizes and times.
-
-    `datasets` takes all folders of one name for the same, even after a file was changed.
-    """
-    files = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
-    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
 
 def commit_of(place: str, revision: str) -> str | None:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
+from ..folders import datasets_cache
 from ..progress import progress
 from .conversations import BadRecord, messages_in
 
@@ -179,7 +180,7 @@ def open_table(source: str, split: str, streaming: bool) -> Any:
             return table.to_iterable_dataset() if streaming else table
         if path.is_file():
             return datasets.load_dataset(kind, data_files=source, split="train", streaming=streaming)
-        return datasets.load_dataset(source, split=split, streaming=streaming)
+        return datasets.load_dataset(source, split=split, streaming=streaming, cache_dir=datasets_cache(source))
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         why = str(error.__cause__ or error).strip().splitlines()[0]
         raise ValueError(f"{source} cannot be read as a table: {why}") from error

@@ -283,6 +283,22 @@ def test_streams_give_every_record_once(table, workers):
     assert by_id["r2"]["conversations"] == rows[2]["conversations"]
 
 
+def test_folders_of_one_name_are_read_as_they_are(tmp_path):
+    """`datasets` alone gives the first one's rows for the second."""
+    import datasets
+
+    read = []
+    for place in ("one", "two"):
+        folder = tmp_path / place / "data"
+        folder.mkdir(parents=True)
+        turns = [{"from": "human", "value": place}, {"from": "gpt", "value": "yes"}]
+        datasets.Dataset.from_list([{"id": place, "conversations": turns}]).to_parquet(folder / "train.parquet")
+        configs = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train.parquet"
+        (folder / "README.md").write_text(f"---\n{configs}\n---\n")
+        read += [record["id"] for record in map(open_records(folder).__getitem__, range(1))]
+    assert read == ["one", "two"]
+
+
 # --- Order
 
 
