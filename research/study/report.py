@@ -11,7 +11,7 @@ from ms_resampler.folders import write_whole
 
 from ..timing import markdown_table
 from .figures import FIGURES, draw_figures
-from .plan import ABLATIONS, AMID_PAPER, BASELINE, CELLS, ELASTIC, LEARNED, LOCAL, MARGINS, OURS, REFERENCE
+from .plan import AMID_PAPER, BASELINE, CELLS, ELASTIC, LEARNED, LOCAL, MARGINS, OURS, REFERENCE
 from .results import ABOUT, ENOUGH_SEEDS, RUNS, Results, fingerprint, load, results_folder
 from .statistics import GROUPS, Difference, Estimate, corrected
 
@@ -65,10 +65,8 @@ def report_text(results: Results) -> str:
     for tokens in results.budgets:
         sections += [f"## {tokens} tokens", main_table(results, tokens), verdict(results, tokens)]
     sections += ["## Figures", *(f"![{name}](study/{name}.png)\n\n{caption}" for name, caption in FIGURES.items())]
-    bases = dict.fromkeys(base for base, _ in ABLATIONS.values())
-    ablations = [ablation_table(results, base) for base in bases if results.ablations(base)]
-    if ablations:
-        sections += [f"## Ablations, {results.middle} tokens", *ablations]
+    if results.ablations(OURS):
+        sections += [f"## Ablations, {results.middle} tokens", ablation_table(results, OURS)]
     if any(results.arms(tokens, "elastic") for tokens in results.budgets):
         sections += ["## One set of weights for every budget", elastic_table(results)]
     if tables := margin_tables(results):
