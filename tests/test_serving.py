@@ -87,7 +87,7 @@ def test_requests_that_are_not_understood_are_refused(ask):
     assert abs(typed - plain) < 5  # letters, not the 36 tokens of a picture
     for parts, options in (
         ([{"type": "video_url", "video_url": {"url": "a.mp4"}}], {}),
-        ([QUESTION], {"chat_template_kwargs": {"tiles": 9}}),
+        ([QUESTION], {"chat_template_kwargs": {"mosaic": 9}}),
     ):
         with pytest.raises(urllib.error.HTTPError) as caught:
             ask(*parts, **options)
