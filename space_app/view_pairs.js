@@ -4,6 +4,11 @@ function tellOther(detail) {
   if (!props.asks) document.dispatchEvent(new CustomEvent('compared', {detail: {from: element, picture: state.answers[0]?.pictures[state.picture], ...detail}}));
 }
 
+function tellMap() {
+  const shown = state.answers[state.shown].pictures[state.picture];
+  if (shown.scopes) tellOther({map: fusedMap(shown, tokenShares(shown, selected()))});
+}
+
 function inGrid([y, x], [rows, columns]) {
   return Math.min(rows - 1, Math.floor(y * rows)) * columns + Math.min(columns - 1, Math.floor(x * columns));
 }
@@ -24,7 +29,7 @@ document.addEventListener('compared', ({detail: {from, picture, selection, point
   if (props.asks || from === element || !state.answers[0]?.pictures[state.picture]) return;
   if (playing) return state.answers[0].words && !state.timer && play();
   if (map) {
-    if (own === 'view-a') return;
+    if (own === 'view-a') return tellMap();  // the second has come, or has changed
     const isNew = !state.other;
     state.other = {map, patch_grid: picture.patch_grid};
     return isNew ? build() : refresh(false);
