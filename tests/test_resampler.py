@@ -184,7 +184,7 @@ def test_a_prior_in_channels_keeps_its_digits_in_bfloat16(width):
     assert (attention - gaussian).abs().sum(-1).max() < 1e-3
 
 
-def test_a_local_scope_puts_outside_three_sigmas_what_a_gaussian_in_the_plane_does():
+def test_a_local_scope_has_outside_three_sigmas_what_a_gaussian_has():
     resampler, grid, token = fresh(scope_sigmas=[0.5], num_attention_heads=1), (96, 96), 14  # far from every border
     with torch.no_grad():
         resampler.layers[0].score[2].weight.zero_()

@@ -151,7 +151,7 @@ def test_seams_cannot_be_told_from_tokens_and_maps(moving, size, monkeypatch):
         assert_close(getattr(found, name)[0], getattr(expected, name)[0], rtol=1e-5, atol=1e-6)
 
 
-def test_the_overview_comes_first_and_is_the_picture_squeezed_into_one_view(model):
+def test_the_overview_comes_first_and_is_the_squeezed_picture(model):
     image = tiny.picture(size=(90, 60))
     processor = tiny.tiny_processor(visual_tokens=16, tiles=9)
     inputs = processed((90, 60), processor)
@@ -223,7 +223,7 @@ def test_small_pictures_of_any_proportions_have_room_for_the_budget():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_pictures_of_different_grids_give_in_a_batch_what_each_gives_alone(side, model):
+def test_different_grids_give_in_a_batch_what_each_gives_alone(side, model):
     processor = tiny.tiny_processor(visual_tokens=12, tiles=9, padding_side=side)
     sizes = [[(60, 60)], [], [(24, 24), (30, 100), (100, 30)], [(72, 48)]]
     images = [[tiny.picture(seed=n, size=size) for n, size in enumerate(group)] for group in sizes]

@@ -128,7 +128,7 @@ def test_errors_are_sentences(client, picture_file, tmp_path):
         assert str(space_server.SPACE) not in str(error.value)
 
 
-def test_one_image_needs_no_list_and_anything_else_is_refused_in_a_sentence(client, picture_file):
+def test_one_image_needs_no_list_and_anything_else_is_refused(client, picture_file):
     one = handle_file(picture_file)
     assert client.predict(one, QUESTION, None, max_new_tokens=3, api_name="/ask")["visual_tokens"] == [4]
     assert len(client.predict(one, None, api_name="/scopes")["images"]) == 1

@@ -382,7 +382,7 @@ def test_a_photograph_of_a_telephone_is_shown(open_page, tmp_path):
 WRITTEN = "1<b>  a<i>c &amp; $$x$$\n<img src=http://other.test/x>"
 
 
-def test_what_people_and_models_write_is_shown_copied_and_given_back_as_it_is(open_page, picture_files, monkeypatch):
+def test_what_people_and_models_write_is_shown_and_copied_as_it_is(open_page, picture_files, monkeypatch):
     html = space_server.make_answerer()
     reply = html.reply
     monkeypatch.setattr(html, "reply", lambda *asked: (replace(step, text=WRITTEN) for step in reply(*asked)))
@@ -425,7 +425,7 @@ def test_a_question_given_back_is_as_it_was(open_page, picture_files):
     expect(page.locator("#ask .thumbnail-item img")).to_have_count(2)
 
 
-def test_a_question_is_in_the_chat_while_it_waits_and_what_is_typed_then_stays(browser, slow_address, picture_files):
+def test_a_waiting_question_is_in_the_chat_and_what_is_typed_stays(browser, slow_address, picture_files):
     first, second = browser.new_page(), browser.new_page()
     for page in (first, second):
         listen_to_streams(page)
@@ -703,7 +703,7 @@ def test_a_scope_that_takes_all_the_trust_is_named(open_page, monkeypatch):
 # --- The first sight ----------------------------------------------------------------------------------------------
 
 
-def test_the_page_opens_with_an_answer_whose_words_play_once_and_a_token_is_kept(open_page, answerer, address):
+def test_the_page_opens_with_an_answer_that_plays_once_and_a_token(open_page, answerer, address):
     with space_server.served(answerer, opening=True) as alive:
         page = open_page(alive)
         assert str(space_server.SPACE) not in page.request.get(f"{alive}/config").text()

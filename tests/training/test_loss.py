@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_those_of_all_logits(head, count):
     assert_same_learning(ours, theirs, count=count)
 
 
-def test_a_batch_with_nothing_to_learn_has_gradients_of_zero_for_every_part():
+def test_a_batch_with_nothing_to_learn_has_gradients_of_zero():
     """So that every process has the gradients that the others have."""
     ours, theirs = tiny_model(), tiny_model()
     skip_unlearned(ours)
