@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from ..evaluation.samples import Columns
 from ..evaluation.suite import build, suite_task
@@ -140,6 +140,6 @@ def contact_sheet(folder: Path, tasks: Sequence[str], side: int = 150) -> Image.
             draw.text((6, head + side * row + side / 2), task, fill="black", anchor="lm", font_size=14)
             for number, path in enumerate(sorted((folder / split / "pictures" / task).glob("*.jpg"))[:2]):
                 with Image.open(path) as picture:
-                    small = picture.resize((side - 4, side - 4), Image.Resampling.LANCZOS)
+                    small = ImageOps.pad(picture, (side - 4, side - 4), Image.Resampling.LANCZOS, color="white")
                 sheet.paste(small, (left + side * (2 * column + number) + 2, head + side * row + 2))
     return sheet
