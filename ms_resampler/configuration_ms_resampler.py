@@ -20,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto import modeling_auto
 
-from .reducers_ms_resampler import Reducer, read_reducer
+from .reducers_ms_resampler import read_reducer
 from .towers_ms_resampler import Tower, TowerState, pair, read_tower
 
 # Keys that transformers itself writes into a config.json or hands to a configuration, beside the declared fields.
@@ -527,7 +527,8 @@ class MSResamplerConfig(PretrainedConfig):
         self._check_tower()
         self._check_text()
         self._check_fusion()
-        _ = self.reducer  # raises for what is none
+        if self.reducer_config is not None:
+            read_reducer(self.reducer_config)  # raises for what is none
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -590,11 +591,6 @@ class MSResamplerConfig(PretrainedConfig):
         if self.vision_prefix_tokens is None:
             return tower
         return replace(tower, prefix_tokens=self.vision_prefix_tokens)
-
-    @property
-    def reducer(self) -> Reducer | None:
-        """The visual token reducer, if there is one."""
-        return None if self.reducer_config is None else read_reducer(self.reducer_config)
 
     @property
     def feature_layers(self) -> list[int]:

@@ -529,7 +529,7 @@ def test_hired_keeps_a_budget_of_every_view_and_the_text_is_shortened():
     whole = features(model, inputs)
     model.set_reducer("hired", keep=12)
     found = features(model, inputs)
-    rule = model.config.reducer
+    rule = model.reducer
     with torch.no_grad():
         tower = model.model.vision_tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
     layer = model.config.feature_layers[0]
