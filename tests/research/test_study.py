@@ -52,7 +52,6 @@ from research.study.plan import (
     ABLATIONS,
     AMID_PAPER,
     BASELINE,
-    LEARNED,
     LOCAL,
     MARGINS,
     OURS,
