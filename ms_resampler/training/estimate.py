@@ -11,7 +11,7 @@ import torch
 from ..assembly import Components, make_config, text_config_of, tower_config_of
 from ..configuration_ms_resampler import MSResamplerConfig
 from ..folders import our_model
-from ..towers_ms_resampler import pair
+from ..tiles_ms_resampler import grids_of
 from .memory import BatchShape, Sizes, device_bytes, step_sizes
 from .recipes import Recipe, recipe_named
 from .run import share_batch
@@ -142,8 +142,9 @@ def plan(
     gpus, memory = gpus or 1, memory_here() if is_here else (memory or 80) * GB
     launcher = launcher or ("ddp" if gpus == 1 else "fsdp2")
     device_batch, accumulation = share_batch(recipe, gpus, device_batch)
-    rows, columns = config.native_patch_grid
-    shape = BatchShape(device_batch, length or recipe.max_length, config.tower.image_size)
+    tiles = None if recipe.tiles is None else max(grids_of(recipe.tiles), key=math.prod)  # of the largest pictures
+    shape = BatchShape(device_batch, length or recipe.max_length, config.tower.image_size, tiles)
+    tiling, _ = shape.layout(config)
     sizes = step_sizes(config, recipe, shape, launcher)
     return Plan(
         recipe=recipe,
@@ -152,8 +153,8 @@ def plan(
         kinds=device_bytes(sizes, recipe, launcher, gpus),
         memory=memory,
         gpus=gpus,
-        visual_tokens=math.prod(config.token_grid(pair(shape.image_size))),
-        patches=rows * columns,
+        visual_tokens=shape.visual_tokens(config),
+        patches=math.prod(tiling.patches if tiling else config.native_patch_grid),
         records=records,
         measurement=measure_step(config, recipe, shape, accumulation) if measure else None,
         cores=os.cpu_count() if is_here and not torch.cuda.is_available() else None,

@@ -1,5 +1,6 @@
 """Estimates the memory of a training step by running the real step on tensors without data."""
 
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
+from ..processing_ms_resampler import OPTIONS
+from ..tiles_ms_resampler import NONE, Tiling, lay_out
 from ..towers_ms_resampler import flatten_patches, pair
 from .adapters import add_adapters
 from .parameters import count_parameters, eval_frozen, freeze, frozen_parts, set_precision
@@ -23,11 +26,32 @@ NF4_BYTES = 4.127 / 8  # a 4-bit weight with its share of the double-quantised s
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A batch on a device: records, tokens of each (visual ones included), and the pixels of its one image's sides."""
+    """A batch on a device: records, tokens of each (visual ones included), and the pixels of its one image's sides.
+
+    An image in `tiles`, rows and columns, has that many times these sides.
+    """
 
     records: int
     length: int
     image_size: int | tuple[int, int]
+    tiles: tuple[int, int] | None = None
+
+    def layout(self, config: Any) -> tuple[Tiling | None, tuple[int, int]]:
+        """How the image is cut, if it is, and its token grid."""
+        size = pair(self.image_size)
+        grid, patches = config.token_grid(size), config.patch_grid(size)
+        if self.tiles is None:
+            return None, grid
+        if config.tower.takes_patches:
+            raise ValueError("The tower reads pictures at their own proportions, without tiles: leave out --tiles.")
+        budget = None if grid == patches else config.projector_config.visual_tokens
+        sides = self.tiles[0] * size[0], self.tiles[1] * size[1]
+        return lay_out(sides, size, patches, [self.tiles], budget, NONE, OPTIONS["overview_share"])
+
+    def visual_tokens(self, config: Any) -> int:
+        """The image's visual tokens."""
+        tiling, grid = self.layout(config)
+        return math.prod(grid) + (math.prod(tiling.overview) if tiling else 0)
 
 
 @dataclass(frozen=True)
@@ -209,8 +233,11 @@ class GradientMadeAhead(torch.autograd.Function):
 
 
 def image_inputs(config: Any, shape: BatchShape) -> dict[str, Any]:
-    """One image per record; SigLIP 2 reads the values of its grids, so these are an array, which is not traced."""
-    size = pair(shape.image_size)
+    """One image per record. The values of grids are read, so these are arrays and lists, which are not traced."""
+    size, (tiling, grid) = pair(shape.image_size), shape.layout(config)
+    if tiling is not None:
+        pixels = torch.zeros(shape.records * tiling.views, 3, *size)
+        return {"pixel_values": pixels, "tilings": [tiling] * shape.records, "token_grids": [grid] * shape.records}
     pixels = torch.zeros(shape.records, 3, *size)
     if not config.tower.takes_patches:
         return {"pixel_values": pixels}

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
-from ..towers_ms_resampler import pair
 from .adapters import four_bit_config
-from .memory import BatchShape
+from .memory import BatchShape, image_inputs
 from .parameters import eval_frozen, frozen_parts, parameter_groups, prepare, set_precision
 from .recipes import Recipe
 from .trainer import keep_freed_memory
@@ -88,12 +87,12 @@ def in_four_bits(model: Any, recipe: Recipe) -> Any:
 def backward(model: nn.Module, config: Any, recipe: Recipe, shape: BatchShape) -> None:
     """Loss and gradients of a random batch, one image per record."""
     device = next(model.parameters()).device
-    rows, columns = config.token_grid(pair(shape.image_size))
     ids = torch.full((shape.records, shape.length), (config.image_token_id + 1) % config.text_config.vocab_size)
-    ids[:, : rows * columns] = config.image_token_id
-    pixels = torch.randn(shape.records, 3, *pair(shape.image_size))
+    ids[:, : shape.visual_tokens(config)] = config.image_token_id
+    images = {name: torch.as_tensor(value).to(device) for name, value in image_inputs(config, shape).items()}
+    images["pixel_values"] = torch.randn_like(images["pixel_values"])
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
-        loss = model(input_ids=ids.to(device), pixel_values=pixels.to(device), labels=ids.to(device)).loss
+        loss = model(input_ids=ids.to(device), labels=ids.to(device), **images).loss
     loss.backward()
 
 

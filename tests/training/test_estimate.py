@@ -21,7 +21,7 @@ from ms_resampler_cli import main as cli
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-def middling_config(tower="clip"):
+def middling_config(tower="clip", **projector):
     """Large enough for tensors to outweigh what a step takes besides: six million parameters."""
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
     towers = {
@@ -44,6 +44,7 @@ def middling_config(tower="clip"):
             "intermediate_size": 256,
             "visual_tokens": 16,
             "query_grid": [4, 4],
+            **projector,
         },
         image_token_id=3999,
     )
@@ -67,6 +68,17 @@ def test_the_estimate_is_within_a_tenth_of_the_measured_peak(name, checkpointing
     config, shape = middling_config(tower), BatchShape(records=4, length=96, image_size=112)
     estimate = sum(device_bytes(step_sizes(config, recipe, shape, "ddp"), recipe, "ddp", devices=1).values())
     assert measure_step(config, recipe, shape, accumulation=2).peak_bytes == pytest.approx(estimate, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ms_resampler", "mlp"])
+def test_the_estimate_counts_the_tiles_of_a_picture(kind):
+    recipe = dataclasses.replace(RECIPES["instruct"](), activation_checkpointing=False, bf16=False, max_length=700)
+    config = middling_config(projector_type=kind, visual_tokens=64 if kind == "mlp" else 16)
+    shape = BatchShape(2, 700, 112, tiles=(2, 3))
+    estimate = sum(device_bytes(step_sizes(config, recipe, shape, "ddp"), recipe, "ddp", devices=1).values())
+    assert measure_step(config, recipe, shape, accumulation=1).peak_bytes == pytest.approx(estimate, rel=0.1)
+    assert shape.visual_tokens(config) == (64 + 6 * 64 if kind == "mlp" else 16)
 
 
 def test_parameters_are_counted_as_they_are():
@@ -148,6 +160,11 @@ def test_a_plan_for_seven_billion_parameters_needs_no_weights(components, capsys
     assert re.search(r"^weights +15\.\d\d$", told, re.M)
     assert "fits into 80 GB" in told
     assert "144 visual tokens of 576 patches: 75% fewer" in told
+
+
+def test_a_plan_counts_the_patches_of_tiles(components, capsys):
+    assert cli.main(["plan", "align", *components, "--gpus", "1", "--device-batch-size", "4", "--tiles", "6"]) == 0
+    assert "144 visual tokens of 3456 patches: 96% fewer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("memory", "verdict"), [(80, "fits into 80 GB, 59.0 to spare"), (18, "does not fit into 18")])
