@@ -182,9 +182,10 @@ class FasterVLM(TowerReducer):
 class HiRED(FasterVLM):
     """The patches with most attention from the CLS token, of tiles a share for each view (HiRED, arXiv 2408.10945).
 
-    Shares are rounded down. `overview` is the share of a picture's budget that its overview has. The tiles share the rest by how many of the
-    overview's patches that the tower's first layer attends to most are theirs. There, as in the authors' code, a tile's
-    patches are a run in raster order, not the part of the overview that it shows, and rounding leaves some unused.
+    Shares are rounded down. `overview` is the share of a picture's budget that its overview has. The tiles share the
+    rest by how many of the overview's patches that the tower's first layer attends to most are theirs. There, as in the
+    authors' code, a tile's patches are a run in raster order, not the part of the overview that it shows, and rounding
+    leaves some unused.
     """
 
     overview: float = 0.5
@@ -223,9 +224,9 @@ class HiRED(FasterVLM):
 class VisionZip(TowerReducer):
     """The CLS token, the most attended patches, and a few tokens of the others, merged (VisionZip, arXiv 2412.04467).
 
-    `contextual`, the number of the merged, is 5 of 32 tokens unless given, as published: 10 of 64, 20 of 128, 30 of 192. A merged token is a sum,
-    its target and the mean of what is nearest to it, and the CLS token is the first visual token, as in the authors'
-    code.
+    `contextual`, the number of the merged, is 5 of 32 tokens unless given, as published: 10 of 64, 20 of 128, 30 of
+    192. A merged token is a sum, its target and the mean of what is nearest to it, and the CLS token is the first
+    visual token, as in the authors' code.
     """
 
     contextual: int | None = None
@@ -323,8 +324,9 @@ class PruMerge(TowerReducer):
 class PruMergePlus(PruMerge):
     """The most attended patches and others at even steps, with their nearest merged in (PruMerge+, arXiv 2403.15388).
 
-    Without `keep`, there are about three times as many as PruMerge has. With a share as `keep`, the steps are those of the authors' training, in which a patch may be kept twice. With a
-    count, which their code does not have, a quarter is chosen by attention, and the rest at even steps of the others.
+    Without `keep`, there are about three times as many as PruMerge has. With a share as `keep`, the steps are those of
+    the authors' training, in which a patch may be kept twice. With a count, which their code does not have, a quarter
+    is chosen by attention, and the rest at even steps of the others.
     """
 
     def choose(self, a_N: Tensor) -> Tensor:
@@ -436,8 +438,9 @@ class PyramidDrop(LastTokenReducer):
     """The tokens that the last text token attends to most, fewer in each of three stages (PyramidDrop, arXiv
     2410.17247).
 
-    A stage is before each of `layers`, by the attention of that layer. The published layers are 8, 16 and 24 of 32, at a quarter, half and three quarters; `shares` of the picture's tokens
-    stay, a half each time. `keep` is what the last stage leaves; what is left moves together.
+    A stage is before each of `layers`, by the attention of that layer. The published layers are 8, 16 and 24 of 32, at
+    a quarter, half and three quarters; `shares` of the picture's tokens stay, a half each time. `keep` is what the last
+    stage leaves; what is left moves together.
     """
 
     compact: ClassVar[bool] = True
@@ -469,9 +472,9 @@ class PyramidDrop(LastTokenReducer):
 class DART(LayerReducer):
     """The tokens that are least like a few pivots in an early layer (DART, arXiv 2502.11494).
 
-    The others are dropped before layer `layer`. Pivots are the `pivots` visual and as many text tokens with the largest keys; each takes the tokens least like it,
-    in equal numbers, so that a few more or fewer than `keep` may stay. The authors' code lets pivots choose in the
-    order of a Python set; here they choose as they stand in the row.
+    The others are dropped before layer `layer`. Pivots are the `pivots` visual and as many text tokens with the largest
+    keys; each takes the tokens least like it, in equal numbers, so that a few more or fewer than `keep` may stay. The
+    authors' code lets pivots choose in the order of a Python set; here they choose as they stand in the row.
     """
 
     layer: int = 2
@@ -711,7 +714,9 @@ class MustDrop(LayerReducer, TowerReducer):
         """See Reducer."""
         size = self.window
         if rows % size or columns % size:
-            raise ValueError(f"mustdrop merges windows of {size} x {size} patches: {rows} x {columns} cannot be cut so.")
+            raise ValueError(
+                f"mustdrop merges windows of {size} x {size} patches: {rows} x {columns} cannot be cut so."
+            )
 
     def merge_windows(self, x_PC: Tensor, grid: tuple[int, int]) -> Tensor:
         """The CLS token, the merged windows, those most alike first, and all other patches, behind the first layer."""
