@@ -233,7 +233,7 @@ class VisionZip(TowerReducer):
 
     def reduce(self, view: TowerView) -> Tensor:
         """See TowerReducer."""
-        kept = self.count(len(view.x_PC))
+        kept = self.count(len(view.x_PC) - 1)
         contextual = round(kept * 5 / 32) if self.contextual is None else self.contextual
         if not 0 <= contextual < kept:
             raise ValueError(f"visionzip cannot merge patches into {contextual} of {kept} tokens; use fewer.")
@@ -287,7 +287,10 @@ class PruMerge(TowerReducer):
         """See TowerReducer."""
         q_C, k_PC = view.q_hd.flatten(), view.k_hPd.transpose(0, 1).flatten(1)
         a_N = (k_PC.float() @ q_C.float() / len(q_C) ** 0.5).softmax(dim=-1)[1:]
-        return self.merge(view.x_PC[1:], a_N, k_PC[1:], self.choose(a_N))
+        kept = self.choose(a_N)
+        if len(kept) >= len(a_N):
+            raise ValueError(f"{self.name} makes {len(kept) + 1} tokens of {len(a_N)} patches: give a smaller `keep`.")
+        return self.merge(view.x_PC[1:], a_N, k_PC[1:], kept)
 
     def choose(self, a_N: Tensor) -> Tensor:
         """The patches that stay, in the order that the language model is given."""

@@ -389,9 +389,43 @@ def test_what_cannot_be_is_refused(kind, settings, sentence):
         whole_model().set_reducer(kind, **settings)
 
 
-def test_more_than_there_is_cannot_be_kept():
-    with pytest.raises(ValueError, match="cannot keep 37 of 36 visual tokens"):
-        whole_model().set_reducer("divprune", keep=37)(**batch())
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"mustdrop"}))
+def test_more_than_there_is_cannot_be_kept(kind):
+    layers = {key: value for key, value in KINDS[kind].items() if key in ("layer", "layers")}
+    with pytest.raises(ValueError, match=f"{kind} cannot keep 37 of 36 visual tokens"):
+        whole_model().set_reducer(kind, keep=37, **layers)(**batch())
+
+
+@pytest.mark.parametrize(("kind", "share", "tokens"), [("prumerge", 1.0, 37), ("prumerge_plus", 0.5, 36)])
+def test_shares_of_which_merging_makes_more_tokens_are_refused(kind, share, tokens):
+    with pytest.raises(ValueError, match=f"{kind} makes {tokens} tokens of 36 patches"):
+        whole_model().set_reducer(kind, keep=share).get_image_features(pixels(1))
+
+
+@pytest.mark.parametrize("kind", ["fastervlm", "visionzip", "prumerge", "divprune"])
+def test_before_the_language_model_a_static_cache_holds_what_is_left(kind):
+    model = whole_model().set_reducer(kind, **KINDS[kind])
+    exact = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "disable_compile": True}
+    expected = model.generate(**batch(), **exact)
+    assert torch.equal(model.generate(**batch(), **exact, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sparsevlm_merges_in_a_batch_as_alone(side, monkeypatch):
+    merge = reducers.merge_clusters
+    monkeypatch.setattr(reducers, "merge_clusters", lambda x_ND, clusters, noise_N: merge(x_ND, clusters, 0 * noise_N))
+    model = whole_model().set_reducer("sparsevlm", keep=9, layers=(0, 1, 2))
+    rows, images = rows_with_pictures()
+    with torch.no_grad():
+        prompt = batch(side)
+        together = model(**prompt)
+        length = prompt["input_ids"].shape[1]
+        for number, (row, of_row) in enumerate(zip(rows, images, strict=True)):
+            shown = {} if of_row.start == of_row.stop else {"pixel_values": pixels(3)[of_row]}
+            alone = model(input_ids=torch.tensor([row]), **shown)
+            end = length if side == "left" else len(row)
+            last = (together.kept_positions[number] == end - 1).nonzero().item()
+            assert_close(together.logits[number, last], alone.logits[0, -1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("tower", ["clip_vision_model", "vit", "dinov2", "dinov2_with_registers"])
