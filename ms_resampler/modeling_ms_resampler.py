@@ -345,7 +345,9 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
                 reduced.append(reducer.reduce(seen[0]) if tiled is None else tiled)
         else:
             reduced = [reducer.reduce(view) for view in views]
-        chooses = isinstance(reducer, FasterVLM) and tilings is None
+        kept = None
+        if isinstance(reducer, FasterVLM) and tilings is None:
+            kept = [reducer.choose(view.attention_hP) for view in views]
         tokens, words = self._mix_words([projector.mlp(x_TC) for x_TC in reduced])
         wanted = self._token_grids(token_grids, patch_grids)
         counts = [rows * columns for rows, columns in wanted]
@@ -359,7 +361,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             overview_grids=overviews,
             token_counts=counts,
             word_weights=words,
-            kept_tokens=[reducer.choose(view.attention_hP) for view in views] if chooses else None,
+            kept_tokens=kept,
             key_sets=[reducer.key_set(view) for view in views] if isinstance(reducer, MustDrop) else None,
         )
 

@@ -10,7 +10,8 @@ import torch
 from ms_resampler.reducers_ms_resampler import DivPrune, read_reducer
 
 from ..timing import markdown_table
-from .plan import PATCHES, REFERENCE, Run, Study
+from .data import PATCHES
+from .plan import REFERENCE, Run, Study
 from .results import adopt, load, results_folder, run_of
 from .run import data_of, score_split, train
 from .statistics import GROUPS, group_means, score_matrix
@@ -19,11 +20,13 @@ from .workers import worker_pool
 
 def reducers_of(name: str, budgets: Sequence[int]) -> list[DivPrune]:
     """A reducer at each budget. Raises ValueError for one that the study cannot have."""
-    reducers = [read_reducer({"reducer_type": name, "keep": budget}) for budget in sorted(budgets, reverse=True)]
-    for reducer in reducers:
+    reducers = []
+    for budget in sorted(budgets, reverse=True):
+        reducer = read_reducer({"reducer_type": name, "keep": budget})
         if not isinstance(reducer, DivPrune):
             raise ValueError(f"{name} reads a CLS token or a language model, and a study has none: use divprune.")
         reducer.count(PATCHES)
+        reducers.append(reducer)
     return reducers
 
 

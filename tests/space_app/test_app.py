@@ -835,20 +835,25 @@ def test_each_method_answers_as_the_model_does_with_it(kind, every_patch):
 def test_a_models_own_reducer_is_told_like_one_that_is_compared(every_patch):
     every_patch.model.set_reducer("fastv", keep=9)
     prompt = every_patch.prepare(*turns_about(tiny_models.picture()), PLAIN)
-    with pytest.raises(Refusal, match=r"^FastV drops tokens between the language model's layers"):
+    with pytest.raises(Refusal, match="FastV drops tokens between the language model's layers"):
         every_patch.attend(prompt, "abc")
     every_patch.model.set_reducer(None)
 
 
-def test_the_page_compares_with_a_method_and_says_what_it_does(every_patch, picture_file):
+def test_the_page_compares_with_a_method_and_says_what_it_does(every_patch, picture_file, monkeypatch):
+    model, used = every_patch.model, []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: used.append(model.reducer) or generate(**given))
     page = compare_page.ComparePage(every_patch, every_patch, examples.examples_for("tiny"))
     second = [side.name for side in page.sides].index("tiny with FastV")
     *_, shown = page.compare({"text": QUESTION, "files": [picture_file]}, second, False, 36, 9)
     _, one, one_view, other, other_view, _ = shown
-    assert one != other != ""
+    assert used == [None, next(own for own in page.sides[second].reducers if own.keep == 9)]
+    assert one
+    assert other
     assert one_view["words"]["texts"]
     assert one_view["without_words"] is None
-    assert other_view["words"] is None
+    assert "words" not in other_view
     assert "later layers" in other_view["without_words"]
     _, about, answer, _, budget = page.switch(second)
     assert "What stays: The tokens that the last text token attends to most" in about
