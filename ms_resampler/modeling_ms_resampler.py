@@ -4,7 +4,7 @@ Pixels (B, 3, height, width) -> tower -> patches (B, N, C) -> projector -> visua
 places of the image tokens in the text -> language model -> logits.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from .packing_ms_resampler import PackedLinear, pack_linears
 from .projectors_ms_resampler import OWN_GRID, PROJECTORS, SCOPED_PROJECTORS, build_projector, init_projector_weights
 from .reducers_ms_resampler import (
     DivPrune,
+    FasterVLM,
     HiRED,
     LayerReducer,
     MustDrop,
@@ -45,6 +46,7 @@ from .reducing_ms_resampler import (
     Cutting,
     TowerReading,
     check_reducer,
+    fitting_reducers,
     merged_windows,
     next_tokens,
     number_pictures,
@@ -74,7 +76,8 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     deepstack_features: with pre-fusion, one list of every image's patches (N, T); a name that `generate` knows.
     scope_weights (S, M), scope_attentions (S, M, N) and token_places (M, 2): with `output_scopes=True`, see ScopeMaps.
         Attention of an overview is spread over the patches of the whole image.
-    kept_tokens: with the reducer divprune, which visual tokens stay; maps and grids are of all.
+    kept_tokens: with a reducer that chooses before the language model, and merges nothing, which visual tokens stay;
+        maps and grids are of all.
     key_sets: the visual tokens that the reducer mustdrop always keeps.
     """
 
@@ -164,6 +167,10 @@ class MSResamplerPreTrainedModel(LoadingMixin, PreTrainedModel):
             check_reducer(read_reducer(fields), self.base_model)
         self.config.reducer_config = fields
         return self
+
+    def fitting_reducers(self, counts: Iterable[int]) -> dict[str, list[Reducer]]:
+        """The reducers that `set_reducer` takes here with nothing but `keep`, one of some counts, by method."""
+        return fitting_reducers(self.base_model, counts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves or converts all tensors; packed layers refuse this before anything has changed."""
@@ -338,6 +345,9 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
                 reduced.append(reducer.reduce(seen[0]) if tiled is None else tiled)
         else:
             reduced = [reducer.reduce(view) for view in views]
+        kept = None
+        if isinstance(reducer, FasterVLM) and tilings is None:
+            kept = [reducer.choose(view.attention_hP) for view in views]
         tokens, words = self._mix_words([projector.mlp(x_TC) for x_TC in reduced])
         wanted = self._token_grids(token_grids, patch_grids)
         counts = [rows * columns for rows, columns in wanted]
@@ -351,6 +361,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             overview_grids=overviews,
             token_counts=counts,
             word_weights=words,
+            kept_tokens=kept,
             key_sets=[reducer.key_set(view) for view in views] if isinstance(reducer, MustDrop) else None,
         )
 

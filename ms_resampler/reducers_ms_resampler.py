@@ -104,6 +104,7 @@ class Reducer:
     """A rule and its settings; the fields of subclasses are the keys of `reducer_config`."""
 
     keep: int | float | None = None
+    in_layers: ClassVar[bool] = False  # of the language model, where it drops tokens
 
     def __post_init__(self) -> None:
         keep = self.keep
@@ -125,6 +126,19 @@ class Reducer:
     def name(self) -> str:
         """Its name in `reducer_config`."""
         return next(name for name, kind in REDUCERS.items() if kind is type(self))
+
+    @property
+    def title(self) -> str:
+        """The method's own name."""
+        return type(self).__name__.replace("Plus", "+")
+
+    @property
+    def purpose(self) -> str:
+        """What stays, in a sentence: its docstring's first."""
+        return " ".join((type(self).__doc__ or "").split()).partition(". ")[0].removesuffix(".") + "."
+
+    def check_patches(self, rows: int, columns: int) -> None:
+        """Raises ValueError if it cannot work on a picture of so many patches."""
 
     def count(self, tokens: int, rounded: Callable[[float], int] = round) -> int:
         """How many of a picture's tokens stay. Raises ValueError if there are not as many."""
@@ -166,11 +180,12 @@ class FasterVLM(TowerReducer):
 
 @dataclass(frozen=True)
 class HiRED(FasterVLM):
-    """FasterVLM's choice with shares rounded down and, of a picture in tiles, in each view (HiRED, arXiv 2408.10945).
+    """The patches with most attention from the CLS token, of tiles a share for each view (HiRED, arXiv 2408.10945).
 
-    `overview` is the share of a picture's budget that its overview has. The tiles share the rest by how many of the
-    overview's patches that the tower's first layer attends to most are theirs. There, as in the authors' code, a tile's
-    patches are a run in raster order, not the part of the overview that it shows, and rounding leaves some unused.
+    Shares are rounded down. `overview` is the share of a picture's budget that its overview has. The tiles share the
+    rest by how many of the overview's patches that the tower's first layer attends to most are theirs. There, as in the
+    authors' code, a tile's patches are a run in raster order, not the part of the overview that it shows, and rounding
+    leaves some unused.
     """
 
     overview: float = 0.5
@@ -207,18 +222,18 @@ class HiRED(FasterVLM):
 
 @dataclass(frozen=True)
 class VisionZip(TowerReducer):
-    """The CLS token and the most attended patches, and the others merged into `contextual` tokens (arXiv 2412.04467).
+    """The CLS token, the most attended patches, and a few tokens of the others, merged (VisionZip, arXiv 2412.04467).
 
-    `contextual` is 5 of 32 tokens unless given, as published: 10 of 64, 20 of 128, 30 of 192. A merged token is a sum,
-    its target and the mean of what is nearest to it, and the CLS token is the first visual token, as in the authors'
-    code.
+    `contextual`, the number of the merged, is 5 of 32 tokens unless given, as published: 10 of 64, 20 of 128, 30 of
+    192. A merged token is a sum, its target and the mean of what is nearest to it, and the CLS token is the first
+    visual token, as in the authors' code.
     """
 
     contextual: int | None = None
 
     def reduce(self, view: TowerView) -> Tensor:
         """See TowerReducer."""
-        kept = self.count(len(view.x_PC))
+        kept = self.count(len(view.x_PC) - 1)
         contextual = round(kept * 5 / 32) if self.contextual is None else self.contextual
         if not 0 <= contextual < kept:
             raise ValueError(f"visionzip cannot merge patches into {contextual} of {kept} tokens; use fewer.")
@@ -247,7 +262,8 @@ class VisionZip(TowerReducer):
 
 @dataclass(frozen=True)
 class PruMerge(TowerReducer):
-    """The most attended patches, each with its 32 nearest merged in, and a token of the rest (arXiv 2403.15388).
+    """The most attended patches, each with its 32 nearest merged in, and a token of the rest (PruMerge, arXiv
+    2403.15388).
 
     Without `keep`, as many stay as are outliers of the attention (above the third quartile by 1.5 interquartile
     ranges). As in the authors' code, attention is that of the last layer with all heads as one, tokens come by falling
@@ -262,11 +278,19 @@ class PruMerge(TowerReducer):
         """Without `keep`, it depends on the picture."""
         return True
 
+    def check_patches(self, rows: int, columns: int) -> None:
+        """See Reducer."""
+        if rows * columns <= self.nearest:
+            raise ValueError(f"{self.name} merges {self.nearest} patches into one: {rows * columns} are too few.")
+
     def reduce(self, view: TowerView) -> Tensor:
         """See TowerReducer."""
         q_C, k_PC = view.q_hd.flatten(), view.k_hPd.transpose(0, 1).flatten(1)
         a_N = (k_PC.float() @ q_C.float() / len(q_C) ** 0.5).softmax(dim=-1)[1:]
-        return self.merge(view.x_PC[1:], a_N, k_PC[1:], self.choose(a_N))
+        kept = self.choose(a_N)
+        if len(kept) >= len(a_N):
+            raise ValueError(f"{self.name} makes {len(kept) + 1} tokens of {len(a_N)} patches: give a smaller `keep`.")
+        return self.merge(view.x_PC[1:], a_N, k_PC[1:], kept)
 
     def choose(self, a_N: Tensor) -> Tensor:
         """The patches that stay, in the order that the language model is given."""
@@ -287,8 +311,7 @@ class PruMerge(TowerReducer):
         metric_NC = F.normalize(k_NC.float(), dim=-1)
         near_KN = metric_NC[kept] @ metric_NC.mT
         near_KN[torch.arange(len(kept)), kept] = -math.inf
-        if len(a_N) <= self.nearest:
-            raise ValueError(f"{self.name} merges {self.nearest} patches into one: {len(a_N)} patches are too few.")
+        self.check_patches(1, len(a_N))
         others_K = near_KN.topk(self.nearest, dim=-1).indices
         merged_KC = x_NC[kept] + (a_N[others_K, None].to(x_NC.dtype) * x_NC[others_K]).sum(dim=1)
         gone = torch.ones(len(a_N), dtype=torch.bool, device=a_N.device)
@@ -302,10 +325,11 @@ class PruMerge(TowerReducer):
 
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge and patches at even steps besides, about three times as many without `keep` (arXiv 2403.15388).
+    """The most attended patches and others at even steps, with their nearest merged in (PruMerge+, arXiv 2403.15388).
 
-    With a share as `keep`, the steps are those of the authors' training, in which a patch may be kept twice. With a
-    count, which their code does not have, a quarter is chosen by attention, and the rest at even steps of the others.
+    Without `keep`, there are about three times as many as PruMerge has. With a share as `keep`, the steps are those of
+    the authors' training, in which a patch may be kept twice. With a count, which their code does not have, a quarter
+    is chosen by attention, and the rest at even steps of the others.
     """
 
     def choose(self, a_N: Tensor) -> Tensor:
@@ -365,6 +389,7 @@ class Cut:
 class LayerReducer(Reducer):
     """Drops visual tokens between the language model's layers."""
 
+    in_layers: ClassVar[bool] = True
     compact: ClassVar[bool] = False  # whether what is left gets the positions 0, 1, 2, ...
 
     def cuts(self, layers: int) -> list[Cut]:
@@ -395,9 +420,9 @@ class LastTokenReducer(LayerReducer):
 
 @dataclass(frozen=True)
 class FastV(LastTokenReducer):
-    """Before layer `layer`, the tokens that the last text token attends to most in the layer before (arXiv 2403.06764).
+    """The tokens that the last text token attends to most in an early layer (FastV, arXiv 2403.06764).
 
-    They keep their positions.
+    The others are dropped before layer `layer`, by the layer before; what stays keeps its positions.
     """
 
     layer: int = 2
@@ -413,11 +438,12 @@ class FastV(LastTokenReducer):
 
 @dataclass(frozen=True)
 class PyramidDrop(LastTokenReducer):
-    """In stages, before each of `layers`, the tokens that the last text token attends to most in that layer
-    (arXiv 2410.17247).
+    """The tokens that the last text token attends to most, fewer in each of three stages (PyramidDrop, arXiv
+    2410.17247).
 
-    The published layers are 8, 16 and 24 of 32, at a quarter, half and three quarters; `shares` of the picture's tokens
-    stay, a half each time. `keep` is what the last stage leaves; what is left moves together.
+    A stage is before each of `layers`, by the attention of that layer. The published layers are 8, 16 and 24 of 32, at
+    a quarter, half and three quarters; `shares` of the picture's tokens stay, a half each time. `keep` is what the last
+    stage leaves; what is left moves together.
     """
 
     compact: ClassVar[bool] = True
@@ -447,11 +473,11 @@ class PyramidDrop(LastTokenReducer):
 
 @dataclass(frozen=True)
 class DART(LayerReducer):
-    """Before layer `layer`, the tokens least like a few pivots (DART, arXiv 2502.11494).
+    """The tokens that are least like a few pivots in an early layer (DART, arXiv 2502.11494).
 
-    Pivots are the `pivots` visual and as many text tokens with the largest keys; each takes the tokens least like it,
-    in equal numbers, so that a few more or fewer than `keep` may stay. The authors' code lets pivots choose in the
-    order of a Python set; here they choose as they stand in the row.
+    The others are dropped before layer `layer`. Pivots are the `pivots` visual and as many text tokens with the largest
+    keys; each takes the tokens least like it, in equal numbers, so that a few more or fewer than `keep` may stay. The
+    authors' code lets pivots choose in the order of a Python set; here they choose as they stand in the row.
     """
 
     layer: int = 2
@@ -501,8 +527,8 @@ SPARSE_PLUS_COUNTS: dict[int, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class SparseVLM(LayerReducer):
-    """Behind three layers, the tokens that the picture's words attend to most; a part of the others is merged
-    (SparseVLM 1, arXiv 2410.04417).
+    """The tokens that words about the picture attend to most, fewer behind each of three layers; a part of the others
+    is merged (SparseVLM 1, arXiv 2410.04417).
 
     `keep` is the average over the layers; between the published budgets (192, 128, 96 and 64 of 576), the counts of the
     next larger one are scaled. `counts` gives them, behind `layers`. As in the authors' code, counts do not depend on
@@ -577,8 +603,9 @@ def merge_clusters(x_ND: Tensor, clusters: int, noise_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SparseVLMPlus(SparseVLM):
-    """SparseVLM's later code (SparseVLM+): without merging, and by the `heads` that attend most to the picture, in
-    attention that is divided by what positions alone would give.
+    """The tokens that words about the picture attend to most, without merging (SparseVLM+, SparseVLM's later code).
+
+    Only the `heads` that attend most to the picture count, with their attention divided by what positions alone give.
     """
 
     compact: ClassVar[bool] = False
@@ -607,7 +634,7 @@ class SparseVLMPlus(SparseVLM):
 
 @dataclass(frozen=True)
 class FitPrune(LayerReducer):
-    """In every layer, the tokens that neither the text nor the picture's other tokens attend to (arXiv 2409.10197).
+    """The tokens that text and picture attend to most, fewer behind every layer (FitPrune, arXiv 2409.10197).
 
     How many each layer deletes was fitted to LLaVA-1.5-7B by the authors, for given percentages of operations saved:
     `keep` takes the fitted scheme whose average over the layers is nearest, and `deleted` gives one number a layer.
@@ -657,9 +684,11 @@ MUSTDROP = {192: (0.001, 0.001), 128: (0.0012, 0.001), 64: (0.011, 0.01)}
 
 @dataclass(frozen=True)
 class MustDrop(LayerReducer, TowerReducer):
-    """In the tower, even windows of patches are merged; behind four of the language model's layers, tokens go to which
-    the text attends little, on the whole and at most; then the cache is cut to what is left (arXiv 2411.10803).
+    """The tokens that the text attends to, of windows of patches that are merged where they are even (MustDrop, arXiv
+    2411.10803).
 
+    Windows are merged in the tower; behind four of the language model's layers, tokens go to which the text attends
+    little, on the whole and at most; then the cache is cut to what is left.
     Thresholds decide, so the number is not fixed: `keep` chooses the published ones (192, 128 or 64 of 576). In a
     batch, every picture has windows of its own; in the authors' code, the least number of all. The patches with most
     attention from the CLS token always stay.
@@ -684,11 +713,18 @@ class MustDrop(LayerReducer, TowerReducer):
             raise ValueError(f"mustdrop has thresholds for `keep` 192, 128 or 64, not {self.keep}; give `thresholds`.")
         return [Cut(layer, layer - 1) for layer in self.checked([layer + 1 for layer in self.layers], layers)]
 
+    def check_patches(self, rows: int, columns: int) -> None:
+        """See Reducer."""
+        size = self.window
+        if rows % size or columns % size:
+            raise ValueError(
+                f"mustdrop merges windows of {size} x {size} patches: {rows} x {columns} cannot be cut so."
+            )
+
     def merge_windows(self, x_PC: Tensor, grid: tuple[int, int]) -> Tensor:
         """The CLS token, the merged windows, those most alike first, and all other patches, behind the first layer."""
         size, (rows, columns) = self.window, grid
-        if rows % size or columns % size:
-            raise ValueError(f"mustdrop merges windows of {size} x {size} patches, and {rows} x {columns} have none.")
+        self.check_patches(rows, columns)
         place = torch.arange(rows * columns, device=x_PC.device).view(rows // size, size, columns // size, size)
         place_Wn = place.transpose(1, 2).flatten(2).flatten(0, 1)
         unit_Wnc = F.normalize(x_PC[1:].float(), dim=-1)[place_Wn]

@@ -10,17 +10,28 @@ Shapes are named as in reducers_ms_resampler.py; B is the batch, 1 is broadcast.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from .reducers_ms_resampler import LayerReducer, LayerView, MustDrop, Reducer, TowerReducer, TowerView
+from .reducers_ms_resampler import (
+    REDUCERS,
+    LayerReducer,
+    LayerView,
+    MustDrop,
+    Reducer,
+    TowerReducer,
+    TowerView,
+    read_reducer,
+)
 from .towers_ms_resampler import Tower, layers_of
 
 TEXT, FILL = -1, -2  # numbers that are no picture's
@@ -101,6 +112,25 @@ def check_reducer(reducer: Reducer, model: Any) -> None:
         if len(config.feature_layers) > 1:
             raise ValueError(f"{reducer.name} reads one layer of the tower, but `vision_feature_layer` has several.")
         TowerReading(model.vision_tower, reading_layer(reducer, config.feature_layers[0], layers))
+
+
+def fitting_reducers(model: Any, counts: Iterable[int]) -> dict[str, list[Reducer]]:
+    """By method, the reducers that keep one of some counts and that nothing refuses for a model and a picture of its
+    tower's size. model: the MSResamplerModel.
+    """
+    grid = model.config.native_patch_grid
+    tokens = math.prod(model._token_grids(None, [grid])[0])
+    found: dict[str, list[Reducer]] = {}
+    for name, keep in product(REDUCERS, counts):
+        with suppress(ValueError):  # of whatever refuses it
+            reducer = read_reducer({"reducer_type": name, "keep": keep})
+            check_reducer(reducer, model)
+            reducer.check_patches(*grid)
+            reducer.count(tokens)
+            if reducer.in_layers:
+                check_window(model.language_model, tokens)
+            found.setdefault(name, []).append(reducer)
+    return found
 
 
 def reading_layer(reducer: TowerReducer, feature_layer: int, layers: int) -> int:
@@ -497,6 +527,7 @@ __all__ = [
     "Cutting",
     "TowerReading",
     "check_reducer",
+    "fitting_reducers",
     "merged_windows",
     "next_tokens",
     "number_pictures",

@@ -6,7 +6,7 @@ The model is loaded by transformers' Auto classes with the code in its own folde
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -46,7 +46,8 @@ class ScopeMaps:
     picture is the model's input (cropped and scaled); weights (S, M) sum to one over the scopes, attentions
     (S, M, N) over the patches; grids are (rows, columns). S is 0 for a projector without scopes. places (M, 2): the
     middle of each token's cell, as shares of the picture's height and width. words: the most likely words of each token
-    with their shares, if tokens are mixtures of words. kept: the tokens that the language model gets; None if all.
+    with their shares, if tokens are mixtures of words. read: how many tokens the language model gets; kept: which of
+    M these are, None if it gets all, or others that were merged.
     """
 
     picture: Image.Image
@@ -56,6 +57,7 @@ class ScopeMaps:
     patch_grid: tuple[int, int]
     places: np.ndarray
     words: list[list[tuple[str, float]]]
+    read: int
     kept: list[int] | None = None
 
     @property
@@ -112,11 +114,12 @@ def on_gpu(function: Callable) -> Callable:
 class Answerer:
     """Answers questions with a model and its processor; keeps the visual tokens of the last pictures until cleared.
 
-    With a reducer, pictures are read into the default number of visual tokens, and it drops those beyond the budget.
+    With reducers, of one method, pictures are read into the default number of visual tokens, and the method drops those
+    beyond the budget, which is one of theirs.
     """
 
-    def __init__(self, model: Any, processor: Any, name: str, reducer: str | None = None):
-        self.model, self.processor, self.name, self.reducer = model, processor, name, reducer
+    def __init__(self, model: Any, processor: Any, name: str, reducers: Sequence[Any] = ()):
+        self.model, self.processor, self.name, self.reducers = model, processor, name, reducers
         self.readings: OrderedDict[bytes, tuple[Any, list[ScopeMaps]]] = OrderedDict()
         # ZeroGPU runs these in a separate process: bound here, so that the model is not sent with each call.
         self.reply, self.look = on_gpu(self.reply), on_gpu(self.look)
@@ -141,16 +144,28 @@ class Answerer:
 
     def budgets(self) -> list[int]:
         """Numbers of visual tokens to offer: grids with the patches' proportions, and the default."""
+        if self.reducers:
+            return [reducer.keep for reducer in self.reducers]
         rows, columns = self.model.config.native_patch_grid
         budgets = {n * max(1, round(n * columns / rows)) for n in range(1, rows + 1)} | {self.trained_budget}
-        return sorted(count for count in budgets if not self.reducer or count <= self.trained_budget)
+        return sorted(budgets)
+
+    def with_reducers(self) -> list["Answerer"]:
+        """The same model with each method that drops visual tokens and that it can run."""
+        if not hasattr(self.model, "fitting_reducers"):  # code saved with earlier weights lacks this method
+            return []
+        methods = self.model.fitting_reducers(self.budgets()).values()
+        return [Answerer(self.model, self.processor, f"{self.name} with {own[0].title}", own) for own in methods]
 
     @contextmanager
     def reducing(self, keep: int | None) -> Iterator[None]:
-        """Drops all but `keep` visual tokens; None drops none."""
+        """Drops all but `keep` visual tokens; None drops none. Raises Refusal if it cannot keep as many."""
         before = getattr(self.model.config, "reducer_config", None)  # code saved with earlier weights lacks it
         if keep is not None:
-            self.model.set_reducer(self.reducer, keep=keep)
+            try:
+                self.model.set_reducer(self.reducers[0].name, keep=keep)
+            except ValueError as error:
+                raise Refusal(str(error)) from error
         try:
             yield
         finally:
@@ -162,7 +177,7 @@ class Answerer:
         if settings.system_prompt:
             system = {"role": "system", "content": [{"type": "text", "text": settings.system_prompt}]}
             turns = [system, *turns]
-        keep = settings.visual_tokens if self.reducer else None
+        keep = settings.visual_tokens if self.reducers else None
         budget = {} if keep or settings.visual_tokens is None else {"visual_tokens": settings.visual_tokens}
         try:
             inputs = self.processor.apply_chat_template(
@@ -232,11 +247,10 @@ class Answerer:
             if getattr(features, "token_places", None):  # code saved with earlier weights lacks them
                 places = features.token_places[number].float().cpu().numpy()
         seen = seen_picture(self.processor.image_processor, pixels["pixel_values"][number], picture)
-        kept = getattr(features, "kept_tokens", None)
-        words = self._words_of(features, number)
-        return ScopeMaps(
-            seen, weights, attentions, token_grid, patch_grid, places, words, kept and kept[number].tolist()
-        )
+        read, every = len(features.pooler_output[number]), getattr(features, "kept_tokens", None)
+        kept = every and every[number].tolist()
+        words = at_their_places(self._words_of(features, number), kept, tokens)
+        return ScopeMaps(seen, weights, attentions, token_grid, patch_grid, places, words, read, kept)
 
     def _words_of(self, features: Any, number: int) -> list[list[tuple[str, float]]]:
         """The WORDS_SHOWN most likely words of each token of a picture; empty if the model's tokens are no words."""
@@ -250,14 +264,31 @@ class Answerer:
             for token in zip(values.tolist(), places.tolist(), strict=True)
         ]
 
+    def without_words(self, prompt: Prompt, maps: list[ScopeMaps]) -> str | None:
+        """Why it cannot be told which visual tokens the words of an answer attend to, if a reducer is the reason."""
+        reducer = getattr(self.model, "reducer", None) if prompt.keep is None else self.reducers[0]
+        if reducer is None or all(one.kept is not None for one in maps):
+            return None
+        if reducer.in_layers:
+            return (
+                f"{reducer.title} drops tokens between the language model's layers; what is gone has no attention in "
+                "later layers, so there is no map of what the words attended to."
+            )
+        return (
+            f"{reducer.title} gave the language model {sum(one.read for one in maps)} tokens, merged from these, which "
+            "have no place of their own, so there is no map of what the words attended to."
+        )
+
     def look(self, pictures: list[Image.Image], settings: Settings) -> list[ScopeMaps]:
         """The maps of pictures, which do not depend on the question."""
         content = [{"type": "image", "image": picture} for picture in pictures]
         return self.encode(self.prepare([{"role": "user", "content": content}], pictures, settings))[2]
 
     def attend(self, prompt: Prompt, answer: str) -> list[Word]:
-        """The words of an answer, and what each attended to."""
+        """The words of an answer, and what each attended to. Raises Refusal if that cannot be told."""
         inputs, features, maps, _ = self.encode(prompt)
+        if why := self.without_words(prompt, maps):
+            raise Refusal(why)
         ids = inputs["input_ids"]
         left = np.concatenate([one.left for one in maps])
         stays = ids[0] != self.model.config.image_token_id
@@ -318,8 +349,18 @@ class Answerer:
                     maps = None
         finally:
             stop.set()
+        if failures and self.reducers and isinstance(failures[0], ValueError):  # a picture or prompt that it refuses
+            raise Refusal(str(failures[0])) from failures[0]
         if failures:
             raise failures[0]
+
+
+def at_their_places(words: list, kept: list[int] | None, tokens: int) -> list:
+    """What the tokens say, in a picture's grid of tokens: nothing where one was dropped, or if none has a place."""
+    if kept is None:
+        return words if len(words) == tokens else []
+    said = dict(zip(kept, words, strict=False))
+    return [said.get(token, []) for token in range(tokens)] if words else []
 
 
 def among(shares: np.ndarray, left: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ class Api:
             for step in self.answerer.reply(prompt, wanted):
                 if step.maps:
                     cost = {
-                        "visual_tokens": [maps.weights.shape[-1] for maps in step.maps],
+                        "visual_tokens": [maps.read for maps in step.maps],
                         "patches": [maps.patches for maps in step.maps],
                         "milliseconds_reading": round(step.reading, 1),
                         "milliseconds_to_first_token": round(step.milliseconds, 1),

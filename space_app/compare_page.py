@@ -31,8 +31,7 @@ class ComparePage:
 
     def __init__(self, one: Answerer, other: Answerer, examples: Examples, note: str | None = None):
         self.sides, self.examples, self.note = [one, other], examples, note
-        if hasattr(one.model, "set_reducer"):  # code saved with earlier weights lacks this method
-            self.sides.append(Answerer(one.model, one.processor, f"{one.name} with DivPrune", "divprune"))
+        self.sides += one.with_reducers()
 
     def compare(self, message: dict, second: int, in_a_row: bool, *budgets: Any) -> Iterator[tuple]:
         """Yields the question, then answer and view of one side, then of the other; then, if wanted, the answers of the
@@ -53,10 +52,12 @@ class ComparePage:
                 for step in side.reply(prompt, settings):
                     shown[2 * number] = step.text or PENDING
                     if step.maps:
-                        view = shown[2 * number + 1] = view_value(side.scopes, step, settings, example=example)
+                        view = view_value(side.scopes, step, settings, example=example)
+                        view["without_words"] = side.without_words(prompt, step.maps)
+                        shown[2 * number + 1] = view
                     yield message["text"], *shown
                 ended = {"verdict": self.examples.verdict(example, step.text)}
-                with suppress(Refusal):  # of a language model without weights of attention
+                with suppress(Refusal):  # of a language model without weights of attention, or what a reducer dropped
                     ended["words"] = words_value(side.attend(prompt, step.text)) if step.text else None
                 shown[2 * number + 1] = view | ended
                 yield message["text"], *shown
@@ -71,14 +72,15 @@ class ComparePage:
         example = self.examples[event.scene]
         yield from self.compare({"text": example.question, "files": [example.path]}, *chosen)
 
-    def switch(self, second: int) -> tuple[gr.MultimodalTextbox, gr.Textbox, gr.HTML, gr.HTML]:
-        """Resets the box and the other side's answer, view and budget for another model.
+    def switch(self, second: int) -> tuple[gr.MultimodalTextbox, str, gr.Textbox, gr.HTML, gr.HTML]:
+        """Resets the box, what is said of the other side, and its answer, view and budget for another model.
 
         Ends a running comparison, which used the previous model.
         """
         side = self.sides[second]
         return (
             box_update(answering=False),
+            described(side),
             gr.Textbox("", label=f"B: {side.name} answers"),
             gr.HTML(None, **view_props(side)),
             gr.HTML(self.second_budget(second), **budget_props(side)),
@@ -94,7 +96,7 @@ class ComparePage:
         """Builds the page and connects its events."""
         one, other, *_ = self.sides
         names = ("A", "B") if one is other else (f"A: {one.name}", f"B: {other.name}")
-        choices = {side.name: number for number, side in enumerate(self.sides)}
+        choices = {label(side): number for number, side in enumerate(self.sides)}
         with gr.Row(elem_classes="page"):
             with gr.Column(scale=1, min_width=320):
                 box = ask_box("compare-ask")
@@ -106,6 +108,7 @@ class ComparePage:
                     info=self.note,
                     visible=len(choices) > 1,
                 )
+                about = gr.HTML("", elem_id="about-b", apply_default_css=False)
             with gr.Column(scale=1, min_width=320):
                 scenes = example_scenes(self.examples, "Or compare on one of these", "compare-scenes")
         with gr.Row(elem_classes="page"):
@@ -137,8 +140,18 @@ class ComparePage:
         taken.sent(None, [taken, box], [taken, box], js=TAKE_PICTURES, **UNSEEN)
         # First cancels the comparison, so that its last words do not appear under another model's name.
         switched = second.change(None, cancels=asked)
-        switched.then(self.switch, second, [box, answers[1], views[1], budgets[1]], **UNSEEN)
+        switched.then(self.switch, second, [box, about, answers[1], views[1], budgets[1]], **UNSEEN)
         box.stop(lambda: box_update(answering=False), None, box, cancels=asked, **UNSEEN)
+
+
+def label(side: Answerer) -> str:
+    """What a side is called among those to compare with: its method, if it has one."""
+    return side.reducers[0].title if side.reducers else side.name
+
+
+def described(side: Answerer) -> str:
+    """What a side's method does, in HTML."""
+    return f'<p class="quiet">What stays: {escape(side.reducers[0].purpose)}</p>' if side.reducers else ""
 
 
 def nearest(numbers: list[int], wanted: float) -> int:

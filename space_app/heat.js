@@ -138,7 +138,7 @@ function paintTokenWords(canvas, {token_grid: [rows, columns], words}, {ink, pap
   const context = canvas.getContext('2d'), width = canvas.width / columns, height = canvas.height / rows;
   Object.assign(context, {textAlign: 'center', textBaseline: 'middle'});
   context.font = `${Math.max(9, Math.min(15, width / 4.5))}px system-ui`;
-  words.forEach(([[word, share]], token) => {
+  words.forEach(([[word, share] = ['background', 0]], token) => {  // a token that was dropped says nothing
     if (word === 'background' || share < 0.15) return;
     const [left, middle] = [(token % columns + 0.5) * width, (Math.floor(token / columns) + 0.5) * height];
     const wide = Math.min(width - 4, context.measureText(word).width + 6);

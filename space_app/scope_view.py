@@ -51,6 +51,7 @@ def picture_value(maps: ScopeMaps) -> dict[str, Any]:
         "places": maps.places.tolist(),
         "weights": packed(maps.weights.astype("<f4")),
         "words": maps.words,
+        "read": maps.read,
         "kept": maps.kept,
         **packed_rows(maps.attentions),
     }

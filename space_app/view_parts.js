@@ -27,6 +27,7 @@ function answerView(answer) {
   parts.push(selectors(answer));
   if (!picture.scopes) parts.push(make('p', {class: 'note'}, props.without_scopes));
   else if (dominant(answer, picture)) parts.push(make('p', {class: 'note'}, dominant(answer, picture)));
+  if (answer.without_words) parts.push(make('p', {class: 'note'}, answer.without_words));
   const about = [make('p', {class: 'status', 'aria-live': 'polite'}), make('p', {class: 'reach'})];
   if (props.asks || answer.words) about.unshift(wordStrip(answer));
   // Of two views side by side, the figures are at the same height.
@@ -39,7 +40,7 @@ function answerView(answer) {
 }
 
 function costLine(answer) {
-  const tokens = sum(answer.pictures.map(({tokens, kept}) => kept ? kept.length : tokens)), patches = sum(answer.pictures.map(picture => picture.patches));
+  const tokens = sum(answer.pictures.map(({read}) => read)), patches = sum(answer.pictures.map(picture => picture.patches));
   const saved = tokens < patches ? `, ${percent(1 - tokens / patches)} saved` : '';
   const read = answer.reading ? `read in ${Math.round(answer.reading)} ms` : 'read before, and reused';
   return make('p', {class: 'cost'},

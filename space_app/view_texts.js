@@ -45,7 +45,7 @@ function detailOf(answer, picture, {kind, token, word}, ofTokens) {
   const tokens = picture.tokens === 1 ? 'token' : 'tokens';
   if (kind === 'word') return `gave ${percent(sum(word.shares))} of its attention to the picture, the rest to text. Of that, most to the ${tokens} in ${readers()}. ${likelihood(word)}`;
   if (kind === 'place') return `is read most by the ${tokens} in ${readers()}, of all that read it.`;
-  const says = kind === 'token' && picture.words.length
+  const says = kind === 'token' && picture.words[token]?.length
     ? `says ${picture.words[token].map(([said, share]) => `“${said}” ${percent(share)}`).join(', ')}; ` : '';
   if (!picture.scopes) return says;
   if (kind === 'all') return `${picture.tokens === 1 ? 'stands for the whole picture' : 'together'}. Point at a token, or at a place in the picture; click to keep it.`;

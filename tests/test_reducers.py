@@ -4,6 +4,7 @@ tests/reference_reducers holds inputs and outputs of the authors' code.
 """
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -196,6 +197,8 @@ KINDS = {
     "fitprune": {"keep": 12},
     "mustdrop": {"layers": (0, 1, 2), "thresholds": (0.03, 0.06)},
 }
+DEEP = {"num_hidden_layers": 17}
+IN_FIRST_LAYERS = ("fastv", "pyramiddrop", "dart", "sparsevlm", "sparsevlm_plus", "mustdrop")  # need three or more
 LLAVA = {"projector": {"projector_type": "mlp", "visual_tokens": [6, 6]}, "text_changes": {"num_hidden_layers": 4}}
 
 
@@ -386,9 +389,43 @@ def test_what_cannot_be_is_refused(kind, settings, sentence):
         whole_model().set_reducer(kind, **settings)
 
 
-def test_more_than_there_is_cannot_be_kept():
-    with pytest.raises(ValueError, match="cannot keep 37 of 36 visual tokens"):
-        whole_model().set_reducer("divprune", keep=37)(**batch())
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"mustdrop"}))
+def test_more_than_there_is_cannot_be_kept(kind):
+    layers = {key: value for key, value in KINDS[kind].items() if key in ("layer", "layers")}
+    with pytest.raises(ValueError, match=f"{kind} cannot keep 37 of 36 visual tokens"):
+        whole_model().set_reducer(kind, keep=37, **layers)(**batch())
+
+
+@pytest.mark.parametrize(("kind", "share", "tokens"), [("prumerge", 1.0, 37), ("prumerge_plus", 0.6, 57)])
+def test_shares_of_which_merging_makes_more_tokens_are_refused(kind, share, tokens):
+    with pytest.raises(ValueError, match=f"{kind} makes {tokens} tokens of 36 patches"):
+        whole_model().set_reducer(kind, keep=share).get_image_features(pixels(1))
+
+
+@pytest.mark.parametrize("kind", ["fastervlm", "visionzip", "prumerge", "divprune"])
+def test_before_the_language_model_a_static_cache_holds_what_is_left(kind):
+    model = whole_model().set_reducer(kind, **KINDS[kind])
+    exact = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "disable_compile": True}
+    expected = model.generate(**batch(), **exact)
+    assert torch.equal(model.generate(**batch(), **exact, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sparsevlm_merges_in_a_batch_as_alone(side, monkeypatch):
+    merge = reducers.merge_clusters
+    monkeypatch.setattr(reducers, "merge_clusters", lambda x_ND, clusters, noise_N: merge(x_ND, clusters, 0 * noise_N))
+    model = whole_model().set_reducer("sparsevlm", keep=9, layers=(0, 1, 2))
+    rows, images = rows_with_pictures()
+    with torch.no_grad():
+        prompt = batch(side)
+        together = model(**prompt)
+        length = prompt["input_ids"].shape[1]
+        for number, (row, of_row) in enumerate(zip(rows, images, strict=True)):
+            shown = {} if of_row.start == of_row.stop else {"pixel_values": pixels(3)[of_row]}
+            alone = model(input_ids=torch.tensor([row]), **shown)
+            end = length if side == "left" else len(row)
+            last = (together.kept_positions[number] == end - 1).nonzero().item()
+            assert_close(together.logits[number, last], alone.logits[0, -1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("tower", ["clip_vision_model", "vit", "dinov2", "dinov2_with_registers"])
@@ -427,9 +464,84 @@ def test_models_that_do_not_fit_are_refused():
         whole_model().set_reducer("fastv", keep=4).generate(**batch(), cache_implementation="static", max_new_tokens=2)
 
 
+def refused(model, kind, keep):
+    """Whether a model refuses a reducer, when it is set or when it runs."""
+    try:
+        model.set_reducer(kind, keep=keep)
+        with torch.no_grad():
+            prompt = {"input_ids": torch.tensor([words(3)[0] + [IMAGE] * 36 + words(4)[0]]), "pixel_values": pixels(1)}
+            assert model(**prompt).logits.isfinite().all()
+    except ValueError:
+        return True
+    finally:
+        model.set_reducer(None)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("tower", "text", "layers", "fit"),
+    [
+        ("clip_vision_model", "llama", 17, set(REDUCERS)),
+        ("clip_vision_model", "llama", 2, set(REDUCERS) - set(IN_FIRST_LAYERS)),
+        ("siglip_vision_model", "qwen2", 17, {"divprune", *IN_FIRST_LAYERS, "fitprune"} - {"mustdrop"}),
+        ("siglip_vision_model", "gpt2", 4, {"divprune"}),
+    ],
+)
+def test_what_fits_a_model_runs_and_the_rest_is_refused(tower, text, layers, fit):
+    kept = {"mustdrop": 64}
+    changes = {"num_hidden_layers": layers} if text != "gpt2" else {"n_layer": layers}
+    model = tiny_model(tower, text=text, projector=LLAVA["projector"], text_changes=changes)
+    found = model.fitting_reducers([4, 36])
+    assert set(found) == fit - set(kept)
+    assert {name: [one.keep for one in fitting] for name, fitting in found.items()} == {name: [4, 36] for name in found}
+    assert {name for name in REDUCERS if not refused(model, name, kept.get(name, 4))} == fit
+
+
+def test_mustdrop_fits_at_its_own_counts_and_where_windows_are_whole():
+    def at(side):
+        tower = {"image_size": 4 * side}
+        projector = {"projector_type": "mlp", "visual_tokens": [side, side]}
+        model = tiny_model(text="llama", tower_changes=tower, projector=projector, text_changes=DEEP)
+        return {name: [one.keep for one in fitting] for name, fitting in model.fitting_reducers([9, 64, 128]).items()}
+
+    assert at(9)["mustdrop"] == [64]  # of 81 tokens
+    assert at(12)["mustdrop"] == [64, 128]
+    assert "mustdrop" not in at(10)
+    assert not {"prumerge", "prumerge_plus"} & set(at(5))  # they merge 32 patches into one
+    assert at(5)["fastervlm"] == [9]
+
+
+def test_none_fits_in_layers_with_a_window_shorter_than_a_picture():
+    changes = {"num_hidden_layers": 4, "sliding_window": 30}
+    model = tiny_model(text="gemma3_text", projector=LLAVA["projector"], text_changes=changes)
+    assert not any(one.in_layers for fitting in model.fitting_reducers([4]).values() for one in fitting)
+
+
+def test_none_fits_before_pre_fusion():
+    fields = {"projector_type": "llava_mini", "fusion_layers": 1, "query_grid": [2, 2], "visual_tokens": 4}
+    model = tiny_model(text="llama", projector=fields, text_changes={"num_hidden_layers": 4})
+    assert set(model.fitting_reducers([2])) == {"fastv", "pyramiddrop", "dart", "fitprune"}
+
+
+def test_the_places_of_what_a_tower_reducer_chose_are_told():
+    model = whole_model()
+    whole = model.get_image_features(pixels(2), return_dict=True).pooler_output
+    for kind in ("fastervlm", "hired", "divprune"):
+        reduced = model.set_reducer(kind, keep=9).get_image_features(pixels(2), return_dict=True)
+        for tokens, kept, all_tokens in zip(reduced.pooler_output, reduced.kept_tokens, whole, strict=True):
+            assert_close(tokens, all_tokens[kept])
+    merged = model.set_reducer("visionzip", keep=9).get_image_features(pixels(2), return_dict=True)
+    assert merged.kept_tokens is None
+
+
 def test_every_reducer_is_described_and_known():
-    for name, kind in REDUCERS.items():
-        assert kind.__doc__, name
+    purposes = {read_reducer({"reducer_type": name, **KINDS.get(name, {"keep": 64})}).purpose for name in REDUCERS}
+    assert len(purposes) == len(REDUCERS)
+    for purpose in purposes:
+        assert re.fullmatch(r"The [^`.]+ \(\S.+(arXiv \d{4}\.\d{5}|SparseVLM's later code)\)\.", purpose), purpose
+    assert reducer("divprune", keep=1).purpose == (
+        "The tokens that are least alike, in raster order (DivPrune, arXiv 2503.02175)."
+    )
     assert set(KINDS) | {"sparsevlm"} == set(REDUCERS)  # whose noise makes it differ from run to run
     config = tiny_models.tiny_config(reducer_config={"reducer_type": "divprune", "keep": 2})
     assert read_reducer(config.reducer_config).count(4) == 2

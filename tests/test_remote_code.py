@@ -331,6 +331,10 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 features = model.get_image_features(torch.rand(1, 3, 24, 24))
 assert [len(tokens) for tokens in features.pooler_output] == [len(kept) for kept in features.kept_tokens] == [2]
+assert list(model.fitting_reducers([2])) == ["divprune", "fitprune"]
+model.set_reducer("fitprune", deleted=(3, 0))
+prompt = torch.tensor([[5, *[model.config.image_token_id] * 4, 6]])
+assert model(input_ids=prompt, pixel_values=torch.rand(1, 3, 24, 24)).last_hidden_state.shape[1] == 3
 """
 )
 

@@ -2,6 +2,7 @@
 
 python -m research.study --quick                          six projectors, one budget, two seeds: ten minutes
 python -m research.study --seeds 10 --report docs         goes on from research/results, and writes docs/study.md
+python -m research.study --reducer divprune --report docs  scores what it leaves of the MLP's tokens, without training
 python -m research.study --check docs                     checks that report against the stored results
 """
 
@@ -27,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-ablations", action="store_true", help="only the projectors, each at its budgets")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="of study.md and its figures (default: OUT)")
     only = parser.add_mutually_exclusive_group()
+    only.add_argument(
+        "--reducer", metavar="NAME", help="only score what divprune leaves of the tokens of the stored runs of the MLP"
+    )
     only.add_argument("--finished", action="store_true", help="train nothing: report what is finished")
     only.add_argument("--check", type=Path, metavar="FOLDER", help="only check the report there against its results")
 
@@ -37,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from .conduct import conduct
     from .plan import BASELINE, OURS, QUICK, Study
+    from .reduced import reduced_table
     from .report import check_report
 
     if arguments.check:
@@ -54,6 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
         "ablations": study.ablations and not arguments.no_ablations,
     }
     study = replace(study, **{name: value for name, value in changes.items() if value is not None})
+    if arguments.reducer:
+        report, workers = arguments.report or arguments.out, arguments.workers or 1
+        print(reduced_table(study, arguments.reducer, arguments.out, report, workers))
+        return 0
     conduct(study, arguments.out, arguments.report, arguments.workers, train=not arguments.finished)
     print(f"The report is {(arguments.report or arguments.out) / 'study.md'}.")
     return 0

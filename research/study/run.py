@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ms_resampler.branches_ms_resampler import split_heads
 from ms_resampler.folders import write_whole
 from ms_resampler.places_ms_resampler import cell_centres
+from ms_resampler.reducers_ms_resampler import DivPrune, ascending
 from ms_resampler.resampler_ms_resampler import ScopeMaps
 from ms_resampler.training.trainer import keep_freed_memory
 
@@ -40,10 +41,15 @@ class Student(nn.Module):
         super().__init__()
         self.projector, self.reader, self.patch_grid = projector, reader, patch_grid
 
-    def tokens(self, x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Visual tokens of the tower's features, placed at the centres of their cells."""
+    def tokens(self, x_BNC: Tensor, grid: tuple[int, int], reducer: DivPrune | None = None) -> Tensor:
+        """Visual tokens of the tower's features, placed at the centres of their cells, or what a reducer leaves."""
         y = self.projector(x_BNC, self.patch_grid, grid)
-        return self.reader.place(y[0] if isinstance(y, tuple) else y, cell_centres(grid, x_BNC.device))
+        y_BMD = y[0] if isinstance(y, tuple) else y
+        placed_BMD = self.reader.place(y_BMD, cell_centres(grid, x_BNC.device))
+        if reducer is None:
+            return placed_BMD
+        kept = [ascending(reducer.choose(y_MD)) for y_MD in y_BMD]
+        return torch.stack([placed_MD[k] for placed_MD, k in zip(placed_BMD, kept, strict=True)])
 
 
 def perform(run: Run, out: Path) -> dict[str, Any]:
@@ -60,12 +66,7 @@ def perform(run: Run, out: Path) -> dict[str, Any]:
     keep_freed_memory()
     data = data_of(run, out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reader = pretrained_reader(data, run.data.reader_steps)
-    torch.manual_seed(run.seed)
-    student = Student(make_projector(run.projector, run.patch_grid), reader, run.patch_grid).to(device)
-    start = time.perf_counter()
-    loss = learn(student, run, data, device)
-    seconds = time.perf_counter() - start
+    student, loss, seconds = train(run, data, device)
     result = {
         "run": dataclasses.asdict(run),
         "made_with": made_with(data.folder),
@@ -77,6 +78,16 @@ def perform(run: Run, out: Path) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(result))
     return result
+
+
+def train(run: Run, data: StudyData, device: torch.device) -> tuple[Student, float, float]:
+    """A run's projector and reader, trained; the mean loss of the last fifty steps; and the seconds it took."""
+    reader = pretrained_reader(data, run.data.reader_steps)
+    torch.manual_seed(run.seed)
+    student = Student(make_projector(run.projector, run.patch_grid), reader, run.patch_grid).to(device)
+    start = time.perf_counter()
+    loss = learn(student, run, data, device)
+    return student, loss, time.perf_counter() - start
 
 
 def data_of(run: Run, out: Path) -> StudyData:
@@ -116,12 +127,15 @@ def examine(student: Student, run: Run, data: StudyData, device: torch.device) -
     return result
 
 
-def score_split(student: Student, grid: tuple[int, int], split: Split, device: torch.device) -> dict[str, str]:
+def score_split(
+    student: Student, grid: tuple[int, int], split: Split, device: torch.device, reducer: DivPrune | None = None
+) -> dict[str, str]:
     """For every family one letter a scene: 1 right, 0 wrong, - not asked; "dense" the percent of patches, in hex."""
     words_BFW, answer_BF = split.examination()
     right, dense = [], []
     for rows in batched(len(answer_BF)):
-        y_BMD = student.tokens(torch.from_numpy(split.features_BNC[rows].astype(np.float32)).to(device), grid)
+        x_BNC = torch.from_numpy(split.features_BNC[rows].astype(np.float32)).to(device)
+        y_BMD = student.tokens(x_BNC, grid, reducer)
         right.append(student.reader(y_BMD, words_BFW[rows].to(device)).argmax(-1).cpu() == answer_BF[rows])
         logits_BNL = student.reader.probe(y_BMD, cell_centres(student.patch_grid, device)).cpu()
         dense.append(patches_right(logits_BNL, split.labels_BN2[rows]))

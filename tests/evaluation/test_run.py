@@ -389,6 +389,18 @@ def test_the_command_prints_the_table_and_says_what_failed(tmp_path, capsys, mon
     assert "| failed" in capsys.readouterr().out
 
 
+def test_the_command_evaluates_with_a_reducer(tmp_path, monkeypatch):
+    make_all(tmp_path / "data")
+    asked = []
+    monkeypatch.setattr("ms_resampler.evaluation.run.the_answerer", lambda *given: asked.append(given) or Counting())
+    arguments = ["evaluate", TINY, "--tasks", "gqa", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--reducer", "divprune", "--keep", "9"]) == 0
+    (options,) = (one for one in asked[0] if isinstance(one, Options))
+    assert options.reducer == {"reducer_type": "divprune", "keep": 9}
+    (settings,) = (tmp_path / "out").glob("*divprune-9/settings.json")
+    assert json.loads(settings.read_text())["reducer"] == options.reducer
+
+
 def test_every_task_has_a_headline_that_its_numbers_hold(tmp_path):
     make_all(tmp_path / "data")
     answerer = Counting()

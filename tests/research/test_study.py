@@ -62,11 +62,13 @@ from research.study.plan import (
     count_parameters,
     further_runs,
     main_runs,
+    make_projector,
     make_run,
     margin_runs,
     sweep_runs,
 )
 from research.study.reader import WIDTH, Reader
+from research.study.reduced import reducers_of, scores_of
 from research.study.report import (
     ablation_table,
     check_report,
@@ -77,7 +79,7 @@ from research.study.report import (
     write_report,
 )
 from research.study.results import REPORT, RESULTS, Results, adopt, collect, compact, load, result_path, run_of, save
-from research.study.run import last_attention, patches_right, perform
+from research.study.run import Student, last_attention, patches_right, perform
 from research.study.statistics import (
     GROUPS,
     ROWS,
@@ -85,6 +87,7 @@ from research.study.statistics import (
     difference,
     estimate,
     group_means,
+    overall,
     resampled_means,
     score_matrix,
 )
@@ -291,6 +294,9 @@ def test_a_result_is_known_by_all_that_decides_it():
     [
         ("--projectors mpl", "The study knows no projector 'mpl'; it knows ms_resampler, resampler, "),
         ("--projectors token_packer --budgets 25", "a grid of 12 x 12 patches cannot become 5 x 5 tokens"),
+        ("--reducer fastv", "fastv reads a CLS token or a language model, and a study has none: use divprune"),
+        ("--reducer divprune --budgets 200", "divprune cannot keep 200 of 144 visual tokens"),
+        ("--reducer divprune", "There are no results of a study in "),
         ("--budgets 200", "A budget of 200 visual tokens is impossible for 12 x 12 = 144 patches"),
     ],
 )
@@ -392,6 +398,38 @@ def test_a_study_resumes_and_gives_the_same_again(studied, capsys):
     anew = json.loads(files[0].read_text())
     assert {**anew, "seconds": 0} == {**lost, "seconds": 0}
     assert len(again) == len(results)
+
+
+def test_a_student_reads_what_divprune_leaves_of_its_tokens():
+    run = make_run(SMALL, "mlp", [9], 0, 1e-3)
+    student = Student(make_projector(run.projector), Reader(words=9, answers=4))
+    x_BNC = torch.randn(2, PATCHES, CHANNELS)
+    (reducer,) = reducers_of("divprune", [9])
+    with torch.inference_mode():
+        whole, left, made = (
+            student.tokens(x_BNC, GRID),
+            student.tokens(x_BNC, GRID, reducer),
+            student.projector(x_BNC, GRID, GRID),
+        )
+    for found, tokens, y_ND in zip(left, whole, made, strict=True):
+        assert torch.equal(found, tokens[reducer.choose(y_ND).sort().values])  # each with the code of its own place
+
+
+@pytest.mark.slow
+def test_the_mlps_runs_are_scored_with_fewer_of_their_tokens(tmp_path, capsys):
+    small = dataclasses.replace(SMALL, arms=(OURS, "mlp"), learning_rates=(1e-3,), ablations=False)
+    rates, results = perform_study(small, tmp_path, workers=1)
+    costs = {"machine": "a machine", "projectors": {"mlp": {"forward_x": 1.0}}}
+    save(collect(small, rates, costs, results), tmp_path / "study", tmp_path)
+    of_mlp = [result for result in results if result["run"]["arm"] == "mlp"]
+    whole, most, few = scores_of(run_of(of_mlp[0]), reducers_of("divprune", [9, 16]), tmp_path)
+    assert whole == of_mlp[0]["test"]["144"]  # trained again, it is the same
+    assert len({json.dumps(scores) for scores in (whole, most, few)}) == 3
+    assert main(["--reducer", "divprune", "--out", str(tmp_path), "--budgets", "9", "16"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if re.match(r"\| \d", line)]
+    assert [row[0] for row in rows] == ["| 144", "| 16", "| 9"]
+    mean = np.mean([overall(result["test"]["144"]) for result in of_mlp])
+    assert rows[0][-1] == f"{100 * mean:.1f} |"
 
 
 KILLED = """

@@ -764,18 +764,126 @@ def test_maps_are_files(maps):
     np.testing.assert_allclose(whole["images"][0]["reach"], arrays["reach_0"], atol=6e-5)
 
 
+def with_methods(answerer):
+    """By method, the answerers that the Compare page offers beside a model."""
+    return {one.reducers[0].name: one for one in answerer.with_reducers()}
+
+
+@pytest.fixture(scope="module")
+def every_patch():
+    """A model of a token a patch, which can run every method but mustdrop and SparseVLM's."""
+    return one_token_a_patch(text="llama", text_changes={"num_hidden_layers": 4})
+
+
+def one_token_a_patch(**changes):
+    """A model with LLaVA's MLP."""
+    made = space_server.make_answerer(projector={"projector_type": "mlp", "visual_tokens": [6, 6]}, **changes)
+    made.processor.visual_tokens = 36
+    return made
+
+
 def test_tokens_that_a_reducer_drops_are_told_and_only_while_it_answers(answerer):
-    reduced = answering.Answerer(answerer.model, answerer.processor, "reduced", "divprune")
+    reduced = with_methods(answerer)["divprune"]
     assert reduced.budgets() == [1, 4]
     asked, one = turns_about(tiny_models.picture()), settings.Settings(visual_tokens=1)
     first, *_, last = reduced.reply(reduced.prepare(*asked, one), one)
-    assert (len(first.maps[0].kept), first.maps[0].token_grid) == (1, (2, 2))
+    assert (len(first.maps[0].kept), first.maps[0].read, first.maps[0].token_grid) == (1, 1, (2, 2))
     assert answerer.model.config.reducer_config is None
     (word, *_) = reduced.attend(reduced.prepare(*asked, one), "abc")
     assert np.flatnonzero(word.shares).tolist() == first.maps[0].kept
     *_, whole = answerer.reply(answerer.prepare(*asked, PLAIN), PLAIN)
     assert last.text != whole.text
     assert answerer.look([tiny_models.picture()], PLAIN)[0].kept is None
+
+
+BEFORE = ["fastervlm", "hired", "visionzip", "prumerge", "prumerge_plus", "divprune"]
+IN_LAYERS = ["fastv", "pyramiddrop", "dart", "fitprune"]
+MERGE = {"visionzip", "prumerge", "prumerge_plus"}
+
+
+def test_every_method_that_a_model_can_run_is_offered(answerer, every_patch):
+    assert list(with_methods(every_patch)) == [*BEFORE, *IN_LAYERS]
+    assert list(with_methods(answerer)) == ["divprune", "fitprune"]  # two layers, and no token a patch
+    sides = compare_page.ComparePage(every_patch, every_patch, examples.examples_for("tiny")).sides
+    assert [side.name for side in sides[2:5]] == ["tiny with FasterVLM", "tiny with HiRED", "tiny with VisionZip"]
+
+
+@pytest.mark.parametrize("kind", [*BEFORE, *IN_LAYERS])
+def test_each_method_answers_as_the_model_does_with_it(kind, every_patch):
+    side, wanted = with_methods(every_patch)[kind], settings.Settings(visual_tokens=9, max_new_tokens=8)
+    prompt = side.prepare(*turns_about(tiny_models.picture()), wanted)
+    first, *_, last = side.reply(prompt, wanted)
+    model = every_patch.model.set_reducer(kind, keep=9)
+    ids = model.generate(**prompt.inputs, max_new_tokens=8, do_sample=False)
+    model.set_reducer(None)
+    said = every_patch.processor.tokenizer.decode(ids[0, prompt.inputs["input_ids"].shape[1] :])
+    assert last.text == said.strip()
+    (maps,) = first.maps
+    assert maps.read == (9 if kind in BEFORE else 36)
+    assert (maps.kept is not None) == (kind in {"fastervlm", "hired", "divprune"})
+    if maps.kept is not None:
+        assert side.without_words(prompt, first.maps) is None
+        assert all(np.flatnonzero(word.shares).tolist() == maps.kept for word in side.attend(prompt, last.text))
+        return
+    why = side.without_words(prompt, first.maps)
+    assert ("9 tokens, merged" if kind in MERGE else "no attention in later layers") in why
+    assert why.startswith(side.reducers[0].title)
+    with pytest.raises(Refusal, match="no map of what the words attended to"):
+        side.attend(prompt, last.text)
+
+
+def test_a_models_own_reducer_is_told_like_one_that_is_compared(every_patch):
+    every_patch.model.set_reducer("fastv", keep=9)
+    prompt = every_patch.prepare(*turns_about(tiny_models.picture()), PLAIN)
+    with pytest.raises(Refusal, match="FastV drops tokens between the language model's layers"):
+        every_patch.attend(prompt, "abc")
+    every_patch.model.set_reducer(None)
+
+
+def test_the_page_compares_with_a_method_and_says_what_it_does(every_patch, picture_file, monkeypatch):
+    model, used = every_patch.model, []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: used.append(model.reducer) or generate(**given))
+    page = compare_page.ComparePage(every_patch, every_patch, examples.examples_for("tiny"))
+    second = [side.name for side in page.sides].index("tiny with FastV")
+    *_, shown = page.compare({"text": QUESTION, "files": [picture_file]}, second, False, 36, 9)
+    _, one, one_view, other, other_view, _ = shown
+    assert used == [None, next(own for own in page.sides[second].reducers if own.keep == 9)]
+    assert one
+    assert other
+    assert one_view["words"]["texts"]
+    assert one_view["without_words"] is None
+    assert "words" not in other_view
+    assert "later layers" in other_view["without_words"]
+    _, about, answer, _, budget = page.switch(second)
+    assert "What stays: The tokens that the last text token attends to most" in about
+    assert (answer.value, answer.label) == ("", "B: tiny with FastV answers")
+    assert budget.value == 16  # about half
+    assert page.switch(1)[1] == ""
+
+
+def test_what_a_method_is_called_and_does_is_shown_as_text(every_patch):
+    hostile = types.SimpleNamespace(title="<b>", purpose="<img src=x onerror=alert(1)>")
+    side = answering.Answerer(every_patch.model, every_patch.processor, "tiny", [hostile])
+    assert compare_page.described(side) == ('<p class="quiet">What stays: &lt;img src=x onerror=alert(1)&gt;</p>')
+
+
+def test_what_a_method_refuses_is_said():
+    changes = {"num_hidden_layers": 4, "sliding_window": 40}  # less than picture and question
+    model = one_token_a_patch(text="gemma3_text", text_changes=changes)
+    side, wanted = with_methods(model)["fastv"], settings.Settings(visual_tokens=9)
+    with pytest.raises(Refusal, match="at most 40 tokens here, the model's sliding window"):
+        list(side.reply(side.prepare(*turns_about(tiny_models.picture()), wanted), wanted))
+    with pytest.raises(Refusal, match="at least 1 visual token, got 0"), side.reducing(0):
+        pass
+
+
+def test_words_of_tokens_stand_where_the_tokens_are():
+    words = [[("cat", 0.9)], [("dog", 0.8)]]
+    assert answering.at_their_places(words, [1, 3], 4) == [[], words[0], [], words[1]]
+    assert answering.at_their_places(words, None, 2) == words
+    assert answering.at_their_places(words, None, 4) == []  # merged: they have no places
+    assert answering.at_their_places([], [1, 3], 4) == []
 
 
 def test_the_page_opens_with_an_answer_of_the_model_or_empty(answerer, monkeypatch):

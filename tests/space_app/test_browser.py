@@ -877,7 +877,10 @@ def test_two_budgets_are_compared(open_page):
 def test_three_budgets_answer_in_a_row_and_tokens_are_dropped(open_page):
     page = open_page()
     page.get_by_role("tab", name="Compare").click()
-    page.get_by_role("radio", name="tiny with DivPrune").check()
+    page.get_by_role("radio", name="DivPrune").check()
+    expect(page.locator("#about-b")).to_have_text(
+        "What stays: The tokens that are least alike, in raster order (DivPrune, arXiv 2503.02175)."
+    )
     expect(page.locator("#budget-b output")).to_contain_text("1 for 36 patches")
     page.get_by_role("checkbox", name="Also ask A with 1, 4 and 36 visual tokens").check()
     page.locator("#compare-scenes [data-scene='1']").click()
@@ -887,6 +890,22 @@ def test_three_budgets_answer_in_a_row_and_tokens_are_dropped(open_page):
     said = " ".join(page.get_by_label("A answers").input_value().split())  # as texts are shown
     assert rows[1] == f"4 visual tokens: {said} ✗"
     wait_until_done(page, "#compare-ask")
+    settle(page)
+
+
+def test_a_method_in_the_layers_shows_why_there_are_no_words(open_page):
+    page = open_page()
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("radio", name="FitPrune").check()
+    expect(page.get_by_label("B: tiny with FitPrune answers")).to_have_value("")
+    page.locator("#compare-scenes [data-scene='1']").click()
+    expect(page.locator("#view-b .note", has_text="FitPrune drops tokens between")).to_be_visible()
+    wait_until_done(page, "#compare-ask")
+    expect(page.locator("#view-b [data-word]")).to_have_count(0)
+    expect(page.locator("#view-a [data-word]")).not_to_have_count(0)
+    expect(page.locator("#view-b [data-figure='fused'] canvas")).to_be_visible()  # the scopes looked as they do
+    page.get_by_role("radio", name="tiny", exact=True).check()
+    expect(page.locator("#about-b")).to_have_text("")
     settle(page)
 
 
