@@ -6,7 +6,7 @@ The model is loaded by transformers' Auto classes with the code in its own folde
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2 import TemplateError
+from known import Known, read_record
 from pictures import Refusal
 from PIL import Image
 from proof import Change, Proof, cover, without_scope
@@ -47,6 +48,7 @@ class ScopeMaps:
     (S, M, N) over the patches; grids are (rows, columns). S is 0 for a projector without scopes. places (M, 2): the
     middle of each token's cell, as shares of the picture's height and width. words: the most likely words of each token
     with their shares, if tokens are mixtures of words. kept: the tokens that the language model gets; None if all.
+    foreign: whether the picture is known to be unlike those of the training.
     """
 
     picture: Image.Image
@@ -57,6 +59,7 @@ class ScopeMaps:
     places: np.ndarray
     words: list[list[tuple[str, float]]]
     kept: list[int] | None = None
+    foreign: bool = False
 
     @property
     def patches(self) -> int:
@@ -113,10 +116,20 @@ class Answerer:
     """Answers questions with a model and its processor; keeps the visual tokens of the last pictures until cleared.
 
     With a reducer, pictures are read into the default number of visual tokens, and it drops those beyond the budget.
+    known: what tells that a picture or a question is foreign to the model; scores: those by number of visual tokens.
     """
 
-    def __init__(self, model: Any, processor: Any, name: str, reducer: str | None = None):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        name: str,
+        reducer: str | None = None,
+        known: Known | None = None,
+        scores: Sequence[dict[str, Any]] = (),
+    ):
         self.model, self.processor, self.name, self.reducer = model, processor, name, reducer
+        self.known, self.scores = known, list(scores)
         self.readings: OrderedDict[bytes, tuple[Any, list[ScopeMaps]]] = OrderedDict()
         # ZeroGPU runs these in a separate process: bound here, so that the model is not sent with each call.
         self.reply, self.look = on_gpu(self.reply), on_gpu(self.look)
@@ -234,8 +247,9 @@ class Answerer:
         seen = seen_picture(self.processor.image_processor, pixels["pixel_values"][number], picture)
         kept = getattr(features, "kept_tokens", None)
         words = self._words_of(features, number)
+        foreign = self.known is not None and self.known.is_foreign(features.last_hidden_state[number])
         return ScopeMaps(
-            seen, weights, attentions, token_grid, patch_grid, places, words, kept and kept[number].tolist()
+            seen, weights, attentions, token_grid, patch_grid, places, words, kept and kept[number].tolist(), foreign
         )
 
     def _words_of(self, features: Any, number: int) -> list[list[tuple[str, float]]]:
@@ -362,7 +376,8 @@ def load(model_id: str, revision: str | None = None) -> Answerer:
     model = model.eval().to(device)
     if hasattr(model, "pack_weights"):  # code saved with earlier weights lacks this method
         model.pack_weights()
-    return Answerer(model, processor, model_id.rstrip("/").rsplit("/", 1)[-1])
+    known, scores = read_record(model_id, revision)
+    return Answerer(model, processor, model_id.rstrip("/").rsplit("/", 1)[-1], known=known, scores=scores)
 
 
 def seen_picture(image_processor: Any, pixels: torch.Tensor, picture: Image.Image) -> Image.Image:

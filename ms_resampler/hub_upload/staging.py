@@ -19,6 +19,7 @@ from ..folders import (
     KNOWN,
     PROJECTOR,
     PROJECTOR_PREFIXES,
+    RECORD,
     WEIGHTS,
     model_or_embedded,
     read_config,
@@ -26,8 +27,6 @@ from ..folders import (
     require_our_type,
 )
 from .personal import clean_json, read_json
-
-RECORD = "training_record.json"
 
 # The only files that are published. Code is never taken from the folder, always from this package.
 ALLOWED = (
