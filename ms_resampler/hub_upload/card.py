@@ -167,13 +167,11 @@ def scene_results(record: dict[str, Any]) -> dict[str, Any]:
 
 def plain_table(title: str, field: str, rows: list[dict[str, Any]]) -> str:
     """Accuracy of rows that a field of theirs names, in percent; empty without rows."""
-    lines = [
-        f"| {row[field]} | {row['questions']} | {row['mean']:.1%} | {row['low']:.1%} to {row['high']:.1%} |"
-        for row in rows
-    ]
-    return (
-        "\n".join([f"| {title} | questions | accuracy | 95% interval |", "|---|---|---|---|", *lines]) if rows else ""
-    )
+    lines = [f"| {title} | questions | accuracy | 95% interval |", "|---|---|---|---|"]
+    for row in rows:
+        cells = f"{row[field]} | {row['questions']} | {row['mean']:.1%} | {row['low']:.1%} to {row['high']:.1%}"
+        lines.append(f"| {cells} |")
+    return "\n".join(lines) if rows else ""
 
 
 def results_table(record: dict[str, Any]) -> str:

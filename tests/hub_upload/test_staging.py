@@ -26,6 +26,15 @@ def test_only_allowed_files_and_the_code_of_the_package_are_staged(checkpoint, t
     assert {name for name in names if name.endswith(".py")} == {file.name for file in remote_code_files()}
 
 
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "1MB"}, {"projector_only": True}])
+def test_what_a_checkpoint_knows_travels_and_is_no_weight(options, checkpoint, tmp_path):
+    tensors = {"mean": torch.ones(3)}
+    save_file(tensors, checkpoint / KNOWN)
+    staged = stage_checkpoint(checkpoint, tmp_path / "staged", **options)
+    torch.testing.assert_close(load_file(staged / KNOWN), tensors)
+    assert "mean" not in {weight.key for weight in list_weights(staged)}
+
+
 def test_a_folder_in_use_and_a_folder_without_a_model_are_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"is not a checkpoint folder: it has no config\.json"):
         stage_checkpoint(tmp_path, tmp_path / "staged")
