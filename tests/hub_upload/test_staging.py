@@ -1,9 +1,12 @@
 """Staging: exactly the allowed files and the package's own code, in a fresh folder."""
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
-from ms_resampler.folders import remote_code_files
+from ms_resampler.conversion.weights import list_weights
+from ms_resampler.folders import KNOWN, remote_code_files
 from ms_resampler.hub_upload.staging import stage_checkpoint
 
 
