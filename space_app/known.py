@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
+from transformers.utils import cached_file
 
 NEIGHBOURS = 5
 ENDINGS = ("", "s", "es", "d", "ed", "n", "ing")  # of words that are known with them if they are without
@@ -52,7 +51,7 @@ class Known:
 def read_record(model_id: str, revision: str | None) -> tuple[Known | None, list[dict[str, Any]]]:
     """What the model of a folder or a Hub repository knows, and its scores by number of visual tokens, if it tells."""
     record = file_of(model_id, "training_record.json", revision)
-    told = json.loads(record.read_text(encoding="utf-8")) if record else {}
+    told = json.loads(Path(record).read_text(encoding="utf-8")) if record else {}
     features, entry = file_of(model_id, "known_inputs.safetensors", revision), told.get("known_inputs")
     known = None
     if features and entry:
@@ -61,15 +60,15 @@ def read_record(model_id: str, revision: str | None) -> tuple[Known | None, list
     return known, told.get("budget_scores", [])
 
 
-def file_of(model_id: str, name: str, revision: str | None) -> Path | None:
-    """A file of a folder or a Hub repository, if it is there."""
-    if Path(model_id).is_dir():
-        file = Path(model_id, name)
-        return file if file.is_file() else None
-    try:
-        return Path(hf_hub_download(model_id, name, revision=revision))
-    except EntryNotFoundError:
-        return None
+def file_of(model_id: str, name: str, revision: str | None) -> str | None:
+    """The path of a file of a folder or a Hub repository, if it is there."""
+    return cached_file(
+        model_id,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
 
 
 def note_on(foreign: Sequence[bool], words: Sequence[str]) -> str:
