@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from .folders import (
     EMBEDDED,
     PROJECTOR,
+    RECORD,
     WEIGHTS,
     find_app,
     model_or_embedded,
@@ -136,8 +137,8 @@ def put_into_embedded(folder: Path, target: Path) -> None:
         raise ValueError(
             f"{folder} holds a projector alone, and not one for the embedded checkpoint: name a whole model."
         )
-    kept = [file for file in EMBEDDED.iterdir() if file.name not in ("config.json", WEIGHTS)]
-    link_files([*kept, folder / "config.json"], target)
+    kept = [file for file in EMBEDDED.iterdir() if file.name not in ("config.json", RECORD, WEIGHTS)]
+    link_files([*kept, folder / "config.json", folder / RECORD], target)
     tensors = {name: tensor for name, tensor in load_file(EMBEDDED / WEIGHTS).items() if "projector." not in name}
     try:
         projector = load_file(folder / PROJECTOR)

@@ -19,6 +19,8 @@ from filelock import FileLock
 PACKAGE = Path(__file__).resolve().parent
 EMBEDDED = PACKAGE / "checkpoints" / "tiny"
 WEIGHTS, INDEX, PROJECTOR = "model.safetensors", "model.safetensors.index.json", "projector.safetensors"
+KNOWN = "known_inputs.safetensors"  # no weights: what pictures of the training look like to the tower
+RECORD = "training_record.json"
 LOCK = ".ms-resampler.lock"
 # The names of trained weights begin so: the projector's, and those of LLaVA-Mini's pre-fusion beside it.
 PROJECTOR_PREFIXES = ("model.projector.", "model.fusion.")

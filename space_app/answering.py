@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2 import TemplateError
+from known import Known, read_record
 from pictures import Refusal
 from PIL import Image
 from proof import Change, Proof, cover, without_scope
@@ -47,7 +48,8 @@ class ScopeMaps:
     (S, M, N) over the patches; grids are (rows, columns). S is 0 for a projector without scopes. places (M, 2): the
     middle of each token's cell, as shares of the picture's height and width. words: the most likely words of each token
     with their shares, if tokens are mixtures of words. read: how many tokens the language model gets; kept: which of
-    M these are, None if it gets all, or others that were merged.
+    M these are, None if it gets all, or others that were merged. foreign: whether the picture is known to be unlike
+    those of the training.
     """
 
     picture: Image.Image
@@ -59,6 +61,7 @@ class ScopeMaps:
     words: list[list[tuple[str, float]]]
     read: int
     kept: list[int] | None = None
+    foreign: bool = False
 
     @property
     def patches(self) -> int:
@@ -115,11 +118,21 @@ class Answerer:
     """Answers questions with a model and its processor; keeps the visual tokens of the last pictures until cleared.
 
     With reducers, of one method, pictures are read into the default number of visual tokens, and the method drops those
-    beyond the budget, which is one of theirs.
+    beyond the budget, which is one of theirs. known: what tells that a picture or a question is foreign to the model;
+    scores: those by number of visual tokens.
     """
 
-    def __init__(self, model: Any, processor: Any, name: str, reducers: Sequence[Any] = ()):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        name: str,
+        reducers: Sequence[Any] = (),
+        known: Known | None = None,
+        scores: Sequence[dict[str, Any]] = (),
+    ):
         self.model, self.processor, self.name, self.reducers = model, processor, name, reducers
+        self.known, self.scores = known, list(scores)
         self.readings: OrderedDict[bytes, tuple[Any, list[ScopeMaps]]] = OrderedDict()
         # ZeroGPU runs these in a separate process: bound here, so that the model is not sent with each call.
         self.reply, self.look = on_gpu(self.reply), on_gpu(self.look)
@@ -250,7 +263,8 @@ class Answerer:
         read, every = len(features.pooler_output[number]), getattr(features, "kept_tokens", None)
         kept = every and every[number].tolist()
         words = at_their_places(self._words_of(features, number), kept, tokens)
-        return ScopeMaps(seen, weights, attentions, token_grid, patch_grid, places, words, read, kept)
+        foreign = self.known is not None and self.known.is_foreign(features.last_hidden_state[number])
+        return ScopeMaps(seen, weights, attentions, token_grid, patch_grid, places, words, read, kept, foreign)
 
     def _words_of(self, features: Any, number: int) -> list[list[tuple[str, float]]]:
         """The WORDS_SHOWN most likely words of each token of a picture; empty if the model's tokens are no words."""
@@ -403,7 +417,8 @@ def load(model_id: str, revision: str | None = None) -> Answerer:
     model = model.eval().to(device)
     if hasattr(model, "pack_weights"):  # code saved with earlier weights lacks this method
         model.pack_weights()
-    return Answerer(model, processor, model_id.rstrip("/").rsplit("/", 1)[-1])
+    known, scores = read_record(model_id, revision)
+    return Answerer(model, processor, model_id.rstrip("/").rsplit("/", 1)[-1], known=known, scores=scores)
 
 
 def seen_picture(image_processor: Any, pixels: torch.Tensor, picture: Image.Image) -> Image.Image:

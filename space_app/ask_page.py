@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-from answering import Answerer, Prompt
+from answering import Answerer, Prompt, ScopeMaps
 from conversation import (
     answers_in,
     as_sent,
@@ -24,6 +24,7 @@ from conversation import (
 )
 from elements import ask_box, box_update, budget_slider, example_scenes, intake, scope_view, settings_panel
 from examples import Examples
+from known import note_on
 from measures import FILES, as_file
 from pictures import Refusal
 from proof import checked_change
@@ -33,6 +34,7 @@ from tour import tour
 
 log = logging.getLogger("ms_resampler.space")
 SORRY = "Something went wrong here; please try again, or try another picture."
+BUTTONS = 3  # beside a note
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
 UNSEEN = {"show_progress": "hidden", "api_visibility": "private"}
 # Waiting visitors see their place in the queue.
@@ -102,6 +104,25 @@ class AskPage:
         asked = turn_of("user", example.question, [example.path])
         return [*as_sent(history), asked], box_update(answering=True)
 
+    def take(self, history: list[dict], event: gr.EventData) -> tuple[list[dict], gr.MultimodalTextbox]:
+        """Puts the question of a button beside a note into the chat: an example's, by its number, has its picture."""
+        value, examples = str(event.value), {str(number): one for number, one in enumerate(self.examples.shown)}
+        example = examples.get(value)
+        asked = turn_of("user", example.question, [example.path]) if example else turn_of("user", value)
+        return [*as_sent(history), asked], box_update(answering=True)
+
+    def note(self, question: str, pictures: list[ScopeMaps]) -> tuple[str, list[dict[str, str]]]:
+        """A note on the answer to what is foreign to the model, and buttons with questions that it can answer."""
+        known = self.answerer.known
+        foreign = [picture.foreign for picture in pictures]
+        words = known.foreign_words(question) if known else []
+        if any(foreign):  # a question alone would be about this picture, too
+            shown = self.examples.shown[:BUTTONS]
+            buttons = [{"value": str(n), "label": f"About a scene: {one.question}"} for n, one in enumerate(shown)]
+        else:
+            buttons = [{"value": one, "label": one} for one in known.questions[:BUTTONS]] if words else []
+        return note_on(foreign, words), buttons
+
     def retry(self, history: list[dict]) -> tuple[list[dict], gr.MultimodalTextbox]:
         """Takes the last answer out of the chat."""
         return as_sent(history[: last_question(history) + 1]), box_update(answering=True)
@@ -119,7 +140,7 @@ class AskPage:
         The view is yielded with every word, because a slow page shows only the latest of several values and would miss
         a single one; only changes are sent.
         """
-        history, view = as_sent(history), gr.skip()
+        history, view, note, buttons = as_sent(history), gr.skip(), "", []
         with errors_in_a_sentence():
             wanted = checked(*settings)
             steps = self.answerer.reply(self.answerer.prepare(*topic(history), wanted), wanted)
@@ -129,9 +150,11 @@ class AskPage:
             for step in steps:
                 if step.maps:
                     view = view_value(self.answerer.scopes, step, wanted, len(answers_in(history)), example)
-                yield [*history, assistant_turn(step.text)], view
+                    note, buttons = self.note(text_of(history[-1]), step.maps)
+                yield [*history, assistant_turn(step.text, note)], view
             verdict = self.examples.verdict(example, step.text)
-            yield [*history, assistant_turn(step.text)], {**view, "verdict": verdict} if verdict else view
+            ended = assistant_turn(step.text, note, buttons)
+            yield [*history, ended], {**view, "verdict": verdict} if verdict else view
 
     def asked_before(self, history: list[dict], event: gr.EventData) -> tuple[Prompt, str]:
         """The prompt of an answer that the view shows, and the answer. Raises Refusal if it is not there."""
@@ -208,6 +231,7 @@ class AskPage:
             box.submit(None, [box, chatbot], talk, js="(box, history) => talk.ask(box, history)", **UNSEEN),
             scenes.choose(self.choose, chatbot, talk, **UNSEEN),
             chatbot.retry(self.retry, chatbot, talk, **UNSEEN),
+            chatbot.option_select(self.take, chatbot, talk, **UNSEEN),
         ]
         answers = []
         for question in asked:

@@ -33,20 +33,21 @@ def check_question(text: str | None) -> str:
     return question
 
 
-def assistant_turn(text: str) -> dict:
-    """An answer, possibly partial."""
-    return turn_of("assistant", text or PENDING)
+def assistant_turn(text: str, note: str = "", buttons: Iterable[dict[str, str]] = ()) -> dict:
+    """An answer, possibly partial, with a note on it and buttons below, each with a `value` and a `label`."""
+    return turn_of("assistant", text or PENDING, note=note) | {"options": list(buttons)}
 
 
-def turn_of(role: str, text: str, files: Iterable[str] = ()) -> dict:
-    """A turn of the chat, in Gradio's form."""
+def turn_of(role: str, text: str, files: Iterable[str] = (), note: str = "") -> dict:
+    """A turn of the chat, in Gradio's form; a note is a second text."""
     pictures = [{"path": path, "alt_text": "The picture asked about"} for path in files]
-    return {"role": role, "content": [*pictures, {"type": "text", "text": escape(text, quote=False)}]}
+    texts = [text, note] if note else [text]
+    return {"role": role, "content": [*pictures, *({"type": "text", "text": escape(t, quote=False)} for t in texts)]}
 
 
 def as_sent(history: list[dict]) -> list[dict]:
     """The chat without the addresses of its pictures, which Gradio would take for their paths the next time."""
-    return [turn_of(turn["role"], text_of(turn), pictures_of(turn)) for turn in history]
+    return [turn_of(turn["role"], text_of(turn), pictures_of(turn), note_of(turn)) for turn in history]
 
 
 def pictures_of(turn: dict) -> list[str]:
@@ -56,10 +57,21 @@ def pictures_of(turn: dict) -> list[str]:
     return [part["path"] for part in parts if "path" in part]
 
 
+def texts_of(turn: dict) -> list[str]:
+    """The texts of a turn: its words, and a note on them if there is one."""
+    content = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
+    texts = [part if isinstance(part, str) else part.get("text", "") for part in content]
+    return [unescape(text) for text in texts if text]
+
+
 def text_of(turn: dict) -> str:
     """The words of a turn."""
-    content = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
-    return unescape("".join(part if isinstance(part, str) else part.get("text", "") for part in content))
+    return "".join(texts_of(turn)[:1])
+
+
+def note_of(turn: dict) -> str:
+    """The note on an answer."""
+    return "".join(texts_of(turn)[1:])
 
 
 def said_in(turn: dict) -> str:

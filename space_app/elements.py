@@ -34,14 +34,17 @@ element.addEventListener('click', async event => {
 });
 """
 # Props change with the model. Their names are not quoted, because Gradio takes quoted words in a script for events.
-BUDGET_SCRIPT = """
-const range = element.querySelector('input'), out = element.querySelector('output');
+BUDGET_SCRIPT = (
+    (HERE / "curve.js").read_text()
+    + """
+const [range, out, curve] = ['input', 'output', '.curve'].map(part => element.querySelector(part));
 const show = () => {
   const {budgets, patches, trained} = props, count = budgets[range.value];
   const saved = Math.round(100 * (1 - count / patches));
   const own = count === trained ? '' : `; the model was trained with ${trained}`;
   out.textContent = `${count} for ${patches} ${patches === 1 ? 'patch' : 'patches'}, ${saved} % saved${own}`;
   range.setAttribute('aria-valuetext', out.textContent);
+  curve.innerHTML = props.scores.length ? curveOf(props.scores, count) : '';
 };
 range.addEventListener('input', () => { props.value = props.budgets[range.value]; show(); });
 const take = () => {
@@ -54,14 +57,16 @@ take();
 const linked = Number(new URLSearchParams(location.search).get('tokens'));
 if (element.closest('#budget') && props.budgets.includes(linked)) setTimeout(() => { props.value = linked; take(); });
 """
+)
 WITHOUT_SCOPES = "The projector of this model, {}, has no scopes, so there are no maps of them to see."
 
 
 def budget_slider(answerer: Answerer, budget: int, label: str, elem_id: str) -> gr.HTML:
-    """A slider for the number of visual tokens per picture, which shows what that saves."""
+    """A slider for the number of visual tokens per picture, which shows what that saves, and how often it is right."""
     return gr.HTML(
         budget,
-        html_template=f'<label><span>{escape(label)}</span><input type="range" min="0"></label><output></output>',
+        html_template=f'<label><span>{escape(label)}</span><input type="range" min="0"></label><output></output>'
+        '<div class="curve"></div>',
         js_on_load=BUDGET_SCRIPT,
         apply_default_css=False,
         elem_id=elem_id,
@@ -72,7 +77,12 @@ def budget_slider(answerer: Answerer, budget: int, label: str, elem_id: str) -> 
 
 def budget_props(answerer: Answerer) -> dict[str, Any]:
     """The slider's properties for a model."""
-    return {"budgets": answerer.budgets(), "patches": answerer.patches, "trained": answerer.trained_budget}
+    scores = [
+        {"visual_tokens": int(row["visual_tokens"])} | {name: float(row[name]) for name in ("mean", "low", "high")}
+        for row in sorted(answerer.scores, key=lambda row: row["visual_tokens"])
+    ]
+    budgets = {"budgets": answerer.budgets(), "patches": answerer.patches, "trained": answerer.trained_budget}
+    return {**budgets, "scores": scores}
 
 
 def settings_panel() -> list[gr.components.Component]:

@@ -44,7 +44,7 @@ document.addEventListener('click', event => {
   const button = event.target.closest('#chat [aria-label="Copy message"]'), before = Node.DOCUMENT_POSITION_PRECEDING;
   if (!button) return;
   event.stopImmediatePropagation();
-  const texts = [...document.querySelectorAll('#chat .message-content .md')];
+  const texts = [...document.querySelectorAll('#chat .message-content .md')].filter(text => !text.closest('.bot .message ~ .message'));  // not notes
   getSelection().selectAllChildren(texts.findLast(text => button.compareDocumentPosition(text) & before));
   document.execCommand('copy');
   setTimeout(() => getSelection().removeAllRanges(), 600);  // what was copied is seen

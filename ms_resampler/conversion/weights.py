@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..folders import KNOWN
+
 SHARD_BYTES = 2_000_000_000  # bytes in memory at a time
 
 
@@ -35,7 +37,7 @@ class Weight:
 
 def list_weights(folder: Path) -> list[Weight]:
     """The weights of a checkpoint folder. Raises ValueError if it has none, OSError if a file cannot be read."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = sorted({*folder.glob("*.safetensors")} - {folder / KNOWN}) or sorted(folder.glob("*.bin"))
     check_index(folder)
     weights = [weight for file in files for weight in weights_of(file)]
     if not weights:

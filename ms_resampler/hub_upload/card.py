@@ -12,9 +12,9 @@ from jinja2 import StrictUndefined, Template
 from yaml import YAMLError
 
 from ..configuration_ms_resampler import MSResamplerConfig
-from ..folders import PROJECTOR, PROJECTOR_PREFIXES, write_whole
+from ..folders import PROJECTOR, PROJECTOR_PREFIXES, RECORD, write_whole
 from ..projectors_ms_resampler import PROJECTORS
-from .staging import RECORD, tensor_elements, tensor_files
+from .staging import tensor_elements, tensor_files
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 JINJA: dict[str, Any] = {
@@ -159,7 +159,19 @@ def scene_results(record: dict[str, Any]) -> dict[str, Any]:
         "not_learned": ", ".join(family for family, gain in gains.items() if gain < CLEARLY) or "none",
         "weakest": ", ".join(f"{row['family']} ({row['mean']:.0%})" for row in weakest),
         "table": results_table(record),
+        "budgets": plain_table("visual tokens", "visual_tokens", record.get("budget_scores", [])),
+        "wordings": plain_table("what is asked", "family", record.get("wording_scores", [])),
+        "known": record.get("known_inputs", {}).get("measured", []),
     }
+
+
+def plain_table(title: str, field: str, rows: list[dict[str, Any]]) -> str:
+    """Accuracy of rows that a field of theirs names, in percent; empty without rows."""
+    lines = [f"| {title} | questions | accuracy | 95% interval |", "|---|---|---|---|"]
+    for row in rows:
+        cells = f"{row[field]} | {row['questions']} | {row['mean']:.1%} | {row['low']:.1%} to {row['high']:.1%}"
+        lines.append(f"| {cells} |")
+    return "\n".join(lines) if rows else ""
 
 
 def results_table(record: dict[str, Any]) -> str:

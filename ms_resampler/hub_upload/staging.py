@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 
 from ..folders import (
     INDEX,
+    KNOWN,
     PROJECTOR,
     PROJECTOR_PREFIXES,
+    RECORD,
     WEIGHTS,
     model_or_embedded,
     read_config,
@@ -25,8 +27,6 @@ from ..folders import (
     require_our_type,
 )
 from .personal import clean_json, read_json
-
-RECORD = "training_record.json"
 
 # The only files that are published. Code is never taken from the folder, always from this package.
 ALLOWED = (
@@ -57,7 +57,8 @@ def stage_checkpoint(
     target.mkdir(parents=True, exist_ok=True)
     rewrite = max_shard_size is not None or projector_only
     for file in [*allowed_files(source), *remote_code_files()]:
-        if not (rewrite and (file.suffix == ".safetensors" or file.name == INDEX)):
+        weights = file.suffix == ".safetensors" and file.name != KNOWN
+        if not (rewrite and (weights or file.name == INDEX)):
             shutil.copyfile(file, target / file.name)
     for file in target.glob("*.json"):
         if file.name not in (INDEX, "tokenizer.json", "vocab.json"):

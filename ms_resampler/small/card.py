@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ..folders import write_whole
+from ..folders import RECORD, write_whole
 from ..hub_upload.card import read_json, write_card
-from ..hub_upload.staging import RECORD
 
 NOTES = Path(__file__).with_name("notes.md")
 TITLE = "MS-Resampler small"

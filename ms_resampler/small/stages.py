@@ -11,8 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from ..evaluation.run import Options, evaluate
-from ..folders import PROJECTOR, whole_folder, write_whole
-from ..hub_upload.staging import RECORD
+from ..folders import PROJECTOR, RECORD, whole_folder, write_whole
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..pictures.packages import DEBIAN, PACKAGES
 from ..pictures.sources import Shelf

@@ -12,9 +12,9 @@ from transformers import AutoProcessor
 
 from .. import TINY
 from ..configuration_ms_resampler import MSResamplerConfig
-from ..folders import PROJECTOR
+from ..folders import PROJECTOR, RECORD
 from ..hub_upload.card import results_table
-from ..hub_upload.staging import RECORD, write_projector
+from ..hub_upload.staging import write_projector
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..projectors_ms_resampler import PROJECTORS
 from ..training.collate import ConversationCollator

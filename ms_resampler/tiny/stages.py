@@ -23,6 +23,7 @@ from ..training.collate import ConversationCollator
 from ..training.trainer import CheckedTrainer, JsonlLog, fast_bfloat16, keep_freed_memory, last_checkpoint
 from .curriculum import Looking, PlacesCollator, SceneConversations, ScenePlaces
 from .evaluate import FamilyScore, evaluate_scenes
+from .known import known_inputs
 from .model import assemble_tiny
 from .scenes import COLOURS, SHAPES, WORDS
 
@@ -117,6 +118,7 @@ def train_tiny(
     blind_scores = evaluate_once(guesser, processor, out / "blind_scores.json", scenes, blind=True)
 
     record = training_record((look, read, blind), model, out, scores, blind_scores)
+    record["known_inputs"] = known_inputs(model, processor, read.dataset(read.steps * read.batch_size), target)
     (target / "training_record.json").write_text(json.dumps(record, indent=2) + "\n")
     plot_curves(out, target / "curves.png")
     write_card(target, "MS-Resampler tiny")

@@ -86,6 +86,23 @@ def test_new_results_make_an_old_card_wrong(folder):
     assert "| read | local | 353 | 50.0% | 40.0% to 60.0% |" in card(folder)
 
 
+def test_scores_by_tokens_and_wording_are_shown_where_recorded(folder):
+    titles = "By number of visual tokens", "By the way of asking", "The demo puts a note"
+    assert not any(title in card(folder) for title in titles)
+    row = {"questions": 1100, "mean": 0.864, "low": 0.84, "high": 0.88}
+    record = RECORD | {
+        "budget_scores": [{"visual_tokens": 9, **row}],
+        "wording_scores": [{"family": "held out", "group": "wordings", **row}],
+        "known_inputs": {"measured": [{"what": "photographs", "count": 200, "flagged": 0.925}]},
+    }
+    (folder / "training_record.json").write_text(json.dumps(record))
+    assert main(["card", str(folder)]) == 0
+    assert "| 9 | 1100 | 86.4% | 84.0% to 88.0% |" in card(folder)
+    assert "| held out | 1100 | 86.4% | 84.0% to 88.0% |" in card(folder)
+    assert "on\n92.5% of 200 photographs.\n" in card(folder)
+    assert all(title in card(folder) for title in titles)
+
+
 def test_what_the_publisher_has_written_stays(folder):
     text = card(folder).replace("<!-- notes -->\n", "<!-- notes -->\n## Ours\n\nTwo\nlines.\n")
     (folder / "README.md").write_text(text.replace("# MS-Resampler tiny", "# My model"))

@@ -1,9 +1,12 @@
 """Staging: exactly the allowed files and the package's own code, in a fresh folder."""
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
-from ms_resampler.folders import remote_code_files
+from ms_resampler.conversion.weights import list_weights
+from ms_resampler.folders import KNOWN, remote_code_files
 from ms_resampler.hub_upload.staging import stage_checkpoint
 
 
@@ -24,6 +27,15 @@ def test_only_allowed_files_and_the_code_of_the_package_are_staged(checkpoint, t
     for file in remote_code_files():
         assert (tmp_path / "staged" / file.name).read_bytes() == file.read_bytes()
     assert {name for name in names if name.endswith(".py")} == {file.name for file in remote_code_files()}
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "1MB"}, {"projector_only": True}])
+def test_what_a_checkpoint_knows_travels_and_is_no_weight(options, checkpoint, tmp_path):
+    tensors = {"mean": torch.ones(3)}
+    save_file(tensors, checkpoint / KNOWN)
+    staged = stage_checkpoint(checkpoint, tmp_path / "staged", **options)
+    torch.testing.assert_close(load_file(staged / KNOWN), tensors)
+    assert "mean" not in {weight.key for weight in list_weights(staged)}
 
 
 def test_a_folder_in_use_and_a_folder_without_a_model_are_refused(checkpoint, tmp_path):

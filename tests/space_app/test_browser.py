@@ -17,6 +17,7 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 import app  # isort: skip (space_server made it importable)
+import known
 import measures
 import pictures
 import proof
@@ -334,6 +335,54 @@ def test_a_budget_is_chosen(open_page):
     ask_example(page)
     expect(page.locator("#view [data-token]")).to_have_count(9)
     expect(page.locator("#view .cost")).to_contain_text("9 visual tokens from 36 patches, 75 % saved")
+
+
+def test_the_slider_shows_how_often_each_budget_is_right(open_page):
+    measured = space_server.make_answerer()
+    rows = ((4, 0.5), (1, 0.25), (25, 0.907))
+    measured.scores = [
+        {"visual_tokens": count, "mean": mean, "low": mean - 0.02, "high": mean + 0.014} for count, mean in rows
+    ]
+    with space_server.served(measured) as address:
+        page = open_page(address, viewport={"width": 390, "height": 800}, color_scheme="dark")
+        curve = page.locator("#budget .curve")
+        name = "Right answers by number of visual tokens: 1: 25.0%, 4: 50.0%, 25: 90.7%"
+        expect(curve.get_by_role("img", name=name)).to_be_visible()
+        expect(curve.locator("p")).to_have_text("At 4 tokens: 50.0% of the questions of its test (48.0 to 51.4)")
+        before = curve.locator("circle").bounding_box()
+        page.get_by_role("slider", name="Visual tokens a picture").press("End")
+        expect(curve.locator("p")).to_have_text(
+            "At 25 tokens, the nearest number measured: 90.7% of the questions of its test (88.7 to 92.1)"
+        )
+        after = curve.locator("circle").bounding_box()
+        assert after["x"] > before["x"] + 50
+        assert after["y"] < before["y"] - 10
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_note_stands_at_the_answer_with_questions_that_ask(open_page, picture_files, monkeypatch):
+    knowing = space_server.make_answerer()
+    monkeypatch.setattr(settings.Settings, "max_new_tokens", 12)
+    monkeypatch.setattr(known.Known, "is_foreign", lambda *_: False)
+    knowing.known = known.Known({}, 1.0, frozenset({"what", "is", "this"}), 0.0, [QUESTION])
+    with space_server.served(knowing) as address:
+        page = open_page(address, permissions=["clipboard-read", "clipboard-write"])
+        ask(page, "What is <b>Paris</b>?", picture_files[:1])
+        note = "The model has not learned the words “b” and “Paris”."
+        answer, said = page.locator("#chat .bot-row .message-content").all_inner_texts()
+        assert (said.strip(), "Paris" in answer) == (note, False)
+        page.get_by_role("button", name="Copy message").last.click()
+        assert page.evaluate("navigator.clipboard.readText()") == answer.strip()
+        found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+        assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == []
+        page.locator("#chat").get_by_role("button", name=QUESTION).click()
+        expect(page.locator("#chat .bot-row")).to_have_count(2)
+        wait_until_done(page)
+        expect(page.locator("#chat .user .message-content .md").last).to_have_text(QUESTION)
+        assert page.locator("#chat").get_by_text(note).count() == 1
+        expect(page.locator("#chat").get_by_role("button", name=QUESTION)).to_have_count(0)
+        expect(page.get_by_role("button", name="Answer 2")).to_be_visible()
+        settle(page)
 
 
 @pytest.mark.parametrize(

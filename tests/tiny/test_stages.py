@@ -94,6 +94,8 @@ def test_the_train_command_leaves_a_model_a_record_and_a_card(tmp_path, capsys):
     assert all(len(stage["data_sha256"]) == 64 for stage in record["stages"])
     assert sum(record["parameters"].values()) > 1_000_000
     assert {row["family"] for row in record["scores"]} == {row["family"] for row in record["blind_scores"]}
+    assert {row["what"]: row["count"] for row in record["known_inputs"]["measured"]}["scenes of the test"] == 400
+    assert (out / "model" / "known_inputs.safetensors").is_file()
     assert (out / "model" / "curves.png").stat().st_size > 1000
     assert "## What it cannot do" in (out / "model" / "README.md").read_text()
     steps = [json.loads(line) for line in (out / "read" / "log.jsonl").read_text().splitlines()]
