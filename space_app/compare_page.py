@@ -53,7 +53,8 @@ class ComparePage:
                 for step in side.reply(prompt, settings):
                     shown[2 * number] = step.text or PENDING
                     if step.maps:
-                        view = shown[2 * number + 1] = view_value(side.scopes, step, settings, example=example)
+                        usual = [side.usual(settings, self.examples, maps) for maps in step.maps]
+                        view = shown[2 * number + 1] = view_value(side.scopes, step, usual, settings, example=example)
                     yield message["text"], *shown
                 ended = {"verdict": self.examples.verdict(example, step.text)}
                 with suppress(Refusal):  # of a language model without weights of attention
