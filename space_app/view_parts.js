@@ -118,7 +118,7 @@ function numbers(answer, picture) {
 
 function chooser(label, options, chosen, choose) {
   const made = options.map(([value, name]) => make('option', {value, selected: value === chosen && ''}, name));
-  return make('label', {}, label, make('select', {'data-focus': label, 'data-request': '', change: event => choose(event.target.value)}, ...made));
+  return make('label', {}, label, make('select', {'aria-label': label, 'data-focus': label, 'data-request': '', change: event => choose(event.target.value)}, ...made));
 }
 
 function numbered(name, count) {
@@ -135,9 +135,9 @@ function mapChoice(answer, picture) {
   };
   const heads = props.layers[layer].flatMap((count, scope) => numbered(answer.scopes[scope].name, count).map(([value, name]) => [`${scope},${value}`, name]));
   const ofHead = value => value ? value.split(',').map(Number) : [null, null];
-  return make('div', {class: 'choice', role: 'group', 'aria-label': 'The maps’ layer and head'},
-    chooser('Maps of', numbered('layer', last + 1), String(layer), value => choose(Number(value), scope, head)),
-    chooser('by', [['', 'the mean over heads'], ...heads], head === null ? '' : `${scope},${head}`, value => choose(layer, ...ofHead(value))));
+  return make('div', {class: 'choice'},
+    chooser('Layer of the maps', numbered('layer', last + 1), String(layer), value => choose(Number(value), scope, head)),
+    chooser('Head of the maps', [['', 'mean over heads'], ...heads], head === null ? '' : `${scope},${head}`, value => choose(layer, ...ofHead(value))));
 }
 
 // Of the words: a layer and a head of the language model, or the mean over all.
@@ -145,9 +145,9 @@ function wordChoice(answer) {
   const {layer, head} = answer.heard || {}, [layers, heads] = props.language_heads;
   const choose = (layer, head) => request('words', {layer: layer ?? null, head: head ?? null});
   const value = number => String(number ?? ''), number = value => value === '' ? null : Number(value);
-  return make('div', {class: 'choice', role: 'group', 'aria-label': 'The words’ layer and head'},
-    chooser('Words in', [['', 'the mean over layers'], ...numbered('layer', layers)], value(layer), chosen => choose(number(chosen), head)),
-    chooser('of', [['', 'all heads'], ...numbered('head', heads)], value(head), chosen => choose(layer, number(chosen))));
+  return make('div', {class: 'choice'},
+    chooser('Layer of the words', [['', 'mean over layers'], ...numbered('layer', layers)], value(layer), chosen => choose(number(chosen), head)),
+    chooser('Head of the words', [['', 'mean over heads'], ...numbered('head', heads)], value(head), chosen => choose(layer, number(chosen))));
 }
 
 function numberRows(answer, picture, ofTokens) {
