@@ -28,7 +28,7 @@ from .places_ms_resampler import (
     sincos_positions,
     wide,
 )
-from .resampler_ms_resampler import ScopeMaps, ScopePrior, check_patches, mlp, spread
+from .resampler_ms_resampler import MeanOverHeads, ScopeMaps, ScopePrior, check_patches, mlp, spread
 
 Grid = tuple[int, int]
 
@@ -106,6 +106,7 @@ class BranchLayer(GradientCheckpointingLayer):
         width, eps = config.hidden_size, config.layer_norm_eps
         self.heads, self.fusion = config.num_attention_heads, config.branch("fusion")
         self.prior = self.prior_class(config)
+        self.mean_over_heads = MeanOverHeads([config.num_attention_heads] * config.num_scopes)
         self.scope_embedding = nn.Parameter(torch.zeros(len(self.prior.sigma), width))
         self.query_norm = nn.LayerNorm(width, eps=eps)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
@@ -164,11 +165,7 @@ class BranchLayer(GradientCheckpointingLayer):
         if not output_scopes:
             return o_BShMd, None
         scores = query.to(wide(query.dtype)) @ key[:, None].to(wide(query.dtype)).mT * width**-0.5
-        return o_BShMd, self.mean_over_heads(scores.softmax(dim=-1))
-
-    def mean_over_heads(self, attention_BShMN: Tensor) -> Tensor:
-        """The attention of every scope (B, S, M, N)."""
-        return attention_BShMN.mean(dim=2)
+        return o_BShMd, self.mean_over_heads(scores.softmax(dim=-1).flatten(1, 2))
 
     def fuse(self, o_BShMd: Tensor, q_BSMD: Tensor) -> tuple[Tensor, Tensor]:
         """The fused tokens z (B, M, D) and the weights g (B, S, M)."""

@@ -106,6 +106,18 @@ class ScopePrior(nn.Module):
         return rows_BhYH, half_1h11[..., None] * away_BhHXW.square()
 
 
+class MeanOverHeads(nn.Module):
+    """The attention of every scope (B, S, M, N), from all heads (B, h, M, N); a module, so that hooks see the heads."""
+
+    def __init__(self, scope_heads: list[int]):
+        super().__init__()
+        self.scope_heads = scope_heads
+
+    def forward(self, attention_BhMN: Tensor) -> Tensor:
+        """The heads of the first scope come first."""
+        return torch.stack([heads.mean(dim=1) for heads in attention_BhMN.split(self.scope_heads, dim=1)], dim=1)
+
+
 class ScopeLayer(GradientCheckpointingLayer):
     """One layer: tokens z (B, M, D) read patches u (B, N, D) in every scope, and fuse the results."""
 
@@ -116,7 +128,7 @@ class ScopeLayer(GradientCheckpointingLayer):
         last = nn.Linear(width // 4, self.heads, bias=False)  # a bias would have no effect in the softmax
         self.score = nn.Sequential(nn.Linear(width, width // 4), nn.GELU(), last)
         self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.prior = ScopePrior(config)
+        self.prior, self.mean_over_heads = ScopePrior(config), MeanOverHeads(list(config.scope_heads))
         self.gate_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.gate = LinearFromZero(width, len(self.scope_heads), bias=False)
         self.ffn_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -156,8 +168,7 @@ class ScopeLayer(GradientCheckpointingLayer):
         bias_BhYXHW = rows_BhYH[:, :, :, None, :, None] + columns_BhHXW.transpose(2, 3)[:, :, None]
         bias_BhMN = bias_BhYXHW.flatten(4).flatten(2, 3)
         attention_BhMN = (score_BhN[:, :, None].to(bias_BhMN.dtype) + bias_BhMN).softmax(dim=-1)
-        scopes = attention_BhMN.split(list(self.scope_heads), dim=1)
-        return o_BMD, torch.stack([attention.mean(dim=1) for attention in scopes], dim=1)
+        return o_BMD, self.mean_over_heads(attention_BhMN)
 
 
 class MultiScopeResampler(nn.Module):

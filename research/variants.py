@@ -24,7 +24,7 @@ from ms_resampler.branches_ms_resampler import (
 from ms_resampler.configuration_ms_resampler import PROJECTOR_TYPES
 from ms_resampler.places_ms_resampler import Grid, LinearFromZero, centres
 from ms_resampler.projectors_ms_resampler import register_projector
-from ms_resampler.resampler_ms_resampler import MultiScopeResampler, ScopeLayer, ScopePrior, spread
+from ms_resampler.resampler_ms_resampler import MeanOverHeads, MultiScopeResampler, ScopeLayer, ScopePrior, spread
 
 # The base class of changes, which `variant` combines with others; untyped, since the result is unknown here.
 Change: Any = object
@@ -219,7 +219,7 @@ class ReadPlainly(Change):
         attention_BhMN = (self.score(u_BND).mT[:, :, None] + bias_1hMN).softmax(dim=-1)
         value_BhNd = split_heads(self.v_proj(u_BND), self.heads)
         o_BMD = merge_heads(attention_BhMN.to(value_BhNd.dtype) @ value_BhNd)
-        return o_BMD, mean_by_scope(attention_BhMN, self.scope_heads) if output_scopes else None
+        return o_BMD, self.mean_over_heads(attention_BhMN) if output_scopes else None
 
 
 class QueryHeadsLayer(BranchLayer):
@@ -229,6 +229,7 @@ class QueryHeadsLayer(BranchLayer):
         GradientCheckpointingLayer.__init__(self)
         width, eps = config.hidden_size, config.layer_norm_eps
         self.heads, self.scope_heads, self.fusion = config.num_attention_heads, config.scope_heads, "token"
+        self.mean_over_heads = MeanOverHeads(list(config.scope_heads))
         self.scope_embedding = nn.Parameter(torch.zeros(1, width))
         self.query_norm = nn.LayerNorm(width, eps=eps)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
@@ -240,20 +241,12 @@ class QueryHeadsLayer(BranchLayer):
             nn.Linear(width, config.intermediate_size), nn.GELU(), nn.Linear(config.intermediate_size, width)
         )
 
-    def mean_over_heads(self, attention_BGhMN: Tensor) -> Tensor:
-        return mean_by_scope(attention_BGhMN[:, 0], self.scope_heads)
-
     def fuse(self, o_BGhMd: Tensor, q_BGMD: Tensor) -> tuple[Tensor, Tensor]:
         o_BMD, q_BMD = merge_heads(o_BGhMd)[:, 0], q_BGMD[:, 0]
         g_BMS = self.gate(self.gate_norm(o_BMD + q_BMD)).softmax(dim=-1)
         g_BMh = torch.cat([g.expand(-1, -1, n) for g, n in zip(g_BMS.split(1, -1), self.scope_heads, strict=True)], -1)
         o_BMhd = len(self.scope_heads) * g_BMh[..., None] * o_BMD.unflatten(-1, (self.heads, -1))
         return self.o_proj(o_BMhd.flatten(-2)) + q_BMD, g_BMS.mT
-
-
-def mean_by_scope(attention_BhMN: Tensor, scope_heads: list[int]) -> Tensor:
-    """The attention of every scope (B, S, M, N), mean over its heads."""
-    return torch.stack([heads.mean(dim=1) for heads in attention_BhMN.split(list(scope_heads), dim=1)], dim=1)
 
 
 class AttendPlainly(Change):
@@ -277,7 +270,7 @@ class AttendPlainly(Change):
         if not output_scopes:
             return o_BGhMd, None
         scores = query @ key.mT * query.shape[-1] ** -0.5 + bias_GhMN
-        return o_BGhMd, self.mean_over_heads(scores.softmax(dim=-1))
+        return o_BGhMd, self.mean_over_heads(scores.softmax(dim=-1).flatten(1, 2))
 
 
 class SeparateKeys(Change):

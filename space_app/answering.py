@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from examples import Examples
 from jinja2 import TemplateError
 from known import Known, read_record
+from layers import Layer, Usual, layers_read, telling_layers
 from pictures import Refusal
 from PIL import Image
 from proof import Change, Proof, cover, without_scope
@@ -134,14 +136,27 @@ class Answerer:
         self.model, self.processor, self.name, self.reducers = model, processor, name, reducers
         self.known, self.scores = known, list(scores)
         self.readings: OrderedDict[bytes, tuple[Any, list[ScopeMaps]]] = OrderedDict()
+        self.usually: dict[int, Usual] = {}
         # ZeroGPU runs these in a separate process: bound here, so that the model is not sent with each call.
         self.reply, self.look = on_gpu(self.reply), on_gpu(self.look)
         self.attend, self.prove = on_gpu(self.attend), on_gpu(self.prove)
+        self.by_layer, self.measure = on_gpu(self.by_layer), on_gpu(self.measure)
 
     @property
     def scopes(self) -> list[str]:
         """Names of the scopes; empty for a projector without scopes."""
         return list(self.model.config.projector_config.scope_names)
+
+    @property
+    def scope_heads(self) -> list[list[int]]:
+        """How many heads each scope has, for each layer that tells them."""
+        return [list(mean.scope_heads) for _, mean in telling_layers(self.model.model.projector)]
+
+    @property
+    def language_heads(self) -> tuple[int, int]:
+        """Layers of the language model, and heads of each."""
+        config = self.model.config.text_config
+        return getattr(config, "num_hidden_layers", 0), getattr(config, "num_attention_heads", 0)
 
     @property
     def patches(self) -> int:
@@ -298,8 +313,45 @@ class Answerer:
         content = [{"type": "image", "image": picture} for picture in pictures]
         return self.encode(self.prepare([{"role": "user", "content": content}], pictures, settings))[2]
 
-    def attend(self, prompt: Prompt, answer: str) -> list[Word]:
-        """The words of an answer, and what each attended to. Raises Refusal if that cannot be told."""
+    def by_layer(self, prompt: Prompt, picture: int) -> tuple[ScopeMaps, list[Layer]]:
+        """The maps of one of the pictures, and how each layer read it; no layers if the code does not tell them."""
+        return self._by_layer(prompt, picture)
+
+    @torch.inference_mode()
+    def _by_layer(self, prompt: Prompt, picture: int) -> tuple[ScopeMaps, list[Layer]]:
+        inputs, text = prompt.inputs.to(self.model.device, self.model.dtype), self.processor.tokenizer.model_input_names
+        pixels = {name: value[picture : picture + 1] for name, value in inputs.items() if name not in text}
+        with layers_read(self.model.model.projector) as layers:
+            _, (maps,) = self._read(pixels, [prompt.pictures[picture]])
+        return maps, layers
+
+    def usual(self, settings: Settings, examples: Examples, maps: ScopeMaps) -> np.ndarray:
+        """The mean trust over the example pictures, of tokens in the grid of these maps: in each layer (L, S, M).
+
+        Measured once for each number of visual tokens.
+        """
+        if not self.scopes:
+            return maps.weights[None]
+        budget = self.trained_budget if self.reducers else settings.visual_tokens or self.trained_budget
+        if budget not in self.usually:
+            self.usually[budget] = self.measure(budget, examples.measured)
+        return self.usually[budget].in_grid(maps.token_grid)
+
+    def measure(self, budget: int, pictures: list[Image.Image]) -> Usual:
+        """What is usual: pictures are read one by one, into so many visual tokens."""
+        trusts, settings = [], Settings(visual_tokens=None if self.reducers else budget)
+        for picture in pictures:
+            content = [{"type": "image", "image": picture}]
+            prompt = self.prepare([{"role": "user", "content": content}], [picture], settings)
+            maps, layers = self._by_layer(prompt, 0)
+            trusts.append((maps.token_grid, np.stack([layer.weights for layer in layers] or [maps.weights])))
+        return Usual(trusts)
+
+    def attend(self, prompt: Prompt, answer: str, layer: int | None = None, head: int | None = None) -> list[Word]:
+        """The words of an answer, and what each attended to; in one layer and by one head, or in the mean.
+
+        Raises Refusal if that cannot be told.
+        """
         inputs, features, maps, _ = self.encode(prompt)
         if why := self.without_words(prompt, maps):
             raise Refusal(why)
@@ -307,7 +359,7 @@ class Answerer:
         left = np.concatenate([one.left for one in maps])
         stays = ids[0] != self.model.config.image_token_id
         stays[~stays] = torch.from_numpy(left).to(ids.device)  # what was dropped is not in the prompt, either
-        words = attended_words(self.model, self.processor.tokenizer, ids[:, stays], features, answer)
+        words = attended_words(self.model, self.processor.tokenizer, ids[:, stays], features, answer, layer, head)
         return [replace(word, shares=among(word.shares, left)) for word in words]
 
     @torch.inference_mode()

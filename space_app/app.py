@@ -27,6 +27,7 @@ if not os.environ.get("GRADIO_TEMP_DIR"):
     # two apps with one folder would delete each other's pictures.
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="ms-resampler-uploads-")
     atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
+os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(os.environ["GRADIO_TEMP_DIR"])  # as Gradio tells it, to be hidden
 
 gc.disable()  # garbage collection would take a quarter of the start-up time
 
@@ -47,6 +48,7 @@ from ask_page import UNSEEN, AskPage
 from compare_page import ComparePage
 from elements import HERE, PAGE_SCRIPT, header
 from examples import EXAMPLES, examples_for, read_examples
+from opaque import Opaque
 from pictures import MAX_FILE_MEGABYTES, Refusal
 from safetensors import SafetensorError
 from starlette.middleware import Middleware
@@ -110,7 +112,7 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": MAX_FILE_MEGABYTES * 2**20,
         "show_error": False,
         "enable_monitoring": False,
-        "app_kwargs": {"middleware": [Middleware(Uploads)]},
+        "app_kwargs": {"middleware": [Middleware(Opaque), Middleware(Uploads)]},
         "run_history": False,
         "state_session_capacity": SESSIONS,
         "footer_links": ["api", "settings"],

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-from answering import Answerer, Prompt, ScopeMaps
+from answering import Answerer, Prompt, ScopeMaps, Step
 from conversation import (
     answers_in,
     as_sent,
@@ -25,10 +25,11 @@ from conversation import (
 from elements import ask_box, box_update, budget_slider, example_scenes, intake, scope_view, settings_panel
 from examples import Examples
 from known import note_on
+from layers import UNKNOWN, check_head, check_language_head, is_one_of
 from measures import FILES, as_file
 from pictures import Refusal
 from proof import checked_change
-from scope_view import view_value, words_value
+from scope_view import layer_value, view_value, words_value
 from settings import Settings, checked
 from tour import tour
 
@@ -86,7 +87,7 @@ class AskPage:
             self.answerer.forget()
             steps = list(self.answerer.reply(prompt, Settings()))
             number, answer = self.examples.number_of(asked), steps[-1].text
-            view = view_value(self.answerer.scopes, steps[0], Settings(), 0, number) | {"opening": True}
+            view = self.view(steps[0], Settings(), 0, number) | {"opening": True}
             view["verdict"] = self.examples.verdict(number, answer)
             with suppress(Refusal):
                 view["words"] = words_value(self.answerer.attend(prompt, answer))
@@ -97,6 +98,11 @@ class AskPage:
         """What a visitor sees first, if there is anything; a link that names another example asks about that one."""
         linked = "example" in request.query_params
         return (gr.skip(), gr.skip()) if linked or not self.first[0] else self.first
+
+    def view(self, step: Step, settings: Settings, number: int, example: int | None) -> dict[str, Any]:
+        """The view of an answer's first step."""
+        usual = [self.answerer.usual(settings, self.examples, maps) for maps in step.maps or []]
+        return view_value(self.answerer.scopes, step, usual, settings, number, example)
 
     def choose(self, history: list[dict], event: gr.EventData) -> tuple[list[dict], gr.MultimodalTextbox]:
         """Puts the question of an example into the chat; what is in the box stays there."""
@@ -149,7 +155,7 @@ class AskPage:
         with warnings_in_a_sentence():
             for step in steps:
                 if step.maps:
-                    view = view_value(self.answerer.scopes, step, wanted, len(answers_in(history)), example)
+                    view = self.view(step, wanted, len(answers_in(history)), example)
                     note, buttons = self.note(text_of(history[-1]), step.maps)
                 yield [*history, assistant_turn(step.text, note)], view
             verdict = self.examples.verdict(example, step.text)
@@ -167,9 +173,26 @@ class AskPage:
         return self.answerer.prepare(*topic(history[:place]), wanted), text_of(history[place])
 
     def words(self, history: list[dict], event: gr.EventData) -> dict[str, Any]:
-        """The words of an answer, requested by the view."""
+        """The words of an answer, requested by the view: what they attended to in a layer and by a head, if named."""
         with warnings_in_a_sentence():
-            return reply_to(event, words=words_value(self.answerer.attend(*self.asked_before(history, event))))
+            asked = self.asked_before(history, event)
+            check_language_head(self.answerer.language_heads, event.layer, event.head)
+            words = words_value(self.answerer.attend(*asked, event.layer, event.head))
+            return reply_to(event, words=words | {"layer": event.layer, "head": event.head})
+        return reply_to(event)
+
+    def layer(self, history: list[dict], event: gr.EventData) -> dict[str, Any]:
+        """The maps of a picture in a layer, in one scope by one of its heads, if named."""
+        with warnings_in_a_sentence():
+            prompt, _ = self.asked_before(history, event)
+            check_head(self.answerer.scope_heads, event.layer, event.scope, event.head)
+            if not is_one_of(event.picture, len(prompt.pictures)):
+                raise Refusal(UNKNOWN)
+            maps, layers = self.answerer.by_layer(prompt, event.picture)
+            shown = layers[event.layer].within(maps, event.scope, event.head)
+            usual = self.answerer.usual(checked(event.visual_tokens, "", 0, 1, 1), self.examples, maps)[event.layer]
+            chosen = {name: getattr(event, name) for name in ("picture", "layer", "scope", "head")}
+            return reply_to(event, layer={**chosen, **layer_value(shown, usual)})
         return reply_to(event)
 
     def prove(self, history: list[dict], event: gr.EventData) -> dict[str, Any]:
@@ -186,8 +209,9 @@ class AskPage:
         """The maps of an answer as a file."""
         with warnings_in_a_sentence():
             kind = FILES[FILES.index(event.kind)]
-            maps = self.answerer.encode(self.asked_before(history, event)[0])[2]
-            content = base64.b64encode(as_file(kind, self.answerer.scopes, maps)).decode()
+            prompt, _ = self.asked_before(history, event)
+            read = [self.answerer.by_layer(prompt, number) for number in range(len(prompt.pictures))]
+            content = base64.b64encode(as_file(kind, self.answerer.scopes, read)).decode()
             return reply_to(event, file={"name": f"scopes.{kind}", "content": content})
         return reply_to(event)
 
@@ -247,7 +271,13 @@ class AskPage:
         cleared = chatbot.clear(None, cancels=answers)
         cleared.then(self.answerer.forget, **UNSEEN)
         cleared.then(lambda: ([], box_update(answering=False, value=None), None), None, [chatbot, box, view], **UNSEEN)
-        for event, answer_it in ((view.words, self.words), (view.proof, self.prove), (view.download, self.download)):
+        requests = {
+            view.words: self.words,
+            view.layer: self.layer,
+            view.proof: self.prove,
+            view.download: self.download,
+        }
+        for event, answer_it in requests.items():
             event(answer_it, [chatbot], view, **UNSEEN, **ONE_AT_A_TIME)
 
 

@@ -52,7 +52,8 @@ class ComparePage:
                 for step in side.reply(prompt, settings):
                     shown[2 * number] = step.text or PENDING
                     if step.maps:
-                        view = view_value(side.scopes, step, settings, example=example)
+                        usual = [side.usual(settings, self.examples, maps) for maps in step.maps]
+                        view = view_value(side.scopes, step, usual, settings, example=example)
                         view["without_words"] = side.without_words(prompt, step.maps)
                         shown[2 * number + 1] = view
                     yield message["text"], *shown

@@ -167,7 +167,8 @@ def scope_view(answerer: Answerer, elem_id: str, name: str, beside: str, asks: b
 def view_props(answerer: Answerer) -> dict[str, Any]:
     """The scope view's properties for a model."""
     kind = answerer.model.config.projector_config.projector_type
-    return {"scopes": scope_legend(answerer.scopes), "without_scopes": WITHOUT_SCOPES.format(kind)}
+    heads = {"layers": answerer.scope_heads, "language_heads": answerer.language_heads}
+    return {"scopes": scope_legend(answerer.scopes), "without_scopes": WITHOUT_SCOPES.format(kind), **heads}
 
 
 def header(note: str) -> gr.HTML:

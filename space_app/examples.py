@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from conversation import pictures_of, text_of
+from pictures import open_picture
+from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
+MEASURED = 16
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,12 @@ class Examples:
     def opening(self) -> Example:
         """What the page opens with."""
         return next((example for example in self.shown if example.opening), self.shown[0])
+
+    @property
+    def measured(self) -> list[Image.Image]:
+        """The first MEASURED pictures, whose mean trust is what is usual."""
+        paths = dict.fromkeys(example.path for example in [*self.shown, *self.played])
+        return [open_picture(path) for path in [*paths][:MEASURED]]
 
     def __getitem__(self, number: int) -> Example:
         """The example of a number: first those that are shown."""

@@ -47,9 +47,9 @@ function tokenShares(picture, selection) {
   return normalised(readers);
 }
 
-// The trust that tokens put in a scope.
-function trustIn(picture, scope, ofTokens) {
-  return ofTokens.reduce((total, share, token) => total + share * picture.weights[scope * picture.tokens + token], 0);
+// The trust that tokens put in a scope; or what is usual.
+function trustIn(picture, scope, ofTokens, trusts = picture.weights) {
+  return averageOf(trusts.slice(scope * picture.tokens, (scope + 1) * picture.tokens), ofTokens);
 }
 
 // Where tokens looked in a scope; `trusted` counts each as much as it trusted that scope. (N)
@@ -175,20 +175,18 @@ function paintCover(canvas, [rows, columns], patches) {
   });
 }
 
-// For each token the scope that it trusts most above that scope's mean, and how far above.
-function trustAboveMean(picture) {
-  const all = tokenShares(picture, {kind: 'all'}), scopes = [...Array(picture.scopes).keys()];
-  const means = scopes.map(scope => trustIn(picture, scope, all));
-  return [...all.keys()].map(token => {
-    const above = scopes.map(scope => picture.weights[scope * picture.tokens + token] - means[scope]);
+// For each token the scope that it trusts most above what is usual for it, and how far above.
+function trustAboveUsual({tokens, scopes, weights, usual}) {
+  return [...Array(tokens).keys()].map(token => {
+    const above = Array.from({length: scopes}, (_, scope) => weights[scope * tokens + token] - usual[scope * tokens + token]);
     const scope = above.indexOf(Math.max(...above));
     return {scope, above: above[scope]};
   });
 }
 
-// The token grid. Of a place or a word, by the shares of its tokens; else by what each token trusts more than others do.
+// The token grid. Of a place or a word, by the shares of its tokens; else by what each token trusts more than it usually does.
 function paintTokens(canvas, picture, ofTokens, byShare, colours, fused, {paper, ink}) {
-  const context = canvas.getContext('2d'), [rows, columns] = picture.token_grid, most = trustAboveMean(picture);
+  const context = canvas.getContext('2d'), [rows, columns] = picture.token_grid, most = trustAboveUsual(picture);
   const width = canvas.width / columns, height = canvas.height / rows, gap = Math.min(4, width / 8);
   const byTrust = picture.scopes > 1 && !byShare, values = byTrust ? most.map(one => one.above) : [...ofTokens];
   const peak = largest(values) || 1;

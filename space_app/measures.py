@@ -2,10 +2,12 @@
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from answering import ScopeMaps
+from layers import Layer
 
 FILES = ("json", "npz")
 
@@ -37,17 +39,42 @@ def in_json(maps: ScopeMaps) -> dict[str, Any]:
     return grids | {name: np.round(array, 4).tolist() for name, array in arrays.items()}
 
 
-def as_file(kind: str, scopes: list[str], pictures: list[ScopeMaps]) -> bytes:
-    """The maps of several pictures, as JSON or as NumPy's npz, whose arrays are named `weights_0` and so on."""
-    if kind == "json":
-        return json.dumps({"scopes": scopes, "images": [in_json(maps) for maps in pictures]}).encode()
-    arrays = {
-        f"{name}_{number}": np.asarray(getattr(maps, name))
-        for number, maps in enumerate(pictures)
-        for name in ("token_grid", "patch_grid", "places", "weights", "attentions")
+def by_head(maps: ScopeMaps, layers: list[Layer]) -> dict[str, np.ndarray]:
+    """Of L layers: trust (L, S, M), reach and entropy of every head (L, h, M), and each head's scope (h)."""
+    if not layers:
+        return {}
+    every = [replace(maps, attentions=np.concatenate(layer.heads)) for layer in layers]
+    return {
+        "layer_weights": np.stack([layer.weights for layer in layers]),
+        "head_reach": np.stack([reach(one) for one in every]),
+        "head_entropy": np.stack([entropy(one) for one in every]),
+        "head_scopes": np.repeat(np.arange(len(layers[0].heads)), [len(heads) for heads in layers[0].heads]),
     }
-    arrays |= {
-        f"{make.__name__}_{number}": make(maps) for number, maps in enumerate(pictures) for make in (reach, entropy)
+
+
+def as_file(kind: str, scopes: list[str], pictures: list[tuple[ScopeMaps, list[Layer]]]) -> bytes:
+    """The maps of several pictures and numbers of their layers, as JSON or as NumPy's npz, whose arrays are named
+    `weights_0` and so on.
+    """
+    if kind == "json":
+        images = [
+            in_json(maps) | {name: np.round(array, 4).tolist() for name, array in by_head(maps, layers).items()}
+            for maps, layers in pictures
+        ]
+        return json.dumps({"scopes": scopes, "images": images}).encode()
+    arrays = {
+        f"{name}_{number}": np.asarray(array)
+        for number, (maps, layers) in enumerate(pictures)
+        for name, array in {
+            "token_grid": maps.token_grid,
+            "patch_grid": maps.patch_grid,
+            "places": maps.places,
+            "weights": maps.weights,
+            "attentions": maps.attentions,
+            "reach": reach(maps),
+            "entropy": entropy(maps),
+            **by_head(maps, layers),
+        }.items()
     }
     file = io.BytesIO()
     np.savez_compressed(file, scopes=np.array(scopes), **arrays)

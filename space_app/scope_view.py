@@ -25,36 +25,46 @@ def scope_legend(names: list[str]) -> list[dict[str, str]]:
 
 
 def view_value(
-    scopes: list[str], step: Step, settings: Settings, number: int = 0, example: int | None = None
+    scopes: list[str],
+    step: Step,
+    usual: list[np.ndarray],
+    settings: Settings,
+    number: int = 0,
+    example: int | None = None,
 ) -> dict[str, Any]:
-    """The maps of an answer's first step; `number` is the answer's index in the conversation, `example` that of the
-    example which is asked about, if it is one.
+    """The maps of an answer's first step, with the usual trust in each picture's layers; `number` is the answer's index
+    in the conversation, `example` that of the example which is asked about, if it is one.
     """
     return {
         "number": number,
         "example": example,
         "scopes": scope_legend(scopes),
-        "pictures": [picture_value(one) for one in step.maps or []],
+        "pictures": [picture_value(*one) for one in zip(step.maps or [], usual, strict=True)],
         "milliseconds": step.milliseconds,  # not rounded, because Gradio does not send a value that has not changed
         "reading": step.reading,
         "asked": {"visual_tokens": settings.visual_tokens, "system_prompt": settings.system_prompt},
     }
 
 
-def picture_value(maps: ScopeMaps) -> dict[str, Any]:
-    """A picture with its grids, fusion weights (S, M) and attention (S, M, N)."""
+def picture_value(maps: ScopeMaps, usual: np.ndarray) -> dict[str, Any]:
+    """A picture with its grids and the maps of the last layer."""
     return {
         "image": data_url(enlarge(maps.picture)),
         "size": list(maps.picture.size),
         "token_grid": list(maps.token_grid),
         "patch_grid": list(maps.patch_grid),
         "places": maps.places.tolist(),
-        "weights": packed(maps.weights.astype("<f4")),
         "words": maps.words,
         "read": maps.read,
         "kept": maps.kept,
-        **packed_rows(maps.attentions),
+        **layer_value(maps, usual[-1]),
     }
+
+
+def layer_value(maps: ScopeMaps, usual: np.ndarray) -> dict[str, str]:
+    """A layer's trust and what is usual (S, M), and attention (S, M, N)."""
+    trusts = {"weights": packed(maps.weights.astype("<f4")), "usual": packed(usual.astype("<f4"))}
+    return trusts | packed_rows(maps.attentions)
 
 
 def words_value(words: list[Word]) -> dict[str, Any]:

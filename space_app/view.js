@@ -51,22 +51,40 @@ async function receiveReply(message) {
     answer.proofs.push(message.proof);
     state.proof = message.proof;
   }
-  answer.words ||= await unpackWords(message.words);
+  if (message.layer) await showLayer(answer, message.layer);
+  const isNew = !answer.words;
+  answer.words = await unpackWords(message.words) || answer.words;
+  if (message.words) answer.heard = {layer: message.words.layer, head: message.words.head};
+  if (state.pinned.kind === 'word') state.pinned = wordSelection(state.pinned.number);
   build();
-  if (message.words && state.shown === message.number) play();
+  if (message.words && isNew && state.shown === message.number) play();
 }
 
 async function unpackPicture(packed) {
   const image = new Image(), tokens = packed.token_grid[0] * packed.token_grid[1];
   image.src = packed.image;
-  const [weights, shares] = await Promise.all([unpack(packed.weights, Float32Array), unpackRows(packed), image.decode()]);
+  const [layer] = await Promise.all([unpackLayer(packed), image.decode()]);
   const width = CANVAS_PIXELS, height = Math.round(width * image.naturalHeight / image.naturalWidth);
   const picture = {
-    ...packed, image, weights, shares, tokens, width, height, scopes: weights.length / tokens,
+    ...packed, ...layer, image, tokens, width, height, scopes: layer.weights.length / tokens,
     patches: packed.patch_grid[0] * packed.patch_grid[1],
     lightGrey: faintGrey(image, width, height, false), darkGrey: faintGrey(image, width, height, true),
   };
   return {...picture, reaches: reaches(picture)};
+}
+
+// The trust in scopes, what is usual for it, and where tokens looked.
+async function unpackLayer(packed) {
+  const trusts = [packed.weights, packed.usual].map(numbers => unpack(numbers, Float32Array));
+  const [weights, usual, shares] = await Promise.all([...trusts, unpackRows(packed)]);
+  return {weights, usual, shares};
+}
+
+// A layer of the projector that was asked for takes the place of what the answer came with, which is kept.
+async function showLayer(answer, chosen) {
+  const {first, ...before} = answer.pictures[chosen.picture], {layer, scope, head} = chosen;
+  const picture = {...before, ...await unpackLayer(chosen), first: first || before, chosen: {layer, scope, head}};
+  answer.pictures[chosen.picture] = {...picture, reaches: reaches(picture)};
 }
 
 async function unpackWords(packed) {
@@ -175,6 +193,7 @@ function refresh(tells = true) {
   fill('.reach', reachSentence(answer, picture, ofTokens));
   if (props.asks) fill('.asking', questionsAgain(answer, picture));
   if (picture.scopes && state.numbers) fill('.numbers tbody', numberRows(answer, picture, ofTokens));
+  if (props.asks && state.numbers) fill('.numbers .spoken', wordNumbers(picture, selection));
   root.querySelectorAll('[data-token]').forEach((button, token) => {
     button.setAttribute('aria-pressed', token === state.pinned.token);
     button.tabIndex = token === (state.pinned.token || 0) ? 0 : -1;  // one tab stop; arrow keys lead to the others
@@ -203,7 +222,7 @@ function paintFigure(figure, answer, picture, selection, ofTokens, maps, look) {
     const byShare = ['place', 'word'].includes(selection.kind);
     paintTokens(canvas, picture, ofTokens, byShare, answer.scopes.map(one => one.colour), props.fused_colour, look);
     if (picture.words.length) paintTokenWords(canvas, picture, look);
-    figure.querySelector('.number').textContent = byShare ? 'by attention' : picture.scopes > 1 ? 'trust above mean' : picture.token_grid.join(' × ');
+    figure.querySelector('.number').textContent = byShare ? 'by attention' : picture.scopes > 1 ? 'trust above usual' : picture.token_grid.join(' × ');
   } else if (kind === 'versus') {
     const map = difference(fusedMap(picture, ofTokens), [state.other.map]), peak = largest(map);
     paintMap(canvas, picture, map, props.fused_colour, peak, {...look, mode: 'difference'});

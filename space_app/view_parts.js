@@ -28,6 +28,7 @@ function answerView(answer) {
   if (!picture.scopes) parts.push(make('p', {class: 'note'}, props.without_scopes));
   else if (dominant(answer, picture)) parts.push(make('p', {class: 'note'}, dominant(answer, picture)));
   if (answer.without_words) parts.push(make('p', {class: 'note'}, answer.without_words));
+  if (chosenSentence(answer, picture)) parts.push(make('p', {class: 'note'}, chosenSentence(answer, picture)));
   const about = [make('p', {class: 'status', 'aria-live': 'polite'}), make('p', {class: 'reach'})];
   if (props.asks || answer.words) about.unshift(wordStrip(answer));
   // Of two views side by side, the figures are at the same height.
@@ -35,7 +36,7 @@ function answerView(answer) {
   if (picture.scopes) parts.push(toolbar(answer));
   parts.push(make('div', {class: 'asking', role: 'group', 'aria-label': 'Ask again'}));
   if (answer.proofs.length) parts.push(make('ul', {class: 'proofs', 'aria-live': 'polite'}, ...answer.proofs.map(proof => proofLine(answer, proof))));
-  if (picture.scopes) parts.push(numberTable());
+  if (picture.scopes || props.asks) parts.push(numbers(answer, picture));
   return parts;
 }
 
@@ -103,22 +104,58 @@ function around([rows, columns], patch) {
     near(Math.floor(other / columns), Math.floor(patch / columns)) && near(other % columns, patch % columns));
 }
 
-function numberTable() {
-  const heads = ['scope', 'trust', 'against the mean', 'reach', 'entropy', 'peak'].map(name => make('th', {scope: 'col'}, name));
+function numbers(answer, picture) {
+  const heads = ['scope', 'trust', 'against usual', 'reach', 'entropy', 'peak'].map(name => make('th', {scope: 'col'}, name));
   const toggle = event => {
     state.numbers = event.currentTarget.open;
     refresh();
   };
-  return make('details', {class: 'numbers', toggle, ...(state.numbers ? {open: ''} : {})}, make('summary', {'data-focus': 'numbers'}, 'Numbers'),
-    make('table', {}, make('thead', {}, make('tr', {}, ...heads)), make('tbody')));
+  const parts = [make('summary', {'data-focus': 'numbers'}, 'Numbers')];
+  if (props.asks && props.layers.length) parts.push(mapChoice(answer, picture));
+  if (picture.scopes) parts.push(make('table', {}, make('thead', {}, make('tr', {}, ...heads)), make('tbody')));
+  if (props.asks) parts.push(wordChoice(answer), make('p', {class: 'spoken'}));
+  return make('details', {class: 'numbers', toggle, ...(state.numbers ? {open: ''} : {})}, ...parts);
+}
+
+function chooser(label, options, chosen, choose) {
+  const made = options.map(([value, name]) => make('option', {value, selected: value === chosen && ''}, name));
+  return make('label', {}, label, make('select', {'aria-label': label, 'data-focus': label, 'data-request': '', change: event => choose(event.target.value)}, ...made));
+}
+
+function numbered(name, count) {
+  return [...Array(count).keys()].map(number => [String(number), `${name} ${number + 1}`]);
+}
+
+// Of the maps: a layer of the projector, and a head of one scope; at first the last layer and the mean over heads.
+function mapChoice(answer, picture) {
+  const last = props.layers.length - 1, {layer, scope, head} = picture.chosen || {layer: last, scope: null, head: null};
+  const choose = (layer, scope, head) => {
+    if (layer < last || head !== null) return request('layer', {picture: state.picture, layer, scope, head});
+    answer.pictures[state.picture] = picture.first;
+    build();
+  };
+  const heads = props.layers[layer].flatMap((count, scope) => numbered(answer.scopes[scope].name, count).map(([value, name]) => [`${scope},${value}`, name]));
+  const ofHead = value => value ? value.split(',').map(Number) : [null, null];
+  return make('div', {class: 'choice'},
+    chooser('Layer of the maps', numbered('layer', last + 1), String(layer), value => choose(Number(value), scope, head)),
+    chooser('Head of the maps', [['', 'mean over heads'], ...heads], head === null ? '' : `${scope},${head}`, value => choose(layer, ...ofHead(value))));
+}
+
+// Of the words: a layer and a head of the language model, or the mean over all.
+function wordChoice(answer) {
+  const {layer, head} = answer.heard || {}, [layers, heads] = props.language_heads;
+  const choose = (layer, head) => request('words', {layer: layer ?? null, head: head ?? null});
+  const value = number => String(number ?? ''), number = value => value === '' ? null : Number(value);
+  return make('div', {class: 'choice'},
+    chooser('Layer of the words', [['', 'mean over layers'], ...numbered('layer', layers)], value(layer), chosen => choose(number(chosen), head)),
+    chooser('Head of the words', [['', 'mean over heads'], ...numbered('head', heads)], value(head), chosen => choose(layer, number(chosen))));
 }
 
 function numberRows(answer, picture, ofTokens) {
-  const everywhere = tokenShares(picture, ALL);
   return answer.scopes.map(({name}, scope) => {
     const trust = trustIn(picture, scope, ofTokens), peak = largest(scopeMap(picture, scope, ofTokens));
     const reach = averageOf(picture.reaches[scope], ofTokens).toFixed(3), bits = `${entropyOf(picture, scope, ofTokens).toFixed(2)} bits`;
-    const cells = [percent(trust), `${signed(trust - trustIn(picture, scope, everywhere))} points`, reach, bits, percent(peak)];
+    const cells = [percent(trust), `${signed(trust - trustIn(picture, scope, ofTokens, picture.usual))} points`, reach, bits, percent(peak)];
     return make('tr', {}, make('th', {scope: 'row'}, name), ...cells.map(cell => make('td', {}, cell)));
   });
 }
@@ -189,7 +226,8 @@ function tokenFigure(answer, picture) {
     }));
   }
   return make('figure', {'data-figure': 'tokens'}, caption('Its visual tokens', null, `${rows} × ${columns}`),
-    make('div', {class: 'frame'}, canvasOf(picture, 'The grid of visual tokens, each in the colour of the scope that it trusts most above the mean'), grid));
+    make('div', {class: 'frame'}, canvasOf(picture, 'The grid of visual tokens, each in the colour of the scope that it trusts most above usual'), grid),
+    ...(picture.scopes > 1 ? [make('p', {class: 'legend'}, 'Colour: the scope that a token trusts most above its mean over the example pictures.')] : []));
 }
 
 function walk(event) {
@@ -217,7 +255,7 @@ function wordStrip(answer) {
   }, word.text));
   const start = make('button', {type: 'button', class: 'play', 'data-focus': 'play', ...(answer.words ? {} : {'data-request': ''}), click: () => {
     if (state.timer) return select(ALL);
-    if (!answer.words) return request('words');
+    if (!answer.words) return request('words', {layer: null, head: null});
     play();
     tellOther({playing: true});
   }}, '▶ Play the words');

@@ -49,12 +49,11 @@ function detailOf(answer, picture, {kind, token, word}, ofTokens) {
     ? `says ${picture.words[token].map(([said, share]) => `“${said}” ${percent(share)}`).join(', ')}; ` : '';
   if (!picture.scopes) return says;
   if (kind === 'all') return `${picture.tokens === 1 ? 'stands for the whole picture' : 'together'}. Point at a token, or at a place in the picture; click to keep it.`;
-  const everywhere = tokenShares(picture, ALL);
   const trusts = answer.scopes.map(({name}, scope) => {
-    const trust = trustIn(picture, scope, ofTokens), more = picture.tokens > 1 ? ` (${signed(trust - trustIn(picture, scope, everywhere))})` : '';
-    return `${name} ${percent(trust)}${picture.scopes > 1 ? more : ''}`;
+    const trust = trustIn(picture, scope, ofTokens), more = trust - trustIn(picture, scope, ofTokens, picture.usual);
+    return `${name} ${percent(trust)}${picture.scopes > 1 ? ` (${signed(more)})` : ''}`;
   });
-  return `${says}trusts ${trusts.join(', ')}${picture.scopes > 1 && picture.tokens > 1 ? '; in brackets, against the mean of all tokens' : ''}.`;
+  return `${says}trusts ${trusts.join(', ')}${picture.scopes > 1 ? '; in brackets, against its mean over the example pictures' : ''}.`;
 }
 
 function likelihood({text, probability, likeliest}) {
@@ -80,4 +79,23 @@ function proofLine(answer, proof) {
   const what = proof.scope === null ? `With ${counted(proof.patches.length, 'patch', 'patches')} covered` : `Without ${answer.scopes[proof.scope].name}`;
   return make('li', {}, make('b', {}, what), `: the answer’s probability went from ${chance(proof.before)} to `,
     make('b', {}, chance(proof.after)), proof.answer === proof.said ? '; it is still the answer.' : `; now it says “${proof.answer || '…'}”.`);
+}
+
+// How far and how widely a word looked, as numbers; how far from the middle of what it read, as a word has no place.
+function wordNumbers({places, size: [width, height]}, {kind, word, shares}) {
+  if (kind !== 'word') return ['Point at a word for its numbers.'];
+  const read = normalised(shares), mean = [0, 1].map(axis => averageOf(Float32Array.from(places, at => at[axis]), read));
+  const away = Float32Array.from(places, ([y, x]) => Math.hypot(x - mean[1], (y - mean[0]) * height / width));
+  const bits = -sum(read.map(share => share && share * Math.log2(share)));
+  return [`“${word.text}”: ${percent(sum(shares))} of its attention to the picture, entropy ${bits.toFixed(2)} bits of `
+    + `${Math.log2(places.length).toFixed(2)}, reach ${averageOf(away, read).toFixed(3)} around the middle of what it read.`];
+}
+
+// What is shown in place of the last layer and the mean over heads.
+function chosenSentence(answer, {chosen}) {
+  const {layer, head} = answer.heard || {}, told = [];
+  if (chosen) told.push(`the maps are of the projector’s layer ${chosen.layer + 1}${chosen.head === null ? '' : `, in ${answer.scopes[chosen.scope].name} of head ${chosen.head + 1}`}`);
+  if (Number.isInteger(layer) || Number.isInteger(head)) told.push(`the words attend as in ${[['layer', layer], ['head', head]]
+    .filter(([, number]) => Number.isInteger(number)).map(([name, number]) => `${name} ${number + 1}`).join(', ')} of the language model`);
+  return told.length ? `Chosen under Numbers: ${told.join('; ')}.` : '';
 }

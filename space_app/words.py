@@ -17,8 +17,8 @@ LIKELIEST = 3  # next tokens told for a word
 class Word:
     """A word, its attention to the visual tokens of all pictures, and its probability after the words before it.
 
-    The attention is the mean over the language model's layers and heads, and over the word's tokens; the rest, up to
-    one, went to text. likeliest: what could have come where the word begins, with probabilities.
+    The attention is the mean over the word's tokens, and over the language model's layers and heads unless one is
+    chosen; the rest, up to one, went to text. likeliest: what could have come where the word begins, and how likely.
     """
 
     text: str
@@ -28,12 +28,20 @@ class Word:
 
 
 @torch.inference_mode()
-def attended_words(model: Any, tokenizer: Any, prompt: torch.Tensor, features: Any, answer: str) -> list[Word]:
+def attended_words(
+    model: Any,
+    tokenizer: Any,
+    prompt: torch.Tensor,
+    features: Any,
+    answer: str,
+    layer: int | None = None,
+    head: int | None = None,
+) -> list[Word]:
     """The words of an answer to a prompt (1, L) whose pictures are encoded.
 
     A word's attention is that of the positions from which its tokens were predicted. The prompt is processed as for
     the answer; only the answer's rows of attention are computed.
-    Raises Refusal if the model's layers keep no attention weights.
+    Raises Refusal if the model's layers, or the chosen one, keep no attention weights.
     """
     tokens = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
     answer_ids = torch.tensor([tokens["input_ids"]], device=prompt.device)
@@ -43,12 +51,16 @@ def attended_words(model: Any, tokenizer: Any, prompt: torch.Tensor, features: A
     with eager_attention(model.model.language_model):
         rows = torch.cat([prompt[:, -1:], answer_ids[:, :-1]], dim=1)
         again = model(input_ids=rows, output_attentions=True, **cache)
-    layers = again.attentions
+    layers = again.attentions or ()
+    if layer is not None:  # those of mixed models are not all there, and have other numbers
+        layers = layers[layer : layer + 1] if len(layers) == model.config.text_config.num_hidden_layers else ()
     length = prompt.shape[1] + answer_ids.shape[1] - 1
-    layers = [layer for layer in layers or () if layer is not None and layer.shape[-1] == length]
+    layers = [one for one in layers if one is not None and one.shape[-1] == length]
     if not layers:
-        raise Refusal("This language model keeps no attention weights, so its words cannot be played.")
-    shares = sum(layer[0].float().mean(dim=0) for layer in layers) / len(layers)
+        which = "This language model" if layer is None else "This layer of the language model"
+        raise Refusal(f"{which} keeps no attention weights, so its words cannot be played.")
+    heads = slice(None) if head is None else slice(head, head + 1)
+    shares = sum(one[0, heads].float().mean(dim=0) for one in layers) / len(layers)
     to_pictures = shares[:, : prompt.shape[1]][:, prompt[0] == model.config.image_token_id].cpu().numpy()
     logs = again.logits[0].float().log_softmax(dim=-1).cpu()
     chosen = logs.gather(-1, answer_ids[0].cpu()[:, None])[:, 0]

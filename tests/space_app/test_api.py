@@ -28,6 +28,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 import app  # isort: skip (space_server made it importable)
+import opaque
 import settings
 
 QUESTION = "What is this?"
@@ -149,15 +150,56 @@ def test_a_typed_image_token_is_text(client, picture_file):
     assert answer["visual_tokens"] == [4]
 
 
-def test_nobody_watches_visitors_and_no_place_of_the_machine_is_told(address, client, picture_file):
+def test_nobody_watches_visitors(address):
     assert [httpx.get(f"{address}/monitoring{page}").status_code for page in ("", "/summary", "/x")] == [403] * 3
-    answer = client.predict([handle_file(picture_file)], QUESTION, None, max_new_tokens=3, api_name="/ask")
-    told = [httpx.get(f"{address}{page}").text for page in ("/config", "/gradio_api/info", "/?view=api")]
-    lost = {"path": "lost.png", "meta": {"_type": "gradio.FileData"}}
-    told += [httpx.post(f"{address}/gradio_api/run/ask", json={"data": [lost, QUESTION, None, "", 0, 1, 8]}).text]
-    told += [httpx.get(f"{address}/gradio_api/file=lost.png").text, json.dumps(answer)]
-    for place in (str(space_server.SPACE), os.getcwd(), tempfile.gettempdir() + "/", os.environ["HOME"] + "/"):
+
+
+def events_of(address, event, data):
+    """What the queue tells a page about an event."""
+    body = {"data": data, "fn_index": event["id"], "session_hash": f"visitor{event['id']}"}
+    httpx.post(f"{address}/gradio_api/queue/join", json=body).raise_for_status()
+    return httpx.get(f"{address}/gradio_api/queue/data", params={"session_hash": body["session_hash"]}, timeout=60).text
+
+
+def test_no_place_of_the_machine_is_told(address):
+    file = io.BytesIO()
+    tiny_models.picture().save(file, "PNG")
+    uploaded = upload(address, file.getvalue())
+    told = [httpx.get(f"{address}{page}").text for page in ("/", "/config", "/gradio_api/info", "/?view=api")]
+    picture = {"path": uploaded.json()[0], "meta": {"_type": "gradio.FileData"}}
+    lost, outside = picture | {"path": "lost.png"}, picture | {"path": "/uploads/../../etc/hosts"}
+    asked = {"role": "user", "content": [{"type": "file", "file": picture}, {"type": "text", "text": QUESTION}]}
+    answer, compare = (
+        next(one for one in json.loads(told[1])["dependencies"] if (len(one["inputs"]), len(one["outputs"])) == wanted)
+        for wanted in ((6, 2), (5, 6))
+    )
+    for sent in (picture, lost, outside):
+        body = {"data": [sent, QUESTION, None, "", 0, 1, 8]}
+        told.append(httpx.post(f"{address}/gradio_api/run/ask", json=body, timeout=60).text)
+    assert ['"answer"' in text for text in told[-3:]] == [True, False, False]
+    talk = events_of(address, answer, [[asked], 4, "", 0, 1, 8])
+    assert (picture["path"] in talk, '"success":true' in talk) == (True, True)
+    told += [talk, events_of(address, compare, [{"text": QUESTION, "files": [picture]}, 9, False, 4, 4])]
+    told += [uploaded.text, httpx.get(f"{address}/gradio_api/file=/uploads/lost.png").text]
+    home, folder = os.path.expanduser("~") + "/", os.environ["GRADIO_TEMP_DIR"]
+    for place in (str(space_server.SPACE), os.getcwd(), folder, tempfile.gettempdir() + "/", home):
         assert not [text for text in told if place in text], place
+
+
+def test_an_upload_is_found_by_the_name_that_is_told(address):
+    file = io.BytesIO()
+    tiny_models.picture().save(file, "PNG")
+    (path,) = upload(address, file.getvalue()).json()
+    seen = httpx.get(f"{address}/gradio_api/file={path}")
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(seen.content))), np.asarray(tiny_models.picture()))
+
+
+def test_words_that_look_like_the_name_of_an_upload_stay_words():
+    words = {"text": "/uploads/a", "path": "/uploads/b", "more": [{"path": "/uploadsc"}, {"path": 3}]}
+    inside = opaque.inside(json.dumps(words).encode(), "/the/folder")
+    assert json.loads(inside) == words | {"path": "/the/folder/b"}
+    assert opaque.outside(inside, "/the/folder") == json.dumps(words).encode()
+    assert opaque.inside(b'{"path": ', "/the/folder") == b'{"path": '
 
 
 # --- Uploads ----------------------------------------------------------------------------------------------------
@@ -171,7 +213,7 @@ def test_a_picture_is_decoded_before_its_question_waits_and_is_small_then(addres
     file, sizes = io.BytesIO(), []
     Image.effect_noise((60, 40), 90).resize((6000, 4000)).convert("RGB").save(file, "JPEG")
     (path,) = upload(address, file.getvalue()).json()
-    with Image.open(path) as image:
+    with Image.open(path.replace(opaque.OUTSIDE, os.environ["GRADIO_TEMP_DIR"])) as image:
         assert image.size == (1254, 836)
     opened = Image.open
 

@@ -33,6 +33,7 @@ import compare_page
 import conversation
 import elements
 import examples
+import layers
 import measures
 import pictures
 import proof
@@ -237,7 +238,7 @@ def test_zerogpu_gets_bound_functions(monkeypatch):
     taken = []
     monkeypatch.setattr(answering, "spaces", types.SimpleNamespace(GPU=lambda task: taken.append(task) or task))
     made = space_server.make_answerer()
-    assert {task.__name__ for task in taken} == {"reply", "look", "attend", "prove"}
+    assert {task.__name__ for task in taken} == {"reply", "look", "attend", "prove", "by_layer", "measure"}
     assert all(task.__self__ is made for task in taken)
 
 
@@ -547,14 +548,14 @@ def unpacked(text, kind):
 
 
 def test_the_view_is_given_the_maps(answerer, maps):
-    value = scope_view.view_value(
-        answerer.scopes, answering.Step("This.", 12.3, 4.5, [maps]), settings.Settings(visual_tokens=4), number=2
-    )
+    step, usual = answering.Step("This.", 12.3, 4.5, [maps]), np.arange(24.0).reshape(2, 3, 4)
+    value = scope_view.view_value(answerer.scopes, step, [usual], settings.Settings(visual_tokens=4), number=2)
     (picture,) = value["pictures"]
     assert (value["number"], value["milliseconds"], value["reading"]) == (2, 12.3, 4.5)
     assert [scope["name"] for scope in value["scopes"]] == answerer.scopes
     assert (picture["token_grid"], picture["patch_grid"], picture["size"]) == ([2, 2], [6, 6], [24, 24])
     np.testing.assert_array_equal(unpacked(picture["weights"], "<f4").reshape(3, 4), maps.weights)
+    assert unpacked(picture["usual"], "<f4").tolist() == list(range(12, 24))  # of the last layer
     peaks = unpacked(picture["peaks"], "<f4").reshape(3, 4, 1)
     shares = unpacked(picture["steps"], "<u2").reshape(3, 4, 36) / 65535 * peaks
     assert (np.abs(shares - maps.attentions) <= peaks / 130000).all()  # half a step, and the digits of float32
@@ -633,7 +634,8 @@ def test_tokens_that_are_words_say_the_likeliest(answerer, monkeypatch):
     for said, row in zip(maps.words, shares, strict=True):
         assert [word for word, _ in said] == [vocabulary[place] for place in row.argsort(descending=True)[:3]]
         np.testing.assert_allclose([share for _, share in said], row.sort(descending=True).values[:3], atol=1e-5)
-    (shown,) = scope_view.view_value(answerer.scopes, answering.Step("", 1, 1, [maps]), settings.Settings())["pictures"]
+    step, usual = answering.Step("", 1, 1, [maps]), [maps.weights[None]]
+    (shown,) = scope_view.view_value(answerer.scopes, step, usual, settings.Settings())["pictures"]
     assert shown["words"] == maps.words
 
 
@@ -756,12 +758,136 @@ def test_reach_and_entropy_are_those_of_known_maps(maps):
 
 
 def test_maps_are_files(maps):
-    whole = json.loads(measures.as_file("json", ["local", "regional", "global"], [maps]))
-    arrays = np.load(io.BytesIO(measures.as_file("npz", ["local", "regional", "global"], [maps])))
+    layer = layers.Layer(maps.weights, [np.stack([attention] * 2) for attention in maps.attentions])
+    read = ["local", "regional", "global"], [(maps, [layer, layer])]
+    whole = json.loads(measures.as_file("json", *read))
+    arrays = np.load(io.BytesIO(measures.as_file("npz", *read)))
     assert whole["scopes"] == arrays["scopes"].tolist() == ["local", "regional", "global"]
     np.testing.assert_array_equal(arrays["attentions_0"], maps.attentions)
     np.testing.assert_allclose(whole["images"][0]["attentions"], maps.attentions, atol=6e-5)
     np.testing.assert_allclose(whole["images"][0]["reach"], arrays["reach_0"], atol=6e-5)
+    assert arrays["head_scopes_0"].tolist() == whole["images"][0]["head_scopes"] == [0, 0, 1, 1, 2, 2]
+    for name in ("reach", "entropy"):  # here, all heads of a scope look alike, in both layers
+        np.testing.assert_allclose(arrays[f"head_{name}_0"][1, ::2], arrays[f"{name}_0"], rtol=1e-6)
+    np.testing.assert_array_equal(arrays["layer_weights_0"], [maps.weights] * 2)
+
+
+# --- Layers and heads -------------------------------------------------------------------------------------------
+
+
+DEEP = {"num_hidden_layers": 2}
+KINDS = [DEEP | {"scope_heads": [2, 1, 1]}, DEEP | {"projector_type": "ms_resampler_branches"}]
+
+
+def about(answerer, *seeds):
+    return answerer.prepare(*turns_about(*(tiny_models.picture(seed) for seed in seeds)), PLAIN)
+
+
+@pytest.mark.parametrize("projector", KINDS, ids=["ms_resampler", "branches"])
+def test_layers_are_those_of_the_model_and_heads_make_their_mean(projector):
+    answerer, answered = space_server.make_answerer(projector=projector), {}
+    for picture in (0, 1):
+        maps, layers = answered[picture] = answerer.by_layer(about(answerer, 0, 1), picture)
+        whole = answerer.look([tiny_models.picture(picture)], PLAIN)[0]
+        last = layers[-1].within(maps, None, None)
+        np.testing.assert_allclose(last.attentions, whole.attentions, atol=1e-5)
+        np.testing.assert_allclose(last.weights, whole.weights, atol=1e-5)
+        assert [[len(heads) for heads in layer.heads] for layer in layers] == answerer.scope_heads
+        first = [heads.mean(axis=0) for heads in layers[0].heads]
+        np.testing.assert_array_equal(layers[0].within(maps, 0, 1).attentions, [layers[0].heads[0][1], *first[1:]])
+    assert len(answerer.scope_heads) == 2
+    del answerer.model.model.projector.layers[1]
+    (alone,) = answerer.by_layer(about(answerer, 1), 0)[1]
+    for heads, kept in zip(alone.heads, answered[1][1][0].heads, strict=True):
+        np.testing.assert_allclose(heads, kept, atol=1e-5)
+
+
+@pytest.mark.parametrize("projector", KINDS, ids=["ms_resampler", "branches"])
+def test_a_head_that_looks_nowhere_else_is_found_by_its_number(projector):
+    answerer = space_server.make_answerer(projector=projector)
+    scales = answerer.model.model.projector.layers[1].prior.log_scale
+    scope, head, place = (0, 1, (0, 1)) if projector == KINDS[0] else (1, 3, (1, 3))
+    before = measures.by_head(*answerer.by_layer(about(answerer, 0), 0))
+    scales.data[place] = -6  # so narrow that it reads what is nearest
+    maps, layers = answerer.by_layer(about(answerer, 0), 0)
+    after = measures.by_head(maps, layers)
+    changed = np.abs(after["head_entropy"] - before["head_entropy"]).max(axis=-1) > 0.1
+    number = [one for one, its in enumerate(after["head_scopes"]) if its == scope][head]
+    assert np.argwhere(changed).tolist() == [[1, number]]
+    assert measures.entropy(layers[1].within(maps, scope, head))[scope].max() < 2.1  # of at most four alike
+
+
+def test_words_attend_as_one_layer_and_head_does():
+    answerer = space_server.make_answerer(text="gemma3_text", text_changes=SLIDING)
+    prompt, answer = about(answerer, 0), "ab"
+    (mean,), (second,) = answerer.attend(prompt, answer), answerer.attend(prompt, answer, 1)
+    heads = [answerer.attend(prompt, answer, 1, head)[0].shares for head in range(4)]
+    assert answerer.language_heads == (2, 4)
+    np.testing.assert_allclose(second.shares, mean.shares, atol=1e-6)  # the only layer that sees everything
+    np.testing.assert_allclose(np.mean(heads, axis=0), mean.shares, atol=1e-6)
+    assert np.abs(heads[0] - heads[1]).max() > 1e-3
+    with pytest.raises(Refusal, match="This layer of the language model keeps no attention weights"):
+        answerer.attend(prompt, answer, 0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "scope", "head"), [(2, None, None), (None, None, None), (0, 0, None), (0, 1, 2), (0, 3, 0), (0.0, 0, 0)]
+)
+def test_a_head_that_is_not_there_is_refused(layer, scope, head):
+    told = [[3, 2, 1], [3, 2, 1]]
+    layers.check_head(told, 1, 1, 1)
+    layers.check_head(told, 0, None, None)
+    with pytest.raises(Refusal, match="no such layer or head"):
+        layers.check_head(told, layer, scope, head)
+
+
+def test_the_page_gets_the_layer_that_it_asks_for(picture_file, monkeypatch):
+    answerer, warned = space_server.make_answerer(projector=KINDS[0]), []
+    monkeypatch.setattr(gr, "Warning", lambda message, title: warned.append(message))
+    page = ask_page.AskPage(answerer, examples.examples_for("tiny"))
+    history = [conversation.user_turn(QUESTION, [picture_file], []), conversation.assistant_turn("ab")]
+    asked = {"number": 0, "request": 1, "visual_tokens": 9, "system_prompt": "", "picture": 0, "scope": 0, "head": 1}
+    told = page.layer(history, types.SimpleNamespace(**asked, layer=0))["layer"]
+    nine = settings.Settings(visual_tokens=9)
+    maps, read = answerer.by_layer(answerer.prepare(*turns_about(tiny_models.picture()), nine), 0)
+    steps, peaks = unpacked(told["steps"], "<u2").reshape(3, 9, 36), unpacked(told["peaks"], "<f4").reshape(3, 9, 1)
+    np.testing.assert_allclose(steps / 65535 * peaks, read[0].within(maps, 0, 1).attentions, atol=1e-5)
+    np.testing.assert_allclose(unpacked(told["weights"], "<f4"), read[0].weights.ravel())
+    usual = answerer.usual(nine, page.examples, maps)
+    np.testing.assert_allclose(unpacked(told["usual"], "<f4"), usual[0].ravel(), rtol=1e-6)
+    words = page.words(history, types.SimpleNamespace(**asked | {"head": 3}, layer=1))["words"]
+    assert (words["layer"], words["head"], words["texts"]) == (1, 3, ["ab"])
+    for wrong in ({"layer": 2}, {"layer": 0, "picture": 1}):
+        assert "layer" not in page.layer(history, types.SimpleNamespace(**asked | wrong))
+    assert "words" not in page.words(history, types.SimpleNamespace(**asked | {"head": 4}, layer=1))
+    assert warned == [layers.UNKNOWN] * 3
+
+
+# --- What is usual ----------------------------------------------------------------------------------------------
+
+
+def test_the_usual_trust_is_the_mean_over_the_examples(answerer, maps, monkeypatch):
+    known = examples.examples_for("tiny")
+    assert len(known.measured) == examples.MEASURED
+    read = answerer.look(known.measured[:4], PLAIN) + answerer.look(known.measured[4:8], PLAIN)
+    monkeypatch.setattr(examples, "MEASURED", 8)
+    monkeypatch.setattr(answerer, "usually", {})
+    answerer.forget()
+    usual = answerer.usual(PLAIN, known, maps)
+    np.testing.assert_allclose(usual[-1], np.mean([one.weights for one in read], axis=0), atol=1e-5)
+    assert list(answerer.readings) == []  # what visitors asked about is not pushed out
+    monkeypatch.setattr(answerer, "measure", None)  # measured once
+    np.testing.assert_array_equal(answerer.usual(settings.Settings(visual_tokens=4), known, maps), usual)
+    oblong = replace(maps, token_grid=(1, 4))
+    np.testing.assert_allclose(
+        answerer.usual(PLAIN, known, oblong), np.repeat(usual.mean(-1, keepdims=True), 4, -1), atol=1e-6
+    )
+
+
+def test_without_scopes_nothing_is_usual(without_scopes):
+    (maps,) = without_scopes.look([tiny_models.picture()], PLAIN)
+    assert without_scopes.usual(PLAIN, None, maps).shape == (1, 0, 4)
+    assert without_scopes.scope_heads == []
 
 
 def with_methods(answerer):

@@ -17,6 +17,7 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 import app  # isort: skip (space_server made it importable)
+import examples
 import known
 import measures
 import pictures
@@ -591,11 +592,13 @@ def test_maps_show_where_each_scope_looked(seen):
     assert np.abs(faint - drawn(page, 0)).mean() > 1
 
 
-def test_tokens_are_coloured_by_trust(seen):
-    """By the scope that each trusts most above its mean over the tokens."""
+def test_tokens_are_coloured_by_trust(seen, answerer):
+    """By the scope that each trusts most above its mean over the example pictures."""
     page, maps = seen
     page.mouse.move(2, 2)
-    above = maps.weights - maps.weights.mean(axis=1, keepdims=True)
+    expect(page.locator("#view [data-figure='tokens'] .legend")).to_contain_text("its mean over the example pictures")
+    usual = answerer.usual(settings.Settings(), examples.examples_for("tiny"), maps)[-1]
+    above = maps.weights - usual
     cells = drawn(page, "tokens")[96::192, 96::192].reshape(4, 3)
     for token in range(4):
         colour = scope_view.PALETTE[above[:, token].argmax()]
@@ -803,6 +806,47 @@ def test_a_scope_s_reach_is_a_ring_a_sentence_and_a_number(seen):
         rows, columns = np.nonzero(np.abs(pixels - colour).max(-1) < 3)
         distance = np.hypot(rows + 0.5 - 0.75 * 384, columns + 0.5 - 0.75 * 384) / 384
         assert (np.abs(distance - away) < 0.008).mean() > 0.5  # the rest frames the number, or is of the picture
+
+
+def choose(page, what, option):
+    page.get_by_role("combobox", name=what).select_option(option)
+    expect(page.locator("#view [aria-busy]")).to_have_count(0)
+
+
+def test_a_layer_and_a_head_are_chosen_for_maps_and_for_words(open_page, picture_files):
+    deep = space_server.make_answerer(projector={"num_hidden_layers": 2, "scope_heads": [2, 1, 1]})
+    with space_server.served(deep) as address:
+        page = open_page(address)
+        ask(page, files=picture_files[:1])
+        page.locator("#view [data-token='3']").click()
+        page.get_by_text("Numbers", exact=True).click()
+        rows = page.locator("#view .numbers tbody tr")
+        expect(rows).to_have_count(3)
+        before, content = rows.all_inner_texts(), [{"type": "text", "text": QUESTION}]
+        content[:0] = [{"type": "image", "image": tiny_models.picture()}]
+        asked = [{"role": "user", "content": content}], [tiny_models.picture()]
+        prompt = deep.prepare(*asked, settings.Settings())
+        maps, layers = deep.by_layer(prompt, 0)
+        choose(page, "Layer of the maps", "layer 1")
+        choose(page, "Head of the maps", "local 2")
+        expect(page.locator("#view .note").last).to_contain_text("the projector’s layer 1, in local of head 2.")
+        shown = layers[0].within(maps, 0, 1)
+        bits, reach = measures.entropy(shown)[:, 3], measures.reach(shown)[:, 3]
+        told = [re.search(r"([\d.]+)\s+([\d.]+) bits", row).groups() for row in rows.all_inner_texts()]
+        np.testing.assert_allclose(np.array(told, dtype=float), np.stack([reach, bits], axis=1), atol=0.0051)
+        choose(page, "Layer of the maps", "layer 2")
+        choose(page, "Head of the maps", "mean over heads")
+        expect(page.locator("#view .note")).to_have_count(0)
+        assert rows.all_inner_texts() == before
+        choose(page, "Layer of the words", "layer 2")
+        choose(page, "Head of the words", "head 3")
+        expect(page.locator("#view .note")).to_contain_text("as in layer 2, head 3 of the language model.")
+        word = deep.attend(prompt, answers(page).inner_text(), 1, 2)[0]
+        page.locator("#view [data-word='0']").click()
+        read = word.shares / word.shares.sum()
+        bits = f"entropy {-(read * np.log2(read)).sum():.2f} bits of 2.00"
+        expect(page.locator("#view .spoken")).to_contain_text(bits)
+        settle(page)
 
 
 def test_scopes_are_shown_on_one_scale_and_by_what_differs(seen):

@@ -1,0 +1,92 @@
+"""What the page shows on request: single layers and heads, of the projector and of the language model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from pictures import Refusal
+from torch import nn
+
+UNKNOWN = "There is no such layer or head; please choose again."
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the projector for one picture: its trust (S, M), and each scope's attention by head (heads, M, N)."""
+
+    weights: np.ndarray
+    heads: list[np.ndarray]
+
+    def within(self, maps: Any, scope: int | None, head: int | None) -> Any:
+        """The picture's maps as they are in this layer: a mean over heads, but one head for one of the scopes."""
+        attentions = [heads.mean(axis=0) for heads in self.heads]
+        if scope is not None:
+            attentions[scope] = self.heads[scope][head]
+        return replace(maps, weights=self.weights, attentions=np.stack(attentions))
+
+
+def telling_layers(projector: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """The layers that tell their heads, each with the part that takes their mean; code of earlier weights has none."""
+    modules = dict(projector.named_modules())
+    ends = [name for name in modules if name.rpartition(".")[2] == "mean_over_heads"]
+    return [(modules[name.rpartition(".")[0]], modules[name]) for name in ends]
+
+
+@contextmanager
+def layers_read(projector: nn.Module) -> Iterator[list[Layer]]:
+    """A list that gets the layers of the one picture that the projector reads meanwhile."""
+    layers: list[Layer] = []
+    heads: list[np.ndarray] = []
+
+    def keep_heads(mean: Any, inputs: tuple) -> None:
+        parts = inputs[0][0].float().cpu().split(mean.scope_heads)
+        heads[:] = [part.numpy() for part in parts]
+
+    def keep_layer(_layer: Any, _inputs: tuple, outputs: tuple) -> None:
+        layers.append(Layer(outputs[1].weights_BSM[0].float().cpu().numpy(), heads.copy()))
+
+    hooks = []
+    for layer, mean in telling_layers(projector):
+        hooks += [mean.register_forward_pre_hook(keep_heads), layer.register_forward_hook(keep_layer)]
+    try:
+        yield layers
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_head(told: list[list[int]], layer: Any, scope: Any, head: Any) -> None:
+    """Raises Refusal unless a browser named a layer of those told and, if any, a head of one of its scopes."""
+    known = is_one_of(layer, len(told))
+    if scope is not None or head is not None:
+        known = known and is_one_of(scope, len(told[layer])) and is_one_of(head, told[layer][scope])
+    if not known:
+        raise Refusal(UNKNOWN)
+
+
+def check_language_head(counts: tuple[int, int], *chosen: Any) -> None:
+    """Raises Refusal unless layer and head, where a browser named them, are of as many as there are."""
+    if not all(number is None or is_one_of(number, count) for number, count in zip(chosen, counts, strict=True)):
+        raise Refusal(UNKNOWN)
+
+
+def is_one_of(number: Any, count: int) -> bool:
+    """Whether it is a whole number below the count."""
+    return type(number) is int and 0 <= number < count
+
+
+class Usual:
+    """The mean trust over pictures (L, S, M), by the grid of tokens."""
+
+    def __init__(self, trusts: list[tuple[tuple[int, int], np.ndarray]]):
+        grids = dict.fromkeys(grid for grid, _ in trusts)
+        self.means = {grid: np.mean([trust for other, trust in trusts if other == grid], axis=0) for grid in grids}
+
+    def in_grid(self, grid: tuple[int, int]) -> np.ndarray:
+        """For a grid that no picture had, each scope's mean."""
+        if grid in self.means:
+            return self.means[grid]
+        scopes = np.mean([mean.mean(axis=-1) for mean in self.means.values()], axis=0)
+        return np.repeat(scopes[..., None], grid[0] * grid[1], axis=-1)
