@@ -10,9 +10,10 @@ from ..configuration_ms_resampler import MSResamplerConfig
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..processing_ms_resampler import MSResamplerProcessor
 from .scenes import INDEX, TRANSCRIBE, ask, index_by_name, make_scene, scene_rng, transcript
+from .wordings import about_nothing, greeting, in_other_words
 
 IMAGE_PIXELS, PATCH_PIXELS, TOKEN_GRID, WIDTH = 96, 8, [6, 6], 256
-VOCABULARY = 640
+VOCABULARY = 768
 SCENES_FOR_TOKENIZER = 500
 
 
@@ -21,8 +22,11 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     texts = [TRANSCRIBE, INDEX, "user\n", "assistant\n", "system\n"] * SCENES_FOR_TOKENIZER
     for index in range(SCENES_FOR_TOKENIZER):
         scene = make_scene("train", index)
-        texts += [transcript(scene), index_by_name(scene, scene_rng("train", index, 2))]
-        texts += [text for asked in ask(scene, "train", index, 12) for text in (asked.question, asked.answer)]
+        rng = scene_rng("train", index, 2)
+        texts += [transcript(scene), index_by_name(scene, rng)]
+        for asked in ask(scene, "train", index, 12):
+            texts += [asked.question, asked.answer, in_other_words(asked.question, rng)]
+        texts += [text for turn in (greeting(rng), about_nothing(scene, rng)) for text in turn]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,13 +73,9 @@ def tiny_config(processor: MSResamplerProcessor) -> MSResamplerConfig:
             pad_token_id=tokenizer.pad_token_id,
         ),
         projector_config={
-            # As in the embedded checkpoint. The default projector does no better: research/log.md.
-            "projector_type": "ms_resampler_branches",
-            "branch_form": {"fusion": "head", "patch_conv": False, "tile_heads": False, "cell_residual": False},
             "hidden_size": WIDTH,
             "num_attention_heads": 8,
             "intermediate_size": 2 * WIDTH,
-            "query_grid": TOKEN_GRID,
             "visual_tokens": TOKEN_GRID,
         },
         image_token_id=processor.image_token_id,

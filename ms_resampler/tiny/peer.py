@@ -19,12 +19,12 @@ from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..projectors_ms_resampler import PROJECTORS
 from ..training.collate import ConversationCollator
 from .curriculum import SceneConversations
-from .evaluate import FamilyScore
+from .evaluate import FamilyScore, evaluate_scenes
 from .stages import Stage, check_numbers, evaluate_once, run_stage, stage_of, training_record
 
 # The MLP keeps every patch: it has no 36 tokens.
 KINDS = ("resampler", *(kind for kind in PROJECTORS if kind != "mlp"))
-SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "query_grid", "visual_tokens")
+SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "visual_tokens")
 
 
 def tiny_peer(steps: int = 1000) -> Stage:
@@ -64,7 +64,7 @@ def train_tiny_projector(
     run_stage(stage, model, processor, out / stage.name)
     model.save_pretrained(target)
     processor.save_pretrained(target)
-    scores = evaluate_once(model, processor, out / "scores.json", scenes, blind=False)
+    scores = evaluate_once(out / "scores.json", FamilyScore, lambda: evaluate_scenes(model, processor, scenes=scenes))
     blind_scores = [FamilyScore(**row) for row in json.loads((Path(TINY) / RECORD).read_text())["blind_scores"]]
     record = training_record((stage,), model, out, scores, blind_scores)
     (target / RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -78,7 +78,8 @@ def with_new_projector(kind: str, seed: int) -> MSResamplerForConditionalGenerat
     """The embedded checkpoint with a new random projector, the only part that is trained."""
     embedded = MSResamplerForConditionalGeneration.from_pretrained(TINY)
     projector, config = embedded.config.projector_config, embedded.config.to_dict()
-    config["projector_config"] = {name: getattr(projector, name) for name in SIZES} | {"projector_type": kind}
+    sizes = {name: getattr(projector, name) for name in SIZES}
+    config["projector_config"] = sizes | {"projector_type": kind, "query_grid": projector.visual_tokens}
     torch.manual_seed(seed)
     model = MSResamplerForConditionalGeneration(MSResamplerConfig.from_dict(config))
     model.model.vision_tower, model.model.language_model = embedded.model.vision_tower, embedded.model.language_model

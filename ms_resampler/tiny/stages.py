@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -21,10 +21,12 @@ from ..hub_upload.card import results_table, write_card
 from ..hub_upload.staging import allowed_files
 from ..training.collate import ConversationCollator
 from ..training.trainer import CheckedTrainer, JsonlLog, fast_bfloat16, keep_freed_memory, last_checkpoint
-from .curriculum import Looking, PlacesCollator, SceneConversations, ScenePlaces
-from .evaluate import FamilyScore, evaluate_scenes
+from .curriculum import BudgetCollator, Looking, PlacesCollator, SceneConversations, ScenePlaces
+from .evaluate import BudgetScore, FamilyScore, evaluate_budgets, evaluate_scenes, evaluate_wordings
 from .model import assemble_tiny
 from .scenes import COLOURS, SHAPES, WORDS
+
+Row = TypeVar("Row", bound=FamilyScore | BudgetScore)
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,13 @@ def tiny_look(steps: int = 700) -> Stage:
     )
 
 
-def tiny_read(steps: int = 2400) -> Stage:
+def tiny_read(steps: int = 2600) -> Stage:
     """Trains the whole model to transcribe and index scenes, then to answer questions about them."""
     drills = min(600, steps // 3) * 32
     return Stage(
         name="read",
-        dataset=lambda records: SceneConversations(records, drills, turns=10),
-        collator=lambda processor: ConversationCollator(processor, max_length=1024),
+        dataset=lambda records: SceneConversations(records, drills, turns=10, varied=True),
+        collator=lambda processor: BudgetCollator(processor, max_length=1024),
         steps=steps,
         batch_size=32,
         learning_rate=1e-3,
@@ -110,13 +112,26 @@ def train_tiny(
     run_stage(read, model, processor, out / "read")
     model.save_pretrained(target)
     processor.save_pretrained(target)
-    scores = evaluate_once(model, processor, out / "scores.json", scenes, blind=False)
+    scores = evaluate_once(out / "scores.json", FamilyScore, lambda: evaluate_scenes(model, processor, scenes=scenes))
+    some = max(1, scenes // 4)
+    budgets = evaluate_once(
+        out / "budget_scores.json", BudgetScore, lambda: evaluate_budgets(model, processor, scenes=some)
+    )
+    wordings = evaluate_once(
+        out / "wording_scores.json", FamilyScore, lambda: evaluate_wordings(model, processor, scenes=some)
+    )
 
     guesser, _ = assemble_tiny(seed)
     run_stage(blind, guesser, processor, out / "blind")
-    blind_scores = evaluate_once(guesser, processor, out / "blind_scores.json", scenes, blind=True)
+    blind_scores = evaluate_once(
+        out / "blind_scores.json", FamilyScore, lambda: evaluate_scenes(guesser, processor, scenes=scenes, blind=True)
+    )
 
     record = training_record((look, read, blind), model, out, scores, blind_scores)
+    record |= {
+        name: [dataclasses.asdict(row) for row in rows]
+        for name, rows in (("budget_scores", budgets), ("wording_scores", wordings))
+    }
     (target / "training_record.json").write_text(json.dumps(record, indent=2) + "\n")
     plot_curves(out, target / "curves.png")
     write_card(target, "MS-Resampler tiny")
@@ -181,13 +196,12 @@ def training_arguments(stage: Stage, folder: Path) -> TrainingArguments:
     )
 
 
-def evaluate_once(model: Any, processor: Any, path: Path, scenes: int, blind: bool) -> list[FamilyScore]:
-    """Evaluates, or reads the results of an earlier run from `path`."""
+def evaluate_once(path: Path, row: type[Row], evaluate: Callable[[], list[Row]]) -> list[Row]:
+    """Evaluates, or reads the rows of an earlier run from `path`."""
     if not path.exists():
-        print(f"Evaluating the {'blind ' if blind else ''}model on {scenes} held-out scenes:")
-        rows = evaluate_scenes(model, processor, scenes=scenes, blind=blind)
-        path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
-    return [FamilyScore(**row) for row in json.loads(path.read_text())]
+        print(f"{path.stem.replace('_', ' ')} on held-out scenes:")
+        path.write_text(json.dumps([dataclasses.asdict(found) for found in evaluate()], indent=2))
+    return [row(**found) for found in json.loads(path.read_text())]
 
 
 def training_record(
@@ -233,7 +247,8 @@ def data_hash(dataset: Any, samples: int = 64) -> str:
     for index in range(0, len(dataset), max(1, len(dataset) // samples)):
         record = dataset[index]
         image = record.pop("image")
-        digest.update(json.dumps(record).encode() + (image.tobytes() if image else b""))
+        pictures = image if isinstance(image, list) else [image] if image else []
+        digest.update(json.dumps(record).encode() + b"".join(picture.tobytes() for picture in pictures))
     return digest.hexdigest()
 
 
