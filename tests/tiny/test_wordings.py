@@ -16,7 +16,6 @@ from ms_resampler.tiny.wordings import (
     about_nothing,
     across,
     beside,
-    greeting,
     in_other_words,
 )
 
@@ -171,7 +170,7 @@ def test_a_question_about_one_of_two_pictures_names_it():
     numbers = Counter()
     for index in range(100):
         found: Asked = about_two(make_scene("test", index))
-        scene, question, shown = found
+        _, question, shown = found
         assert len(shown) == 2
         number = int(bool(re.search("second|2:", question.question.split(":")[0] + ":" + question.question[:20])))
         numbers[number] += 1
