@@ -38,10 +38,12 @@ DRILL_SHARE = 0.2  # share of the later conversations, so that reading the whole
 FINDING = ("presence", "where", "relation", "compare", "colour")  # learned last, so asked more often
 FINDING_SHARE = 0.5  # of the scenes with questions
 OTHER_WORDS = 0.5  # share of the questions that are asked in other words than those of the scenes
-ABSENT, SEVERAL, GREETED = 0.2, 0.12, 0.1  # shares of the conversations about scenes
-NO_PICTURES = 0.01
+ABSENT, GREETED, NO_PICTURES = 0.2, 0.1, 0.01  # shares of the conversations about scenes
+SEVERAL = 0.12  # share of the batches, since one long conversation makes a whole batch as long
+BATCH = 32
 # Tokens for each picture of a batch. The default is the most frequent, since most people will keep it.
 BUDGETS = (36, 36, 36, 36, 4, 9, 16, 25, 49, 64, 100, 144)
+BUDGETS_OF_SEVERAL = (36, 36, 9, 16)
 
 
 class ScenePlaces(Dataset):
@@ -139,7 +141,7 @@ class SceneConversations(Dataset):
         """A conversation in the many ways in which people talk."""
         if rng.random() < NO_PICTURES:
             return make_record(scene, [(in_other_words(asked[0][0], rng), NO_PICTURE)], blind=True)
-        if several := rng.random() < SEVERAL:
+        if several := scene_rng("train", scene.seed_key[1] // BATCH, 3).random() < SEVERAL:
             scenes = beside(scene, count := int(rng.integers(2, 4)))
             asked = [
                 (about_one_of(number, question.question, rng), question.answer)
@@ -164,7 +166,7 @@ class SceneConversations(Dataset):
 
 
 class BudgetCollator:
-    """Collates conversations with a number of visual tokens drawn for each batch from BUDGETS."""
+    """Collates conversations with a number of visual tokens for each picture that is drawn for the batch."""
 
     def __init__(self, processor: Any, max_length: int):
         self.collators = {
@@ -173,4 +175,5 @@ class BudgetCollator:
 
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, Tensor]:
         drawn = np.random.default_rng(zlib.crc32(records[0]["id"].encode()))
-        return self.collators[pick(BUDGETS, drawn)](records)
+        several = any(isinstance(record["image"], list) for record in records)
+        return self.collators[pick(BUDGETS_OF_SEVERAL if several else BUDGETS, drawn)](records)

@@ -94,7 +94,7 @@ class Question:
 
 
 def scene_rng(split: str, index: int, stream: int) -> np.random.Generator:
-    """The generator of one scene: stream 0 draws the scene, 1 its questions, 2 its drills."""
+    """The generator of one scene: stream 0 draws the scene, 1 its questions, 2 its drills, 3 its batch."""
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
     return np.random.default_rng(np.random.SeedSequence((list(SPLITS).index(split), index, stream)))

@@ -21,7 +21,7 @@ from ..hub_upload.card import results_table, write_card
 from ..hub_upload.staging import allowed_files
 from ..training.collate import ConversationCollator
 from ..training.trainer import CheckedTrainer, JsonlLog, fast_bfloat16, keep_freed_memory, last_checkpoint
-from .curriculum import BudgetCollator, Looking, PlacesCollator, SceneConversations, ScenePlaces
+from .curriculum import BATCH, BudgetCollator, Looking, PlacesCollator, SceneConversations, ScenePlaces
 from .evaluate import BudgetScore, FamilyScore, evaluate_budgets, evaluate_scenes, evaluate_wordings
 from .model import assemble_tiny
 from .scenes import COLOURS, SHAPES, WORDS
@@ -67,13 +67,13 @@ def tiny_look(steps: int = 700) -> Stage:
 
 def tiny_read(steps: int = 2600) -> Stage:
     """Trains the whole model to transcribe and index scenes, then to answer questions about them."""
-    drills = min(600, steps // 3) * 32
+    drills = min(600, steps // 3) * BATCH
     return Stage(
         name="read",
         dataset=lambda records: SceneConversations(records, drills, turns=10, varied=True),
         collator=lambda processor: BudgetCollator(processor, max_length=1024),
         steps=steps,
-        batch_size=32,
+        batch_size=BATCH,
         learning_rate=1e-3,
         warmup_steps=min(100, steps),
         cooldown_steps=int(0.4 * steps),
