@@ -222,6 +222,7 @@ function paintFigure(figure, answer, picture, selection, ofTokens, maps, look) {
     const byShare = ['place', 'word'].includes(selection.kind);
     paintTokens(canvas, picture, ofTokens, byShare, answer.scopes.map(one => one.colour), props.fused_colour, look);
     if (picture.words.length) paintTokenWords(canvas, picture, look);
+    if (picture.scopes > 1) figure.querySelector('.legend').style.visibility = byShare ? 'hidden' : '';
     figure.querySelector('.number').textContent = byShare ? 'by attention' : picture.scopes > 1 ? 'trust above usual' : picture.token_grid.join(' × ');
   } else if (kind === 'versus') {
     const map = difference(fusedMap(picture, ofTokens), [state.other.map]), peak = largest(map);

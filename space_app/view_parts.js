@@ -137,7 +137,7 @@ function mapChoice(answer, picture) {
   const heads = props.layers[layer].flatMap((count, scope) => numbered(answer.scopes[scope].name, count).map(([value, name]) => [`${scope},${value}`, name]));
   const ofHead = value => value ? value.split(',').map(Number) : [null, null];
   return make('div', {class: 'choice'},
-    chooser('Layer of the maps', numbered('layer', last + 1), String(layer), value => choose(Number(value), scope, head)),
+    ...(last ? [chooser('Layer of the maps', numbered('layer', last + 1), String(layer), value => choose(Number(value), scope, head))] : []),
     chooser('Head of the maps', [['', 'mean over heads'], ...heads], head === null ? '' : `${scope},${head}`, value => choose(layer, ...ofHead(value))));
 }
 
@@ -227,7 +227,7 @@ function tokenFigure(answer, picture) {
   }
   return make('figure', {'data-figure': 'tokens'}, caption('Its visual tokens', null, `${rows} × ${columns}`),
     make('div', {class: 'frame'}, canvasOf(picture, 'The grid of visual tokens, each in the colour of the scope that it trusts most above usual'), grid),
-    ...(picture.scopes > 1 ? [make('p', {class: 'legend'}, 'Colour: the scope that a token trusts most above its mean over the example pictures.')] : []));
+    ...(picture.scopes > 1 ? [make('div', {class: 'legend'}, 'Colour: the scope that a token trusts most above its mean over the example pictures.')] : []));
 }
 
 function walk(event) {

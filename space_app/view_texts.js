@@ -94,7 +94,7 @@ function wordNumbers({places, size: [width, height]}, {kind, word, shares}) {
 // What is shown in place of the last layer and the mean over heads.
 function chosenSentence(answer, {chosen}) {
   const {layer, head} = answer.heard || {}, told = [];
-  if (chosen) told.push(`the maps are of the projector’s layer ${chosen.layer + 1}${chosen.head === null ? '' : `, in ${answer.scopes[chosen.scope].name} of head ${chosen.head + 1}`}`);
+  if (chosen) told.push(`the maps are of the projector’s layer ${chosen.layer + 1}${chosen.head === null ? '' : `, by head ${chosen.head + 1} of ${answer.scopes[chosen.scope].name}`}`);
   if (Number.isInteger(layer) || Number.isInteger(head)) told.push(`the words attend as in ${[['layer', layer], ['head', head]]
     .filter(([, number]) => Number.isInteger(number)).map(([name, number]) => `${name} ${number + 1}`).join(', ')} of the language model`);
   return told.length ? `Chosen under Numbers: ${told.join('; ')}.` : '';

@@ -596,7 +596,8 @@ def test_tokens_are_coloured_by_trust(seen, answerer):
     """By the scope that each trusts most above its mean over the example pictures."""
     page, maps = seen
     page.mouse.move(2, 2)
-    expect(page.locator("#view [data-figure='tokens'] .legend")).to_contain_text("its mean over the example pictures")
+    colours = page.locator("#view [data-figure='tokens'] .legend")
+    expect(colours).to_have_text("Colour: the scope that a token trusts most above its mean over the example pictures.")
     usual = answerer.usual(settings.Settings(), examples.examples_for("tiny"), maps)[-1]
     above = maps.weights - usual
     cells = drawn(page, "tokens")[96::192, 96::192].reshape(4, 3)
@@ -605,6 +606,8 @@ def test_tokens_are_coloured_by_trust(seen, answerer):
         away, full = 255 - cells[token], 255 - np.array([int(colour[place : place + 2], 16) for place in (1, 3, 5)])
         strength = 0.1 + 0.9 * above[:, token].max() / above.max()
         np.testing.assert_allclose(away, strength * full, atol=3)
+    page.locator("#view [data-figure='picture'] .frame").click()
+    expect(colours).to_be_hidden()  # a place has tokens by attention
 
 
 def test_a_token_is_picked_by_mouse_and_by_keys(seen):
@@ -829,7 +832,7 @@ def test_a_layer_and_a_head_are_chosen_for_maps_and_for_words(open_page, picture
         maps, layers = deep.by_layer(prompt, 0)
         choose(page, "Layer of the maps", "layer 1")
         choose(page, "Head of the maps", "local 2")
-        expect(page.locator("#view .note").last).to_contain_text("the projector’s layer 1, in local of head 2.")
+        expect(page.locator("#view .note").last).to_contain_text("the projector’s layer 1, by head 2 of local.")
         shown = layers[0].within(maps, 0, 1)
         bits, reach = measures.entropy(shown)[:, 3], measures.reach(shown)[:, 3]
         told = [re.search(r"([\d.]+)\s+([\d.]+) bits", row).groups() for row in rows.all_inner_texts()]
@@ -1078,6 +1081,7 @@ def test_axe_finds_nothing_serious(open_page, scheme):
     for act in (
         lambda: None,
         lambda: ask_example(page, 3),
+        lambda: page.locator("#view").get_by_text("Numbers", exact=True).click(),
         lambda: page.get_by_role("button", name="More settings").click(),
         lambda: page.get_by_role("tab", name="Compare").click(),
         lambda: page.locator("#compare-scenes [data-scene='2']").click(),
