@@ -325,17 +325,14 @@ class Answerer:
             _, (maps,) = self._read(pixels, [prompt.pictures[picture]])
         return maps, layers
 
-    def usual(self, settings: Settings, examples: Examples, maps: ScopeMaps) -> np.ndarray:
-        """The mean trust over the example pictures, of tokens in the grid of these maps: in each layer (L, S, M).
-
-        Measured once for each number of visual tokens.
-        """
+    def usual(self, settings: Settings, examples: Examples) -> Usual:
+        """The mean trust over the example pictures, measured once for each number of visual tokens."""
         if not self.scopes:
-            return maps.weights[None]
+            return Usual([])
         budget = self.trained_budget if self.reducers else settings.visual_tokens or self.trained_budget
         if budget not in self.usually:
             self.usually[budget] = self.measure(budget, examples.measured)
-        return self.usually[budget].in_grid(maps.token_grid)
+        return self.usually[budget]
 
     def measure(self, budget: int, pictures: list[Image.Image]) -> Usual:
         """What is usual: pictures are read one by one, into so many visual tokens."""

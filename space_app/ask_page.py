@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-from answering import Answerer, Prompt, ScopeMaps, Step
+from answering import Answerer, Prompt, ScopeMaps
 from conversation import (
     answers_in,
     as_sent,
@@ -87,7 +87,8 @@ class AskPage:
             self.answerer.forget()
             steps = list(self.answerer.reply(prompt, Settings()))
             number, answer = self.examples.number_of(asked), steps[-1].text
-            view = self.view(steps[0], Settings(), 0, number) | {"opening": True}
+            usual = self.answerer.usual(Settings(), self.examples)
+            view = view_value(self.answerer.scopes, steps[0], usual, Settings(), 0, number) | {"opening": True}
             view["verdict"] = self.examples.verdict(number, answer)
             with suppress(Refusal):
                 view["words"] = words_value(self.answerer.attend(prompt, answer))
@@ -98,11 +99,6 @@ class AskPage:
         """What a visitor sees first, if there is anything; a link that names another example asks about that one."""
         linked = "example" in request.query_params
         return (gr.skip(), gr.skip()) if linked or not self.first[0] else self.first
-
-    def view(self, step: Step, settings: Settings, number: int, example: int | None) -> dict[str, Any]:
-        """The view of an answer's first step."""
-        usual = [self.answerer.usual(settings, self.examples, maps) for maps in step.maps or []]
-        return view_value(self.answerer.scopes, step, usual, settings, number, example)
 
     def choose(self, history: list[dict], event: gr.EventData) -> tuple[list[dict], gr.MultimodalTextbox]:
         """Puts the question of an example into the chat; what is in the box stays there."""
@@ -153,9 +149,11 @@ class AskPage:
         yield [*history, assistant_turn("")], view
         example = self.examples.number_of(history[-1])
         with warnings_in_a_sentence():
+            usual = self.answerer.usual(wanted, self.examples)  # may take a second, and words would come meanwhile
             for step in steps:
                 if step.maps:
-                    view = self.view(step, wanted, len(answers_in(history)), example)
+                    number = len(answers_in(history))
+                    view = view_value(self.answerer.scopes, step, usual, wanted, number, example)
                     note, buttons = self.note(text_of(history[-1]), step.maps)
                 yield [*history, assistant_turn(step.text, note)], view
             verdict = self.examples.verdict(example, step.text)
@@ -190,9 +188,9 @@ class AskPage:
                 raise Refusal(UNKNOWN)
             maps, layers = self.answerer.by_layer(prompt, event.picture)
             shown = layers[event.layer].within(maps, event.scope, event.head)
-            usual = self.answerer.usual(checked(event.visual_tokens, "", 0, 1, 1), self.examples, maps)[event.layer]
+            usual = self.answerer.usual(checked(event.visual_tokens, "", 0, 1, 1), self.examples)
             chosen = {name: getattr(event, name) for name in ("picture", "layer", "scope", "head")}
-            return reply_to(event, layer={**chosen, **layer_value(shown, usual)})
+            return reply_to(event, layer={**chosen, **layer_value(shown, usual.in_grid(maps.token_grid)[event.layer])})
         return reply_to(event)
 
     def prove(self, history: list[dict], event: gr.EventData) -> dict[str, Any]:

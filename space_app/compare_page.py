@@ -49,10 +49,10 @@ class ComparePage:
         yield message["text"], *shown
         with warnings_in_a_sentence():
             for number, (side, prompt, settings) in enumerate(zip(sides, prompts, wanted, strict=True)):
+                usual = side.usual(settings, self.examples)
                 for step in side.reply(prompt, settings):
                     shown[2 * number] = step.text or PENDING
                     if step.maps:
-                        usual = [side.usual(settings, self.examples, maps) for maps in step.maps]
                         view = view_value(side.scopes, step, usual, settings, example=example)
                         view["without_words"] = side.without_words(prompt, step.maps)
                         shown[2 * number + 1] = view

@@ -85,8 +85,8 @@ class Usual:
         self.means = {grid: np.mean([trust for other, trust in trusts if other == grid], axis=0) for grid in grids}
 
     def in_grid(self, grid: tuple[int, int]) -> np.ndarray:
-        """For a grid that no picture had, each scope's mean."""
+        """For a grid that no picture had, each scope's mean; without scopes, nothing."""
         if grid in self.means:
             return self.means[grid]
-        scopes = np.mean([mean.mean(axis=-1) for mean in self.means.values()], axis=0)
+        scopes = np.mean([mean.mean(axis=-1) for mean in self.means.values()] or [np.zeros((1, 0))], axis=0)
         return np.repeat(scopes[..., None], grid[0] * grid[1], axis=-1)

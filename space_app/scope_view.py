@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from answering import ScopeMaps, Step
+from layers import Usual
 from PIL import Image
 from settings import Settings
 from words import Word
@@ -27,19 +28,19 @@ def scope_legend(names: list[str]) -> list[dict[str, str]]:
 def view_value(
     scopes: list[str],
     step: Step,
-    usual: list[np.ndarray],
+    usual: Usual,
     settings: Settings,
     number: int = 0,
     example: int | None = None,
 ) -> dict[str, Any]:
-    """The maps of an answer's first step, with the usual trust in each picture's layers; `number` is the answer's index
+    """The maps of an answer's first step, and the usual trust beside them; `number` is the answer's index
     in the conversation, `example` that of the example which is asked about, if it is one.
     """
     return {
         "number": number,
         "example": example,
         "scopes": scope_legend(scopes),
-        "pictures": [picture_value(*one) for one in zip(step.maps or [], usual, strict=True)],
+        "pictures": [picture_value(maps, usual.in_grid(maps.token_grid)) for maps in step.maps or []],
         "milliseconds": step.milliseconds,  # not rounded, because Gradio does not send a value that has not changed
         "reading": step.reading,
         "asked": {"visual_tokens": settings.visual_tokens, "system_prompt": settings.system_prompt},

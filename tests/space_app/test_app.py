@@ -548,8 +548,8 @@ def unpacked(text, kind):
 
 
 def test_the_view_is_given_the_maps(answerer, maps):
-    step, usual = answering.Step("This.", 12.3, 4.5, [maps]), np.arange(24.0).reshape(2, 3, 4)
-    value = scope_view.view_value(answerer.scopes, step, [usual], settings.Settings(visual_tokens=4), number=2)
+    step, usual = answering.Step("This.", 12.3, 4.5, [maps]), layers.Usual([((2, 2), np.arange(24.0).reshape(2, 3, 4))])
+    value = scope_view.view_value(answerer.scopes, step, usual, settings.Settings(visual_tokens=4), number=2)
     (picture,) = value["pictures"]
     assert (value["number"], value["milliseconds"], value["reading"]) == (2, 12.3, 4.5)
     assert [scope["name"] for scope in value["scopes"]] == answerer.scopes
@@ -634,7 +634,7 @@ def test_tokens_that_are_words_say_the_likeliest(answerer, monkeypatch):
     for said, row in zip(maps.words, shares, strict=True):
         assert [word for word, _ in said] == [vocabulary[place] for place in row.argsort(descending=True)[:3]]
         np.testing.assert_allclose([share for _, share in said], row.sort(descending=True).values[:3], atol=1e-5)
-    step, usual = answering.Step("", 1, 1, [maps]), [maps.weights[None]]
+    step, usual = answering.Step("", 1, 1, [maps]), layers.Usual([((2, 2), maps.weights[None])])
     (shown,) = scope_view.view_value(answerer.scopes, step, usual, settings.Settings())["pictures"]
     assert shown["words"] == maps.words
 
@@ -853,7 +853,7 @@ def test_the_page_gets_the_layer_that_it_asks_for(picture_file, monkeypatch):
     steps, peaks = unpacked(told["steps"], "<u2").reshape(3, 9, 36), unpacked(told["peaks"], "<f4").reshape(3, 9, 1)
     np.testing.assert_allclose(steps / 65535 * peaks, read[0].within(maps, 0, 1).attentions, atol=1e-5)
     np.testing.assert_allclose(unpacked(told["weights"], "<f4"), read[0].weights.ravel())
-    usual = answerer.usual(nine, page.examples, maps)
+    usual = answerer.usual(nine, page.examples).in_grid((3, 3))
     np.testing.assert_allclose(unpacked(told["usual"], "<f4"), usual[0].ravel(), rtol=1e-6)
     words = page.words(history, types.SimpleNamespace(**asked | {"head": 3}, layer=1))["words"]
     assert (words["layer"], words["head"], words["texts"]) == (1, 3, ["ab"])
@@ -866,27 +866,24 @@ def test_the_page_gets_the_layer_that_it_asks_for(picture_file, monkeypatch):
 # --- What is usual ----------------------------------------------------------------------------------------------
 
 
-def test_the_usual_trust_is_the_mean_over_the_examples(answerer, maps, monkeypatch):
+def test_the_usual_trust_is_the_mean_over_the_examples(answerer, monkeypatch):
     known = examples.examples_for("tiny")
     assert len(known.measured) == examples.MEASURED
     read = answerer.look(known.measured[:4], PLAIN) + answerer.look(known.measured[4:8], PLAIN)
     monkeypatch.setattr(examples, "MEASURED", 8)
     monkeypatch.setattr(answerer, "usually", {})
     answerer.forget()
-    usual = answerer.usual(PLAIN, known, maps)
+    usual = answerer.usual(PLAIN, known).in_grid((2, 2))
     np.testing.assert_allclose(usual[-1], np.mean([one.weights for one in read], axis=0), atol=1e-5)
     assert list(answerer.readings) == []  # what visitors asked about is not pushed out
     monkeypatch.setattr(answerer, "measure", None)  # measured once
-    np.testing.assert_array_equal(answerer.usual(settings.Settings(visual_tokens=4), known, maps), usual)
-    oblong = replace(maps, token_grid=(1, 4))
-    np.testing.assert_allclose(
-        answerer.usual(PLAIN, known, oblong), np.repeat(usual.mean(-1, keepdims=True), 4, -1), atol=1e-6
-    )
+    again = answerer.usual(settings.Settings(visual_tokens=4), known)
+    np.testing.assert_array_equal(again.in_grid((2, 2)), usual)
+    np.testing.assert_allclose(again.in_grid((1, 4)), np.repeat(usual.mean(-1, keepdims=True), 4, -1), atol=1e-6)
 
 
 def test_without_scopes_nothing_is_usual(without_scopes):
-    (maps,) = without_scopes.look([tiny_models.picture()], PLAIN)
-    assert without_scopes.usual(PLAIN, None, maps).shape == (1, 0, 4)
+    assert without_scopes.usual(PLAIN, None).in_grid((2, 2)).shape == (1, 0, 4)
     assert without_scopes.scope_heads == []
 
 

@@ -598,7 +598,7 @@ def test_tokens_are_coloured_by_trust(seen, answerer):
     page.mouse.move(2, 2)
     colours = page.locator("#view [data-figure='tokens'] .legend")
     expect(colours).to_have_text("Colour: the scope that a token trusts most above its mean over the example pictures.")
-    usual = answerer.usual(settings.Settings(), examples.examples_for("tiny"), maps)[-1]
+    usual = answerer.usual(settings.Settings(), examples.examples_for("tiny")).in_grid((2, 2))[-1]
     above = maps.weights - usual
     cells = drawn(page, "tokens")[96::192, 96::192].reshape(4, 3)
     for token in range(4):
