@@ -145,9 +145,8 @@ class ScopeLayer(GradientCheckpointingLayer):
         o_BMhd = len(self.scope_heads) * g_BMh[..., None] * o_BMD.unflatten(-1, (self.heads, -1))
         z_BMD = self.o_proj(o_BMhd.flatten(-2)) + z_BMD + cell_BMD
         z_BMD = z_BMD + self.ffn(self.ffn_norm(z_BMD))
-        if attention_BSMN is None:
-            return z_BMD, None
-        return z_BMD, ScopeMaps(g_BMS.mT, attention_BSMN, places.of_tokens(len(u_BND)))
+        maps = None if attention_BSMN is None else ScopeMaps(g_BMS.mT, attention_BSMN, places.of_tokens(len(u_BND)))
+        return z_BMD, maps
 
     def read(self, u_BND: Tensor, places: EvenPlaces, output_scopes: bool) -> tuple[Tensor, Tensor | None]:
         """The heads' output (B, M, D) and, if requested, each scope's attention (B, S, M, N)."""

@@ -120,8 +120,8 @@ class Answerer:
     """Answers questions with a model and its processor; keeps the visual tokens of the last pictures until cleared.
 
     With reducers, of one method, pictures are read into the default number of visual tokens, and the method drops those
-    beyond the budget, which is one of theirs. known: what tells that a picture or a question is foreign to the model;
-    scores: those by number of visual tokens.
+    beyond the budget, which is one of theirs. known: tells whether a picture or a question is foreign to the model;
+    scores: its accuracy by number of visual tokens.
     """
 
     def __init__(
@@ -319,6 +319,7 @@ class Answerer:
 
     @torch.inference_mode()
     def _by_layer(self, prompt: Prompt, picture: int) -> tuple[ScopeMaps, list[Layer]]:
+        """As `by_layer`, for `measure`, which is already in the process that has the GPU."""
         inputs, text = prompt.inputs.to(self.model.device, self.model.dtype), self.processor.tokenizer.model_input_names
         pixels = {name: value[picture : picture + 1] for name, value in inputs.items() if name not in text}
         with layers_read(self.model.model.projector) as layers:

@@ -19,8 +19,10 @@ WORDS_NAMED = 3
 
 @dataclass(frozen=True)
 class Known:
-    """Features of training pictures with the distance from which another is foreign, and the words of the training with
-    the share of others from which a question is; `questions` can be answered about any of its pictures.
+    """What the training had, and from where on something is foreign to it.
+
+    A picture is foreign if its features are farther than `distance` from those in `tensors`, a question if more than
+    `unknown_share` of its words are not in `words`. `questions` can be answered about any picture of the training.
     """
 
     tensors: dict[str, torch.Tensor]

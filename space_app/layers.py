@@ -85,7 +85,7 @@ class Usual:
         self.means = {grid: np.mean([trust for other, trust in trusts if other == grid], axis=0) for grid in grids}
 
     def in_grid(self, grid: tuple[int, int]) -> np.ndarray:
-        """For a grid that no picture had, each scope's mean; without scopes, nothing."""
+        """The mean trust of a grid's tokens; of a grid that no picture had, each scope's mean; without scopes, none."""
         if grid in self.means:
             return self.means[grid]
         scopes = np.mean([mean.mean(axis=-1) for mean in self.means.values()] or [np.zeros((1, 0))], axis=0)

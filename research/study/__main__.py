@@ -2,7 +2,7 @@
 
 python -m research.study --quick                          six projectors, one budget, two seeds: ten minutes
 python -m research.study --seeds 10 --report docs         goes on from research/results, and writes docs/study.md
-python -m research.study --reducer divprune --report docs  scores what it leaves of the MLP's tokens, without training
+python -m research.study --reducer divprune --report docs  trains the MLP's runs again, scores what it leaves
 python -m research.study --check docs                     checks that report against the stored results
 """
 
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="of study.md and its figures (default: OUT)")
     only = parser.add_mutually_exclusive_group()
     only.add_argument(
-        "--reducer", metavar="NAME", help="only score what divprune leaves of the tokens of the stored runs of the MLP"
+        "--reducer",
+        metavar="NAME",
+        help="train the stored runs of the MLP again, and score what divprune leaves",
     )
     only.add_argument("--finished", action="store_true", help="train nothing: report what is finished")
     only.add_argument("--check", type=Path, metavar="FOLDER", help="only check the report there against its results")

@@ -1,4 +1,7 @@
-"""What DivPrune leaves of the study's MLP, without training: its runs are trained again, as no weights are kept."""
+"""Scores the study's MLP with what DivPrune leaves of its tokens.
+
+DivPrune needs no training, but the MLP's runs are trained again, because the study keeps no weights.
+"""
 
 import functools
 from collections.abc import Sequence
