@@ -223,7 +223,7 @@ function paintFigure(figure, answer, picture, selection, ofTokens, maps, look) {
     paintTokens(canvas, picture, ofTokens, byShare, answer.scopes.map(one => one.colour), props.fused_colour, look);
     if (picture.words.length) paintTokenWords(canvas, picture, look);
     if (picture.scopes > 1) figure.querySelector('.legend').style.visibility = byShare ? 'hidden' : '';
-    figure.querySelector('.number').textContent = byShare ? 'by attention' : picture.scopes > 1 ? 'trust above usual' : picture.token_grid.join(' × ');
+    figure.querySelector('.number').textContent = byShare ? 'by attention' : picture.scopes > 1 ? 'by trust' : picture.token_grid.join(' × ');
   } else if (kind === 'versus') {
     const map = difference(fusedMap(picture, ofTokens), [state.other.map]), peak = largest(map);
     paintMap(canvas, picture, map, props.fused_colour, peak, {...look, mode: 'difference'});
