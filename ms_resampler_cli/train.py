@@ -10,7 +10,7 @@ from .arguments import add_tiles_argument
 
 PARTS = ("tower", "projector", "llm", "embeddings")
 LAUNCHERS = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "zero2": "zero2.json", "zero3": "zero3.json"}
-TINY_OPTIONS = ("scenes", "projector", "embed")
+TINY_OPTIONS = ("scenes", "start", "projector", "embed")
 SMALL_OPTIONS = ("recipe", "out", "seed", "embed")
 
 
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="of tiny: train another projector, such as avg_pool, in the embedded checkpoint",
     )
+    tiny.add_argument("--start", type=Path, metavar="DIR", help="of tiny: start from an earlier version in this folder")
     tiny.add_argument("--embed", action="store_true", help="copy the result into this package")
 
 
@@ -202,14 +203,15 @@ def run_tiny(arguments: argparse.Namespace) -> None:
         if name not in ("recipe", "out", "steps", "seed", *TINY_OPTIONS):
             raise ValueError(f"The recipe tiny has its own model and data: it does not accept {option(name)}.")
     options = {"scenes": arguments.scenes, "steps": arguments.steps, "seed": arguments.seed or 0}
+    options |= {"start": arguments.start, "embed": arguments.embed}
     if arguments.projector is None:
         from ms_resampler.tiny.stages import train_tiny
 
-        train_tiny(arguments.out or "runs/tiny", embed=arguments.embed, **options)
+        train_tiny(arguments.out or "runs/tiny", **options)
     else:
         from ms_resampler.tiny.peer import train_tiny_projector
 
-        train_tiny_projector(arguments.projector, arguments.out, embed=arguments.embed, **options)
+        train_tiny_projector(arguments.projector, arguments.out, **options)
 
 
 def run_small(arguments: argparse.Namespace) -> None:

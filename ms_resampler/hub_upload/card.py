@@ -161,6 +161,7 @@ def scene_results(record: dict[str, Any]) -> dict[str, Any]:
         "table": results_table(record),
         "budgets": plain_table("visual tokens", "visual_tokens", record.get("budget_scores", [])),
         "wordings": plain_table("what is asked", "family", record.get("wording_scores", [])),
+        "start": record.get("start", {}).get("sha256"),
         "known": record.get("known_inputs", {}).get("measured", []),
     }
 

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from ..folders import KNOWN
 from .scenes import FAMILIES, ask, make_scene
+from .wordings import in_other_words
 
 PICTURES, NEIGHBOURS = 400, 5
 CUT_OUTS = 100  # of each photograph
@@ -132,11 +133,13 @@ def known_words(trained_on: Dataset) -> set[str]:
 
 
 def held_out_questions(split: str) -> list[str]:
-    """Questions about the first scenes of a split."""
+    """Questions about the first scenes of a split, half of them in other words than any of the training."""
+    rng = np.random.default_rng(0)
+    asked = (ask(make_scene(split, index), split, index, len(FAMILIES)) for index in range(PICTURES // 4))
     return [
-        question.question
-        for index in range(PICTURES // 4)
-        for question in ask(make_scene(split, index), split, index, len(FAMILIES))
+        question.question if rng.random() < 0.5 else in_other_words(question.question, rng, held_out=True)
+        for questions in asked
+        for question in questions
     ]
 
 

@@ -69,13 +69,9 @@ def tiny_config(processor: MSResamplerProcessor) -> MSResamplerConfig:
             pad_token_id=tokenizer.pad_token_id,
         ),
         projector_config={
-            # As in the embedded checkpoint. The default projector does no better: research/log.md.
-            "projector_type": "ms_resampler_branches",
-            "branch_form": {"fusion": "head", "patch_conv": False, "tile_heads": False, "cell_residual": False},
             "hidden_size": WIDTH,
             "num_attention_heads": 8,
             "intermediate_size": 2 * WIDTH,
-            "query_grid": TOKEN_GRID,
             "visual_tokens": TOKEN_GRID,
         },
         image_token_id=processor.image_token_id,

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from .. import TINY
@@ -19,12 +20,12 @@ from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..projectors_ms_resampler import PROJECTORS
 from ..training.collate import ConversationCollator
 from .curriculum import SceneConversations
-from .evaluate import FamilyScore
-from .stages import Stage, check_numbers, evaluate_once, run_stage, stage_of, training_record
+from .evaluate import FamilyScore, evaluate_scenes
+from .stages import Stage, check_numbers, evaluate_once, file_hash, run_stage, stage_of, training_record
 
 # The MLP keeps every patch: it has no 36 tokens.
 KINDS = ("resampler", *(kind for kind in PROJECTORS if kind != "mlp"))
-SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "query_grid", "visual_tokens")
+SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "visual_tokens")
 
 
 def tiny_peer(steps: int = 1000) -> Stage:
@@ -45,6 +46,7 @@ def train_tiny_projector(
     kind: str,
     out: str | Path | None = None,
     *,
+    start: str | Path | None = None,
     steps: int | None = None,
     scenes: int = 400,
     seed: int = 0,
@@ -52,8 +54,9 @@ def train_tiny_projector(
 ) -> Path:
     """Trains another projector in the embedded checkpoint, or resumes an interrupted run in `out`.
 
-    The arguments are those of `train_tiny`; `embed` copies the projector into this package. Returns the folder of the
-    result, `out`/model. Raises ValueError if `kind` is not one of KINDS.
+    The arguments are those of `train_tiny`, but `start` is a folder with an earlier projector of this kind, and `embed`
+    copies the projector into this package. Returns the folder of the result, `out`/model. Raises ValueError if `kind`
+    is not one of KINDS, or the earlier projector has other weights.
     """
     if kind not in KINDS:
         raise ValueError(f"The projector cannot be {kind!r} here: choose one of {', '.join(KINDS)}.")
@@ -61,12 +64,16 @@ def train_tiny_projector(
     out = Path(out or Path("runs") / f"tiny_{kind}")
     stage, target = stage_of(tiny_peer, steps, seed), out / "model"
     model, processor = with_new_projector(kind, seed), AutoProcessor.from_pretrained(TINY)
+    if start is not None:
+        load_projector(model, Path(start) / PROJECTOR)
     run_stage(stage, model, processor, out / stage.name)
     model.save_pretrained(target)
     processor.save_pretrained(target)
-    scores = evaluate_once(model, processor, out / "scores.json", scenes, blind=False)
+    scores = evaluate_once(out / "scores.json", FamilyScore, lambda: evaluate_scenes(model, processor, scenes=scenes))
     blind_scores = [FamilyScore(**row) for row in json.loads((Path(TINY) / RECORD).read_text())["blind_scores"]]
     record = training_record((stage,), model, out, scores, blind_scores)
+    if start is not None:
+        record["start"] = {"sha256": file_hash(Path(start) / PROJECTOR)}
     (target / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     print(results_table(record))
     if embed:
@@ -78,7 +85,8 @@ def with_new_projector(kind: str, seed: int) -> MSResamplerForConditionalGenerat
     """The embedded checkpoint with a new random projector, the only part that is trained."""
     embedded = MSResamplerForConditionalGeneration.from_pretrained(TINY)
     projector, config = embedded.config.projector_config, embedded.config.to_dict()
-    config["projector_config"] = {name: getattr(projector, name) for name in SIZES} | {"projector_type": kind}
+    sizes = {name: getattr(projector, name) for name in SIZES}
+    config["projector_config"] = sizes | {"projector_type": kind, "query_grid": projector.visual_tokens}
     torch.manual_seed(seed)
     model = MSResamplerForConditionalGeneration(MSResamplerConfig.from_dict(config))
     model.model.vision_tower, model.model.language_model = embedded.model.vision_tower, embedded.model.language_model
@@ -86,6 +94,15 @@ def with_new_projector(kind: str, seed: int) -> MSResamplerForConditionalGenerat
     model.requires_grad_(False)
     model.model.projector.requires_grad_(True)
     return model
+
+
+def load_projector(model: MSResamplerForConditionalGeneration, file: Path) -> None:
+    """Loads a projector's weights. Raises ValueError if they are those of another kind."""
+    weights, prefix = load_file(file), "model.projector."
+    try:
+        model.model.projector.load_state_dict({name.removeprefix(prefix): w for name, w in weights.items()})
+    except RuntimeError as error:
+        raise ValueError(f"{file} does not hold a projector of the kind that is trained here.") from error
 
 
 def embed_projector(folder: Path, target: Path) -> None:

@@ -94,7 +94,7 @@ class Question:
 
 
 def scene_rng(split: str, index: int, stream: int) -> np.random.Generator:
-    """The generator of one scene: stream 0 draws the scene, 1 its questions, 2 its drills."""
+    """The generator of one scene: stream 0 draws the scene, 1 its questions, 2 its drills, 3 its batch."""
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
     return np.random.default_rng(np.random.SeedSequence((list(SPLITS).index(split), index, stream)))
@@ -616,22 +616,32 @@ def score(question: Question, reply: str) -> float:
 
     Case, a final stop and outer blanks do not count.
     """
-    reply = reply.strip().lower().removesuffix(".").strip()
+    reply, answer = (text.strip().lower().removesuffix(".").strip() for text in (reply, question.answer))
     if question.family != "describe":
-        return float(reply == question.answer)
-    said, true = (Counter(" ".join(item.split()) for item in text.split(",")) for text in (reply, question.answer))
+        return float(reply == answer)
+    said, true = (Counter(" ".join(item.split()) for item in text.split(",")) for text in (reply, answer))
     return 2 * (said & true).total() / (said.total() + true.total())
 
 
 # --- Records ----------------------------------------------------------------------------------------------------
 
 
-def make_record(scene: Scene, turns: Iterable[tuple[str, str]], *, blind: bool = False) -> dict[str, Any]:
-    """A conversation about a scene in LLaVA's format; <image> stands in the first turn only, or nowhere if blind."""
+def make_record(
+    scene: Scene,
+    turns: Iterable[tuple[str, str]],
+    *,
+    pictures: Sequence[Image.Image] | None = None,
+    blind: bool = False,
+) -> dict[str, Any]:
+    """A conversation about a scene, or several `pictures`, in LLaVA's format; there are none if `blind`.
+
+    <image> stands in the first turn only, once for each picture.
+    """
+    pictures = [] if blind else pictures or [scene.image]
     conversations = []
     for number, (question, answer) in enumerate(turns):
-        start = "" if number or blind else "<image>\n"
+        start = "" if number else "<image>\n" * len(pictures)
         conversations.append({"from": "human", "value": f"{start}{question}"})
         conversations.append({"from": "gpt", "value": answer})
-    image = None if blind else scene.image
+    image = pictures if len(pictures) > 1 else pictures[0] if pictures else None
     return {"id": "-".join(map(str, scene.seed_key)), "image": image, "conversations": conversations}

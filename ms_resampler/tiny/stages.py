@@ -8,24 +8,37 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 
 from .. import TINY
+from ..configuration_ms_resampler import MSResamplerConfig
+from ..folders import RECORD, WEIGHTS
 from ..hub_upload.card import results_table, write_card
 from ..hub_upload.staging import allowed_files
+from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ..training.collate import ConversationCollator
 from ..training.trainer import CheckedTrainer, JsonlLog, fast_bfloat16, keep_freed_memory, last_checkpoint
-from .curriculum import Looking, PlacesCollator, SceneConversations, ScenePlaces
-from .evaluate import FamilyScore, evaluate_scenes
+from .curriculum import (
+    BATCH,
+    BudgetCollator,
+    Imitating,
+    Looking,
+    PlacesCollator,
+    SceneConversations,
+    ScenePlaces,
+)
+from .evaluate import BudgetScore, FamilyScore, evaluate_budgets, evaluate_scenes, evaluate_wordings
 from .known import known_inputs
 from .model import assemble_tiny
 from .scenes import COLOURS, SHAPES, WORDS
+
+Row = TypeVar("Row", bound=FamilyScore | BudgetScore)
 
 
 @dataclass(frozen=True)
@@ -64,18 +77,37 @@ def tiny_look(steps: int = 700) -> Stage:
     )
 
 
+def tiny_imitate(steps: int = 500) -> Stage:
+    """Trains a new projector to make the tokens of another one, from the same tower."""
+    return dataclasses.replace(tiny_look(steps), name="imitate")
+
+
 def tiny_read(steps: int = 2400) -> Stage:
     """Trains the whole model to transcribe and index scenes, then to answer questions about them."""
-    drills = min(600, steps // 3) * 32
+    drills = min(600, steps // 3) * BATCH
     return Stage(
         name="read",
         dataset=lambda records: SceneConversations(records, drills, turns=10),
         collator=lambda processor: ConversationCollator(processor, max_length=1024),
         steps=steps,
-        batch_size=32,
+        batch_size=BATCH,
         learning_rate=1e-3,
         warmup_steps=min(100, steps),
         cooldown_steps=int(0.4 * steps),
+    )
+
+
+def tiny_talk(steps: int = 800) -> Stage:
+    """Trains the whole model to answer at any number of visual tokens, however it is asked."""
+    return Stage(
+        name="talk",
+        dataset=lambda records: SceneConversations(records, drills=0, turns=10, varied=True),
+        collator=lambda processor: BudgetCollator(processor, max_length=1024),
+        steps=steps,
+        batch_size=BATCH,
+        learning_rate=6e-4,
+        warmup_steps=min(50, steps),
+        cooldown_steps=int(0.6 * steps),
     )
 
 
@@ -94,38 +126,98 @@ def tiny_blind(steps: int = 600) -> Stage:
 
 
 def train_tiny(
-    out: str | Path = "runs/tiny", *, steps: int | None = None, scenes: int = 400, seed: int = 0, embed: bool = False
+    out: str | Path = "runs/tiny",
+    *,
+    start: str | Path | None = None,
+    steps: int | None = None,
+    scenes: int = 400,
+    seed: int = 0,
+    embed: bool = False,
 ) -> Path:
     """Trains the embedded checkpoint from random weights, or resumes an interrupted run in `out`.
 
-    A stage has at most `steps` steps. The result, and a model trained without images, are evaluated on `scenes`
-    held-out scenes. `embed` copies the result into this package. Returns the folder of the result, `out`/model.
+    `start` is a folder with an earlier version of it: tower and language model start from there, the projector by
+    imitating that of the folder, and the scores without images are those of its record. A stage has at most `steps`
+    steps. The result, and a model trained without images, are evaluated on `scenes` held-out scenes. `embed` copies
+    the result into this package. Returns the folder of the result, `out`/model. Raises ValueError if the folder's
+    tower, language model or tokenizer are others.
     """
     check_numbers(steps=steps, scenes=scenes)
-    out = Path(out)
-    look, read, blind = (stage_of(make, steps, seed) for make in (tiny_look, tiny_read, tiny_blind))
+    out, start = Path(out), None if start is None else Path(start)
+    imitate, look, read, talk, blind = (
+        stage_of(make, steps, seed) for make in (tiny_imitate, tiny_look, tiny_read, tiny_talk, tiny_blind)
+    )
     target = out / "model"
 
     model, processor = assemble_tiny(seed)
-    run_stage(look, Looking(model.model), processor, out / "look")
-    run_stage(read, model, processor, out / "read")
+    if start is None:
+        stages, earlier = [look, read, talk, blind], None
+        run_stage(look, Looking(model.model), processor, out / "look")
+        run_stage(read, model, processor, out / "read")
+    else:
+        stages, earlier = [imitate, talk], json.loads((start / RECORD).read_text())
+        run_stage(imitate, Imitating(model.model, parts_of(start, model, processor)), processor, out / "imitate")
+        model.requires_grad_(True)
+    run_stage(talk, model, processor, out / "talk")
     model.save_pretrained(target)
     processor.save_pretrained(target)
-    scores = evaluate_once(model, processor, out / "scores.json", scenes, blind=False)
+    scores = evaluate_once(out / "scores.json", FamilyScore, lambda: evaluate_scenes(model, processor, scenes=scenes))
+    some = max(1, scenes // 4)
+    budgets = evaluate_once(
+        out / "budget_scores.json", BudgetScore, lambda: evaluate_budgets(model, processor, scenes=some)
+    )
+    wordings = evaluate_once(
+        out / "wording_scores.json", FamilyScore, lambda: evaluate_wordings(model, processor, scenes=some)
+    )
 
-    guesser, _ = assemble_tiny(seed)
-    run_stage(blind, guesser, processor, out / "blind")
-    blind_scores = evaluate_once(guesser, processor, out / "blind_scores.json", scenes, blind=True)
+    if earlier is None:
+        guesser, _ = assemble_tiny(seed)
+        run_stage(blind, guesser, processor, out / "blind")
+        blind_scores = evaluate_once(
+            out / "blind_scores.json",
+            FamilyScore,
+            lambda: evaluate_scenes(guesser, processor, scenes=scenes, blind=True),
+        )
+    else:
+        blind_scores = [FamilyScore(**row) for row in earlier["blind_scores"]]  # the questions are the same
 
-    record = training_record((look, read, blind), model, out, scores, blind_scores)
-    record["known_inputs"] = known_inputs(model, processor, read.dataset(read.steps * read.batch_size), target)
-    (target / "training_record.json").write_text(json.dumps(record, indent=2) + "\n")
-    plot_curves(out, target / "curves.png")
+    record = training_record(stages, model, out, scores, blind_scores)
+    if earlier is not None:
+        record["start"] = {"sha256": file_hash(start / WEIGHTS), "stages": earlier["stages"]}
+    record |= {
+        name: [dataclasses.asdict(row) for row in rows]
+        for name, rows in (("budget_scores", budgets), ("wording_scores", wordings))
+    }
+    record["known_inputs"] = known_inputs(model, processor, talk.dataset(talk.steps * talk.batch_size), target)
+    (target / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    plot_curves(out, [stage.name for stage in stages], target / "curves.png")
     write_card(target, "MS-Resampler tiny")
     print(results_table(record))
     if embed:
         put_into_package(target)
     return target
+
+
+def parts_of(start: str | Path, model: Any, processor: Any) -> nn.Module:
+    """Gives `model` the tower and the language model of a folder, and returns the folder's projector.
+
+    Raises ValueError if they do not fit.
+    """
+    config = MSResamplerConfig.from_pretrained(start)
+    for part in ("vision_config", "text_config"):
+        theirs, ours = (getattr(one, part).to_dict() | {"dtype": None} for one in (config, model.config))
+        if theirs != ours:
+            raise ValueError(
+                f"{start} has another {part} than the embedded checkpoint, and training cannot start there."
+            )
+    if AutoTokenizer.from_pretrained(start).get_vocab() != processor.tokenizer.get_vocab():
+        raise ValueError(
+            f"{start} has another tokenizer than the embedded checkpoint, and training cannot start there."
+        )
+    earlier = MSResamplerForConditionalGeneration.from_pretrained(start)
+    for part in ("vision_tower", "language_model"):
+        getattr(model.model, part).load_state_dict(getattr(earlier.model, part).state_dict())
+    return earlier.model.projector
 
 
 def check_numbers(**numbers: int | None) -> None:
@@ -183,13 +275,12 @@ def training_arguments(stage: Stage, folder: Path) -> TrainingArguments:
     )
 
 
-def evaluate_once(model: Any, processor: Any, path: Path, scenes: int, blind: bool) -> list[FamilyScore]:
-    """Evaluates, or reads the results of an earlier run from `path`."""
+def evaluate_once(path: Path, row: type[Row], evaluate: Callable[[], list[Row]]) -> list[Row]:
+    """Evaluates, or reads the rows of an earlier run from `path`."""
     if not path.exists():
-        print(f"Evaluating the {'blind ' if blind else ''}model on {scenes} held-out scenes:")
-        rows = evaluate_scenes(model, processor, scenes=scenes, blind=blind)
-        path.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
-    return [FamilyScore(**row) for row in json.loads(path.read_text())]
+        print(f"{path.stem.replace('_', ' ')} on held-out scenes:")
+        path.write_text(json.dumps([dataclasses.asdict(found) for found in evaluate()], indent=2))
+    return [row(**found) for found in json.loads(path.read_text())]
 
 
 def training_record(
@@ -229,13 +320,19 @@ def describe_stage(stage: Stage, folder: Path) -> dict[str, Any]:
     }
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def data_hash(dataset: Any, samples: int = 64) -> str:
     """A fingerprint of the training data: SHA-256 over evenly spaced records, pictures included."""
     digest = hashlib.sha256(str(len(dataset)).encode())
     for index in range(0, len(dataset), max(1, len(dataset) // samples)):
         record = dataset[index]
         image = record.pop("image")
-        digest.update(json.dumps(record).encode() + (image.tobytes() if image else b""))
+        pictures = image if isinstance(image, list) else [image] if image else []
+        digest.update(json.dumps(record).encode() + b"".join(picture.tobytes() for picture in pictures))
     return digest.hexdigest()
 
 
@@ -246,7 +343,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return [*losses.values(), *(row for row in rows if "loss" not in row)]
 
 
-def plot_curves(folder: Path, path: Path) -> None:
+def plot_curves(folder: Path, stages: Sequence[str], path: Path) -> None:
     """Plots the loss of every stage."""
     import matplotlib
 
@@ -254,7 +351,7 @@ def plot_curves(folder: Path, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    for name, colour in (("look", "#E69F00"), ("read", "#0072B2"), ("blind", "#999999")):
+    for name, colour in zip(stages, ("#E69F00", "#0072B2", "#009E73", "#999999"), strict=False):
         rows = [row for row in read_log(folder / name) if "loss" in row]
         axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color=colour, label=name)
     axes.set(xlabel="optimiser step", ylabel="loss (nats)", yscale="log")

@@ -206,7 +206,7 @@ class BatchMaker:
     def __call__(self, samples: Sequence[tuple[dict[str, Any], Budget | None]]) -> dict[str, Any]:
         budget = samples[0][1]
         assert all(other == budget for _, other in samples), "a batch crosses from one step into the next"
-        collate = self.collator(self._processor(budget))
+        collate = self.collator(self.processor if budget is None else with_budget(self.processor, budget))
         rows, ids = [], []
         for record, _ in samples:
             try:
@@ -223,16 +223,16 @@ class BatchMaker:
             self._note("cut", record_id, why)
         return collate.join(rows) | {"record_ids": ids}
 
-    def _processor(self, budget: Budget | None) -> Any:
-        if budget is None:
-            return self.processor
-        processor = copy.copy(self.processor)
-        processor.images_kwargs = {"visual_tokens": budget}
-        return processor
-
     def _note(self, what: str, record_id: str, why: str) -> None:
         with (self.folder / f"{what}.jsonl").open("a") as file:
             file.write(json.dumps({"id": record_id, "why": why}) + "\n")
+
+
+def with_budget(processor: Any, budget: Budget) -> Any:
+    """A copy of the processor that gives every image this budget."""
+    processor = copy.copy(processor)
+    processor.images_kwargs = {"visual_tokens": budget}
+    return processor
 
 
 def blank_record() -> dict[str, Any]:

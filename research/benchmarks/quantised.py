@@ -22,8 +22,8 @@ from transformers import AutoProcessor, BitsAndBytesConfig, CLIPVisionConfig, Qw
 
 from ms_resampler import TINY, MSResamplerConfig, MSResamplerForConditionalGeneration
 from ms_resampler.projectors_ms_resampler import PROJECTORS, SCOPED_PROJECTORS
-from ms_resampler.tiny.evaluate import answer, questions_of, unanswered
-from ms_resampler.tiny.scenes import FAMILIES, score
+from ms_resampler.tiny.evaluate import questions_of, scores_of, unanswered
+from ms_resampler.tiny.scenes import FAMILIES
 from ms_resampler.training.conversations import images_of, messages_of
 
 SCENES = 8  # of each family of questions
@@ -57,7 +57,7 @@ def megabytes(model: Any) -> float:
 def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every product that it is in float16
     processor = AutoProcessor.from_pretrained(TINY)
-    asked = [pair for family in FAMILIES for pair in questions_of(family, "test", SCENES)]
+    asked = [one for family in FAMILIES for one in questions_of(family, "test", SCENES)]
     whole = MSResamplerForConditionalGeneration.from_pretrained(TINY, dtype=torch.bfloat16).eval()
     expected = said(whole, processor, asked)
     print("| weights | MB | mean distance | largest | same next token | accuracy | every projector |")
@@ -69,8 +69,7 @@ def main() -> None:
         logits = said(model, processor, asked)
         distances = (1 - cosine_similarity(logits, expected, dim=-1)).clamp(min=0)
         same = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
-        replies = answer(model, processor, [unanswered(*pair, blind=False) for pair in asked])
-        right = sum(score(question, reply) for (_, question), reply in zip(asked, replies, strict=True)) / len(asked)
+        right = sum(scores_of(model, processor, asked, batch_size=len(asked))) / len(asked)
         print(
             f"| {name} | {megabytes(model):.1f} | {distances.mean():.1e} | {distances.max():.1e} | {same:.1%} "
             f"| {right:.1%} | {max(map(distance_with, EVERY, repeat(config))):.1e} |",
@@ -82,8 +81,8 @@ def main() -> None:
 def said(model: Any, processor: Any, asked: list[Any]) -> torch.Tensor:
     """Logits (n, vocabulary) at every token of the questions, one at a time."""
     logits = []
-    for scene, question in asked:
-        record = unanswered(scene, question, blind=False)
+    for one in asked:
+        record = unanswered(*one, blind=False)
         inputs = processor.apply_chat_template(
             [messages_of(record)],
             add_generation_prompt=True,

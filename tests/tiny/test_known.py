@@ -10,7 +10,7 @@ from ms_resampler import TINY
 from ms_resampler.folders import KNOWN
 from ms_resampler.modeling_ms_resampler import MSResamplerForConditionalGeneration
 from ms_resampler.tiny import known
-from ms_resampler.tiny.stages import tiny_read
+from ms_resampler.tiny.stages import tiny_talk
 
 
 def conversation(*questions):
@@ -64,7 +64,7 @@ def test_a_threshold_lets_its_share_pass():
 def test_the_embedded_checkpoint_knows_its_scenes_and_no_photographs(tmp_path, monkeypatch):
     monkeypatch.setattr(known, "CONVERSATIONS", 100)
     model, processor = MSResamplerForConditionalGeneration.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
-    entry = known.known_inputs(model, processor, tiny_read().dataset(2400 * 32), tmp_path)
+    entry = known.known_inputs(model, processor, tiny_talk().dataset(800 * 32), tmp_path)
     flagged = {row["what"]: row["flagged"] for row in entry["measured"]}
     assert flagged["scenes of the test"] < 0.02
     assert flagged["cut-outs of photographs"] > 0.8

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from ms_resampler import TINY, demo
-from ms_resampler.tiny.peer import KINDS, embed_projector, with_new_projector
+from ms_resampler.folders import PROJECTOR
+from ms_resampler.tiny.peer import KINDS, embed_projector, load_projector, with_new_projector
 from ms_resampler_cli import main as cli
 
 
@@ -29,6 +30,16 @@ def test_the_projector_alone_learns(trained):
             assert not torch.equal(tensor, before[name])
         else:
             assert torch.equal(tensor, embedded[name])
+
+
+def test_an_earlier_projector_is_where_training_starts(tmp_path):
+    earlier, model = with_new_projector("resampler", 1), with_new_projector("resampler", 0)
+    save_file({n: w.clone() for n, w in earlier.state_dict().items() if ".projector." in n}, tmp_path / PROJECTOR)
+    load_projector(model, tmp_path / PROJECTOR)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, earlier.state_dict()[name]), name
+    with pytest.raises(ValueError, match="does not hold a projector of the kind that is trained here"):
+        load_projector(with_new_projector("avg_pool", 0), tmp_path / PROJECTOR)
 
 
 @pytest.mark.slow

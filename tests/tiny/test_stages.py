@@ -12,7 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ms_resampler.tiny.stages import describe_stage, read_log, tiny_blind
+from ms_resampler.tiny.curriculum import Imitating
+from ms_resampler.tiny.evaluate import BUDGETS
+from ms_resampler.tiny.model import assemble_tiny
+from ms_resampler.tiny.peer import with_new_projector
+from ms_resampler.tiny.stages import describe_stage, parts_of, read_log, tiny_blind
 from ms_resampler.training.trainer import last_checkpoint
 from ms_resampler_cli.main import main
 
@@ -90,7 +94,9 @@ def test_the_train_command_leaves_a_model_a_record_and_a_card(tmp_path, capsys):
     arguments = ["train", "tiny", "--steps", "2", "--scenes", "12", "--out", str(out)]
     assert main(arguments) == 0
     record = json.loads((out / "model" / "training_record.json").read_text())
-    assert [(stage["name"], stage["steps"]) for stage in record["stages"]] == [("look", 2), ("read", 2), ("blind", 2)]
+    assert [(stage["name"], stage["steps"]) for stage in record["stages"]] == [
+        (name, 2) for name in ("look", "read", "talk", "blind")
+    ]
     assert all(len(stage["data_sha256"]) == 64 for stage in record["stages"])
     assert sum(record["parameters"].values()) > 1_000_000
     assert {row["family"] for row in record["scores"]} == {row["family"] for row in record["blind_scores"]}
@@ -101,6 +107,39 @@ def test_the_train_command_leaves_a_model_a_record_and_a_card(tmp_path, capsys):
     steps = [json.loads(line) for line in (out / "read" / "log.jsonl").read_text().splitlines()]
     assert all("step" in row for row in steps)
 
+    assert [row["visual_tokens"] for row in record["budget_scores"]] == list(BUDGETS)
+    assert {"other words, held out", "absent things"} <= {row["family"] for row in record["wording_scores"]}
+
     scores = (out / "scores.json").read_text()
     assert main(arguments) == 0  # a finished run runs again at once, with the same results
     assert (out / "scores.json").read_text() == scores
+
+
+def test_an_earlier_version_gives_tower_language_model_and_teacher(tmp_path):
+    earlier, (model, processor) = with_new_projector("ms_resampler_branches", 1), assemble_tiny(0)
+    with torch.no_grad():
+        earlier.lm_head.weight.add_(1)
+    earlier.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    own = {name: weight.clone() for name, weight in model.model.projector.state_dict().items()}
+    imitating = Imitating(model.model, parts_of(tmp_path, model, processor))
+    weights, expected = model.state_dict(), earlier.state_dict()
+    for name, weight in weights.items():
+        is_own = name.startswith("model.projector.")
+        wanted = own[name.removeprefix("model.projector.")] if is_own else expected[name]
+        assert torch.equal(weight, wanted), name
+
+    pixels = torch.rand(2, 3, 96, 96)
+    wanted, made = (torch.stack(m.get_image_features(pixels).pooler_output) for m in (earlier, model))
+    loss = imitating(pixels)["loss"]
+    torch.testing.assert_close(loss, (wanted - made).square().mean() / wanted.var())
+    loss.backward()
+    assert {name.split(".")[0] for name, w in imitating.named_parameters() if w.grad is not None} == {"projector"}
+
+
+def test_training_does_not_start_from_another_kind_of_model(tmp_path):
+    model, processor = assemble_tiny(0)
+    model.config.text_config.rms_norm_eps = 0.5
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has another text_config than the embedded checkpoint"):
+        parts_of(tmp_path, assemble_tiny(0)[0], processor)
