@@ -36,7 +36,8 @@ LABELS = {"colours": 1 + len(COLOURS), "names": 1 + len(ALL_NAMES), "heights": H
 CROWD = 9  # most things in a drill's scene: more to learn from each picture than with questions
 DRILL_SHARE = 0.2  # share of the later conversations, so that reading the whole picture is not forgotten
 FINDING = ("presence", "where", "relation", "compare", "colour")  # learned last, so asked more often
-FINDING_SHARE = 0.5  # of the scenes with questions
+COUNTING = ("count", "count_colour", "majority")  # forgotten most while the model learns to talk, so asked last
+OFTEN_SHARE = 0.5  # of the scenes with questions
 OTHER_WORDS = 0.5  # share of the questions that are asked in other words than those of the scenes
 ABSENT, GREETED, NO_PICTURES = 0.2, 0.1, 0.01  # shares of the conversations about scenes
 SEVERAL = 0.12  # share of the batches, since one long conversation makes a whole batch as long
@@ -135,25 +136,38 @@ class SceneConversations(Dataset):
     """`length` conversations about scenes: the first `drills` are drills, the others ask `turns` questions.
 
     A drill transcribes the picture place by place, or indexes it name by name. Questions alone hardly teach the model
-    to find things; an index lists all of a picture's names in one text, each next to its answer. `varied` asks half of
+    to find things; an index lists all of a picture's names in one text, each next to its answer. Half of the scenes
+    with questions are asked about the families `often`. `first` is the number of the first scene. `varied` asks half of
     the questions in other words, greets, asks about absent things, and shows several pictures, or none. `blind` omits
     the images, for the model that can only guess.
     """
 
-    def __init__(self, length: int, drills: int, turns: int, *, varied: bool = False, blind: bool = False):
+    def __init__(
+        self,
+        length: int,
+        drills: int,
+        turns: int,
+        *,
+        often: tuple[str, ...] = FINDING,
+        first: int = 0,
+        varied: bool = False,
+        blind: bool = False,
+    ):
         self.length, self.drills, self.turns, self.varied, self.blind = length, drills, turns, varied, blind
+        self.often, self.first = often, first
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        drilled, index = index < self.drills, self.first + index
         rng = scene_rng("train", index, 2)
-        if index < self.drills or rng.random() < DRILL_SHARE:
+        if drilled or rng.random() < DRILL_SHARE:
             scene = make_scene("train", index, max_things=CROWD)
             drills = (TRANSCRIBE, transcript(scene)), (INDEX, index_by_name(scene, rng))
             return make_record(scene, [drills[rng.integers(2)]], blind=self.blind)
         scene = make_scene("train", index)
-        families = FINDING if rng.random() < FINDING_SHARE else None
+        families = self.often if rng.random() < OFTEN_SHARE else None
         asked = [(asked.question, asked.answer) for asked in ask(scene, "train", index, self.turns, families)]
         return self.vary(scene, asked, rng) if self.varied else make_record(scene, asked, blind=self.blind)
 

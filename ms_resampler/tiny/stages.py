@@ -26,6 +26,7 @@ from ..training.collate import ConversationCollator
 from ..training.trainer import CheckedTrainer, JsonlLog, fast_bfloat16, keep_freed_memory, last_checkpoint
 from .curriculum import (
     BATCH,
+    COUNTING,
     BudgetCollator,
     Imitating,
     Looking,
@@ -111,6 +112,20 @@ def tiny_talk(steps: int = 800) -> Stage:
     )
 
 
+def tiny_count(steps: int = 250) -> Stage:
+    """Trains as before, with other scenes, and asks more often how many things there are."""
+    talk = tiny_talk()
+    first = talk.steps * talk.batch_size
+    return dataclasses.replace(
+        tiny_talk(steps),
+        name="count",
+        dataset=lambda records: SceneConversations(records, 0, turns=10, often=COUNTING, first=first, varied=True),
+        learning_rate=3e-4,
+        warmup_steps=min(20, steps),
+        cooldown_steps=int(0.9 * steps),
+    )
+
+
 def tiny_blind(steps: int = 600) -> Stage:
     """The same language model trained without images, which shows what guessing achieves."""
     return Stage(
@@ -144,21 +159,22 @@ def train_tiny(
     """
     check_numbers(steps=steps, scenes=scenes)
     out, start = Path(out), None if start is None else Path(start)
-    imitate, look, read, talk, blind = (
-        stage_of(make, steps, seed) for make in (tiny_imitate, tiny_look, tiny_read, tiny_talk, tiny_blind)
+    imitate, look, read, talk, count, blind = (
+        stage_of(make, steps, seed) for make in (tiny_imitate, tiny_look, tiny_read, tiny_talk, tiny_count, tiny_blind)
     )
     target = out / "model"
 
     model, processor = assemble_tiny(seed)
     if start is None:
-        stages, earlier = [look, read, talk, blind], None
+        stages, earlier = [look, read, talk, count, blind], None
         run_stage(look, Looking(model.model), processor, out / "look")
         run_stage(read, model, processor, out / "read")
     else:
-        stages, earlier = [imitate, talk], json.loads((start / RECORD).read_text())
+        stages, earlier = [imitate, talk, count], json.loads((start / RECORD).read_text())
         run_stage(imitate, Imitating(model.model, parts_of(start, model, processor)), processor, out / "imitate")
         model.requires_grad_(True)
     run_stage(talk, model, processor, out / "talk")
+    run_stage(count, model, processor, out / "count")
     model.save_pretrained(target)
     processor.save_pretrained(target)
     scores = evaluate_once(out / "scores.json", FamilyScore, lambda: evaluate_scenes(model, processor, scenes=scenes))
@@ -351,7 +367,7 @@ def plot_curves(folder: Path, stages: Sequence[str], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    for name, colour in zip(stages, ("#E69F00", "#0072B2", "#009E73", "#999999"), strict=False):
+    for name, colour in zip(stages, ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#999999"), strict=False):
         rows = [row for row in read_log(folder / name) if "loss" in row]
         axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color=colour, label=name)
     axes.set(xlabel="optimiser step", ylabel="loss (nats)", yscale="log")

@@ -95,7 +95,7 @@ def test_the_train_command_leaves_a_model_a_record_and_a_card(tmp_path, capsys):
     assert main(arguments) == 0
     record = json.loads((out / "model" / "training_record.json").read_text())
     assert [(stage["name"], stage["steps"]) for stage in record["stages"]] == [
-        (name, 2) for name in ("look", "read", "talk", "blind")
+        (name, 2) for name in ("look", "read", "talk", "count", "blind")
     ]
     assert all(len(stage["data_sha256"]) == 64 for stage in record["stages"])
     assert sum(record["parameters"].values()) > 1_000_000
