@@ -188,16 +188,18 @@ class _Read(Exception):
 
 
 def _raise_queries_and_keys(module: nn.Module, query: Tensor, key: Tensor, *_: Any, **options: Any) -> None:
-    raise _Read(query, key, options.get("scaling") or query.shape[-1] ** -0.5)
+    raise _Read(query, key, options.get("scaling") or query.shape[-1] ** -0.5, options.get("softcap"))
 
 
 AttentionInterface.register("ms_resampler_reading", _raise_queries_and_keys)
 
 
 @torch.no_grad()
-def queries_and_keys(layer: Any, hidden_BLD: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, float]:
-    """A decoder layer's queries and keys (B, h, L, d) after RoPE, and the factor of their products, for any model whose
-    layers have `input_layernorm` and `self_attn`.
+def queries_and_keys(
+    layer: Any, hidden_BLD: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, float, float | None]:
+    """A decoder layer's queries and keys (B, h, L, d) after RoPE, the factor of their products and their cap, for any
+    model whose layers have `input_layernorm` and `self_attn`.
     """
     kept = {name: value for name, value in options.items() if name not in ("past_key_values", "use_cache", "cache")}
     config, before = layer.self_attn.config, layer.self_attn.config._attn_implementation
@@ -205,8 +207,8 @@ def queries_and_keys(layer: Any, hidden_BLD: Tensor, options: dict[str, Any]) ->
     try:
         layer.self_attn(hidden_states=layer.input_layernorm(hidden_BLD), **kept)
     except _Read as read:
-        query, key, scale = read.args
-        return query, key.repeat_interleave(query.shape[1] // key.shape[1], dim=1), scale
+        query, key, scale, cap = read.args
+        return query, key.repeat_interleave(query.shape[1] // key.shape[1], dim=1), scale, cap
     finally:
         config._attn_implementation = before
     raise ValueError("This language model's attention cannot be read; use a reducer that works before it.")
@@ -354,7 +356,7 @@ class Cutting:
             position_BL = index_BL if stock.get("position_ids") is None else stock["position_ids"].expand(batch, -1)
             rows = Rows(index_BL, self.whole_BL, position_BL, self.whole_BL != FILL)
         layer = self.model.layers[self.cuts[stage].reads]
-        query_BhLd, key_BhLd, scale = queries_and_keys(layer, read_BLD, read)
+        query_BhLd, key_BhLd, scale, cap = queries_and_keys(layer, read_BLD, read)
         chosen = []
         for row in range(len(now_BLD)):
             picture_L, real_L, index_L = rows.picture_BL[row], rows.real_BL[row], rows.index_BL[row]
@@ -382,6 +384,7 @@ class Cutting:
                     embeddings=(self.embeds_BLD[row, whole], self.embeds_BLD[row, index_L[text]]),
                     key_set=index_L[:0] if self.key_sets is None else self.key_sets[picture].to(index_L.device),
                     layers=len(self.model.layers),
+                    cap=cap,
                 )
                 kept, new_cD = self.reducer.choose(stage, view)
                 stays[visual] = False
