@@ -657,10 +657,10 @@ class SparseVLMPlus(SparseVLM):
         """See SparseVLM."""
         raters = view.text[self.raters(*view.embeddings)]
         cos_Ld, sin_Ld = (table.float() for table in view.rope_Ld)
-        sign_d = torch.ones_like(cos_Ld[0])
-        sign_d[: len(sign_d) // 2] = -1
-        ones_Ld = cos_Ld + sign_d * sin_Ld  # RoPE of a vector of ones
-        by_place_QV = ones_Ld[raters] @ ones_Ld[view.visual].mT / cos_Ld.shape[-1] ** 0.5
+        # Products of vectors of ones after RoPE: pairs' mixed terms cancel, and the last entries may stay as they are.
+        width, unturned = view.q_hLd.shape[-1], view.q_hLd.shape[-1] - cos_Ld.shape[-1]
+        products_QV = cos_Ld[raters] @ cos_Ld[view.visual].mT + sin_Ld[raters] @ sin_Ld[view.visual].mT
+        by_place_QV = (products_QV + unturned) / width**0.5
         related_hQV = view.attention(raters)[:, :, view.visual] / by_place_QV
         return related_hQV[self.choose_heads(related_hQV)].mean(dim=(0, 1))
 
@@ -822,7 +822,7 @@ def read_reducer(fields: dict[str, Any]) -> Reducer:
     """The reducer of a `reducer_config`. Raises ValueError for an unknown one, or settings that it does not have."""
     fields = dict(fields)
     name = fields.pop("reducer_type", None)
-    if name not in REDUCERS:
+    if not isinstance(name, str) or name not in REDUCERS:
         near = difflib.get_close_matches(str(name), REDUCERS, n=1, cutoff=0.5)
         hint = f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(REDUCERS)}."
         raise ValueError(f"There is no `reducer_type` {name!r}; {hint}")

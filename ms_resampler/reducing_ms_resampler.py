@@ -244,14 +244,24 @@ class KeptInCache:
 def check_language_model(model: Any, reducer: LayerReducer) -> None:
     """Raises ValueError if a language model's layers cannot be cut by a reducer."""
     layers = getattr(model, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(
-        hasattr(layer, "self_attn") and hasattr(layer, "input_layernorm") for layer in layers
-    ) or not hasattr(model, "rotary_emb"):  # fmt: skip
+    plain = isinstance(layers, nn.ModuleList) and all(map(has_attention_alone, layers))
+    if not (plain and hasattr(model, "rotary_emb") and last_norm(model)):
         raise ValueError(
             f"{reducer.name} reads the attention of layers as Llama has them, and `{model.config.model_type}` has "
             "others; use a reducer that works before the language model, such as divprune."
         )
     reducer.cuts(len(layers))
+
+
+def has_attention_alone(layer: Any) -> bool:
+    """Whether a decoder layer has `self_attn` behind `input_layernorm`, and nothing else that goes by the row."""
+    found = hasattr(layer, "self_attn") and hasattr(layer, "input_layernorm") and not hasattr(layer, "mamba")
+    return found and "per_layer_input" not in inspect.signature(layer.forward).parameters
+
+
+def last_norm(model: Any) -> Any:
+    """A language model's norm behind its layers, or None."""
+    return getattr(model, "norm", None) or getattr(model, "final_layernorm", None)
 
 
 def check_window(model: Any, length: int) -> None:
@@ -371,7 +381,7 @@ class Cutting:
                 whole = (self.whole_BL[row] == picture).nonzero().flatten()
                 view = LayerView(
                     hidden_LD=now_BLD[row].detach(),
-                    norm=self.model.norm,
+                    norm=last_norm(self.model),
                     visual=visual,
                     place=index_L[visual] - whole[0],
                     text=text,

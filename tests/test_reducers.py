@@ -6,6 +6,7 @@ tests/reference_reducers holds inputs and outputs of the authors' code.
 import json
 import re
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -257,8 +258,10 @@ def test_a_batch_gives_what_each_prompt_gives_alone(kind, attention, side):
             assert_close(last, alone.logits[0, -1], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("text", ["llama", "qwen2", "gemma3_text", "phi3"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [*product(KINDS, ["llama", "qwen2", "gemma3_text", "phi3"]), ("dart", "phi"), ("sparsevlm_plus", "phi")],
+)
 def test_batched_answers_are_single_ones_and_prompts_come_back_whole(kind, text):
     model = whole_model(text).set_reducer(kind, **KINDS[kind])
     rows, images = rows_with_pictures()
@@ -460,6 +463,12 @@ def test_more_than_there_is_cannot_be_kept(kind):
         whole_model().set_reducer(kind, keep=37, **layers)(**batch())
 
 
+@pytest.mark.parametrize("kind", ["prumerge", "prumerge_plus"])
+def test_of_a_share_below_one_patch_the_token_of_the_rest_is_left(kind):
+    features = whole_model().set_reducer(kind, keep=0.001).get_image_features(pixels(1), return_dict=True)
+    assert [len(tokens) for tokens in features.pooler_output] == [1]
+
+
 @pytest.mark.parametrize(("kind", "share", "tokens"), [("prumerge", 1.0, 37), ("prumerge_plus", 0.6, 57)])
 def test_shares_of_which_merging_makes_more_tokens_are_refused(kind, share, tokens):
     with pytest.raises(ValueError, match=f"{kind} makes {tokens} tokens of 36 patches"):
@@ -524,8 +533,30 @@ def test_models_that_do_not_fit_are_refused():
         tiny_model().set_reducer("visionzip", keep=4)
     with pytest.raises(ValueError, match="layers as Llama has them"):
         tiny_model(text="gpt2").set_reducer("fastv", keep=4, layer=1)
+    with pytest.raises(ValueError, match="`falcon_h1` has others"):  # state spaces beside the attention
+        tiny_model(text="falcon_h1").set_reducer("fastv", keep=4, layer=1)
+    model = whole_model().set_reducer("fastv", keep=4)
     with pytest.raises(ValueError, match="static cache"):
-        whole_model().set_reducer("fastv", keep=4).generate(**batch(), cache_implementation="static", max_new_tokens=2)
+        model.generate(**batch(), cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(ValueError, match="fastv chooses once"):
+        model.generate(**batch(), use_cache=False, max_new_tokens=2)
+
+
+def test_a_second_turn_reads_what_the_first_left():
+    model = whole_model().set_reducer("pyramiddrop", **KINDS["pyramiddrop"])
+    text, more = words(4, 3)
+    row = [IMAGE] * 36 + text
+    cache = model(input_ids=torch.tensor([row, row]), pixel_values=pixels(2), use_cache=True).past_key_values
+    mask = torch.ones(2, len(row) + 3, dtype=torch.long)
+    mask[0, len(row)] = 0
+    with pytest.raises(ValueError, match="cannot have padding"):
+        model(input_ids=torch.tensor([more, more]), attention_mask=mask, past_key_values=cache)
+    with torch.no_grad():
+        at_once = model(input_ids=torch.tensor([more, more]), past_key_values=cache).logits
+        cache = model(input_ids=torch.tensor([row, row]), pixel_values=pixels(2), use_cache=True).past_key_values
+        for place, token in enumerate(more):
+            found = model(input_ids=torch.tensor([[token], [token]]), past_key_values=cache).logits[:, 0]
+            assert_close(found, at_once[:, place], rtol=1e-4, atol=1e-5)
 
 
 def refused(model, kind, keep):
