@@ -162,6 +162,8 @@ class MSResamplerPreTrainedModel(LoadingMixin, PreTrainedModel):
 
         Raises ValueError if there is no such method, or if it does not fit this model.
         """
+        if reducer_type is None and settings:
+            raise ValueError(f"Without a reducer there is no `{next(iter(settings))}`: give set_reducer(None) alone.")
         fields = None if reducer_type is None else {"reducer_type": reducer_type, **settings}
         if fields is not None:
             check_reducer(read_reducer(fields), self.base_model)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, ClassVar, get_args, get_origin
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -133,20 +133,22 @@ class Reducer:
 
     def check_setting(self, name: str, value: Any, kind: Any) -> None:
         """Raises ValueError if a value is not of its setting's type: a number, or a tuple of numbers."""
-        kinds = get_args(kind) if NoneType in get_args(kind) else (kind,)
-        if value is None and NoneType in kinds:
-            return
-        many, number = get_origin(kinds[0]) is tuple, (get_args(kinds[0]) or kinds)[0]
-        count = len(get_args(kinds[0])) if many and Ellipsis not in get_args(kinds[0]) else None
-        numbers = value if many and isinstance(value, tuple) else () if many else (value,)
+        if NoneType in get_args(kind):
+            if value is None:
+                return
+            kind = get_args(kind)[0]
+        of_tuple = get_args(kind)
+        number = of_tuple[0] if of_tuple else kind
+        count = None if Ellipsis in of_tuple else len(of_tuple)
         least = 1 if number is int and name not in self.from_zero else 0
-        if (
-            not numbers
-            or len(numbers) != (count or len(numbers))
-            or not all(isinstance(one, (int, number)) and not isinstance(one, bool) and one >= least for one in numbers)
+        values = value if of_tuple else (value,)
+        if not (
+            isinstance(values, tuple)
+            and len(values) == (count or len(values) or 1)
+            and all(isinstance(one, (int, number)) and not isinstance(one, bool) and one >= least for one in values)
         ):
-            of = "whole number" if number is int else "number"
-            wanted = f"a list of {count or ''}{' ' * bool(count)}{of}s" if many else f"a {of}"
+            what = "whole number" if number is int else "number"
+            wanted = f"a list of {f'{count} ' if count else ''}{what}s" if of_tuple else f"a {what}"
             raise ValueError(f"`{name}` of {self.name} is {wanted} from {least} on, got {value!r}.")
 
     @property
@@ -244,9 +246,14 @@ class HiRED(FasterVLM):
         return [of_overview, *(min(share, patches) for share in shares)]
 
     def reduce_tiles(self, views: Sequence[TowerView], first_hP: Tensor) -> Tensor:
-        """Features (T, C) of a picture in tiles: of the overview, which is the first view, and of each tile."""
-        kept = []
-        for view, count in zip(views, self.budgets(first_hP, len(views) - 1), strict=True):
+        """Features (T, C) of a picture in tiles: of the overview, which is the first view, and of each tile.
+
+        Raises ValueError if none stay.
+        """
+        kept, budgets = [], self.budgets(first_hP, len(views) - 1)
+        if not any(budgets):
+            raise ValueError(f"hired leaves nothing of {len(views)} views if `keep` is {self.keep}: give more.")
+        for view, count in zip(views, budgets, strict=True):
             score_N = view.attention_hP.float().sum(dim=0)[1:]
             kept.append(view.x_PC[1:][ascending(highest(score_N, count))])
         return torch.cat(kept)

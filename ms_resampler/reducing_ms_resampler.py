@@ -243,7 +243,7 @@ class KeptInCache:
 
 def check_language_model(model: Any, reducer: LayerReducer) -> None:
     """Raises ValueError if a language model's layers cannot be cut by a reducer."""
-    layers = getattr(model, "layers", None)
+    layers: Any = getattr(model, "layers", None)
     plain = isinstance(layers, nn.ModuleList) and all(map(has_attention_alone, layers))
     if not (plain and hasattr(model, "rotary_emb") and last_norm(model)):
         raise ValueError(

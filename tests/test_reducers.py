@@ -67,6 +67,13 @@ def test_hired_on_tiles_is_the_original():
         assert found.flatten().tolist() == torch.cat([row.nonzero().flatten() for row in mask]).tolist()
 
 
+def test_hired_on_tiles_refuses_to_leave_nothing():
+    views = [Attended(torch.rand(2, 10)) for _ in range(5)]
+    assert len(reducer("hired", keep=2).reduce_tiles(views, torch.rand(2, 10))) >= 1
+    with pytest.raises(ValueError, match="hired leaves nothing of 5 views if `keep` is 1"):
+        reducer("hired", keep=1).reduce_tiles(views, torch.rand(2, 10))
+
+
 class Attended:
     """A view whose features are the numbers of its patches, with a given attention."""
 
@@ -418,6 +425,8 @@ def test_after_a_trained_projector_its_tokens_are_reduced():
         ("divprune", {"keep": 1.5}, r"no share in \(0, 1\]"),
         ("divprune", {"keep": True}, "a number of visual tokens or a share"),
         ("divprune", {}, "divprune needs `keep`"),
+        (None, {"keep": 2}, "Without a reducer there is no `keep`"),
+        (["fastv"], {"keep": 2}, r"There is no `reducer_type` \['fastv'\]"),
         ("divprun", {"keep": 2}, "There is no `reducer_type` 'divprun'; did you mean `divprune`?"),
         ("nothing", {"keep": 2}, "There is no `reducer_type` 'nothing'; use one of fastervlm, hired, "),
         ("divprune", {"keep": 2, "layer": 3}, "divprune has no setting `layer`; it has keep."),
