@@ -162,6 +162,8 @@ class MSResamplerPreTrainedModel(LoadingMixin, PreTrainedModel):
 
         Raises ValueError if there is no such method, or if it does not fit this model.
         """
+        if reducer_type is None and settings:
+            raise ValueError(f"Without a reducer there is no `{next(iter(settings))}`: give set_reducer(None) alone.")
         fields = None if reducer_type is None else {"reducer_type": reducer_type, **settings}
         if fields is not None:
             check_reducer(read_reducer(fields), self.base_model)
@@ -581,6 +583,12 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
                 running = self._cutting(reducer, inputs_embeds, mask, images, attention_mask, _cache_of(kwargs))
         for cache in _cache_of(kwargs).values():
             if images is None and hasattr(cache, "kept"):
+                more = inputs_embeds.shape[1]
+                if more > 1 and attention_mask is not None and not attention_mask[:, -more:].all():
+                    raise ValueError(
+                        "Text behind a prompt that a reducer in the language model shortened cannot have padding: give "
+                        "texts of one length, or one at a time."
+                    )
                 running = next_tokens(self.language_model, cache.kept)
         with running as cutting:
             outputs = self.language_model(
@@ -800,6 +808,12 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         given = prompt if embeds is None else embeds
         if self.config.projector_config.fusion_layers and given is not None:
             kwargs.setdefault("prompt_mask", torch.ones(given.shape[:2], dtype=torch.bool, device=given.device))
+        cached = kwargs.get("use_cache", self.generation_config.use_cache)
+        if isinstance(self.reducer, LayerReducer) and cached is False:
+            raise ValueError(
+                f"{self.reducer.name} chooses once, when a prompt is read, but without a cache every token reads it "
+                "again: leave out `use_cache=False`."
+            )
         images = self._images_to_shorten_for(kwargs) if self.reducer else None
         if images is not None:
             wholes, counts = images.token_counts or [], [len(y) for y in images.pooler_output]

@@ -9,10 +9,12 @@ C and D widths, h heads, d head width. The rules see one picture at a time.
 """
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from types import NoneType
+from typing import Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +71,8 @@ class LayerView:
         hidden_LD, norm: the row, and the model's last norm.
         visual, place: which of its tokens are left of the picture, and which they were of its `total` tokens.
         text: the tokens after all pictures.
-        q_hLd, k_hLd, scale: queries and keys of the layer that is read, after RoPE, and the factor of their products.
+        q_hLd, k_hLd, scale, cap: queries and keys of the layer that is read, after RoPE, the factor of their products,
+            and c of c tanh(products / c), if they are capped.
         rope_Ld: that layer's cosines and sines.
         real_L: which tokens are no padding.
         embeddings: of all the picture's tokens and of the text, as the row began.
@@ -91,10 +94,13 @@ class LayerView:
     embeddings: tuple[Tensor, Tensor]
     key_set: Tensor
     layers: int
+    cap: float | None = None
 
     def attention(self, queries: Tensor) -> Tensor:
         """The attention of some of the row's tokens (h, queries, L), in float32."""
         scores = (self.q_hLd[:, queries].float() @ self.k_hLd.float().mT) * self.scale
+        if self.cap is not None:
+            scores = torch.tanh(scores / self.cap) * self.cap
         before = torch.arange(len(self.real_L), device=queries.device) <= queries[:, None]
         return scores.masked_fill(~(before & self.real_L), -math.inf).softmax(dim=-1)
 
@@ -105,9 +111,17 @@ class Reducer:
 
     keep: int | float | None = None
     in_layers: ClassVar[bool] = False  # of the language model, where it drops tokens
+    instead: ClassVar[tuple[str, ...]] = ()  # settings that say how many tokens stay, instead of `keep`
+    from_zero: ClassVar[tuple[str, ...]] = ("layer", "layers")  # settings that may be 0; others count from 1
 
     def __post_init__(self) -> None:
         keep = self.keep
+        for setting in dataclasses.fields(self):
+            if setting.name != "keep":
+                self.check_setting(setting.name, getattr(self, setting.name), setting.type)
+        given = [name for name in ("keep", *self.instead) if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"`{given[0]}` and `{given[1]}` of {self.name} exclude each other: give one of them.")
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, (int, float))):
             raise ValueError(f"`keep` is a number of visual tokens or a share of them, got {keep!r}.")
         if keep is None and not self.may_choose:
@@ -117,10 +131,30 @@ class Reducer:
         if isinstance(keep, int) and keep < 1:
             raise ValueError(f"`keep` must be at least 1 visual token, got {keep}.")
 
+    def check_setting(self, name: str, value: Any, kind: Any) -> None:
+        """Raises ValueError if a value is not of its setting's type: a number, or a tuple of numbers."""
+        if NoneType in get_args(kind):
+            if value is None:
+                return
+            kind = get_args(kind)[0]
+        of_tuple = get_args(kind)
+        number = of_tuple[0] if of_tuple else kind
+        count = None if Ellipsis in of_tuple else len(of_tuple)
+        least = 1 if number is int and name not in self.from_zero else 0
+        values = value if of_tuple else (value,)
+        if not (
+            isinstance(values, tuple)
+            and len(values) == (count or len(values) or 1)
+            and all(isinstance(one, (int, number)) and not isinstance(one, bool) and one >= least for one in values)
+        ):
+            what = "whole number" if number is int else "number"
+            wanted = f"a list of {f'{count} ' if count else ''}{what}s" if of_tuple else f"a {what}"
+            raise ValueError(f"`{name}` of {self.name} is {wanted} from {least} on, got {value!r}.")
+
     @property
     def may_choose(self) -> bool:
         """Whether the rule has a budget of its own without `keep`."""
-        return False
+        return any(getattr(self, name) is not None for name in self.instead)
 
     @property
     def name(self) -> str:
@@ -212,9 +246,14 @@ class HiRED(FasterVLM):
         return [of_overview, *(min(share, patches) for share in shares)]
 
     def reduce_tiles(self, views: Sequence[TowerView], first_hP: Tensor) -> Tensor:
-        """Features (T, C) of a picture in tiles: of the overview, which is the first view, and of each tile."""
-        kept = []
-        for view, count in zip(views, self.budgets(first_hP, len(views) - 1), strict=True):
+        """Features (T, C) of a picture in tiles: of the overview, which is the first view, and of each tile.
+
+        Raises ValueError if none stay.
+        """
+        kept, budgets = [], self.budgets(first_hP, len(views) - 1)
+        if not any(budgets):
+            raise ValueError(f"hired leaves nothing of {len(views)} views if `keep` is {self.keep}: give more.")
+        for view, count in zip(views, budgets, strict=True):
             score_N = view.attention_hP.float().sum(dim=0)[1:]
             kept.append(view.x_PC[1:][ascending(highest(score_N, count))])
         return torch.cat(kept)
@@ -229,13 +268,14 @@ class VisionZip(TowerReducer):
     visual token, as in the authors' code.
     """
 
+    from_zero: ClassVar[tuple[str, ...]] = ("contextual",)
     contextual: int | None = None
 
     def reduce(self, view: TowerView) -> Tensor:
         """See TowerReducer."""
         kept = self.count(len(view.x_PC) - 1)
         contextual = round(kept * 5 / 32) if self.contextual is None else self.contextual
-        if not 0 <= contextual < kept:
+        if contextual >= kept:
             raise ValueError(f"visionzip cannot merge patches into {contextual} of {kept} tokens; use fewer.")
         return self.merge(view.x_PC, view.attention_hP, view.k_hPd.mean(dim=0), kept - contextual - 1, contextual)
 
@@ -348,7 +388,8 @@ class PruMergePlus(PruMerge):
             sampled = torch.arange(0, len(a_N) - 1, step, device=a_N.device)
             return torch.cat([first, sampled[~torch.isin(sampled, first)]])
         step = int(1 / share)
-        return torch.cat([first, torch.arange(step // 2, len(a_N) - 1, step, device=a_N.device)])
+        sampled = torch.tensor(range(step // 2, len(a_N) - 1, step), dtype=torch.long, device=a_N.device)
+        return torch.cat([first, sampled])
 
 
 # Behind the projector -----------------------------------------------------------------------------------------------
@@ -450,6 +491,11 @@ class PyramidDrop(LastTokenReducer):
     layers: tuple[int, ...] | None = None
     shares: tuple[float, ...] = (0.5, 0.25, 0.125)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 < share <= 1 for share in self.shares):
+            raise ValueError(f"`shares` of pyramiddrop are in (0, 1], got {self.shares!r}.")
+
     @property
     def may_choose(self) -> bool:
         """The published shares."""
@@ -480,6 +526,7 @@ class DART(LayerReducer):
     authors' code lets pivots choose in the order of a Python set; here they choose as they stand in the row.
     """
 
+    from_zero: ClassVar[tuple[str, ...]] = ("layer", "text_pivots")
     layer: int = 2
     pivots: int = 4
     text_pivots: int | None = None
@@ -536,14 +583,10 @@ class SparseVLM(LayerReducer):
     """
 
     compact: ClassVar[bool] = True
+    instead: ClassVar[tuple[str, ...]] = ("counts",)
     table: ClassVar[dict[int, tuple[int, ...]]] = SPARSE_COUNTS
     layers: tuple[int, ...] = (2, 6, 15)
     counts: tuple[int, ...] | None = None
-
-    @property
-    def may_choose(self) -> bool:
-        """If `counts` are given."""
-        return self.counts is not None
 
     def cuts(self, layers: int) -> list[Cut]:
         """See LayerReducer."""
@@ -561,9 +604,12 @@ class SparseVLM(LayerReducer):
 
     @staticmethod
     def raters(visual_VD: Tensor, text_QD: Tensor) -> Tensor:
-        """Which words are about the picture: those whose embeddings are liker to its tokens than the mean."""
+        """Which words are about the picture: those whose embeddings are liker to its tokens than the mean; if all are
+        alike, all of them.
+        """
         like_Q = (visual_VD.float() @ text_QD.float().mT).softmax(dim=-1).mean(dim=0)
-        return (like_Q > like_Q.mean()).nonzero().flatten()
+        above_Q = like_Q > like_Q.mean()
+        return (above_Q if above_Q.any() else ~above_Q).nonzero().flatten()
 
     def relation(self, view: LayerView) -> Tensor:
         """The attention from the raters to each visual token, mean over raters and heads."""
@@ -573,6 +619,8 @@ class SparseVLM(LayerReducer):
     def choose(self, stage: int, view: LayerView) -> tuple[Tensor, Tensor | None]:
         """See LayerReducer."""
         score_V = self.relation(view)
+        if len(score_V) == 1:  # one goes at every stage, but not the last
+            return torch.zeros_like(view.visual), None
         stays = highest(score_V, min(self.kept(stage, view.total), len(score_V) - 1))
         gone = torch.ones(len(score_V), dtype=torch.bool, device=score_V.device)
         gone[stays] = False
@@ -616,10 +664,10 @@ class SparseVLMPlus(SparseVLM):
         """See SparseVLM."""
         raters = view.text[self.raters(*view.embeddings)]
         cos_Ld, sin_Ld = (table.float() for table in view.rope_Ld)
-        sign_d = torch.ones_like(cos_Ld[0])
-        sign_d[: len(sign_d) // 2] = -1
-        ones_Ld = cos_Ld + sign_d * sin_Ld  # RoPE of a vector of ones
-        by_place_QV = ones_Ld[raters] @ ones_Ld[view.visual].mT / cos_Ld.shape[-1] ** 0.5
+        # Products of vectors of ones after RoPE: pairs' mixed terms cancel, and the last entries may stay as they are.
+        width, unturned = view.q_hLd.shape[-1], view.q_hLd.shape[-1] - cos_Ld.shape[-1]
+        products_QV = cos_Ld[raters] @ cos_Ld[view.visual].mT + sin_Ld[raters] @ sin_Ld[view.visual].mT
+        by_place_QV = (products_QV + unturned) / width**0.5
         related_hQV = view.attention(raters)[:, :, view.visual] / by_place_QV
         return related_hQV[self.choose_heads(related_hQV)].mean(dim=(0, 1))
 
@@ -637,16 +685,20 @@ class FitPrune(LayerReducer):
     """The tokens that text and picture attend to most, fewer behind every layer (FitPrune, arXiv 2409.10197).
 
     How many each layer deletes was fitted to LLaVA-1.5-7B by the authors, for given percentages of operations saved:
-    `keep` takes the fitted scheme whose average over the layers is nearest, and `deleted` gives one number a layer.
-    Schemes are stretched to other depths and pictures. Deleted tokens are still read in the layer that deletes them.
+    `saved` takes a scheme by its percentage, `keep` the one whose average over the layers is nearest, and `deleted`
+    gives one number a layer. Schemes are stretched to other depths and pictures. Deleted tokens are still read in the
+    layer that deletes them.
     """
 
+    instead: ClassVar[tuple[str, ...]] = ("saved", "deleted")
+    from_zero: ClassVar[tuple[str, ...]] = ("deleted",)
+    saved: int | None = None
     deleted: tuple[int, ...] | None = None
 
-    @property
-    def may_choose(self) -> bool:
-        """If `deleted` is given."""
-        return self.deleted is not None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.saved is not None and self.saved not in FITPRUNE:
+            raise ValueError(f"fitprune has no scheme for `saved` {self.saved}; use {', '.join(map(str, FITPRUNE))}.")
 
     def cuts(self, layers: int) -> list[Cut]:
         """See LayerReducer."""
@@ -659,10 +711,17 @@ class FitPrune(LayerReducer):
     def kept(self, stage: int, total: int, layers: int) -> int:
         """How many of a picture's `total` tokens are left behind a layer."""
         if self.deleted is not None:
-            return total - sum(self.deleted[: stage + 1])
-        wanted = self.count(total) / total * 576
-        left = {saved: [576 - sum(row[:layer]) for layer in range(33)] for saved, row in FITPRUNE.items()}
-        row = min(left.values(), key=lambda row: abs(sum(row[:32]) / 32 - wanted))
+            if (left := total - sum(self.deleted[: stage + 1])) < 1:
+                raise ValueError(
+                    f"fitprune cannot delete {total - left} of {total} visual tokens: give less `deleted`."
+                )
+            return left
+        schemes = {saved: [576 - sum(row[:layer]) for layer in range(33)] for saved, row in FITPRUNE.items()}
+        if self.saved is not None:
+            row = schemes[self.saved]
+        else:
+            wanted = self.count(total) / total * 576
+            row = min(schemes.values(), key=lambda row: abs(sum(row[:32]) / 32 - wanted))
         return max(1, round(row[round((stage + 1) * 32 / layers)] * total / 576))
 
     def scores(self, view: LayerView) -> Tensor:
@@ -699,13 +758,9 @@ class MustDrop(LayerReducer, TowerReducer):
     window: ClassVar[int] = 3
     alike: ClassVar[float] = 0.8  # the mean cosine from which on a window is merged
     always: ClassVar[float] = 0.08  # the share of patches that always stay
+    instead: ClassVar[tuple[str, ...]] = ("thresholds",)
     layers: tuple[int, ...] = (2, 6, 10, 14)
     thresholds: tuple[float, float] | None = None
-
-    @property
-    def may_choose(self) -> bool:
-        """If `thresholds` are given."""
-        return self.thresholds is not None
 
     def cuts(self, layers: int) -> list[Cut]:
         """See LayerReducer."""
@@ -774,13 +829,17 @@ def read_reducer(fields: dict[str, Any]) -> Reducer:
     """The reducer of a `reducer_config`. Raises ValueError for an unknown one, or settings that it does not have."""
     fields = dict(fields)
     name = fields.pop("reducer_type", None)
-    if name not in REDUCERS:
-        raise ValueError(f"There is no `reducer_type` {name!r}; use one of {', '.join(REDUCERS)}.")
+    if not isinstance(name, str) or name not in REDUCERS:
+        near = difflib.get_close_matches(str(name), REDUCERS, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(REDUCERS)}."
+        raise ValueError(f"There is no `reducer_type` {name!r}; {hint}")
     kind: Any = REDUCERS[name]
     known = [field.name for field in dataclasses.fields(kind)]
     for key in fields:
         if key not in known:
-            raise ValueError(f"{name} has no setting `{key}`; it has {', '.join(known)}.")
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"it has {', '.join(known)}."
+            raise ValueError(f"{name} has no setting `{key}`; {hint}")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
 
 

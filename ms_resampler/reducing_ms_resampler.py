@@ -188,16 +188,18 @@ class _Read(Exception):
 
 
 def _raise_queries_and_keys(module: nn.Module, query: Tensor, key: Tensor, *_: Any, **options: Any) -> None:
-    raise _Read(query, key, options.get("scaling") or query.shape[-1] ** -0.5)
+    raise _Read(query, key, options.get("scaling") or query.shape[-1] ** -0.5, options.get("softcap"))
 
 
 AttentionInterface.register("ms_resampler_reading", _raise_queries_and_keys)
 
 
 @torch.no_grad()
-def queries_and_keys(layer: Any, hidden_BLD: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor, float]:
-    """A decoder layer's queries and keys (B, h, L, d) after RoPE, and the factor of their products, for any model whose
-    layers have `input_layernorm` and `self_attn`.
+def queries_and_keys(
+    layer: Any, hidden_BLD: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, float, float | None]:
+    """A decoder layer's queries and keys (B, h, L, d) after RoPE, the factor of their products and their cap, for any
+    model whose layers have `input_layernorm` and `self_attn`.
     """
     kept = {name: value for name, value in options.items() if name not in ("past_key_values", "use_cache", "cache")}
     config, before = layer.self_attn.config, layer.self_attn.config._attn_implementation
@@ -205,8 +207,8 @@ def queries_and_keys(layer: Any, hidden_BLD: Tensor, options: dict[str, Any]) ->
     try:
         layer.self_attn(hidden_states=layer.input_layernorm(hidden_BLD), **kept)
     except _Read as read:
-        query, key, scale = read.args
-        return query, key.repeat_interleave(query.shape[1] // key.shape[1], dim=1), scale
+        query, key, scale, cap = read.args
+        return query, key.repeat_interleave(query.shape[1] // key.shape[1], dim=1), scale, cap
     finally:
         config._attn_implementation = before
     raise ValueError("This language model's attention cannot be read; use a reducer that works before it.")
@@ -241,15 +243,25 @@ class KeptInCache:
 
 def check_language_model(model: Any, reducer: LayerReducer) -> None:
     """Raises ValueError if a language model's layers cannot be cut by a reducer."""
-    layers = getattr(model, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(
-        hasattr(layer, "self_attn") and hasattr(layer, "input_layernorm") for layer in layers
-    ) or not hasattr(model, "rotary_emb"):  # fmt: skip
+    layers: Any = getattr(model, "layers", None)
+    plain = isinstance(layers, nn.ModuleList) and all(map(has_attention_alone, layers))
+    if not (plain and hasattr(model, "rotary_emb") and last_norm(model)):
         raise ValueError(
             f"{reducer.name} reads the attention of layers as Llama has them, and `{model.config.model_type}` has "
             "others; use a reducer that works before the language model, such as divprune."
         )
     reducer.cuts(len(layers))
+
+
+def has_attention_alone(layer: Any) -> bool:
+    """Whether a decoder layer has `self_attn` behind `input_layernorm`, and nothing else that goes by the row."""
+    found = hasattr(layer, "self_attn") and hasattr(layer, "input_layernorm") and not hasattr(layer, "mamba")
+    return found and "per_layer_input" not in inspect.signature(layer.forward).parameters
+
+
+def last_norm(model: Any) -> Any:
+    """A language model's norm behind its layers, or None."""
+    return getattr(model, "norm", None) or getattr(model, "final_layernorm", None)
 
 
 def check_window(model: Any, length: int) -> None:
@@ -354,7 +366,7 @@ class Cutting:
             position_BL = index_BL if stock.get("position_ids") is None else stock["position_ids"].expand(batch, -1)
             rows = Rows(index_BL, self.whole_BL, position_BL, self.whole_BL != FILL)
         layer = self.model.layers[self.cuts[stage].reads]
-        query_BhLd, key_BhLd, scale = queries_and_keys(layer, read_BLD, read)
+        query_BhLd, key_BhLd, scale, cap = queries_and_keys(layer, read_BLD, read)
         chosen = []
         for row in range(len(now_BLD)):
             picture_L, real_L, index_L = rows.picture_BL[row], rows.real_BL[row], rows.index_BL[row]
@@ -369,7 +381,7 @@ class Cutting:
                 whole = (self.whole_BL[row] == picture).nonzero().flatten()
                 view = LayerView(
                     hidden_LD=now_BLD[row].detach(),
-                    norm=self.model.norm,
+                    norm=last_norm(self.model),
                     visual=visual,
                     place=index_L[visual] - whole[0],
                     text=text,
@@ -382,6 +394,7 @@ class Cutting:
                     embeddings=(self.embeds_BLD[row, whole], self.embeds_BLD[row, index_L[text]]),
                     key_set=index_L[:0] if self.key_sets is None else self.key_sets[picture].to(index_L.device),
                     layers=len(self.model.layers),
+                    cap=cap,
                 )
                 kept, new_cD = self.reducer.choose(stage, view)
                 stays[visual] = False

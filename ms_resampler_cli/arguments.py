@@ -49,17 +49,31 @@ def count_or_share(text: str) -> int | float:
 
 
 def add_reducer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares --reducer and --keep."""
+    """Declares --reducer, --keep and --reducer-option."""
     parser.add_argument("--reducer", metavar="NAME", help="drop visual tokens by a method of docs/reducers.md")
     parser.add_argument(
         "--keep", type=count_or_share, metavar="N", help="how many a picture keeps: a count such as 64, or a share"
     )
+    parser.add_argument(
+        "--reducer-option",
+        action="append",
+        default=[],
+        type=assignment,
+        metavar="NAME=VALUE",
+        help="a setting of the method, such as layer=3 or counts=[60,30,17]; repeatable",
+    )
 
 
 def reducer_of(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    """The reducer's settings. Raises ValueError for --keep without --reducer."""
+    """The reducer's settings. Raises ValueError for settings without --reducer, or given twice."""
     if arguments.reducer is None:
-        if arguments.keep is not None:
-            raise ValueError("--keep needs --reducer: the name of a method of docs/reducers.md.")
+        if arguments.keep is not None or arguments.reducer_option:
+            option = "--reducer-option" if arguments.keep is None else "--keep"
+            raise ValueError(f"{option} needs --reducer: the name of a method of docs/reducers.md.")
         return None
-    return {"reducer_type": arguments.reducer} | ({} if arguments.keep is None else {"keep": arguments.keep})
+    fields = {"reducer_type": arguments.reducer} | ({} if arguments.keep is None else {"keep": arguments.keep})
+    for name, value in arguments.reducer_option:
+        if name in fields:
+            raise ValueError(f"`{name}` of the reducer is given twice: leave out --reducer-option {name}=...")
+        fields[name] = value
+    return fields

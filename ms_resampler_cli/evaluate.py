@@ -126,10 +126,14 @@ def run_name(
     name = Path(model).resolve().name if Path(model).is_dir() else model.replace("/", "--")
 
     def told(value: Any) -> Any:
-        return "x".join(map(str, value)) if isinstance(value, tuple) else value
+        return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else value
 
     cut = None if tiles is None else f"tiles{told(tiles)}"
-    parts = (name, told(visual_tokens), cut, *(reducer or {}).values(), "blind" if blind else None)
+    dropped = [
+        value if field in ("reducer_type", "keep") else f"{field}{told(value)}"
+        for field, value in (reducer or {}).items()
+    ]
+    parts = (name, told(visual_tokens), cut, *dropped, "blind" if blind else None)
     return "-".join(str(part) for part in parts if part is not None)
 
 

@@ -6,6 +6,7 @@ tests/reference_reducers holds inputs and outputs of the authors' code.
 import json
 import re
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,13 @@ def test_hired_on_tiles_is_the_original():
         assert found.flatten().tolist() == torch.cat([row.nonzero().flatten() for row in mask]).tolist()
 
 
+def test_hired_on_tiles_refuses_to_leave_nothing():
+    views = [Attended(torch.rand(2, 10)) for _ in range(5)]
+    assert len(reducer("hired", keep=2).reduce_tiles(views, torch.rand(2, 10))) >= 1
+    with pytest.raises(ValueError, match="hired leaves nothing of 5 views if `keep` is 1"):
+        reducer("hired", keep=1).reduce_tiles(views, torch.rand(2, 10))
+
+
 class Attended:
     """A view whose features are the numbers of its patches, with a given attention."""
 
@@ -107,10 +115,12 @@ def test_divprune_is_the_original(name, ratio):
     assert sorted(chosen.tolist()) == tensors["out.keep"].tolist()
 
 
-def test_mustdrops_windows_and_key_set_are_the_original():
-    tensors, _ = reference("mustdrop_vision_12")
+@pytest.mark.parametrize("side", [12, 24])
+def test_mustdrops_windows_and_key_set_are_the_original(side):
+    tensors, _ = reference(f"mustdrop_vision_{side}")
     rule = reducer("mustdrop", keep=192)
-    assert_close(rule.merge_windows(tensors["in.hidden"][0], (12, 12))[None], tensors["out.hidden"], rtol=0, atol=1e-5)
+    found = rule.merge_windows(tensors["in.hidden"][0], (side, side))
+    assert_close(found[None], tensors["out.hidden"], rtol=0, atol=1e-5)
     attention_hP = tensors["in.cls_attn"][0]
     view = TowerView(attention_hP.mT, torch.ones(4, 1), attention_hP.log()[..., None])  # whose softmax is as given
     assert_close(view.attention_hP, attention_hP)
@@ -134,6 +144,17 @@ IN_LAYERS = {
     "mustdrop_llm_n100": ("mustdrop", {"layers": [1, 3, 5], "thresholds": [0.012, 0.06]}),
     "fitprune_r90": ("fitprune", {"deleted": [262, 153, 80, 19, 13, 1, 2, 0]}),
 }
+
+
+def test_fitprunes_schemes_are_the_originals():
+    tensors, _ = reference("fitprune_schemes")
+    schemes = zip(tensors["reduction_ratio"].tolist(), tensors["delete_per_layer"], strict=True)
+    (nothing, deleted), *schemes = schemes
+    assert nothing == deleted.sum() == 0
+    assert [saved for saved, _ in schemes] == list(reducers.FITPRUNE)
+    for saved, deleted in schemes:
+        rule = reducer("fitprune", saved=saved)
+        assert [rule.kept(layer, 576, 32) for layer in range(32)] == (576 - deleted.cumsum(0)).tolist()
 
 
 def tiny_llama(attention):
@@ -244,8 +265,10 @@ def test_a_batch_gives_what_each_prompt_gives_alone(kind, attention, side):
             assert_close(last, alone.logits[0, -1], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("text", ["llama", "qwen2", "gemma3_text", "phi3"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [*product(KINDS, ["llama", "qwen2", "gemma3_text", "phi3"]), ("dart", "phi"), ("sparsevlm_plus", "phi")],
+)
 def test_batched_answers_are_single_ones_and_prompts_come_back_whole(kind, text):
     model = whole_model(text).set_reducer(kind, **KINDS[kind])
     rows, images = rows_with_pictures()
@@ -262,6 +285,33 @@ def test_batched_answers_are_single_ones_and_prompts_come_back_whole(kind, text)
         assert together.sequences[number, -5:].tolist() == alone.sequences[0, -5:].tolist()
         for found, expected in zip(together.logits, alone.logits, strict=True):
             assert_close(found[number], expected[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "cohere"])
+def test_rows_of_attention_are_the_models_own(text, monkeypatch):
+    """Recomputed with the scale, the norms and the cap of the model, for a batch with padding."""
+    changes = {"num_hidden_layers": 3} | ({"attn_logit_softcapping": 0.1} if text == "gemma2" else {})
+    model = tiny_model(text=text, projector=LLAVA["projector"], text_changes=changes)
+    model.set_attn_implementation("eager")
+    expected = model(**batch(), output_attentions=True).attentions[1][:, :, -1]
+    seen, scores = [], reducers.FastV.scores
+    monkeypatch.setattr(reducers.FastV, "scores", lambda self, view: seen.append(view) or scores(self, view))
+    model.set_reducer("fastv", keep=4)(**batch())
+    for view, row in zip(seen, [0, 2, 2], strict=True):  # a row has two pictures
+        assert_close(view.attention(view.text[-1:])[:, 0], expected[row], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["fastv", "pyramiddrop", "dart", "sparsevlm", "sparsevlm_plus"])
+def test_a_single_token_stays_where_one_word_asks(kind):
+    layers = {key: value for key, value in KINDS.get(kind, {"layers": (0, 1, 2)}).items() if key in ("layer", "layers")}
+    model = whole_model().set_reducer(kind, keep=1, **layers | ({"pivots": 1} if kind == "dart" else {}))
+    text = words(3, 1)
+    result = model(input_ids=torch.tensor([text[0] + [IMAGE] * 36 + text[1]]), pixel_values=pixels(1))
+    places = result.kept_positions[0].tolist()
+    assert places[:3] == [0, 1, 2]
+    assert places[-1] == 39
+    assert len(places) == (6 if kind == "sparsevlm" else 5)  # which has a merged one besides
+    assert result.logits.isfinite().all()
 
 
 def test_what_is_longer_than_a_sliding_window_is_refused():
@@ -375,8 +425,28 @@ def test_after_a_trained_projector_its_tokens_are_reduced():
         ("divprune", {"keep": 1.5}, r"no share in \(0, 1\]"),
         ("divprune", {"keep": True}, "a number of visual tokens or a share"),
         ("divprune", {}, "divprune needs `keep`"),
-        ("divprun", {"keep": 2}, "There is no `reducer_type` 'divprun'"),
-        ("divprune", {"keep": 2, "layer": 3}, "divprune has no setting `layer`"),
+        (None, {"keep": 2}, "Without a reducer there is no `keep`"),
+        (["fastv"], {"keep": 2}, r"There is no `reducer_type` \['fastv'\]"),
+        ("divprun", {"keep": 2}, "There is no `reducer_type` 'divprun'; did you mean `divprune`?"),
+        ("nothing", {"keep": 2}, "There is no `reducer_type` 'nothing'; use one of fastervlm, hired, "),
+        ("divprune", {"keep": 2, "layer": 3}, "divprune has no setting `layer`; it has keep."),
+        ("fastv", {"keep": 2, "layers": 3}, "fastv has no setting `layers`; did you mean `layer`?"),
+        ("fastv", {"keep": 2, "layer": "3"}, "`layer` of fastv is a whole number from 0 on, got '3'"),
+        ("fastv", {"keep": 2, "layer": True}, "`layer` of fastv is a whole number from 0 on, got True"),
+        ("fastv", {"keep": 2, "layer": 2.0}, "`layer` of fastv is a whole number from 0 on, got 2.0"),
+        ("visionzip", {"keep": 2, "contextual": -1}, "`contextual` of visionzip is a whole number from 0 on"),
+        ("dart", {"keep": 2, "pivots": 0}, "`pivots` of dart is a whole number from 1 on, got 0"),
+        ("hired", {"keep": 2, "overview": "half"}, "`overview` of hired is a number from 0 on, got 'half'"),
+        ("hired", {"keep": 2, "overview": 1}, "`overview` is a share between 0 and 1"),
+        ("sparsevlm_plus", {"keep": 2, "heads": 0}, "`heads` of sparsevlm_plus is a whole number from 1 on"),
+        ("sparsevlm", {"counts": 4}, "`counts` of sparsevlm is a list of whole numbers from 1 on, got 4"),
+        ("sparsevlm", {"counts": [3, 0, 1]}, "`counts` of sparsevlm is a list of whole numbers from 1 on"),
+        ("sparsevlm", {"counts": [3, 2, 1], "keep": 2}, "`keep` and `counts` of sparsevlm exclude each other"),
+        ("pyramiddrop", {"layers": []}, "`layers` of pyramiddrop is a list of whole numbers from 0 on"),
+        ("pyramiddrop", {"layers": (1, 2, 3), "shares": [0.5, 1.5, 0.1]}, r"`shares` of pyramiddrop are in \(0, 1\]"),
+        ("mustdrop", {"thresholds": [0.1]}, "`thresholds` of mustdrop is a list of 2 numbers from 0 on"),
+        ("fitprune", {"saved": 65}, "fitprune has no scheme for `saved` 65; use 10, 20"),
+        ("fitprune", {"saved": 60, "deleted": [1, 1, 1, 1]}, "`saved` and `deleted` of fitprune exclude each other"),
         ("fastv", {"keep": 2, "layer": 4}, "the language model has 4 layers"),
         ("fastv", {"keep": 2, "layer": 0}, "the language model has 4 layers"),
         ("pyramiddrop", {"layers": (1, 2)}, "2 `layers` and 3 `shares`"),
@@ -389,11 +459,23 @@ def test_what_cannot_be_is_refused(kind, settings, sentence):
         whole_model().set_reducer(kind, **settings)
 
 
+def test_more_than_there_is_cannot_be_deleted():
+    model = whole_model().set_reducer("fitprune", deleted=[20, 16, 0, 0])
+    with pytest.raises(ValueError, match="fitprune cannot delete 36 of 36 visual tokens"):
+        model(**batch())
+
+
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"mustdrop"}))
 def test_more_than_there_is_cannot_be_kept(kind):
     layers = {key: value for key, value in KINDS[kind].items() if key in ("layer", "layers")}
     with pytest.raises(ValueError, match=f"{kind} cannot keep 37 of 36 visual tokens"):
         whole_model().set_reducer(kind, keep=37, **layers)(**batch())
+
+
+@pytest.mark.parametrize("kind", ["prumerge", "prumerge_plus"])
+def test_of_a_share_below_one_patch_the_token_of_the_rest_is_left(kind):
+    features = whole_model().set_reducer(kind, keep=0.001).get_image_features(pixels(1), return_dict=True)
+    assert [len(tokens) for tokens in features.pooler_output] == [1]
 
 
 @pytest.mark.parametrize(("kind", "share", "tokens"), [("prumerge", 1.0, 37), ("prumerge_plus", 0.6, 57)])
@@ -460,8 +542,30 @@ def test_models_that_do_not_fit_are_refused():
         tiny_model().set_reducer("visionzip", keep=4)
     with pytest.raises(ValueError, match="layers as Llama has them"):
         tiny_model(text="gpt2").set_reducer("fastv", keep=4, layer=1)
+    with pytest.raises(ValueError, match="`falcon_h1` has others"):  # state spaces beside the attention
+        tiny_model(text="falcon_h1").set_reducer("fastv", keep=4, layer=1)
+    model = whole_model().set_reducer("fastv", keep=4)
     with pytest.raises(ValueError, match="static cache"):
-        whole_model().set_reducer("fastv", keep=4).generate(**batch(), cache_implementation="static", max_new_tokens=2)
+        model.generate(**batch(), cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(ValueError, match="fastv chooses once"):
+        model.generate(**batch(), use_cache=False, max_new_tokens=2)
+
+
+def test_a_second_turn_reads_what_the_first_left():
+    model = whole_model().set_reducer("pyramiddrop", **KINDS["pyramiddrop"])
+    text, more = words(4, 3)
+    row = [IMAGE] * 36 + text
+    cache = model(input_ids=torch.tensor([row, row]), pixel_values=pixels(2), use_cache=True).past_key_values
+    mask = torch.ones(2, len(row) + 3, dtype=torch.long)
+    mask[0, len(row)] = 0
+    with pytest.raises(ValueError, match="cannot have padding"):
+        model(input_ids=torch.tensor([more, more]), attention_mask=mask, past_key_values=cache)
+    with torch.no_grad():
+        at_once = model(input_ids=torch.tensor([more, more]), past_key_values=cache).logits
+        cache = model(input_ids=torch.tensor([row, row]), pixel_values=pixels(2), use_cache=True).past_key_values
+        for place, token in enumerate(more):
+            found = model(input_ids=torch.tensor([[token], [token]]), past_key_values=cache).logits[:, 0]
+            assert_close(found, at_once[:, place], rtol=1e-4, atol=1e-5)
 
 
 def refused(model, kind, keep):

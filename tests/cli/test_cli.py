@@ -16,10 +16,12 @@ import torch
 
 import ms_resampler
 from ms_resampler import demo, folders
+from ms_resampler.reducers_ms_resampler import DART
 from ms_resampler_cli import chat, errors
 from ms_resampler_cli import main as cli
 
 ASK = ["chat", "What is this?"]
+FASTV = ["--image", "PICTURE", "--reducer", "fastv"]
 ROOT = Path(__file__).parents[2]
 
 
@@ -90,11 +92,29 @@ def test_chat_takes_a_reducer(folder, picture_file, capsys):
     assert told["answer"] == answer.text
 
 
+def test_chat_takes_a_methods_own_settings(folder, picture_file, monkeypatch, capsys):
+    arguments, used = ["--image", picture_file, "--model", folder, "--max-new-tokens", "1", "--json"], []
+    set_reducer = ms_resampler.MSResamplerForConditionalGeneration.set_reducer
+    monkeypatch.setattr(
+        ms_resampler.MSResamplerForConditionalGeneration,
+        "set_reducer",
+        lambda self, *given, **named: used.append(set_reducer(self, *given, **named).reducer),
+    )
+    for more in (["--keep", "2", "--reducer-option", "pivots=1", "--reducer-option", "layer=1"],
+                 ["--reducer-option", "keep=0.5", "--reducer-option", "layer=1"]):  # fmt: skip
+        assert cli.main([*ASK, *arguments, "--reducer", "dart", *more]) == 0
+    assert used == [DART(keep=2, pivots=1, layer=1), DART(keep=0.5, layer=1)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--image", "PICTURE", "--keep", "2"], "--keep needs --reducer"),
-        (["--image", "PICTURE", "--reducer", "fastw"], "There is no `reducer_type` 'fastw'"),
+        (["--image", "PICTURE", "--reducer-option", "layer=2"], "--reducer-option needs --reducer"),
+        (["--image", "PICTURE", "--reducer", "fastw"], "There is no `reducer_type` 'fastw'; did you mean `fastv`?"),
+        ([*FASTV, "--keep", "2", "--reducer-option", "layr=1"], "fastv has no setting `layr`; did you mean `layer`?"),
+        ([*FASTV, "--keep", "2", "--reducer-option", "layer=one"], "`layer` of fastv is a whole number"),
+        ([*FASTV, "--keep", "2", "--reducer-option", "keep=3"], "`keep` of the reducer is given twice"),
         (["--image", "missing.png"], "There is no picture file 'missing.png'."),
         (["--image", __file__], "is not an image that can be read"),
         (["--image", "PICTURE", "--visual-tokens", "1000"], "1000 visual tokens is impossible"),

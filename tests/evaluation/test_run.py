@@ -394,11 +394,21 @@ def test_the_command_evaluates_with_a_reducer(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("ms_resampler.evaluation.run.the_answerer", lambda *given: asked.append(given) or Counting())
     arguments = ["evaluate", TINY, "--tasks", "gqa", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
-    assert cli.main([*arguments, "--reducer", "divprune", "--keep", "9"]) == 0
-    (options,) = (one for one in asked[0] if isinstance(one, Options))
-    assert options.reducer == {"reducer_type": "divprune", "keep": 9}
-    (settings,) = (tmp_path / "out").glob("*divprune-9/settings.json")
-    assert json.loads(settings.read_text())["reducer"] == options.reducer
+    settings = ["--reducer-option", "layer=3", "--reducer-option", "text_pivots=2"]
+    for number, (more, reducer, name) in enumerate(
+        [
+            (["divprune", "--keep", "9"], {"reducer_type": "divprune", "keep": 9}, "divprune-9"),
+            (["dart", "--keep", "9", *settings], {"reducer_type": "dart", "keep": 9, "layer": 3, "text_pivots": 2},
+             "dart-9-layer3-text_pivots2"),
+            (["sparsevlm", "--reducer-option", "counts=[9,4,2]"], {"reducer_type": "sparsevlm", "counts": [9, 4, 2]},
+             "sparsevlm-counts9x4x2"),
+        ]
+    ):  # fmt: skip
+        assert cli.main([*arguments, "--reducer", *more]) == 0
+        (options,) = (one for one in asked[number] if isinstance(one, Options))
+        assert options.reducer == reducer
+        (written,) = (tmp_path / "out").glob(f"*-{name}/settings.json")
+        assert json.loads(written.read_text())["reducer"] == options.reducer
 
 
 def test_every_task_has_a_headline_that_its_numbers_hold(tmp_path):

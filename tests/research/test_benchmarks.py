@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, Qwen2Config
 
+from ms_resampler.reducers_ms_resampler import REDUCERS
 from ms_resampler.training.recipes import RECIPES
 from ms_resampler.training.step_time import milliseconds
 from research.benchmarks.loading import table as loading_table
@@ -48,6 +49,7 @@ from research.benchmarks.projectors import (
     table,
 )
 from research.benchmarks.projectors import make_run as make_projector_run
+from research.benchmarks.reducers import main as measure_reducers
 from research.benchmarks.tiles import make_model as make_tiled_model
 from research.benchmarks.tiles import measure as measure_tiles
 from research.benchmarks.tiles import table as tiles_table
@@ -443,3 +445,21 @@ def test_tiles_are_measured_with_and_without_a_limit_of_views():
     first, second = tiles_table(found).splitlines()[2:]
     assert first.startswith("| 1 x 1 | 1 | 196 | 0 |")
     assert second.startswith("| 3 x 3 | 10 | 1,764 | 4 |")
+
+
+@pytest.mark.slow
+def test_reducers_are_measured_at_the_budgets_that_they_have(monkeypatch, capsys):
+    narrow = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    text = narrow | {"vocab_size": 1024, "num_hidden_layers": 17, "num_key_value_heads": 2}
+    monkeypatch.setattr("research.benchmarks.reducers.TOWER", TOWER | narrow | {"num_hidden_layers": 3})
+    monkeypatch.setattr("research.benchmarks.reducers.LANGUAGE_MODELS", {"0.5b": (Qwen2Config, text)})
+    monkeypatch.setattr("sys.argv", ["", "--budgets", "64", "36", "--repeats", "1", "--new-tokens", "1"])
+    measure_reducers()
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = {name.strip(): [cell.strip() for cell in cells] for name, *cells in lines[1:]}
+    budgets = [(name, budget) for name in REDUCERS for budget in (64, 36)]
+    budgets.remove(("mustdrop", 36))
+    assert list(rows) == ["all 576", *(f"{name}, {budget}" for name, budget in budgets)]
+    # Keys and values of 17 layers, 16 wide, of 64 words and the visual tokens, in float32.
+    assert [rows[name][-1] for name in ("all 576", "fastervlm, 64")] == ["1.4", "0.3"]
+    assert all(float(cells[-1]) < 1.4 for name, cells in rows.items() if name != "all 576")
