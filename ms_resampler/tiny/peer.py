@@ -6,6 +6,7 @@ Tower and language model stay frozen, so that only the projector has to be store
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from transformers import AutoProcessor
 
 from .. import TINY
 from ..configuration_ms_resampler import MSResamplerConfig
-from ..folders import PROJECTOR, RECORD
+from ..folders import PROJECTOR, RECORD, read_config
 from ..hub_upload.card import results_table
 from ..hub_upload.staging import write_projector
 from ..modeling_ms_resampler import MSResamplerForConditionalGeneration
@@ -56,16 +57,15 @@ def train_tiny_projector(
 
     The arguments are those of `train_tiny`, but `start` is a folder with an earlier projector of this kind, and `embed`
     copies the projector into this package. Returns the folder of the result, `out`/model. Raises ValueError if `kind`
-    is not one of KINDS, or the earlier projector has other weights.
+    is not one of KINDS, or the earlier projector is of another.
     """
     if kind not in KINDS:
         raise ValueError(f"The projector cannot be {kind!r} here: choose one of {', '.join(KINDS)}.")
     check_numbers(steps=steps, scenes=scenes)
     out = Path(out or Path("runs") / f"tiny_{kind}")
     stage, target = stage_of(tiny_peer, steps, seed), out / "model"
-    model, processor = with_new_projector(kind, seed), AutoProcessor.from_pretrained(TINY)
-    if start is not None:
-        load_projector(model, Path(start) / PROJECTOR)
+    model = with_new_projector(kind, seed) if start is None else with_earlier_projector(kind, Path(start))
+    processor = AutoProcessor.from_pretrained(TINY)
     run_stage(stage, model, processor, out / stage.name)
     model.save_pretrained(target)
     processor.save_pretrained(target)
@@ -81,12 +81,12 @@ def train_tiny_projector(
     return target
 
 
-def with_new_projector(kind: str, seed: int) -> MSResamplerForConditionalGeneration:
-    """The embedded checkpoint with a new random projector, the only part that is trained."""
+def with_new_projector(kind: str, seed: int, form: dict[str, Any] | None = None) -> MSResamplerForConditionalGeneration:
+    """The embedded checkpoint with a new random projector, the only part that is trained; `form` has its fields."""
     embedded = MSResamplerForConditionalGeneration.from_pretrained(TINY)
     projector, config = embedded.config.projector_config, embedded.config.to_dict()
     sizes = {name: getattr(projector, name) for name in SIZES}
-    config["projector_config"] = sizes | {"projector_type": kind, "query_grid": projector.visual_tokens}
+    config["projector_config"] = form or sizes | {"projector_type": kind, "query_grid": projector.visual_tokens}
     torch.manual_seed(seed)
     model = MSResamplerForConditionalGeneration(MSResamplerConfig.from_dict(config))
     model.model.vision_tower, model.model.language_model = embedded.model.vision_tower, embedded.model.language_model
@@ -96,13 +96,15 @@ def with_new_projector(kind: str, seed: int) -> MSResamplerForConditionalGenerat
     return model
 
 
-def load_projector(model: MSResamplerForConditionalGeneration, file: Path) -> None:
-    """Loads a projector's weights. Raises ValueError if they are those of another kind."""
-    weights, prefix = load_file(file), "model.projector."
-    try:
-        model.model.projector.load_state_dict({name.removeprefix(prefix): w for name, w in weights.items()})
-    except RuntimeError as error:
-        raise ValueError(f"{file} does not hold a projector of the kind that is trained here.") from error
+def with_earlier_projector(kind: str, folder: Path) -> MSResamplerForConditionalGeneration:
+    """The same with the projector in a folder. Raises ValueError if that is of another kind."""
+    form = read_config(folder)["projector_config"]
+    if form["projector_type"] != kind:
+        raise ValueError(f"{folder} holds the projector {form['projector_type']}, and {kind} is trained here.")
+    model = with_new_projector(kind, 0, form)
+    weights = load_file(folder / PROJECTOR)
+    model.model.projector.load_state_dict({name.removeprefix("model.projector."): w for name, w in weights.items()})
+    return model
 
 
 def embed_projector(folder: Path, target: Path) -> None:

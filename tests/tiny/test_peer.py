@@ -1,15 +1,16 @@
 """Another projector in the embedded checkpoint: what of it learns, what is kept of it, and that it is whole again."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from ms_resampler import TINY, demo
-from ms_resampler.folders import PROJECTOR
-from ms_resampler.tiny.peer import KINDS, embed_projector, load_projector, with_new_projector
+from ms_resampler.projectors_ms_resampler import name_of_today
+from ms_resampler.tiny.peer import KINDS, embed_projector, with_earlier_projector, with_new_projector
 from ms_resampler_cli import main as cli
 
 
@@ -32,14 +33,16 @@ def test_the_projector_alone_learns(trained):
             assert torch.equal(tensor, embedded[name])
 
 
-def test_an_earlier_projector_is_where_training_starts(tmp_path):
-    earlier, model = with_new_projector("resampler", 1), with_new_projector("resampler", 0)
-    save_file({n: w.clone() for n, w in earlier.state_dict().items() if ".projector." in n}, tmp_path / PROJECTOR)
-    load_projector(model, tmp_path / PROJECTOR)
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, earlier.state_dict()[name]), name
-    with pytest.raises(ValueError, match="does not hold a projector of the kind that is trained here"):
-        load_projector(with_new_projector("avg_pool", 0), tmp_path / PROJECTOR)
+def test_an_earlier_projector_is_where_training_starts():
+    folder = Path(TINY).with_name("tiny_resampler")
+    model, stored = with_earlier_projector("resampler", folder), load_file(folder / "projector.safetensors")
+    weights = {name: weight for name, weight in model.state_dict().items() if ".projector." in name}
+    assert weights.keys() == {name_of_today(name) for name in stored}
+    for name, weight in stored.items():
+        assert torch.equal(weights[name_of_today(name)], weight), name
+    assert {name.split(".")[1] for name, weight in model.named_parameters() if weight.requires_grad} == {"projector"}
+    with pytest.raises(ValueError, match="holds the projector resampler, and avg_pool is trained here"):
+        with_earlier_projector("avg_pool", folder)
 
 
 @pytest.mark.slow
