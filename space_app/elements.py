@@ -58,6 +58,7 @@ const linked = Number(new URLSearchParams(location.search).get('tokens'));
 if (element.closest('#budget') && props.budgets.includes(linked)) setTimeout(() => { props.value = linked; take(); });
 """
 )
+LARGE = ' class="large"'
 TILES_ARE = "A large picture is cut at its own proportions; the visual tokens stay as many."
 # Numbers of tiles to choose from, and what they are called; the page's link names one, too.
 TILES = {None: "none", 4: "up to 4", 9: "up to 9"}
@@ -212,8 +213,9 @@ def header(note: str) -> gr.HTML:
 def example_scenes(examples: Examples, title: str, elem_id: str) -> gr.HTML:
     """The example pictures, each a button with its question, and a button for a random one, if there are any."""
     buttons = "".join(
-        f'<button type="button" data-scene="{number}"><img src="{data_url(Image.open(example.path))}" '
-        f'alt="{escape(example.alt)}"><span>{escape(example.question)}</span></button>'
+        f'<button type="button" data-scene="{number}"{LARGE if example.large else ""}>'
+        f'<img src="{data_url(Image.open(example.path))}" alt="{escape(example.alt)}">'
+        f"<span>{'<b>Large, for tiles:</b> ' if example.large else ''}{escape(example.question)}</span></button>"
         for number, example in enumerate(examples.shown)
     )
     another = '<button type="button" class="another">A new scene</button>' if examples.played else ""

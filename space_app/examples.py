@@ -18,7 +18,7 @@ MEASURED = 16
 class Example:
     """A picture of the folder, a question about it, words for who does not see it, and the answer if it is known.
 
-    opening: the page opens with it.
+    opening: the page opens with it. large: what tiles are for; it is not among those that are usual.
     """
 
     file: str
@@ -26,6 +26,7 @@ class Example:
     alt: str = ""
     truth: str | None = None
     opening: bool = False
+    large: bool = False
 
     @property
     def path(self) -> str:
@@ -48,7 +49,7 @@ class Examples:
     @property
     def measured(self) -> list[Image.Image]:
         """The first MEASURED pictures, whose mean trust is what is usual."""
-        paths = dict.fromkeys(example.path for example in [*self.shown, *self.played])
+        paths = dict.fromkeys(example.path for example in [*self.shown, *self.played] if not example.large)
         return [open_picture(path) for path in [*paths][:MEASURED]]
 
     def __getitem__(self, number: int) -> Example:
@@ -97,6 +98,7 @@ def examples_for(name: str) -> Examples:
     about = read_examples()
     own = about["scenes_of"].get(name)
     shown = [Example(**scene) for scene in own or about["scenes"]]
+    shown += [] if own else [Example(**scene, large=True) for scene in about["large"]]
     if name not in about["models"]:
         return Examples([replace(example, truth=None) for example in shown], [])
     played = [
