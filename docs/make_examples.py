@@ -33,7 +33,7 @@ CHOSEN = [
     (166, "describe", 0),
 ]
 OPENING = 166  # the page opens with it
-LARGE = (5000, "colour", 0)  # for tiles: the first of nine scenes, as CHOSEN
+LARGE = (5009, "colour", 0)  # for tiles: the first of nine scenes, then as in CHOSEN
 PLAYED = range(1000, 1040)
 # For the small model: scene number, from FIRST on, in a style that it has not seen, the question, and its
 # answer if there is only one way to put it.

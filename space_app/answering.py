@@ -353,8 +353,10 @@ class Answerer:
         with layers_read(self.model.model.projector) as layers:
             _, (maps,) = self._read(pixels, [prompt.pictures[picture]])
         if cut and cut.overview != NONE:
-            count = len(layers) // 2
-            layers = [over.before(rest, cut) for over, rest in zip(layers[:count], layers[count:], strict=True)]
+            count, grids = len(layers) // 2, (maps.token_grid, maps.patch_grid)
+            batched = (cut.overview, cut.tile_patches) == grids  # as the model does with what has the same grids
+            seen, rest = (layers[::2], layers[1::2]) if batched else (layers[:count], layers[count:])
+            layers = [one.before(other, cut) for one, other in zip(seen, rest, strict=True)]
         return maps, layers
 
     def usual(self, settings: Settings, examples: Examples) -> Usual:
@@ -494,7 +496,7 @@ def sampling(settings: Settings) -> dict[str, Any]:
 def load(model_id: str, revision: str | None = None) -> Answerer:
     """The model of a folder or a Hub repository, on the GPU if there is one, else with weights packed for the CPU."""
     processor = AutoProcessor.from_pretrained(model_id, revision=revision, trust_remote_code=True)
-    processor.tiles = None  # maps are shown on a picture in one piece
+    processor.tiles = None  # but for those that visitors ask for
     model = AutoModelForImageTextToText.from_pretrained(
         model_id, revision=revision, trust_remote_code=True, dtype="auto"
     )

@@ -46,16 +46,17 @@ def telling_layers(projector: nn.Module) -> list[tuple[nn.Module, Any]]:
 
 @contextmanager
 def layers_read(projector: nn.Module) -> Iterator[list[Layer]]:
-    """A list that gets the layers of the one picture that the projector reads meanwhile; first of its overview."""
+    """A list that gets each layer of what the projector reads meanwhile, in order; of a batch, for each in turn."""
     layers: list[Layer] = []
-    heads: list[np.ndarray] = []
+    heads: list[list[np.ndarray]] = []
 
     def keep_heads(mean: Any, inputs: tuple) -> None:
-        parts = inputs[0][0].float().cpu().split(mean.scope_heads)
-        heads[:] = [part.numpy() for part in parts]
+        parts = [one.float().cpu().split(mean.scope_heads) for one in inputs[0]]
+        heads[:] = [[part.numpy() for part in one] for one in parts]
 
     def keep_layer(_layer: Any, _inputs: tuple, outputs: tuple) -> None:
-        layers.append(Layer(outputs[1].weights_BSM[0].float().cpu().numpy(), heads.copy()))
+        weights = outputs[1].weights_BSM.float().cpu().numpy()
+        layers.extend(Layer(*one) for one in zip(weights, heads, strict=True))
 
     hooks = []
     for layer, mean in telling_layers(projector):

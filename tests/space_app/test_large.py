@@ -121,6 +121,17 @@ def test_layers_of_pictures_in_tiles_are_those_of_the_model(kind):
     assert [len(word.shares) for word in words] == [32, 32]
 
 
+def test_layers_of_an_overview_that_is_read_with_its_picture_are_told_apart():
+    deep = space_server.make_answerer(projector={"num_hidden_layers": 2})
+    deep.processor.newline_token, deep.processor.overview_share = "a", 0.5  # LLaVA-NeXT's: one tile has one, too
+    prompt = prompt_about(deep, tiny_models.picture(size=(20, 24)), wanted=replace(NINE, visual_tokens=8))
+    (expected,) = deep.encode(prompt)[2]
+    assert (expected.tiles, expected.overview_grid, expected.token_grid) == ((1, 1), (2, 2), (2, 2))
+    maps, told = deep.by_layer(prompt, 0)
+    np.testing.assert_allclose(told[1].weights, expected.weights, atol=1e-5)
+    np.testing.assert_allclose(told[1].within(maps, None, None).attentions, expected.attentions, atol=1e-5)
+
+
 # --- What is covered and refused ----------------------------------------------------------------------------------
 
 
