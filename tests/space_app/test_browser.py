@@ -135,7 +135,7 @@ def answering(page):
     settle(page)
     page.locator("#view .tokens").evaluate_all("all => all.forEach(tokens => { tokens.dataset.old = true; })")
     yield
-    page.locator("#view .tokens:not([data-old])").wait_for()
+    page.locator("#view .tokens:not([data-old])").first.wait_for()
     wait_until_done(page)
     settle(page)
 
