@@ -156,7 +156,8 @@ def test_what_is_covered_is_covered_in_its_tiles_and_in_the_overview(answerer, s
     assert torch.equal(differs.any(1), differs.all(1))  # all three colours
 
 
-def test_an_answer_in_tiles_rests_on_what_is_covered(answerer):
+def test_an_answer_in_tiles_rests_on_what_is_covered(answerer, monkeypatch):
+    monkeypatch.setattr(settings.Settings, "max_new_tokens", 8)
     prompt = prompt_about(answerer, tiny_models.picture(size=(60, 90)))
     (maps,) = answerer.encode(prompt)[2]
     found = answerer.prove(prompt, "abc", proof.Change(0, tuple(range(maps.patches // 2))))
@@ -202,7 +203,8 @@ def test_of_a_picture_in_tiles_most_views_decide_whether_it_is_foreign(answerer,
 # --- On the pages and by the API ------------------------------------------------------------------------------------
 
 
-def test_the_same_question_with_one_tile_and_with_nine(answerer, large_file):
+def test_the_same_question_with_one_tile_and_with_nine(answerer, large_file, monkeypatch):
+    monkeypatch.setattr(settings.Settings, "max_new_tokens", 8)
     page = compare_page.ComparePage(answerer, answerer, examples.examples_for("tiny"))
     message = {"text": QUESTION, "files": [large_file]}
     *_, (_, one, one_view, other, other_view, _) = page.compare(message, 1, False, 16, 16, None, 9)
@@ -215,6 +217,7 @@ def test_the_same_question_with_one_tile_and_with_nine(answerer, large_file):
 
 
 def test_a_layer_of_a_picture_in_tiles_is_told(answerer, large_file, monkeypatch):
+    monkeypatch.setattr(settings.Settings, "max_new_tokens", 8)
     page = ask_page.AskPage(answerer, examples.examples_for("tiny"))
     history = [conversation.user_turn(QUESTION, [large_file], []), conversation.assistant_turn("ab")]
     asked = {"number": 0, "request": 1, "visual_tokens": 16, "system_prompt": "", "tiles": 9, "picture": 0}
