@@ -23,6 +23,7 @@ from pictures import Refusal
 from PIL import Image
 from proof import Change, Proof, cover, without_scope
 from settings import Settings
+from tiles import NONE, ONE, Cut, cover_views, cuts_of, whole
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -51,7 +52,8 @@ class ScopeMaps:
     middle of each token's cell, as shares of the picture's height and width. words: the most likely words of each token
     with their shares, if tokens are mixtures of words. read: how many tokens the language model gets; kept: which of
     M these are, None if it gets all, or others that were merged. foreign: whether the picture is known to be unlike
-    those of the training.
+    those of the training. tiles: rows and columns into which the picture is cut. overview_grid: of its overview, whose
+    tokens come first; (0, 0) if there is none.
     """
 
     picture: Image.Image
@@ -64,6 +66,8 @@ class ScopeMaps:
     read: int
     kept: list[int] | None = None
     foreign: bool = False
+    tiles: tuple[int, int] = ONE
+    overview_grid: tuple[int, int] = NONE
 
     @property
     def patches(self) -> int:
@@ -73,7 +77,7 @@ class ScopeMaps:
     @property
     def left(self) -> np.ndarray:
         """Whether the language model gets each token (M)."""
-        tokens = np.arange(math.prod(self.token_grid))
+        tokens = np.arange(len(self.places))
         return np.isin(tokens, tokens if self.kept is None else self.kept)
 
 
@@ -183,7 +187,9 @@ class Answerer:
         if not hasattr(self.model, "fitting_reducers"):  # code saved with earlier weights lacks this method
             return []
         methods = self.model.fitting_reducers(self.budgets()).values()
-        return [Answerer(self.model, self.processor, f"{self.name} with {own[0].title}", own) for own in methods]
+        return [
+            Answerer(self.model, self.processor, f"{self.name} with {own[0].title}", own, self.known) for own in methods
+        ]
 
     @contextmanager
     def reducing(self, keep: int | None) -> Iterator[None]:
@@ -206,7 +212,10 @@ class Answerer:
             system = {"role": "system", "content": [{"type": "text", "text": settings.system_prompt}]}
             turns = [system, *turns]
         keep = settings.visual_tokens if self.reducers else None
-        budget = {} if keep or settings.visual_tokens is None else {"visual_tokens": settings.visual_tokens}
+        if settings.tiles and getattr(self.processor, "tiles_apart", False):
+            raise Refusal("This projector would read each tile with all visual tokens; please ask without tiles.")
+        given = {"visual_tokens": None if keep else settings.visual_tokens, "tiles": settings.tiles}
+        options = {name: value for name, value in given.items() if value is not None}
         try:
             inputs = self.processor.apply_chat_template(
                 turns,
@@ -214,7 +223,7 @@ class Answerer:
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs=budget,
+                processor_kwargs=options,
             )
         except TemplateError as error:
             raise Refusal("This model takes no system prompt; please leave it empty.") from error
@@ -260,26 +269,42 @@ class Answerer:
         """Visual tokens and maps of pictures."""
         try:
             features = self.model.get_image_features(**pixels, output_scopes=bool(self.scopes), return_dict=True)
-        except ValueError as error:  # a projector with a fixed budget
+        except ValueError as error:  # a projector with a fixed budget, or one that takes no tiles
             raise Refusal(str(error)) from error
         return features, [self._maps_of(features, number, pixels, picture) for number, picture in enumerate(pictures)]
+
+    def _cut(self, pixels: dict, number: int) -> Cut | None:
+        """How one of the pictures is cut into tiles; None if they are not."""
+        if pixels.get("tilings") is None:
+            return None
+        height, width = pixels["pixel_values"].shape[-2:]
+        side = self.processor.patch_size
+        return cuts_of(pixels["tilings"], (height // side, width // side))[number]
 
     def _maps_of(self, features: Any, number: int, pixels: dict, picture: Image.Image) -> ScopeMaps:
         """Of one of the pictures."""
         token_grid, patch_grid = tuple(features.token_grids[number]), tuple(features.patch_grids[number])
-        tokens, patches = math.prod(token_grid), math.prod(patch_grid)
-        weights, attentions, places = np.zeros((0, tokens)), np.zeros((0, tokens, patches)), centres(token_grid)
+        cut, views = self._cut(pixels, number), pixels["pixel_values"]
+        tiles, overview = (cut.tiles, cut.overview) if cut else (ONE, NONE)
+        mine = cut.views if cut else slice(number, number + 1)
+        places = np.concatenate([centres(overview), centres(token_grid)])
+        tokens, patches = len(places), math.prod(patch_grid)
+        weights, attentions = np.zeros((0, tokens)), np.zeros((0, tokens, patches))
         if self.scopes:
             weights = features.scope_weights[number].float().cpu().numpy()
             attentions = features.scope_attentions[number].float().cpu().numpy()
             if getattr(features, "token_places", None):  # code saved with earlier weights lacks them
                 places = features.token_places[number].float().cpu().numpy()
-        seen = seen_picture(self.processor.image_processor, pixels["pixel_values"][number], picture)
+        shown = whole(views[mine], cut, self.processor.patch_size) if cut else views[number]
+        seen = seen_picture(self.processor.image_processor, shown, picture)
         read, every = len(features.pooler_output[number]), getattr(features, "kept_tokens", None)
         kept = every and every[number].tolist()
         words = at_their_places(self._words_of(features, number), kept, tokens)
-        foreign = self.known is not None and self.known.is_foreign(features.last_hidden_state[number])
-        return ScopeMaps(seen, weights, attentions, token_grid, patch_grid, places, words, read, kept, foreign)
+        known, states = self.known, features.last_hidden_state
+        strange = [] if known is None or states is None else [known.is_foreign(view) for view in states[mine]]
+        foreign = 2 * sum(strange) > len(strange)  # of several views, more than half are
+        maps = ScopeMaps(seen, weights, attentions, token_grid, patch_grid, places, words, read, kept, foreign)
+        return replace(maps, tiles=tiles, overview_grid=overview)
 
     def _words_of(self, features: Any, number: int) -> list[list[tuple[str, float]]]:
         """The WORDS_SHOWN most likely words of each token of a picture; empty if the model's tokens are no words."""
@@ -321,9 +346,17 @@ class Answerer:
     def _by_layer(self, prompt: Prompt, picture: int) -> tuple[ScopeMaps, list[Layer]]:
         """As `by_layer`, for `measure`, which is already in the process that has the GPU."""
         inputs, text = prompt.inputs.to(self.model.device, self.model.dtype), self.processor.tokenizer.model_input_names
-        pixels = {name: value[picture : picture + 1] for name, value in inputs.items() if name not in text}
+        everything = {name: value for name, value in inputs.items() if name not in text}
+        cut, one = self._cut(everything, picture), slice(picture, picture + 1)
+        places = {"pixel_values": cut.views} if cut else {}
+        pixels = {name: value[places.get(name, one)] for name, value in everything.items()}
         with layers_read(self.model.model.projector) as layers:
             _, (maps,) = self._read(pixels, [prompt.pictures[picture]])
+        if cut and cut.overview != NONE:
+            count, grids = len(layers) // 2, (maps.token_grid, maps.patch_grid)
+            batched = (cut.overview, cut.tile_patches) == grids  # as the model does with what has the same grids
+            seen, rest = (layers[::2], layers[1::2]) if batched else (layers[:count], layers[count:])
+            layers = [one.before(other, cut) for one, other in zip(seen, rest, strict=True)]
         return maps, layers
 
     def usual(self, settings: Settings, examples: Examples) -> Usual:
@@ -366,9 +399,13 @@ class Answerer:
         text, features, maps, _ = self.encode(prompt)
         pixels = {name: value for name, value in prompt.inputs.items() if name not in text}
         if change.scope is None:
-            pictures = list(pixels["pixel_values"])
-            pictures[change.picture] = cover(pictures[change.picture], change.patches, maps[change.picture].patch_grid)
-            pixels["pixel_values"] = torch.stack(pictures)
+            views, cut = pixels["pixel_values"].clone(), self._cut(pixels, change.picture)
+            if cut:
+                views[cut.views] = cover_views(views[cut.views], change.patches, cut, self.processor.patch_size)
+            else:
+                grid = maps[change.picture].patch_grid
+                views[change.picture] = cover(views[change.picture], change.patches, grid)
+            pixels["pixel_values"] = views
             changed, _ = self._read(pixels, prompt.pictures)
         else:
             with without_scope(self.model.model.projector, change.scope):
@@ -459,7 +496,7 @@ def sampling(settings: Settings) -> dict[str, Any]:
 def load(model_id: str, revision: str | None = None) -> Answerer:
     """The model of a folder or a Hub repository, on the GPU if there is one, else with weights packed for the CPU."""
     processor = AutoProcessor.from_pretrained(model_id, revision=revision, trust_remote_code=True)
-    processor.tiles = None  # maps are shown on a picture in one piece
+    processor.tiles = None  # but for those that visitors ask for
     model = AutoModelForImageTextToText.from_pretrained(
         model_id, revision=revision, trust_remote_code=True, dtype="auto"
     )

@@ -1,12 +1,14 @@
 """The endpoints /ask and /scopes, for programs."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
 from answering import Answerer
 from ask_page import ONE_AT_A_TIME, errors_in_a_sentence
 from conversation import topic, user_turn
+from known import note_for
 from measures import in_json
 from pictures import Refusal, check_count, open_picture
 from settings import Settings, checked
@@ -27,28 +29,32 @@ class Api:
         temperature: float,
         top_p: float,
         max_new_tokens: float,
+        tiles: float | None,
     ) -> Iterator[dict[str, Any]]:
-        """Streams the answer to a question about pictures, with what it cost."""
+        """Streams the answer to a question about pictures, with what it cost and what is foreign to the model."""
         with errors_in_a_sentence(str):
-            wanted = checked(visual_tokens, system_prompt, temperature, top_p, max_new_tokens)
+            wanted = checked(visual_tokens, system_prompt, temperature, top_p, max_new_tokens, tiles)
             prompt = self.answerer.prepare(*topic([user_turn(question, paths_of(images), [])]), wanted)
-            cost: dict[str, Any] = {}
+            told: dict[str, Any] = {}
             for step in self.answerer.reply(prompt, wanted):
                 if step.maps:
-                    cost = {
+                    note = note_for(self.answerer.known, question, [maps.foreign for maps in step.maps])
+                    told = {
                         "visual_tokens": [maps.read for maps in step.maps],
                         "patches": [maps.patches for maps in step.maps],
+                        "tiles": [list(maps.tiles) for maps in step.maps],
+                        "note": note and asdict(note),
                         "milliseconds_reading": round(step.reading, 1),
                         "milliseconds_to_first_token": round(step.milliseconds, 1),
                     }
-                yield {"answer": step.text, "milliseconds": round(step.milliseconds, 1), **cost}
+                yield {"answer": step.text, "milliseconds": round(step.milliseconds, 1), **told}
 
-    def scopes(self, images: Any, visual_tokens: float | None) -> dict[str, Any]:
+    def scopes(self, images: Any, visual_tokens: float | None, tiles: float | None) -> dict[str, Any]:
         """How far each visual token of each picture trusted each scope, and where, how far and how widely it looked."""
         with errors_in_a_sentence(str):
             paths = paths_of(images)
             check_count(paths)
-            wanted = checked(visual_tokens, "", 0, 1, 1)
+            wanted = checked(visual_tokens, "", 0, 1, 1, tiles)
             maps = self.answerer.look([open_picture(path) for path in paths], wanted)
             return {"scopes": self.answerer.scopes, "images": [in_json(one) for one in maps]}
 
@@ -63,16 +69,17 @@ class Api:
                 files.example_value,
             )
             question = gr.Textbox(label="question")
-            budget = gr.Number(None, label="visual_tokens")
+            budget, tiles = gr.Number(None, label="visual_tokens"), gr.Number(None, label="tiles")
             settings = [
                 gr.Textbox(Settings.system_prompt, label="system_prompt"),
                 gr.Number(Settings.temperature, label="temperature"),
                 gr.Number(Settings.top_p, label="top_p"),
                 gr.Number(Settings.max_new_tokens, label="max_new_tokens"),
+                tiles,
             ]
             answer, maps = gr.JSON(label="answer"), gr.JSON(label="maps")
             gr.Button().click(self.ask, [images, question, budget, *settings], answer, api_name="ask", **ONE_AT_A_TIME)
-            gr.Button().click(self.scopes, [images, budget], maps, api_name="scopes", **ONE_AT_A_TIME)
+            gr.Button().click(self.scopes, [images, budget, tiles], maps, api_name="scopes", **ONE_AT_A_TIME)
 
 
 def paths_of(images: Any) -> list[str]:

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-from answering import Answerer, Prompt, ScopeMaps
+from answering import Answerer, Prompt
 from conversation import (
     answers_in,
     as_sent,
@@ -22,9 +22,18 @@ from conversation import (
     turn_of,
     user_turn,
 )
-from elements import ask_box, box_update, budget_slider, example_scenes, intake, scope_view, settings_panel
+from elements import (
+    ask_box,
+    box_update,
+    budget_slider,
+    example_scenes,
+    intake,
+    scope_view,
+    settings_panel,
+    tiles_choice,
+)
 from examples import Examples
-from known import note_on
+from known import note_for
 from layers import UNKNOWN, check_head, check_language_head, is_one_of
 from measures import FILES, as_file
 from pictures import Refusal
@@ -35,7 +44,6 @@ from tour import tour
 
 log = logging.getLogger("ms_resampler.space")
 SORRY = "Something went wrong here; please try again, or try another picture."
-BUTTONS = 3  # beside a note
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
 UNSEEN = {"show_progress": "hidden", "api_visibility": "private"}
 # Waiting visitors see their place in the queue.
@@ -108,22 +116,9 @@ class AskPage:
 
     def take(self, history: list[dict], event: gr.EventData) -> tuple[list[dict], gr.MultimodalTextbox]:
         """Puts the question of a button beside a note into the chat: an example's, by its number, has its picture."""
-        value, examples = str(event.value), {str(number): one for number, one in enumerate(self.examples.shown)}
-        example = examples.get(value)
-        asked = turn_of("user", example.question, [example.path]) if example else turn_of("user", value)
+        example = self.examples.suggested(event.value)
+        asked = turn_of("user", example.question, [example.path]) if example else turn_of("user", str(event.value))
         return [*as_sent(history), asked], box_update(answering=True)
-
-    def note(self, question: str, pictures: list[ScopeMaps]) -> tuple[str, list[dict[str, str]]]:
-        """A note on the answer to what is foreign to the model, and buttons with questions that it can answer."""
-        known = self.answerer.known
-        foreign = [picture.foreign for picture in pictures]
-        words = known.foreign_words(question) if known else []
-        if any(foreign):  # a question alone would be about this picture, too
-            shown = self.examples.shown[:BUTTONS]
-            buttons = [{"value": str(n), "label": f"About a scene: {one.question}"} for n, one in enumerate(shown)]
-        else:
-            buttons = [{"value": one, "label": one} for one in known.questions[:BUTTONS]] if words else []
-        return note_on(foreign, words), buttons
 
     def retry(self, history: list[dict]) -> tuple[list[dict], gr.MultimodalTextbox]:
         """Takes the last answer out of the chat."""
@@ -154,7 +149,9 @@ class AskPage:
                 if step.maps:
                     number = len(answers_in(history))
                     view = view_value(self.answerer.scopes, step, usual, wanted, number, example)
-                    note, buttons = self.note(text_of(history[-1]), step.maps)
+                    foreign = [maps.foreign for maps in step.maps]
+                    told = note_for(self.answerer.known, text_of(history[-1]), foreign)
+                    note, buttons = told.sentence if told else "", self.examples.suggestions(told)
                 yield [*history, assistant_turn(step.text, note)], view
             verdict = self.examples.verdict(example, step.text)
             ended = assistant_turn(step.text, note, buttons)
@@ -162,7 +159,8 @@ class AskPage:
 
     def asked_before(self, history: list[dict], event: gr.EventData) -> tuple[Prompt, str]:
         """The prompt of an answer that the view shows, and the answer. Raises Refusal if it is not there."""
-        wanted, places = checked(event.visual_tokens, event.system_prompt, 0, 1, 1), answers_in(history)
+        wanted = checked(event.visual_tokens, event.system_prompt, 0, 1, 1, event.tiles)
+        places = answers_in(history)
         if event.number >= len(places):
             raise Refusal("That answer was taken back; please ask again.")
         place = places[event.number]
@@ -190,7 +188,7 @@ class AskPage:
             shown = layers[event.layer].within(maps, event.scope, event.head)
             usual = self.answerer.usual(checked(event.visual_tokens, "", 0, 1, 1), self.examples)
             chosen = {name: getattr(event, name) for name in ("picture", "layer", "scope", "head")}
-            return reply_to(event, layer={**chosen, **layer_value(shown, usual.in_grid(maps.token_grid)[event.layer])})
+            return reply_to(event, layer={**chosen, **layer_value(shown, usual.for_tokens(maps)[event.layer])})
         return reply_to(event)
 
     def prove(self, history: list[dict], event: gr.EventData) -> dict[str, Any]:
@@ -233,9 +231,10 @@ class AskPage:
                 box = ask_box("ask")
                 taken = intake()
                 budget = budget_slider(self.answerer, self.answerer.trained_budget, "Visual tokens a picture", "budget")
+                tiles = tiles_choice("Tiles", "tiles")
                 scenes = example_scenes(self.examples, "Or ask about one of these", "scenes")
                 with gr.Row(elem_classes="drawers"):
-                    settings = [budget, *settings_panel()]
+                    settings = [budget, *settings_panel(), tiles]
                     with gr.Accordion("Camera", open=False, elem_id="camera"):
                         camera = gr.Image(sources=["webcam"], type="filepath", label="Camera", show_label=False)
             with gr.Column(scale=7, min_width=320, elem_classes="look"):

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 from answering import Answerer
 from ask_page import QUEUED, TAKE_PICTURES, UNSEEN, errors_in_a_sentence, warnings_in_a_sentence
-from conversation import PENDING, topic, user_turn
+from conversation import PENDING, text_of, topic, user_turn
 from elements import (
     ask_box,
     box_update,
@@ -18,9 +18,11 @@ from elements import (
     example_scenes,
     intake,
     scope_view,
+    tiles_choice,
     view_props,
 )
 from examples import Examples
+from known import note_for
 from pictures import Refusal
 from scope_view import view_value, words_value
 from settings import Settings, checked
@@ -33,17 +35,27 @@ class ComparePage:
         self.sides, self.examples, self.note = [one, other], examples, note
         self.sides += one.with_reducers()
 
-    def compare(self, message: dict, second: int, in_a_row: bool, *budgets: Any) -> Iterator[tuple]:
+    def compare(
+        self,
+        message: dict,
+        second: int,
+        in_a_row: bool,
+        one_budget: Any,
+        other_budget: Any,
+        one_tiles: Any = None,
+        other_tiles: Any = None,
+    ) -> Iterator[tuple]:
         """Yields the question, then answer and view of one side, then of the other; then, if wanted, the answers of the
         first with three budgets. Raises Refusal if it cannot.
 
         The other side is the model with the number `second`.
         """
+        chosen = (one_budget, one_tiles), (other_budget, other_tiles)
         sides = self.sides[0], self.sides[second]
         with errors_in_a_sentence():
             asked = user_turn(message["text"], message["files"], [])
             conversation, example = topic([asked]), self.examples.number_of(asked)
-            wanted = [checked(budget, "", 0, 1, Settings.max_new_tokens) for budget in budgets]
+            wanted = [checked(budget, "", 0, 1, Settings.max_new_tokens, tiles) for budget, tiles in chosen]
             prompts = [side.prepare(*conversation, settings) for side, settings in zip(sides, wanted, strict=True)]
         shown: list = ["", None, "", None, ""]
         yield message["text"], *shown
@@ -55,6 +67,10 @@ class ComparePage:
                     if step.maps:
                         view = view_value(side.scopes, step, usual, settings, example=example)
                         view["without_words"] = side.without_words(prompt, step.maps)
+                        note = note_for(side.known, text_of(asked), [maps.foreign for maps in step.maps])
+                        if note:
+                            view["note"] = {"text": note.sentence, "buttons": self.examples.suggestions(note)}
+                            view["note"]["about"] = self.examples.picture_of(asked)
                         shown[2 * number + 1] = view
                     yield message["text"], *shown
                 ended = {"verdict": self.examples.verdict(example, step.text)}
@@ -72,6 +88,18 @@ class ComparePage:
         """Compares on an example at once; what is in the box stays there."""
         example = self.examples[event.scene]
         yield from self.compare({"text": example.question, "files": [example.path]}, *chosen)
+
+    def take(self, event: gr.EventData, message: dict, *chosen: Any) -> Iterator[tuple]:
+        """Compares on the question of a button beside a note: an example's, or one about the same picture, which is
+        that of the example `about` or else in the box.
+        """
+        example = self.examples.suggested(event.value)
+        if example:
+            asked = {"text": example.question, "files": [example.path]}
+        else:
+            files = message["files"] if event.about is None else [self.examples[event.about].path]
+            asked = {"text": str(event.value), "files": files}
+        yield from self.compare(asked, *chosen)
 
     def switch(self, second: int) -> tuple[gr.MultimodalTextbox, str, gr.Textbox, gr.HTML, gr.HTML]:
         """Resets the box, what is said of the other side, and its answer, view and budget for another model.
@@ -112,9 +140,16 @@ class ComparePage:
                 about = gr.HTML("", elem_id="about-b", apply_default_css=False)
             with gr.Column(scale=1, min_width=320):
                 scenes = example_scenes(self.examples, "Or compare on one of these", "compare-scenes")
+        budgets, tiles = [], []
         with gr.Row(elem_classes="page"):
-            first_budget = budget_slider(one, one.trained_budget, "A, visual tokens", "budget-a")
-            budgets = [first_budget, budget_slider(other, self.second_budget(1), "B, visual tokens", "budget-b")]
+            for letter, side, budget in zip(
+                "AB", (one, other), (one.trained_budget, self.second_budget(1)), strict=True
+            ):
+                with gr.Column(scale=1, min_width=320):
+                    name = letter.lower()
+                    budgets.append(budget_slider(side, budget, f"{letter}, visual tokens", f"budget-{name}"))
+                    tiles.append(tiles_choice(f"{letter}, tiles", f"tiles-{name}"))
+        chosen = [*budgets, *tiles]
         in_a_row = gr.Checkbox(False, label=f"Also ask A with {and_so_on(three_budgets(one))} visual tokens")
         question, answers, views = gr.Textbox(label="Question", interactive=False, elem_id="asked"), [], []
         with gr.Row(elem_classes="page"):  # a row of their own, so that the views begin at the same height
@@ -130,11 +165,13 @@ class ComparePage:
                     )
         shown = [question, answers[0], views[0], answers[1], views[1], rows]
         page = {"outputs": shown, **QUEUED, "show_progress_on": answers}
-        for begins in (box.submit, scenes.choose):  # before those that take their time
+        suggested = [view.suggested for view in views]
+        for begins in (box.submit, scenes.choose, *suggested):  # before those that take their time
             begins(None, None, box, js="talk.answering", **UNSEEN)
         asked = [
-            box.submit(self.compare, [box, second, in_a_row, *budgets], **page),
-            scenes.choose(self.choose, [second, in_a_row, *budgets], **page),
+            box.submit(self.compare, [box, second, in_a_row, *chosen], **page),
+            scenes.choose(self.choose, [second, in_a_row, *chosen], **page),
+            *(begun(self.take, [box, second, in_a_row, *chosen], **page) for begun in suggested),
         ]
         for compared in asked:
             compared.then(None, None, box, js="talk.ready", **UNSEEN)

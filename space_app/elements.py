@@ -58,6 +58,17 @@ const linked = Number(new URLSearchParams(location.search).get('tokens'));
 if (element.closest('#budget') && props.budgets.includes(linked)) setTimeout(() => { props.value = linked; take(); });
 """
 )
+LARGE = ' class="large"'
+TILES_ARE = "A large picture is cut at its own proportions; the visual tokens stay as many."
+# Numbers of tiles to choose from, and what they are called; the page's link names one, too.
+TILES = {None: "none", 4: "up to 4", 9: "up to 9"}
+TILES_SCRIPT = """
+const choices = [...element.querySelectorAll('input')], linked = new URLSearchParams(location.search).get('tiles');
+const take = () => { props.value = Number(choices.find(one => one.checked).value) || null; };
+element.addEventListener('change', take);
+const wanted = element.closest('#tiles') && choices.find(one => one.value && one.value === linked);
+if (wanted) setTimeout(() => { wanted.checked = true; take(); });
+"""
 WITHOUT_SCOPES = "The projector of this model, {}, has no scopes, so there are no maps of them to see."
 
 
@@ -83,6 +94,23 @@ def budget_props(answerer: Answerer) -> dict[str, Any]:
     ]
     budgets = {"budgets": answerer.budgets(), "patches": answerer.patches, "trained": answerer.trained_budget}
     return {**budgets, "scores": scores}
+
+
+def tiles_choice(label: str, elem_id: str) -> gr.HTML:
+    """Into how many tiles a large picture is cut at most; none, at first."""
+    choices = "".join(
+        f'<label><input type="radio" name="{elem_id}-count" value="{count or ""}"{" checked" * (not count)}>'
+        f"{name}</label>"
+        for count, name in TILES.items()
+    )
+    return gr.HTML(
+        None,
+        html_template=f'<fieldset><legend>{escape(label)}</legend>{choices}</fieldset><p class="quiet">{TILES_ARE}</p>',
+        js_on_load=TILES_SCRIPT,
+        apply_default_css=False,
+        elem_id=elem_id,
+        elem_classes="tiles",
+    )
 
 
 def settings_panel() -> list[gr.components.Component]:
@@ -147,8 +175,8 @@ def box_update(answering: bool, **changes: Any) -> gr.MultimodalTextbox:
 def scope_view(answerer: Answerer, elem_id: str, name: str, beside: str, asks: bool = False) -> gr.HTML:
     """Where an answer's maps are drawn; `name` is for screen readers.
 
-    `beside` is where the answer itself stands, to which a narrow page scrolls. `asks`: words, proofs and files can be
-    requested; views that do not ask share their selection with each other.
+    `beside` is where the answer itself stands, to which a narrow page scrolls. `asks`: words, layers, proofs and files
+    can be requested; views that do not ask share their selection with each other.
     """
     return gr.HTML(
         None,
@@ -161,14 +189,14 @@ def scope_view(answerer: Answerer, elem_id: str, name: str, beside: str, asks: b
         asks=asks,
         beside=beside,
         **view_props(answerer),
+        **({"layers": answerer.scope_heads, "language_heads": answerer.language_heads} if asks else {}),
     )
 
 
 def view_props(answerer: Answerer) -> dict[str, Any]:
     """The scope view's properties for a model."""
     kind = answerer.model.config.projector_config.projector_type
-    heads = {"layers": answerer.scope_heads, "language_heads": answerer.language_heads}
-    return {"scopes": scope_legend(answerer.scopes), "without_scopes": WITHOUT_SCOPES.format(kind), **heads}
+    return {"scopes": scope_legend(answerer.scopes), "without_scopes": WITHOUT_SCOPES.format(kind)}
 
 
 def header(note: str) -> gr.HTML:
@@ -185,8 +213,9 @@ def header(note: str) -> gr.HTML:
 def example_scenes(examples: Examples, title: str, elem_id: str) -> gr.HTML:
     """The example pictures, each a button with its question, and a button for a random one, if there are any."""
     buttons = "".join(
-        f'<button type="button" data-scene="{number}"><img src="{data_url(Image.open(example.path))}" '
-        f'alt="{escape(example.alt)}"><span>{escape(example.question)}</span></button>'
+        f'<button type="button" data-scene="{number}"{LARGE if example.large else ""}>'
+        f'<img src="{data_url(Image.open(example.path))}" alt="{escape(example.alt)}">'
+        f"<span>{'<b>Large, for tiles:</b> ' if example.large else ''}{escape(example.question)}</span></button>"
         for number, example in enumerate(examples.shown)
     )
     another = '<button type="button" class="another">A new scene</button>' if examples.played else ""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from conversation import pictures_of, text_of
+from known import SUGGESTED, Note
 from pictures import open_picture
 from PIL import Image
 
@@ -17,7 +18,7 @@ MEASURED = 16
 class Example:
     """A picture of the folder, a question about it, words for who does not see it, and the answer if it is known.
 
-    opening: the page opens with it.
+    opening: the page opens with it. large: what tiles are for; it is not among those that are usual.
     """
 
     file: str
@@ -25,6 +26,7 @@ class Example:
     alt: str = ""
     truth: str | None = None
     opening: bool = False
+    large: bool = False
 
     @property
     def path(self) -> str:
@@ -47,7 +49,7 @@ class Examples:
     @property
     def measured(self) -> list[Image.Image]:
         """The first MEASURED pictures, whose mean trust is what is usual."""
-        paths = dict.fromkeys(example.path for example in [*self.shown, *self.played])
+        paths = dict.fromkeys(example.path for example in [*self.shown, *self.played] if not example.large)
         return [open_picture(path) for path in [*paths][:MEASURED]]
 
     def __getitem__(self, number: int) -> Example:
@@ -59,6 +61,26 @@ class Examples:
         asked = [Path(path).name for path in pictures_of(turn)], text_of(turn)
         everything = enumerate([*self.shown, *self.played])
         return next((number for number, one in everything if ([one.file], one.question) == asked), None)
+
+    def picture_of(self, turn: dict) -> int | None:
+        """The number of an example with the picture that a turn of the chat asks about, whatever it asks."""
+        asked = [Path(path).name for path in pictures_of(turn)]
+        everything = enumerate([*self.shown, *self.played])
+        return next((number for number, one in everything if [one.file] == asked), None)
+
+    def suggestions(self, note: Note | None) -> list[dict[str, str]]:
+        """Buttons beside a note, each with a `value` and a `label`: its questions or, where it has none, the numbers of
+        examples to ask about.
+        """
+        if not note or note.questions:
+            return [{"value": one, "label": one} for one in (note.questions if note else [])]
+        shown = enumerate(self.shown[:SUGGESTED])
+        return [{"value": str(number), "label": f"About a scene: {one.question}"} for number, one in shown]
+
+    def suggested(self, value: Any) -> "Example | None":
+        """The example whose number is a button's value, if it is one."""
+        numbered = {str(number): one for number, one in enumerate(self.shown)}
+        return numbered.get(str(value))
 
     def verdict(self, number: int | None, answer: str) -> dict[str, Any] | None:
         """The truth about an example, and whether an answer says it; None if it is not known."""
@@ -76,6 +98,7 @@ def examples_for(name: str) -> Examples:
     about = read_examples()
     own = about["scenes_of"].get(name)
     shown = [Example(**scene) for scene in own or about["scenes"]]
+    shown += [] if own else [Example(**scene, large=True) for scene in about["large"]]
     if name not in about["models"]:
         return Examples([replace(example, truth=None) for example in shown], [])
     played = [

@@ -1,5 +1,6 @@
 // Numbers and paint of the scope view: what a selection of tokens read, and how that looks on a canvas.
-// A picture has S scopes, M visual tokens and N patches; weights is S x M, shares S x M x N, both in one row.
+// A picture has S scopes, M visual tokens and N patches; weights is S x M, shares S x M x N, both in one row. Of a
+// picture in tiles, the first tokens are the overview's: `overview` is their number.
 
 const CANVAS_PIXELS = 384;
 
@@ -14,6 +15,11 @@ async function unpackRows(packed) {
   const peaks = await unpack(packed.peaks, Float32Array), steps = await unpack(packed.steps, Uint16Array);
   const width = steps.length / peaks.length;
   return Float32Array.from(steps, (step, place) => step / 65535 * peaks[Math.floor(place / width)]);
+}
+
+// The grid of a token, and its number there.
+function gridOf({token_grid, overview_grid, overview}, token) {
+  return token < overview ? [overview_grid, token] : [token_grid, token - overview];
 }
 
 function sum(numbers) {
@@ -72,11 +78,16 @@ function fusedMap(picture, ofTokens) {
 }
 
 // The same for tokens whose attention is not known: each is taken to read its own cell. (N)
-function cellMap({patches, patch_grid: [rows, columns], token_grid: [tall, wide]}, ofTokens) {
-  return new Float32Array(patches).map((_, patch) => {
-    const row = Math.floor(Math.floor(patch / columns) * tall / rows), column = Math.floor(patch % columns * wide / columns);
-    return ofTokens[row * wide + column];
-  });
+function cellMap({patches, patch_grid: [rows, columns], token_grid, overview_grid, overview}, ofTokens) {
+  const map = new Float32Array(patches);
+  for (const [[tall, wide], first] of [[overview_grid, 0], [token_grid, overview]]) {
+    const cells = tall * wide / patches;
+    if (tall) map.forEach((_, patch) => {
+      const row = Math.floor(Math.floor(patch / columns) * tall / rows), column = Math.floor(patch % columns * wide / columns);
+      map[patch] += ofTokens[first + row * wide + column] * cells;
+    });
+  }
+  return map;
 }
 
 function newCanvas(width, height) {
@@ -134,11 +145,11 @@ function paintMap(canvas, picture, map, colour, peak, {mode, opacity, paper, ink
 }
 
 // The most likely word of each token in its cell, the surer the stronger; the background is left out.
-function paintTokenWords(canvas, {token_grid: [rows, columns], words}, {ink, paper}) {
+function paintTokenWords(canvas, {words}, [[rows, columns], first], {ink, paper}) {
   const context = canvas.getContext('2d'), width = canvas.width / columns, height = canvas.height / rows;
   Object.assign(context, {textAlign: 'center', textBaseline: 'middle'});
   context.font = `${Math.max(9, Math.min(15, width / 4.5))}px system-ui`;
-  words.forEach(([[word, share] = ['background', 0]], token) => {  // a token that was dropped says nothing
+  words.slice(first, first + rows * columns).forEach(([[word, share] = ['background', 0]], token) => {  // a token that was dropped says nothing
     if (word === 'background' || share < 0.15) return;
     const [left, middle] = [(token % columns + 0.5) * width, (Math.floor(token / columns) + 0.5) * height];
     const wide = Math.min(width - 4, context.measureText(word).width + 6);
@@ -184,16 +195,17 @@ function trustAboveUsual({tokens, scopes, weights, usual}) {
   });
 }
 
-// The token grid. Of a place or a word, by the shares of its tokens; else by what each token trusts more than it usually does.
-function paintTokens(canvas, picture, ofTokens, byShare, colours, fused, {paper, ink}) {
-  const context = canvas.getContext('2d'), [rows, columns] = picture.token_grid, most = trustAboveUsual(picture);
+// A grid of tokens, which begins at one. Of a place or a word, by the shares of its tokens; else by what each token trusts
+// more than it usually does.
+function paintTokens(canvas, picture, [[rows, columns], first], ofTokens, byShare, colours, fused, {paper, ink}) {
+  const context = canvas.getContext('2d'), most = trustAboveUsual(picture);
   const width = canvas.width / columns, height = canvas.height / rows, gap = Math.min(4, width / 8);
   const byTrust = picture.scopes > 1 && !byShare, values = byTrust ? most.map(one => one.above) : [...ofTokens];
   const peak = largest(values) || 1;
   context.fillStyle = paper;
   context.fillRect(0, 0, canvas.width, canvas.height);
-  values.forEach((value, token) => {
-    const left = token % columns * width + gap / 2, top = Math.floor(token / columns) * height + gap / 2;
+  values.slice(first, first + rows * columns).forEach((value, cell) => {
+    const left = cell % columns * width + gap / 2, top = Math.floor(cell / columns) * height + gap / 2, token = first + cell;
     context.fillStyle = byTrust ? colours[most[token].scope] : byShare ? fused : ink;
     context.globalAlpha = (0.1 + 0.9 * value / peak) * (picture.kept?.includes(token) ?? true);  // what is dropped is empty
     context.fillRect(left, top, width - gap, height - gap);

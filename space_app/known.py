@@ -15,6 +15,7 @@ NEIGHBOURS = 5
 ENDINGS = ("", "s", "es", "d", "ed", "n", "ing")  # of words that are known with them if they are without
 SHORTENED = re.compile(r"(?:n['’]t|['’](?:s|re|d|ll|m|ve))\b")
 WORDS_NAMED = 3
+SUGGESTED = 3  # questions beside a note
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,23 @@ def file_of(model_id: str, name: str, revision: str | None) -> str | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is foreign to the model, in a sentence, and questions about these pictures that it can answer instead."""
+
+    sentence: str
+    questions: list[str]
+
+
+def note_for(known: Known | None, question: str, foreign: Sequence[bool]) -> Note | None:
+    """The note on an answer to a question about pictures, some of which may be foreign; None if nothing is."""
+    words = known.foreign_words(question) if known else []
+    sentence = note_on(foreign, words)
+    if not known or not sentence:
+        return None
+    return Note(sentence, [] if any(foreign) else known.questions[:SUGGESTED])
 
 
 def note_on(foreign: Sequence[bool], words: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from pictures import Refusal
+from tiles import Cut, over_picture
 from torch import nn
 
 UNKNOWN = "There is no such layer or head; please choose again."
@@ -26,6 +27,15 @@ class Layer:
             attentions[scope] = self.heads[scope][head]
         return replace(maps, weights=self.weights, attentions=np.stack(attentions))
 
+    def before(self, other: "Layer", cut: Cut) -> "Layer":
+        """This layer as it read the overview, with the other, as it read the whole picture."""
+        pairs = [
+            (over_picture(one, cut.tile_patches, cut.patches).numpy(), two)
+            for one, two in zip(self.heads, other.heads, strict=True)
+        ]
+        weights = np.concatenate([self.weights, other.weights], axis=1)
+        return Layer(weights, [np.concatenate(pair, axis=1) for pair in pairs])
+
 
 def telling_layers(projector: nn.Module) -> list[tuple[nn.Module, Any]]:
     """The layers that tell their heads, each with the part that takes their mean; code of earlier weights has none."""
@@ -36,16 +46,17 @@ def telling_layers(projector: nn.Module) -> list[tuple[nn.Module, Any]]:
 
 @contextmanager
 def layers_read(projector: nn.Module) -> Iterator[list[Layer]]:
-    """A list that gets the layers of the one picture that the projector reads meanwhile."""
+    """A list that gets each layer of what the projector reads meanwhile, in order; of a batch, for each in turn."""
     layers: list[Layer] = []
-    heads: list[np.ndarray] = []
+    heads: list[list[np.ndarray]] = []
 
     def keep_heads(mean: Any, inputs: tuple) -> None:
-        parts = inputs[0][0].float().cpu().split(mean.scope_heads)
-        heads[:] = [part.numpy() for part in parts]
+        parts = [one.float().cpu().split(mean.scope_heads) for one in inputs[0]]
+        heads[:] = [[part.numpy() for part in one] for one in parts]
 
     def keep_layer(_layer: Any, _inputs: tuple, outputs: tuple) -> None:
-        layers.append(Layer(outputs[1].weights_BSM[0].float().cpu().numpy(), heads.copy()))
+        weights = outputs[1].weights_BSM.float().cpu().numpy()
+        layers.extend(Layer(*one) for one in zip(weights, heads, strict=True))
 
     hooks = []
     for layer, mean in telling_layers(projector):
@@ -90,3 +101,7 @@ class Usual:
             return self.means[grid]
         scopes = np.mean([mean.mean(axis=-1) for mean in self.means.values()] or [np.zeros((1, 0))], axis=0)
         return np.repeat(scopes[..., None], grid[0] * grid[1], axis=-1)
+
+    def for_tokens(self, maps: Any) -> np.ndarray:
+        """The mean trust for the tokens of a picture: of the overview, if there is one, and of the picture."""
+        return np.concatenate([self.in_grid(maps.overview_grid), self.in_grid(maps.token_grid)], axis=-1)

@@ -10,6 +10,7 @@ from answering import ScopeMaps
 from layers import Layer
 
 FILES = ("json", "npz")
+GRIDS = ("overview_grid", "token_grid", "patch_grid", "tiles")
 
 
 def reach(maps: ScopeMaps) -> np.ndarray:
@@ -35,7 +36,7 @@ def in_json(maps: ScopeMaps) -> dict[str, Any]:
     [scope][token][patch].
     """
     arrays = {"weights": maps.weights, "attentions": maps.attentions, "reach": reach(maps), "entropy": entropy(maps)}
-    grids = {"token_grid": list(maps.token_grid), "patch_grid": list(maps.patch_grid)}
+    grids = {name: list(getattr(maps, name)) for name in GRIDS}
     return grids | {name: np.round(array, 4).tolist() for name, array in arrays.items()}
 
 
@@ -66,8 +67,7 @@ def as_file(kind: str, scopes: list[str], pictures: list[tuple[ScopeMaps, list[L
         f"{name}_{number}": np.asarray(array)
         for number, (maps, layers) in enumerate(pictures)
         for name, array in {
-            "token_grid": maps.token_grid,
-            "patch_grid": maps.patch_grid,
+            **{name: getattr(maps, name) for name in GRIDS},
             "places": maps.places,
             "weights": maps.weights,
             "attentions": maps.attentions,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from answering import ScopeMaps, Step
 from layers import Usual
+from measures import GRIDS
 from PIL import Image
 from settings import Settings
 from words import Word
@@ -40,10 +41,10 @@ def view_value(
         "number": number,
         "example": example,
         "scopes": scope_legend(scopes),
-        "pictures": [picture_value(maps, usual.in_grid(maps.token_grid)) for maps in step.maps or []],
+        "pictures": [picture_value(maps, usual.for_tokens(maps)) for maps in step.maps or []],
         "milliseconds": step.milliseconds,  # not rounded, because Gradio does not send a value that has not changed
         "reading": step.reading,
-        "asked": {"visual_tokens": settings.visual_tokens, "system_prompt": settings.system_prompt},
+        "asked": {name: getattr(settings, name) for name in ("visual_tokens", "system_prompt", "tiles")},
     }
 
 
@@ -52,8 +53,7 @@ def picture_value(maps: ScopeMaps, usual: np.ndarray) -> dict[str, Any]:
     return {
         "image": data_url(enlarge(maps.picture)),
         "size": list(maps.picture.size),
-        "token_grid": list(maps.token_grid),
-        "patch_grid": list(maps.patch_grid),
+        **{name: list(getattr(maps, name)) for name in GRIDS},
         "places": maps.places.tolist(),
         "words": maps.words,
         "read": maps.read,

@@ -3,7 +3,7 @@
 const root = element.querySelector('.view'), own = element.closest('.block').id, ALL = {kind: 'all'};
 const state = {
   answers: [], shown: 0, picture: 0, pinned: ALL, pointed: null, mode: 'overlay', opacity: 0.85, timer: null,
-  proof: null, numbers: false, requests: 0, other: null, known: 0, right: 0,
+  proof: null, numbers: false, requests: 0, linked: [], other: null, known: 0, right: 0,
 };
 const WORD_MILLISECONDS = 450;
 
@@ -52,22 +52,24 @@ async function receiveReply(message) {
     state.proof = message.proof;
   }
   if (message.layer) await showLayer(answer, message.layer);
-  const isNew = !answer.words;
+  const isNew = !answer.words && !state.linked.length;
   answer.words = await unpackWords(message.words) || answer.words;
   if (message.words) answer.heard = {layer: message.words.layer, head: message.words.head};
   if (state.pinned.kind === 'word') state.pinned = wordSelection(state.pinned.number);
   build();
   if (message.words && isNew && state.shown === message.number) play();
+  if (state.linked.shift()) requestLinked();
 }
 
 async function unpackPicture(packed) {
-  const image = new Image(), tokens = packed.token_grid[0] * packed.token_grid[1];
+  const image = new Image(), count = ([rows, columns]) => rows * columns;
+  const overview = count(packed.overview_grid), tokens = overview + count(packed.token_grid);
   image.src = packed.image;
   const [layer] = await Promise.all([unpackLayer(packed), image.decode()]);
   const width = CANVAS_PIXELS, height = Math.round(width * image.naturalHeight / image.naturalWidth);
   const picture = {
-    ...packed, ...layer, image, tokens, width, height, scopes: layer.weights.length / tokens,
-    patches: packed.patch_grid[0] * packed.patch_grid[1],
+    ...packed, ...layer, image, tokens, overview, width, height, scopes: layer.weights.length / tokens,
+    patches: count(packed.patch_grid),
     lightGrey: faintGrey(image, width, height, false), darkGrey: faintGrey(image, width, height, true),
   };
   return {...picture, reaches: reaches(picture)};
@@ -194,9 +196,12 @@ function refresh(tells = true) {
   if (props.asks) fill('.asking', questionsAgain(answer, picture));
   if (picture.scopes && state.numbers) fill('.numbers tbody', numberRows(answer, picture, ofTokens));
   if (props.asks && state.numbers) fill('.numbers .spoken', wordNumbers(picture, selection));
-  root.querySelectorAll('[data-token]').forEach((button, token) => {
-    button.setAttribute('aria-pressed', token === state.pinned.token);
-    button.tabIndex = token === (state.pinned.token || 0) ? 0 : -1;  // one tab stop; arrow keys lead to the others
+  root.querySelectorAll('.tokens').forEach(grid => {
+    const cells = [...grid.children], kept = cells.find(cell => Number(cell.dataset.token) === state.pinned.token);
+    cells.forEach(cell => {
+      cell.setAttribute('aria-pressed', cell === kept);
+      cell.tabIndex = cell === (kept || cells[0]) ? 0 : -1;  // one tab stop; arrow keys lead to the others
+    });
   });
   root.querySelectorAll('[data-word]').forEach(button => button.setAttribute('aria-pressed', button.dataset.word === String(selection.number)));
   root.querySelectorAll('.play').forEach(button => { button.textContent = state.timer ? '■ Stop' : '▶ Play the words'; });
@@ -212,18 +217,19 @@ function mapsOf(picture, ofTokens) {
 
 function paintFigure(figure, answer, picture, selection, ofTokens, maps, look) {
   const canvas = figure.querySelector('canvas'), kind = figure.dataset.figure, scope = answer.scopes[kind], {paper, ink} = look;
+  const isOfTokens = ['tokens', 'overview'].includes(kind);
   if (kind === 'picture') {
     canvas.getContext('2d').drawImage(picture.image, 0, 0, picture.width, picture.height);
     if (state.proof?.picture === state.picture) {
       paintCover(canvas, picture.patch_grid, state.proof.patches);
       paintLabel(canvas, `${chance(state.proof.before)} → ${chance(state.proof.after)}`, [0, 22], ink, look);
     }
-  } else if (kind === 'tokens') {
-    const byShare = ['place', 'word'].includes(selection.kind);
-    paintTokens(canvas, picture, ofTokens, byShare, answer.scopes.map(one => one.colour), props.fused_colour, look);
-    if (picture.words.length) paintTokenWords(canvas, picture, look);
-    if (picture.scopes > 1) figure.querySelector('.legend').style.visibility = byShare ? 'hidden' : '';
-    figure.querySelector('.number').textContent = byShare ? 'by attention' : picture.scopes > 1 ? 'by trust' : picture.token_grid.join(' × ');
+  } else if (isOfTokens) {
+    const byShare = ['place', 'word'].includes(selection.kind), part = kind === 'tokens' ? [picture.token_grid, picture.overview] : [picture.overview_grid, 0];
+    paintTokens(canvas, picture, part, ofTokens, byShare, answer.scopes.map(one => one.colour), props.fused_colour, look);
+    if (picture.words.length) paintTokenWords(canvas, picture, part, look);
+    if (kind === 'tokens' && picture.scopes > 1) figure.querySelector('.legend').style.visibility = byShare ? 'hidden' : '';
+    figure.querySelector('.number').textContent = byShare ? 'by attention' : picture.scopes > 1 ? 'by trust' : part[0].join(' × ');
   } else if (kind === 'versus') {
     const map = difference(fusedMap(picture, ofTokens), [state.other.map]), peak = largest(map);
     paintMap(canvas, picture, map, props.fused_colour, peak, {...look, mode: 'difference'});
@@ -236,14 +242,15 @@ function paintFigure(figure, answer, picture, selection, ofTokens, maps, look) {
     figure.querySelector('.legend').style.visibility = state.mode === 'picture' ? 'hidden' : '';
     if (scope) figure.querySelector('.number').textContent = `trust ${percent(trustIn(picture, Number(kind), ofTokens))}`;
   }
-  if (selection.kind === 'token') {
-    paintFrame(canvas, picture.token_grid, selection.token);
+  const isElsewhere = isOfTokens && (selection.token < picture.overview) !== (kind === 'overview');
+  if (selection.kind === 'token' && !isElsewhere) {
+    paintFrame(canvas, ...gridOf(picture, selection.token));
     const at = picture.places[selection.token], around = kind === 'picture' ? answer.scopes : scope ? [scope] : [];
     const ring = one => picture.reaches[answer.scopes.indexOf(one)][selection.token];
     around.forEach(one => paintRing(canvas, at, ring(one), one.colour, paper));
     around.forEach((one, turn) => paintReach(canvas, at, ring(one), one.colour, look, (turn + 1) / 6));
   }
-  if (selection.kind === 'place' && kind !== 'tokens') paintFrame(canvas, picture.patch_grid, selection.patch);
+  if (selection.kind === 'place' && !isOfTokens) paintFrame(canvas, picture.patch_grid, selection.patch);
 }
 
 function download(name, address) {

@@ -19,8 +19,11 @@ function middle([rows, columns], cell) {
 
 // The selection of another view of the same picture, here.
 function translated(selection, from) {
-  const {token_grid, patch_grid} = state.answers[0].pictures[state.picture];
-  if (selection?.kind === 'token') return {kind: 'token', token: inGrid(middle(from.token_grid, selection.token), token_grid)};
+  const {token_grid, overview_grid, overview, patch_grid} = state.answers[0].pictures[state.picture];
+  if (selection?.kind === 'token') {
+    const at = middle(...gridOf(from, selection.token)), seen = overview && selection.token < from.overview;
+    return {kind: 'token', token: seen ? inGrid(at, overview_grid) : overview + inGrid(at, token_grid)};
+  }
   if (selection?.kind === 'place') return {kind: 'place', patch: inGrid(middle(from.patch_grid, selection.patch), patch_grid)};
   return selection && ALL;
 }

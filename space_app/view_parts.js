@@ -23,6 +23,7 @@ function blankView() {
 function answerView(answer) {
   const picture = answer.pictures[state.picture];
   const parts = [make('div', {class: 'title'}, make('h2', {}, 'What each scope looked at'), costLine(answer))];
+  if (answer.note) parts.push(noteLine(answer));
   if (answer.verdict) parts.push(verdictLine(answer));
   parts.push(selectors(answer));
   if (!picture.scopes) parts.push(make('p', {class: 'note'}, props.without_scopes));
@@ -47,6 +48,14 @@ function costLine(answer) {
   return make('p', {class: 'cost'},
     make('b', {}, counted(tokens, 'visual token')), ` from ${counted(patches, 'patch', 'patches')}${saved} · ${read} · first token after `,
     make('b', {}, `${Math.round(answer.milliseconds)} ms`));
+}
+
+// What is foreign to the model, with buttons that ask something else; while an answer is written, they ask nothing.
+function noteLine({note: {text, buttons, about}}) {
+  const isWritten = () => [...document.querySelectorAll('.ask .stop-button')].some(button => button.checkVisibility());
+  const ask = value => () => isWritten() || trigger('suggested', {value, about});
+  const asked = buttons.map(({value, label}) => make('button', {type: 'button', click: ask(value)}, label));
+  return make('div', {class: 'note', role: 'group', 'aria-label': 'Note on the answer'}, make('p', {}, text), ...asked);
 }
 
 function selectors(answer) {
@@ -170,7 +179,9 @@ function figures(answer, picture) {
   if (picture.scopes > 1) maps.unshift(mapFigure(picture, 'all scopes, fused', props.fused_colour, 'fused'));
   const versus = state.other && picture.scopes && String(state.other.patch_grid) === String(picture.patch_grid);
   if (versus) maps.push(mapFigure(picture, 'B minus A', null, 'versus'));
-  return make('div', {class: 'figures'}, pictureFigure(picture), tokenFigure(answer, picture), ...maps);
+  const tokens = [tokenFigure(answer, picture)];
+  if (picture.overview) tokens.push(overviewFigure(answer, picture));
+  return make('div', {class: 'figures'}, pictureFigure(picture), ...tokens, ...maps);
 }
 
 function canvasOf(picture, label) {
@@ -190,8 +201,9 @@ function pictureFigure(picture) {
   };
   const name = 'Places in the picture. Arrow keys move over its patches and show which tokens read them';
   const reading = {role: 'application', tabindex: 0, 'data-focus': 'picture', 'aria-label': name, keydown: go};
-  return make('figure', {'data-figure': 'picture'}, caption('The picture', null, `as seen, ${width} × ${height}`),
-    make('div', {class: 'frame', ...(picture.scopes ? reading : {}), ...placing(picture, true)}, canvas));
+  const [rows, columns] = picture.tiles, cut = rows * columns > 1 ? `in ${rows} × ${columns} tiles` : 'as seen';
+  return make('figure', {'data-figure': 'picture'}, caption('The picture', null, `${cut}, ${width} × ${height}`),
+    make('div', {...framed(picture), ...(picture.scopes ? reading : {}), ...placing(picture, true)}, canvas));
 }
 
 // Listeners that turn a point of a canvas into a place in the picture.
@@ -212,28 +224,43 @@ function unpoint() {
   if (state.pointed) select(null, true);
 }
 
+// A frame around a canvas; a tall picture leaves the page some room.
+function framed({width, height}) {
+  return {class: 'frame', style: height > 1.5 * width && `max-width:${36 * width / height}rem`};
+}
+
 function tokenFigure(answer, picture) {
-  const [rows, columns] = picture.token_grid, grid = make('div', {
-    class: 'tokens', role: 'group', 'aria-label': 'Visual tokens', style: `--columns:${columns}`, keydown: walk, pointerleave: unpoint,
-  });
-  for (let token = 0; token < picture.tokens; token++) {
+  const about = 'The grid of visual tokens, each in the colour of the scope that it trusts most above usual';
+  return make('figure', {'data-figure': 'tokens'}, caption('Its visual tokens', null, picture.token_grid.join(' × ')),
+    make('div', framed(picture), canvasOf(picture, about), tokenGrid(answer, picture, picture.token_grid, picture.overview, 'Visual tokens')),
+    ...(picture.scopes > 1 ? [make('div', {class: 'legend'}, 'Colour: the scope that a token trusts most above its mean over the example pictures.')] : []));
+}
+
+// Of a picture in tiles: the tokens of the view in which the tower sees all of it at once.
+function overviewFigure(answer, picture) {
+  return make('figure', {'data-figure': 'overview'}, caption('Tokens of its overview', null, picture.overview_grid.join(' × ')),
+    make('div', framed(picture), canvasOf(picture, 'The grid of the overview’s visual tokens'), tokenGrid(answer, picture, picture.overview_grid, 0, 'Visual tokens of the overview')));
+}
+
+// Buttons over a grid of tokens, which begins at one.
+function tokenGrid(answer, picture, [rows, columns], first, name) {
+  const grid = make('div', {class: 'tokens', role: 'group', 'aria-label': name, style: `--columns:${columns}`, keydown: walk, pointerleave: unpoint});
+  for (let token = first; token < first + rows * columns; token++) {
     const trusts = answer.scopes.map(({name}, scope) => `${name} ${percent(picture.weights[scope * picture.tokens + token])}`);
-    const label = `Token in ${place(picture.token_grid, token)}${trusts.length ? `: ${trusts.join(', ')}` : ''}`;
+    const label = `Token in ${tokenPlace(picture, token)}${trusts.length ? `: ${trusts.join(', ')}` : ''}`;
     grid.append(make('button', {
       type: 'button', 'data-token': token, 'data-focus': `token${token}`, 'aria-label': label,
       click: () => select({kind: 'token', token}),
       pointerenter: event => event.pointerType === 'mouse' && select({kind: 'token', token}, true),
     }));
   }
-  return make('figure', {'data-figure': 'tokens'}, caption('Its visual tokens', null, `${rows} × ${columns}`),
-    make('div', {class: 'frame'}, canvasOf(picture, 'The grid of visual tokens, each in the colour of the scope that it trusts most above usual'), grid),
-    ...(picture.scopes > 1 ? [make('div', {class: 'legend'}, 'Colour: the scope that a token trusts most above its mean over the example pictures.')] : []));
+  return grid;
 }
 
 function walk(event) {
   const columns = Number(event.currentTarget.style.getPropertyValue('--columns'));
   const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns}[event.key];
-  const next = step && event.currentTarget.children[Number(event.target.dataset.token) + step];
+  const cells = [...event.currentTarget.children], next = step && cells[cells.indexOf(event.target) + step];
   if (!step) return;
   event.preventDefault();
   next?.focus();
@@ -242,7 +269,7 @@ function walk(event) {
 function mapFigure(picture, name, colour, key) {
   const ramp = `background:linear-gradient(90deg, transparent, ${colour || props.fused_colour})`;
   return make('figure', {'data-figure': key}, caption(name, colour),
-    make('div', {class: 'frame', ...placing(picture, false)}, canvasOf(picture, `Where the tokens looked, ${name}`)),
+    make('div', {...framed(picture), ...placing(picture, false)}, canvasOf(picture, `Where the tokens looked, ${name}`)),
     make('div', {class: 'legend', title: 'Share of the attention that a patch got'},
       make('span', {}, '0'), make('i', {style: ramp}), make('span', {class: 'peak'})));
 }

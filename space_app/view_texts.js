@@ -27,6 +27,10 @@ function place([, columns], cell) {
   return `row ${Math.floor(cell / columns) + 1}, column ${cell % columns + 1}`;
 }
 
+function tokenPlace(picture, token) {
+  return `${place(...gridOf(picture, token))}${token < picture.overview ? ' of the overview' : ''}`;
+}
+
 function statusOf(answer, picture, selection, ofTokens) {
   const said = [make('b', {}, titleOf(picture, selection)), ` ${detailOf(answer, picture, selection, ofTokens)}`];
   if (state.pinned.kind !== 'all') said.push(make('button', {type: 'button', 'data-focus': 'all', click: () => select(ALL)}, 'Show all tokens'));
@@ -34,14 +38,14 @@ function statusOf(answer, picture, selection, ofTokens) {
 }
 
 function titleOf(picture, {kind, token, patch, word}) {
-  if (kind === 'token') return `Token in ${place(picture.token_grid, token)}`;
+  if (kind === 'token') return `Token in ${tokenPlace(picture, token)}`;
   if (kind === 'place') return `Place in ${place(picture.patch_grid, patch)}`;
   return kind === 'word' ? `“${word.text}”` : picture.tokens === 1 ? 'The only visual token' : `All ${picture.tokens} visual tokens`;
 }
 
 function detailOf(answer, picture, {kind, token, word}, ofTokens) {
   const readers = () => [...ofTokens.keys()].sort((a, b) => ofTokens[b] - ofTokens[a]).slice(0, 3)
-    .map(reader => `${place(picture.token_grid, reader)} (${percent(ofTokens[reader])})`).join('; ');
+    .map(reader => `${tokenPlace(picture, reader)} (${percent(ofTokens[reader])})`).join('; ');
   const tokens = picture.tokens === 1 ? 'token' : 'tokens';
   if (kind === 'word') return `gave ${percent(sum(word.shares))} of its attention to the picture, the rest to text. Of that, most to the ${tokens} in ${readers()}. ${likelihood(word)}`;
   if (kind === 'place') return `is read most by the ${tokens} in ${readers()}, of all that read it.`;

@@ -102,13 +102,13 @@ def compare(address: str, file: str, question: str) -> tuple[str, str]:
     """Both models' answers from the Compare page, as a browser gets them: it has no API endpoint."""
     with httpx.Client(timeout=120) as page:
         events = page.get(f"{address}/config").json()["dependencies"]
-        event = next(one for one in events if len(one["inputs"]) == 5 and len(one["outputs"]) == 6)
+        event = next(one for one in events if len(one["inputs"]) == 7 and len(one["outputs"]) == 6)
         with (EXAMPLES / file).open("rb") as image:
             (path,) = page.post(f"{address}/gradio_api/upload", files={"files": image}).json()
         picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
         visitor = uuid.uuid4().hex
-        # The second model; no other budgets in a row; both models' own budgets.
-        data = [{"text": question, "files": [picture]}, 1, False, None, None]
+        # The second model; no other budgets in a row; both models' own budgets; no tiles.
+        data = [{"text": question, "files": [picture]}, 1, False, None, None, None, None]
         body = {"data": data, "fn_index": event["id"], "session_hash": visitor}
         page.post(f"{address}/gradio_api/queue/join", json=body).raise_for_status()
         lines = page.get(f"{address}/gradio_api/queue/data", params={"session_hash": visitor}).text.splitlines()

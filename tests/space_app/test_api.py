@@ -67,8 +67,8 @@ def test_endpoints_have_names_and_defaults(client):
     parameters = {name: [one["parameter_name"] for one in api[name]["parameters"]] for name in api}
     sampling = ["system_prompt", "temperature", "top_p", "max_new_tokens"]
     assert parameters == {
-        "/ask": ["images", "question", "visual_tokens", *sampling],
-        "/scopes": ["images", "visual_tokens"],
+        "/ask": ["images", "question", "visual_tokens", *sampling, "tiles"],
+        "/scopes": ["images", "visual_tokens", "tiles"],
     }
 
 

@@ -385,6 +385,7 @@ LIMITS = {
     ),
     "temperature": (settings.MAX_TEMPERATURE, lambda over, _: checked(temperature=over)),
     "top-p": (1, lambda over, _: checked(top_p=over)),
+    "tiles of a picture": (settings.MOST_TILES, lambda over, _: checked(tiles=over)),
     "tokens of an answer": (settings.MAX_NEW_TOKENS, lambda over, _: checked(max_new_tokens=over)),
 }
 
@@ -446,7 +447,7 @@ def test_a_page_that_shows_only_the_latest_of_many_changes_has_the_maps(answerer
 def test_words_that_are_not_there_are_not_played(number, answer, sentence, answerer, picture_file, monkeypatch):
     warned = []
     monkeypatch.setattr(gr, "Warning", lambda message, title: warned.append(message))
-    event = types.SimpleNamespace(number=number, request=1, visual_tokens=None, system_prompt="")
+    event = types.SimpleNamespace(number=number, request=1, visual_tokens=None, system_prompt="", tiles=None)
     history = [conversation.user_turn(QUESTION, [picture_file], []), conversation.assistant_turn(answer)]
     assert ask_page.AskPage(answerer, None).words(history, event) == {"number": number, "request": 1}
     assert warned == [sentence]
@@ -642,11 +643,11 @@ def test_tokens_that_are_words_say_the_likeliest(answerer, monkeypatch):
 def test_examples_are_there_and_their_truth_is_found():
     for name, side in (("tiny", 96), ("small", 256)):
         known = examples.examples_for(name)
-        assert len(known.shown) == 6
+        assert [example.large for example in known.shown] == [False] * 6 + [True] * (name == "tiny")
         assert (len(known.played) > 300) == (name == "tiny")
         for number, example in enumerate([*known.shown, *known.played]):
             assert conversation.check_question(example.question)
-            assert pictures.open_picture(example.path).size == (side, side)
+            assert pictures.open_picture(example.path).size == (side * (1 + 2 * example.large),) * 2
             assert known[number] == example
             assert known.number_of(conversation.turn_of("user", example.question, [example.path])) == number
         assert known.number_of(conversation.turn_of("user", "Else?", [known.shown[0].path])) is None
@@ -846,7 +847,8 @@ def test_the_page_gets_the_layer_that_it_asks_for(picture_file, monkeypatch):
     monkeypatch.setattr(gr, "Warning", lambda message, title: warned.append(message))
     page = ask_page.AskPage(answerer, examples.examples_for("tiny"))
     history = [conversation.user_turn(QUESTION, [picture_file], []), conversation.assistant_turn("ab")]
-    asked = {"number": 0, "request": 1, "visual_tokens": 9, "system_prompt": "", "picture": 0, "scope": 0, "head": 1}
+    asked = {"number": 0, "request": 1, "visual_tokens": 9, "system_prompt": "", "tiles": None, "picture": 0}
+    asked |= {"scope": 0, "head": 1}
     told = page.layer(history, types.SimpleNamespace(**asked, layer=0))["layer"]
     nine = settings.Settings(visual_tokens=9)
     maps, read = answerer.by_layer(answerer.prepare(*turns_about(tiny_models.picture()), nine), 0)

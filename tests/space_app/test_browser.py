@@ -135,7 +135,7 @@ def answering(page):
     settle(page)
     page.locator("#view .tokens").evaluate_all("all => all.forEach(tokens => { tokens.dataset.old = true; })")
     yield
-    page.locator("#view .tokens:not([data-old])").wait_for()
+    page.locator("#view .tokens:not([data-old])").first.wait_for()
     wait_until_done(page)
     settle(page)
 
@@ -942,7 +942,137 @@ def test_a_new_scene_is_marked_and_counted_on_both_pages(open_page, answerer, mo
     settle(page)
 
 
+# --- Large pictures ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large_file(tmp_path):
+    tiny_models.picture(size=(48, 72)).save(tmp_path / "large.png")
+    return tmp_path / "large.png"
+
+
+def choose_tiles(page, count, choice="#tiles"):
+    page.locator(f"{choice} label", has_text=f"up to {count}").click()
+    expect(page.locator(f"{choice} input:checked")).to_have_value(str(count))
+
+
+def test_a_large_picture_is_seen_whole_and_so_are_its_tokens(open_page, answerer, large_file):
+    page = open_page()
+    slider = page.get_by_role("slider", name="Visual tokens a picture")
+    slider.press("ArrowRight")
+    slider.press("ArrowRight")
+    choose_tiles(page, 9)
+    ask(page, files=[large_file])
+    (maps,) = answerer.look([tiny_models.picture(size=(48, 72))], settings.Settings(visual_tokens=16, tiles=9))
+    assert (maps.patch_grid, maps.overview_grid) == ((12, 18), (2, 2))
+    expect(page.locator("#view .cost")).to_contain_text("16 visual tokens from 216 patches")
+    expect(page.locator("#view [data-figure='picture'] .number")).to_have_text("in 2 × 3 tiles, 72 × 48")
+    seen = np.asarray(tiny_models.picture(size=(48, 72)).resize((384, 256), Image.Resampling.LANCZOS)).astype(float)
+    assert drawn(page, "picture").shape == seen.shape
+    assert np.corrcoef(drawn(page, "picture").ravel(), seen.ravel())[0, 1] > 0.9
+    page.get_by_text("Heat map").click()
+    page.mouse.move(2, 2)
+    rows, columns = (((np.arange(side) + 0.5) * 64 / 3).astype(int) for side in maps.patch_grid)
+    for scope in range(3):
+        coloured = np.abs(255 - drawn(page, scope)[rows][:, columns]).sum(-1).ravel()
+        assert np.corrcoef(coloured**2, maps.attentions[scope].mean(0))[0, 1] > 0.95
+    overview = page.get_by_role("group", name="Visual tokens of the overview")
+    expect(overview.get_by_role("button")).to_have_count(4)
+    overview.get_by_role("button").last.click()
+    page.mouse.move(2, 2)
+    expect(status(page)).to_contain_text("Token in row 2, column 2 of the overview trusts local")
+    np.testing.assert_allclose(percents(status(page).inner_text()), 100 * maps.weights[:, 3], atol=0.51)
+    page.locator("#view [data-token='4']").click()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    expect(page.locator("#view [data-token='5']")).to_have_attribute("aria-pressed", "true")
+    page.mouse.move(2, 2)
+    expect(status(page)).to_contain_text("Token in row 1, column 2 trusts local")
+    np.testing.assert_allclose(percents(status(page).inner_text()), 100 * maps.weights[:, 5], atol=0.51)
+    page.locator("#view [data-figure='picture'] .frame").click(position={"x": 2, "y": 2})
+    expect(status(page)).to_contain_text("Place in row 1, column 1")
+    page.get_by_role("button", name="cover this place").click()
+    expect(page.locator("#view .proofs li")).to_contain_text("With 4 patches covered")
+    settle(page)
+
+
+def test_the_same_question_with_one_tile_and_with_nine(open_page, large_file):
+    page = open_page()
+    page.get_by_role("tab", name="Compare").click()
+    choose_tiles(page, 9, "#tiles-b")
+    for side in "AB":
+        page.get_by_role("slider", name=f"{side}, visual tokens").press("End")  # 36
+    page.locator("#compare-ask input[type=file]").set_input_files(large_file)
+    page.locator("#compare-ask .thumbnail-item").wait_for()
+    page.locator("#compare-ask textarea").fill(QUESTION)
+    page.locator("#compare-ask textarea").press("Enter")
+    expect(page.locator("#view-b .cost")).to_contain_text("36 visual tokens from 216 patches")
+    wait_until_done(page, "#compare-ask")
+    expect(page.locator("#view-a .cost")).to_contain_text("36 visual tokens from 36 patches")
+    expect(page.locator("#view-a [data-figure='overview']")).to_have_count(0)
+    seen = page.locator("#view-b [data-figure='overview'] [data-token]").count()
+    assert 0 < seen < 36
+    page.locator("#view-a [data-token='35']").click()
+    page.mouse.move(2, 2)
+    expect(page.locator("#view-b [data-token='35']")).to_have_attribute("aria-pressed", "true")  # at the same place
+    page.locator("#view-b [data-token='0']").click()  # of the overview
+    expect(page.locator("#view-a [aria-pressed=true][data-token]")).to_have_count(1)
+    settle(page)
+
+
+def test_a_link_brings_back_tiles_layers_and_heads(open_page):
+    deep = space_server.make_answerer(projector={"num_hidden_layers": 2, "scope_heads": [2, 1, 1]})
+    with space_server.served(deep) as address:
+        page = open_page(address, permissions=["clipboard-read", "clipboard-write"])
+        page.get_by_role("slider", name="Visual tokens a picture").press("End")
+        choose_tiles(page, 4)
+        ask_example(page, 1)
+        page.get_by_text("Numbers", exact=True).click()
+        choose(page, "Layer of the maps", "layer 1")
+        choose(page, "Head of the maps", "local 2")
+        choose(page, "Head of the words", "head 3")
+        page.locator("#view [data-token='20']").click()
+        page.mouse.move(2, 2)
+        told = page.locator("#view .note").last.inner_text()
+        assert "layer 1, by head 2 of local; the words attend as in head 3 of the language model" in told
+        rows = page.locator("#view .numbers tbody tr").all_inner_texts()
+        page.get_by_role("button", name="Copy a link to this view").click()
+        expect(page.get_by_role("button", name="Copied")).to_be_visible()
+        again = open_page(page.evaluate("navigator.clipboard.readText()"))
+        expect(again.locator("#view .note").last).to_have_text(told)
+        expect(again.locator("#view [aria-busy]")).to_have_count(0)
+        expect(again.locator("#tiles input:checked")).to_have_value("4")
+        expect(again.get_by_role("combobox", name="Head of the maps")).to_have_value("0,1")
+        expect(again.get_by_role("combobox", name="Head of the words")).to_have_value("2")
+        expect(again.locator("#view [data-token='20']")).to_have_attribute("aria-pressed", "true")
+        assert again.locator("#view .numbers tbody tr").all_inner_texts() == rows
+        settle(again)
+
+
 # --- Comparing --------------------------------------------------------------------------------------------------
+
+
+def test_a_note_stands_at_both_answers_that_are_compared(open_page, picture_files, monkeypatch):
+    knowing = space_server.make_answerer()
+    monkeypatch.setattr(settings.Settings, "max_new_tokens", 12)
+    monkeypatch.setattr(known.Known, "is_foreign", lambda *_: False)
+    knowing.known = known.Known({}, 1.0, frozenset({"what", "is", "this"}), 0.0, [QUESTION])
+    with space_server.served(knowing) as address:
+        page = open_page(address)
+        page.get_by_role("tab", name="Compare").click()
+        page.locator("#compare-ask input[type=file]").set_input_files(picture_files[0])
+        page.locator("#compare-ask .thumbnail-item").wait_for()
+        page.locator("#compare-ask textarea").fill("What is <b>Paris</b>?")
+        page.locator("#compare-ask textarea").press("Enter")
+        note = page.get_by_role("group", name="Note on the answer")
+        expect(note.locator("p")).to_have_text(["The model has not learned the words “b” and “Paris”."] * 2)
+        wait_until_done(page, "#compare-ask")
+        assert serious(page) == []
+        note.last.get_by_role("button", name=QUESTION).click()
+        expect(page.get_by_label("Question", exact=True)).to_have_value(QUESTION)
+        wait_until_done(page, "#compare-ask")
+        expect(note).to_have_count(0)
+        settle(page)
 
 
 def test_two_budgets_are_compared(open_page):
