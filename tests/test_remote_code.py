@@ -30,6 +30,7 @@ SIBLINGS = {
     "reducing_ms_resampler": {"reducers_ms_resampler", "towers_ms_resampler"},
     "configuration_ms_resampler": {"reducers_ms_resampler", "towers_ms_resampler"},
     "tiles_ms_resampler": {"configuration_ms_resampler"},
+    "videos_ms_resampler": {"configuration_ms_resampler", "images_ms_resampler", "tiles_ms_resampler"},
     "messages_ms_resampler": set(),
     "fusion_ms_resampler": set(),
     "loading_ms_resampler": {"projectors_ms_resampler"},
@@ -37,14 +38,17 @@ SIBLINGS = {
     "images_ms_resampler": set(),
     "places_ms_resampler": set(),
     "resampler_ms_resampler": {"places_ms_resampler"},
+    "clips_ms_resampler": {"places_ms_resampler", "resampler_ms_resampler"},
     "branches_ms_resampler": {"places_ms_resampler", "resampler_ms_resampler"},
     "projectors_ms_resampler": {
         "branches_ms_resampler",
+        "clips_ms_resampler",
         "configuration_ms_resampler",
         "places_ms_resampler",
         "resampler_ms_resampler",
     },
     "modeling_ms_resampler": {
+        "clips_ms_resampler",
         "configuration_ms_resampler",
         "fusion_ms_resampler",
         "loading_ms_resampler",
@@ -61,6 +65,7 @@ SIBLINGS = {
         "messages_ms_resampler",
         "images_ms_resampler",
         "tiles_ms_resampler",
+        "videos_ms_resampler",
     },
 }
 QUESTION = "What is this?"
