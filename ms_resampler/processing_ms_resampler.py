@@ -8,7 +8,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import ImageInput, get_image_size_for_max_height_width, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_ms_resampler import AUTO_MAP, nearest_grid, patch_grid, token_grid
+from .configuration_ms_resampler import AUTO_MAP, is_grid, nearest_grid, patch_grid, token_grid
 from .images_ms_resampler import is_rgb_array, open_picture
 from .messages_ms_resampler import TYPED, VIDEO_TOKEN, as_typed, understood_messages
 from .tiles_ms_resampler import NONE, Grid, Tiling, budgets_for, cut, grids_of, lay_out, read_tilings, share_out
@@ -408,12 +408,16 @@ class MSResamplerProcessor(ProcessorMixin):
     def _lay_clip(self, frames: int, place: Callable[[Any], list[Layout]], budget: Any) -> list[Layout]:
         """The layouts of a clip's frames or, of temporal scopes, the one of its steps; `place` lays out one frame."""
         ((tiling, patches, _),) = place(None)
+        if is_grid(budget):  # of images, such as the processor's own: for a clip, its number of tokens
+            budget = (1, *budget) if frames == 1 else math.prod(budget)
         if self.video_form == "scopes":
             steps, grid = clip_grid(budget, frames, patches, self.auto_tokens)
             return [Layout(tiling and tiling._replace(overview=NONE), grid, steps)]
 
+        able = cache(partial(self._can_have, place))  # frames are alike
+
         def share(count: int) -> list[int]:
-            return share_out(count, [1] * frames, partial(self._can_have, place), "visual_tokens", "frames of the clip")
+            return share_out(count, [1] * frames, lambda _, one: able(one), "visual_tokens", "frames of the clip")
 
         budgets = share_of_frames(budget, frames, patches, self.auto_tokens, share)
         return [layout for one in budgets for layout in place(one)]

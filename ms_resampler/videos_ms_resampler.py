@@ -8,6 +8,7 @@ Shapes are named as in clips_ms_resampler.py.
 """
 
 import contextlib
+import importlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -148,7 +149,7 @@ def _timing(metadata: Any, frames: int) -> tuple[float | None, list[int]]:
 def _read_file(source: Any, sampling: Sampling, max_pixels: int) -> tuple[list[np.ndarray], list[float]]:
     """Frames of a video file, upright, and their times in seconds. Raises ValueError if it cannot be read."""
     try:
-        import av
+        av = importlib.import_module("av")  # an import statement would demand it of all who load this code
     except ModuleNotFoundError as error:
         raise ValueError("Video files are read with PyAV: `pip install av`, or give the clip as frames.") from error
     with _in_a_sentence(source):

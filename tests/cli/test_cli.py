@@ -95,6 +95,7 @@ def test_chat_takes_a_reducer(folder, picture_file, capsys):
     [
         (["--image", "PICTURE", "--keep", "2"], "--keep needs --reducer"),
         (["--image", "PICTURE", "--reducer", "fastw"], "There is no `reducer_type` 'fastw'"),
+        ([], "Give a picture with --image, or a video with --video."),
         (["--image", "missing.png"], "There is no picture file 'missing.png'."),
         (["--image", __file__], "is not an image that can be read"),
         (["--image", "PICTURE", "--visual-tokens", "1000"], "1000 visual tokens is impossible"),
@@ -118,7 +119,7 @@ def test_bad_input_is_a_sentence_and_exit_code_2(arguments, sentence, debug, fol
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("argv", [[], ["chat"], ASK, ["sing"], [*ASK, "--image", "x", "--visual-tokens", "a"]])
+@pytest.mark.parametrize("argv", [[], ["chat"], ["sing"], [*ASK, "--image", "x", "--visual-tokens", "a"]])
 def test_wrong_usage_exits_with_2(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(argv)
