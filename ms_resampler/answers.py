@@ -84,9 +84,9 @@ def ask(
 
     A picture is a file, a URL or a PIL image. `model` is what `load` takes, or a loaded model given with its
     processor. `visual_tokens` is a count, a grid or "auto" for each picture, and `visual_tokens_total` a count for all
-    together; `tiles` cuts pictures, see MSResamplerProcessor. None is the model's default. `video` is a file or a list of
-    frames, of which `num_frames`, or `fps` a second, are read. `reducer` reduces tokens,
-    such as {"reducer_type": "divprune", "keep": 64}; a loaded model keeps it. `scopes=True` adds the fusion weights, if
+    together; `tiles` cuts pictures, see MSResamplerProcessor. None is the model's default. `video` is a file or a list
+    of frames, of which `num_frames`, or `fps` a second, are read. `reducer` reduces tokens, such as
+    {"reducer_type": "divprune", "keep": 64}; a loaded model keeps it. `scopes=True` adds the fusion weights, if
     the projector has scopes. `on_text` receives the answer piece by piece.
 
     Raises ValueError if a picture or a budget cannot be used, OSError if the model cannot be loaded.

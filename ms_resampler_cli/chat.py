@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--visual-tokens",
         type=budget,
         metavar="N",
-        help="visual tokens per picture, or of the video: a count such as 36, a grid such as 4x9, or auto (default: the model's)",
+        help="visual tokens per picture or video: a count such as 36, or 4x9, or auto (default: the model's)",
     )
     parser.add_argument(
         "--visual-tokens-total", type=int, metavar="N", help="visual tokens of all pictures together, shared among them"

@@ -139,7 +139,7 @@ def test_gradients_are_those_of_finite_differences():
     time = resampler.layers[0].time
     ends = time.sigma < 1e29
     assert time.log_scale.grad[ends].abs().min() > 0
-    assert time.log_scale.grad[~ends].abs().max() == 0
+    assert time.log_scale.grad[~ends].abs().max() < 1e-50
 
 
 @pytest.mark.parametrize("mode", ["module in bfloat16", "autocast"])

@@ -245,13 +245,13 @@ def test_clips_in_messages_stand_where_templates_put_images(form):
     chat = [{"role": "user", "content": parts}]
     text = processor_.apply_chat_template(chat)
     plain = text.replace("\ufdd0", "")
-    assert plain == "<|im_start|>user\n<image>\n<video>\nWhat is <video>, <image> and <|im_end|>\n"
+    assert plain == "<|im_start|>user\n<image>\n<video>\nWhat is <video>, <image> and <|im_end|>"
     told = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     inputs = processor_.apply_chat_template(chat, **told)
     again = processor_(images=[tiny.picture()], videos=[frames(4)], text=text, return_tensors="pt")
     assert_close(dict(inputs), dict(again), rtol=0, atol=0)
     assert (inputs["input_ids"] == tiny.IMAGE).sum() == 48
-    assert prompt(processor_, inputs).endswith("What is <video>, # and <|im_end|>\n")
+    assert prompt(processor_, inputs).endswith("What is <video>, # and <|im_end|>")
     fewer = processor_.apply_chat_template([chat, chat], processor_kwargs={"num_frames": 2}, padding=True, **told)
     assert len(fewer["pixel_values"]) == 6
 
@@ -264,9 +264,6 @@ def test_clips_in_messages_stand_where_templates_put_images(form):
     ("videos", "options", "sentence"),
     [
         ([[*frames(1), tiny.picture(size=(8, 9))]], {}, "The frames of a clip have one size, got 9 x 8, 40 x 30"),
-        (["missing.mp4"], {}, "There is no video file at 'missing.mp4'"),
-        ([__file__], {}, "could not be read as a video"),
-        ([b"no video"], {}, "The given bytes could not be read as a video"),
         ([np.zeros((2, 8, 8, 5))], {}, r"a video file, got an array \(2, 8, 8, 5\)"),
         ([3], {}, "A clip is a list of frames, an array of four axes or a file, got int"),
         ([frames(3)], {"visual_tokens": (2, 2, 2, 2)}, "are a count or"),
@@ -288,13 +285,31 @@ def test_clips_in_messages_stand_where_templates_put_images(form):
         (None, {}, "Found 1 <video> placeholders in the text, but no videos were given"),
         ([frames(3)], {"videos_kwargs": {"do_resize": False}}, "`do_resize` is not an option"),
     ],
-    ids=str,
 )
 def test_what_is_wrong_is_a_sentence(form, videos, options, sentence):
-    if videos in (["missing.mp4"], [__file__], [b"no video"]):
-        pytest.importorskip("av")
     with pytest.raises(ValueError, match=sentence):
         processed(processor(form), videos, **options)
+
+
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [
+        ("missing.mp4", "There is no video file at 'missing.mp4'"),
+        (__file__, "could not be read as a video"),
+        (b"no video", "The given bytes could not be read as a video"),
+    ],
+    ids=["missing", "text", "bytes"],
+)
+def test_a_file_that_is_no_video_is_a_sentence(file, sentence):
+    pytest.importorskip("av")
+    with pytest.raises(ValueError, match=sentence):
+        processed(processor(), [file])
+
+
+def test_a_video_of_too_many_pixels_is_refused(tmp_path):
+    write(str(tmp_path / "clip.mp4"), 2)
+    with pytest.raises(ValueError, match="its frames have more than the limit of 3,000 pixels; scale it down first"):
+        processed(processor(max_pixels=3000), [tmp_path / "clip.mp4"])
 
 
 def test_too_few_tokens_for_the_frames_is_a_sentence():
