@@ -1,6 +1,7 @@
 """Videos in the processor: opened, sampled, written into prompts and laid out under an exact budget."""
 
 import io
+import json
 import random
 import re
 import sys
@@ -15,6 +16,7 @@ from transformers.video_utils import VideoMetadata
 
 from ms_resampler.answers import ask
 from ms_resampler.videos_ms_resampler import MOST_FRAMES, Sampling, clip_grid, clips_in, of_steps, open_clip
+from ms_resampler_cli.main import main
 
 FORMS = pytest.mark.parametrize("form", ["frames", "scopes"])
 
@@ -229,6 +231,20 @@ def test_a_chat_with_a_file_is_answered(form, tmp_path):
     )
     assert answer.visual_tokens == [24, 24]
     assert all(sum(weights.values()) == pytest.approx(1) for weights in answer.scope_weights)
+
+
+@pytest.mark.slow
+def test_the_command_asks_about_a_file(tmp_path, capsys):
+    file = str(tmp_path / "clip.mp4")
+    write(file)
+    tiny.tiny_model().save_pretrained(tmp_path / "model")
+    processor().save_pretrained(tmp_path / "model")
+    arguments = ["chat", "What?", "--video", file, "--num-frames", "6", "--model", str(tmp_path / "model")]
+    assert main([*arguments, "--max-new-tokens", "4", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    answer = ask("What?", model=str(tmp_path / "model"), video=file, num_frames=6, max_new_tokens=4)
+    assert (told["answer"], told["visual_tokens"]) == (answer.text, 24)
+    assert [(image["file"], image["visual_tokens"]) for image in told["images"]] == [(file, 24)]
 
 
 # Chats
