@@ -335,7 +335,11 @@ class MSResamplerProcessor(ProcessorMixin):
             self._check_groups(images, text)
         if left := sum(prompt.count(VIDEO_TOKEN) for prompt in text or () if isinstance(prompt, str)):
             raise ValueError(f"Found {left} {VIDEO_TOKEN} placeholders in the text, but no videos were given.")
-        shown = None if images is None else _map_nested(images, lambda item: getattr(item, "frames", [item])[0])
+        shown = (
+            None
+            if images is None
+            else _map_nested(images, lambda item: item.frames[0] if isinstance(item, Clip) else item)
+        )
         super().validate_inputs(images=shown, text=text, **kwargs)
         if nested and len(groups) != len(text):
             raise ValueError(f"Got {len(groups)} lists of images for {len(text)} prompts; give one for each.")

@@ -223,8 +223,7 @@ def clip_grid(budget: Any, frames: int, patches: Grid, bounds: Grid) -> tuple[in
                 f"{frames} steps, got {budget!r}."
             )
         return budget[0], token_grid(tuple(budget[1:]), patches)
-    if budget != "auto" and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
-        raise ValueError(f"The visual tokens of a clip are a count or (steps, rows, columns), got {budget!r}.")
+    _check_count(budget)
     whole = frames * patches[0], patches[1]
     for count in budgets_for(budget, bounds, whole):
         if found := _nearest(count, frames, patches):
@@ -238,6 +237,12 @@ def clip_grid(budget: Any, frames: int, patches: Grid, bounds: Grid) -> tuple[in
         f"{budget} visual tokens cannot be laid out over {frames} frames of {patches[0]} x {patches[1]} patches; use a "
         f"count such as {', '.join(map(str, near))}, or give (steps, rows, columns)."
     )
+
+
+def _check_count(budget: Any) -> None:
+    """Raises ValueError unless it is "auto" or a positive number."""
+    if budget != "auto" and (not isinstance(budget, int) or isinstance(budget, bool) or budget < 1):
+        raise ValueError(f"The visual tokens of a clip are a count or (steps, rows, columns), got {budget!r}.")
 
 
 def _nearest(count: int, frames: int, patches: Grid) -> tuple[int, Grid] | None:
@@ -263,6 +268,7 @@ def share_of_frames(budget: Any, frames: int, patches: Grid, bounds: Grid, share
                 f"columns), got {budget!r}."
             )
         return [tuple(budget[1:])] * frames
+    _check_count(budget)
     if budget != "auto":
         return share(budget)
     for count in budgets_for(budget, bounds, (frames * patches[0], patches[1])):
