@@ -364,11 +364,13 @@ class MSResamplerProcessor(ProcessorMixin):
         ]
         layouts = self._layouts(lay, groups, options)
         if self._option("tiles", options) is not None:
-            resample, pairs = kwargs.get("resample", self.image_processor.resample), []
+            resample = kwargs.get("resample", self.image_processor.resample)
+            views: list[Any] = []
             for frames, of_picture in zip(framed, layouts, strict=True):
                 same = len(frames) // len(of_picture)  # frames of temporal scopes have one layout
-                pairs += zip(frames, [layout.tiling for layout in of_picture for _ in range(same)], strict=True)
-            views = [view for pair in pairs for view in cut(*pair, tile, resample)]
+                tilings = [layout.tiling for layout in of_picture for _ in range(same)]
+                for pair in zip(frames, tilings, strict=True):
+                    views += cut(*pair, tile, resample)
             inputs = self.image_processor(views, **kwargs | {"do_resize": False, "do_center_crop": False})
             inputs["tilings"] = np.array([layout.tiling for of_picture in layouts for layout in of_picture])
         inputs["token_grids"] = np.array([layout.grid for of_picture in layouts for layout in of_picture])
