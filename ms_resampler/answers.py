@@ -105,7 +105,11 @@ def ask(
         raise ValueError("A loaded model needs its processor, too: ask(question, pictures, model, processor).")
     if reducer is not None:
         model.set_reducer(**reducer)
-    options = {"visual_tokens": visual_tokens, "visual_tokens_total": visual_tokens_total, "tiles": tiles}
+    options: dict[str, Any] = {
+        "visual_tokens": visual_tokens,
+        "visual_tokens_total": visual_tokens_total,
+        "tiles": tiles,
+    }
     options |= {"num_frames": num_frames, "fps": fps}
     started = time.perf_counter()
     projector: Any = model.config.projector_config
