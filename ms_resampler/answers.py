@@ -1,4 +1,4 @@
-"""`ask`: answers a question about pictures with a model."""
+"""`ask`: answers a question about pictures or a video with a model."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ Picture = str | Path | Image.Image
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and how the model read the pictures, with one entry per picture.
+    """An answer, and how the model read the pictures, with one entry per picture, and at last one for the video.
 
     visual_tokens: M of each picture. scope_weights: the mean fusion weight of each scope over the picture's visual
     tokens, by scope name; None unless requested. milliseconds: time to the complete answer, without loading the model.
@@ -64,7 +64,7 @@ def load(
 @torch.inference_mode()
 def ask(
     question: str,
-    pictures: Picture | Sequence[Picture],
+    pictures: Picture | Sequence[Picture] = (),
     model: str | Path | MSResamplerForConditionalGeneration | None = None,
     processor: MSResamplerProcessor | None = None,
     *,
@@ -72,6 +72,9 @@ def ask(
     visual_tokens: int | str | tuple[int, int] | None = None,
     visual_tokens_total: int | None = None,
     tiles: int | tuple[int, int] | None = None,
+    video: str | Path | Sequence[Picture] | None = None,
+    num_frames: int | None = None,
+    fps: float | None = None,
     reducer: Mapping[str, Any] | None = None,
     max_new_tokens: int = 256,
     scopes: bool = False,
@@ -81,8 +84,9 @@ def ask(
 
     A picture is a file, a URL or a PIL image. `model` is what `load` takes, or a loaded model given with its
     processor. `visual_tokens` is a count, a grid or "auto" for each picture, and `visual_tokens_total` a count for all
-    together; `tiles` cuts pictures, see MSResamplerProcessor. None is the model's default. `reducer` reduces tokens,
-    such as {"reducer_type": "divprune", "keep": 64}; a loaded model keeps it. `scopes=True` adds the fusion weights, if
+    together; `tiles` cuts pictures, see MSResamplerProcessor. None is the model's default. `video` is a file or a list
+    of frames, of which `num_frames`, or `fps` a second, are read. `reducer` reduces tokens, such as
+    {"reducer_type": "divprune", "keep": 64}; a loaded model keeps it. `scopes=True` adds the fusion weights, if
     the projector has scopes. `on_text` receives the answer piece by piece.
 
     Raises ValueError if a picture or a budget cannot be used, OSError if the model cannot be loaded.
@@ -92,17 +96,24 @@ def ask(
         raise ValueError("The question is empty.")
     if max_new_tokens < 1:
         raise ValueError("The length limit, max_new_tokens, must be at least 1.")
-    content = [{"type": "image", "image": checked(picture)} for picture in pictures]
+    content: list[dict[str, Any]] = [{"type": "image", "image": checked(picture)} for picture in pictures]
+    if video is not None:
+        content.append({"type": "video", "video": video})
     if model is None or isinstance(model, str | Path):
         model, processor = load(model, revision)
     if processor is None:
         raise ValueError("A loaded model needs its processor, too: ask(question, pictures, model, processor).")
     if reducer is not None:
         model.set_reducer(**reducer)
-    options = {"visual_tokens": visual_tokens, "visual_tokens_total": visual_tokens_total, "tiles": tiles}
+    options: dict[str, Any] = {
+        "visual_tokens": visual_tokens,
+        "visual_tokens_total": visual_tokens_total,
+        "tiles": tiles,
+    }
+    options |= {"num_frames": num_frames, "fps": fps}
     started = time.perf_counter()
     projector: Any = model.config.projector_config
-    scopes = scopes and bool(pictures) and projector.num_scopes > 0
+    scopes = scopes and len(content) > 0 and projector.num_scopes > 0
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
         add_generation_prompt=True,
@@ -111,16 +122,26 @@ def ask(
         return_tensors="pt",
         processor_kwargs={name: value for name, value in options.items() if value is not None},
     ).to(model.device, model.dtype)
-    if pictures:
+    if content:
         pixels = {key: inputs.pop(key) for key in list(inputs) if key not in processor.tokenizer.model_input_names}
         images: Any = model.get_image_features(**pixels, output_scopes=scopes, return_dict=True)
         inputs["mm_encoder_outputs"] = {"image": images}
     streamer = on_text and PieceStreamer(processor.tokenizer, on_text)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     text = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    read = [len(tokens) for tokens in images.pooler_output] if pictures else []
-    weights = scope_means(projector.scope_names, images.scope_weights) if scopes else None
+    weights = None
+    if scopes:
+        weights = scope_means(projector.scope_names, with_video(images.scope_weights, len(pictures)))
+    read = []
+    if content:
+        read = [y_TM.shape[-1] for y_TM in with_video([y_MT.mT for y_MT in images.pooler_output], len(pictures))]
     return Answer(text, read, weights, 1000 * (time.perf_counter() - started))
+
+
+def with_video(values: Sequence[Tensor], pictures: int) -> list[Tensor]:
+    """Values (..., M) of pictures and then of a video, whose frames may have been read as images."""
+    frames = values[pictures:]
+    return [*values[:pictures], *([torch.cat(list(frames), dim=-1)] if frames else [])]
 
 
 def checked(picture: Picture) -> Picture:

@@ -146,6 +146,7 @@ def assemble(components: Components) -> Assembled:
         tokenizer,
         patch_size=config.patch_size,
         visual_tokens=config.projector_config.visual_tokens,
+        video_form=config.projector_config.video_form,
         image_token=components.image_token,
         chat_template=template,
     )

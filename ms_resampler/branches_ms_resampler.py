@@ -20,15 +20,19 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .places_ms_resampler import (
     LinearFromZero,
+    ScopeMaps,
     as_map,
     as_tokens,
     cell_centres,
     cell_means,
     centres,
+    check_patches,
+    mlp,
     sincos_positions,
+    spread,
     wide,
 )
-from .resampler_ms_resampler import MeanOverHeads, ScopeMaps, ScopePrior, check_patches, mlp, spread
+from .resampler_ms_resampler import MeanOverHeads, ScopePrior
 
 Grid = tuple[int, int]
 

@@ -93,6 +93,8 @@ BRANCH_FORMS: dict[str, tuple[Any, ...]] = {
     "tile_heads": (True, False),
     "cell_residual": (True, False),
 }
+# How clips are read.
+VIDEO_FORMS = ("frames", "scopes")
 # Language models whose decoder layers can fuse text with patches: these take embeddings as they are.
 FUSION_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 # Fields of earlier versions that a config.json may contain, and the values that agree with what is done today.
@@ -291,6 +293,8 @@ class MSResamplerProjectorConfig(PretrainedConfig):
             projector then starts with an output of zero.
         moving_scopes: whether the token grid of "ms_resampler" moves to where the information is, see
             places_ms_resampler.py.
+        video_form: how clips are read: "frames", each as an image; or, in "ms_resampler", by "scopes" that reach over
+            time, see clips_ms_resampler.py.
         branch_form: how a checkpoint with learned queries differs from new ones: see BranchesResampler.
     """
 
@@ -310,6 +314,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
     scope_heads: list[int] | tuple[int, ...] | None = None
     pooled_mlp: bool = False
     moving_scopes: bool = False
+    video_form: str = "frames"
     branch_form: dict[str, Any] | None = None
     layer_norm_eps: float = 1e-6
 
@@ -325,6 +330,7 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         self._check_key_heads()
         self._check_fusion()
         self._check_grids()
+        self._check_video()
         if self.kind == "peer":
             self._check_peer()
             return
@@ -423,6 +429,14 @@ class MSResamplerProjectorConfig(PretrainedConfig):
         for name, grid in grids.items():
             if not is_grid(grid):
                 raise ValueError(f"`{name}` must be [rows, columns], two positive integers, got {list(grid)}.")
+
+    def _check_video(self) -> None:
+        if self.video_form not in VIDEO_FORMS:
+            raise ValueError(f"`video_form` is one of {', '.join(VIDEO_FORMS)}, got {self.video_form!r}.")
+        if self.video_form == "scopes" and self.projector_type != "ms_resampler":
+            raise ValueError(
+                f'`video_form` "scopes" needs `ms_resampler`: `{self.projector_type}` reads clips as "frames".'
+            )
 
     def _check_peer(self) -> None:
         for name in ("scope_sigmas", "scope_heads", "pooled_mlp", "moving_scopes", "branch_form"):

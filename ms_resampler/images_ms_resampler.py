@@ -42,17 +42,17 @@ def open_picture(source: Any, max_pixels: int) -> Any:
     try:
         width, height, image = _read(source, max_pixels)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{_describe(source)} is not an image that can be read; use PNG or JPEG.") from error
+        raise ValueError(f"{describe(source)} is not an image that can be read; use PNG or JPEG.") from error
     except FileNotFoundError as error:
-        raise ValueError(f"There is no image file at {_describe(source)}.") from error
+        raise ValueError(f"There is no image file at {describe(source)}.") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{_describe(source)} is too large: {error}") from error
+        raise ValueError(f"{describe(source)} is too large: {error}") from error
     except Exception as error:  # PIL raises errors of many types for damaged bytes
         why = str(error) or type(error).__name__
-        raise ValueError(f"{_describe(source)} could not be read as an image: {why}.") from error
+        raise ValueError(f"{describe(source)} could not be read as an image: {why}.") from error
     if image is None:
         raise ValueError(
-            f"{_describe(source)} has {width} x {height} = {width * height:,} pixels, more than the limit of "
+            f"{describe(source)} has {width} x {height} = {width * height:,} pixels, more than the limit of "
             f"{max_pixels:,}; scale it down first."
         )
     return image
@@ -60,7 +60,7 @@ def open_picture(source: Any, max_pixels: int) -> Any:
 
 def _read(source: Any, max_pixels: int) -> tuple[int, int, Image.Image | None]:
     """Width, height and, unless it is too large, the picture."""
-    file = None if isinstance(source, Image.Image) else _file_of(source)
+    file = None if isinstance(source, Image.Image) else file_of(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` decides instead
         with contextlib.nullcontext(source) if file is None else Image.open(file) as image:
@@ -93,7 +93,7 @@ def is_rgb_array(image: Any) -> bool:
     return is_bytes and image.shape[2:] == (3,) and min(image.shape[:2]) > 4
 
 
-def _file_of(source: str | os.PathLike | bytes | bytearray) -> Any:
+def file_of(source: str | os.PathLike | bytes | bytearray) -> Any:
     """A source that PIL can open: a path, or the bytes of a URL or base64 string."""
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source)
@@ -127,7 +127,7 @@ def _download(url: str) -> io.BytesIO:
         raise
 
 
-def _describe(source: Any) -> str:
+def describe(source: Any) -> str:
     """How errors name an image: by its path, URL or text, or by its type."""
     if isinstance(source, (str, os.PathLike)):
         return repr(str(source)[:80])

@@ -1,4 +1,4 @@
-"""Chat messages whose parts are text and images, in the formats of transformers and OpenAI; anything else is refused.
+"""Chat messages of text, images and clips in the formats of transformers and OpenAI; anything else is refused.
 
 {"type": "image_url", "image_url": {"url": URL}}  ->  {"type": "image", "url": URL}
 {"type": "input_text", "text": "Hi"}              ->  {"type": "text", "text": "Hi"}
@@ -11,11 +11,12 @@ from typing import Any
 # Inserted into an image token that a person has typed, and dropped by the tokenizer's normaliser, so that the token
 # becomes ordinary text. Unicode reserves this code point for such internal marks, so no text contains it.
 TYPED = "\ufdd0"
+VIDEO_TOKEN = "<video>"  # the placeholder of a clip, which becomes image tokens
 SOURCES = ("image", "image_url", "url", "path", "base64")
 
 
 def understood_messages(conversation: Any, template: str, image_token: str) -> list[dict[str, Any]]:
-    """The messages with parts `text` and `image` only; image tokens in texts stay text.
+    """The messages with parts `text`, `image` and `video` only; tokens of images and clips in texts stay text.
 
     Raises ValueError, with the number of the message, for an unknown part, key or format.
     """
@@ -25,9 +26,11 @@ def understood_messages(conversation: Any, template: str, image_token: str) -> l
 
 
 def as_typed(value: Any, image_token: str) -> Any:
-    """A string, or the strings in lists and dicts, with every image token marked as typed text."""
+    """A string, or the strings in lists and dicts, with every token of an image or a clip marked as typed text."""
     if isinstance(value, str):
-        return value.replace(image_token, image_token[0] + TYPED + image_token[1:])
+        for token in (image_token, VIDEO_TOKEN):
+            value = value.replace(token, token[0] + TYPED + token[1:])
+        return value
     if isinstance(value, Mapping):
         return {key: as_typed(item, image_token) for key, item in value.items()}
     return [as_typed(item, image_token) for item in value] if isinstance(value, (list, tuple)) else value
@@ -55,7 +58,7 @@ def _message(message: Any, number: int, template: str, image_token: str) -> dict
 
 
 def _part(part: Any, where: str) -> dict[str, Any]:
-    """A part of a message as `text` or `image`."""
+    """A part of a message as `text`, `image` or `video`."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
@@ -82,10 +85,15 @@ def _part(part: Any, where: str) -> dict[str, Any]:
             if not isinstance(url, str):
                 raise ValueError(f"{where} has a part {kind!r} without a URL.")
             result["url"] = url
+    elif kind == "video":
+        sources = {key: rest.pop(key) for key in ("video", "url", "path") if key in rest}
+        if len(sources) > 1:
+            raise ValueError(f"{where} has a part 'video' with {len(sources)} clips ({', '.join(sources)}); give one.")
+        result = {"type": "video", "video": next(iter(sources.values()), None)}
     else:
         raise ValueError(
-            f"{where} has a part of type {kind!r}, which is not understood; parts are `text` and `image`, or OpenAI's "
-            "`image_url`, `input_image` and `input_text`."
+            f"{where} has a part of type {kind!r}, which is not understood; parts are `text`, `image` and `video`, or "
+            "OpenAI's `image_url`, `input_image` and `input_text`."
         )
     if rest:
         raise ValueError(f"{where} has a part {kind!r} with `{next(iter(rest))}`, which is not understood.")
@@ -93,15 +101,15 @@ def _part(part: Any, where: str) -> dict[str, Any]:
 
 
 def _keep_typed(parts: list[dict[str, Any]], image_token: str) -> list[dict[str, Any]]:
-    """The parts with typed image tokens marked, also a token that is split between two texts."""
+    """The parts with typed tokens of images and clips marked, also a token that is split between two texts."""
     kept, run = [], ""
     for part in parts:
-        if part["type"] == "image":
+        if part["type"] != "text":
             kept.append(part)
             run = ""
             continue
         text = part["text"]
-        goes_on = (run + text).count(image_token) > run.count(image_token) + text.count(image_token)
+        goes_on = any((run + text).count(t) > run.count(t) + text.count(t) for t in (image_token, VIDEO_TOKEN))
         kept.append({"type": "text", "text": TYPED * goes_on + as_typed(text, image_token)})
         run += text
     return kept

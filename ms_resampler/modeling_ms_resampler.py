@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, Self
 
 import torch
@@ -25,6 +25,7 @@ from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
+from .clips_ms_resampler import IMAGE, ClipResampler
 from .configuration_ms_resampler import MSResamplerConfig, token_grid
 from .fusion_ms_resampler import PreFusion, fuse, words_of_prompt
 from .loading_ms_resampler import LoadingMixin
@@ -59,7 +60,7 @@ from .resampler_ms_resampler import init_resampler_weights
 from .tiles_ms_resampler import NONE, Grid, Tiling, join_tiles, over_picture, read_tilings
 from .towers_ms_resampler import flatten_patches, make_layers_skippable, patch_features, states_of
 
-VIEWS_AT_ONCE = 8  # of tiled pictures, in the tower
+VIEWS_AT_ONCE = 8  # of tiled pictures and clips, in the tower
 # The name of the key-value cache: until transformers 5.23, and since.
 _CACHE_NAMES = ("past_key_values", "cache")
 
@@ -69,13 +70,15 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
     """What `get_image_features` returns: one entry per image, in order.
 
     pooler_output: visual tokens (M, T); patch_grids, token_grids: (rows, columns).
+    clips: of temporal scopes, the frames and steps of every picture, which is an image or a clip; grids are those of a
+        frame and of a step, and tokens and patches in the order (t, y, x). A step is a span of time.
     overview_grids: of tiled images, the token grids of the overviews, whose tokens come first; (0, 0) is none.
     token_counts: how many image tokens each has in a text: M, before a reducer.
     last_hidden_state: of the tower's last layer that is read; attentions and all hidden_states: if requested.
     word_weights (M, words): the share of each of the configured `visual_words` in each token.
     deepstack_features: with pre-fusion, one list of every image's patches (N, T); a name that `generate` knows.
     scope_weights (S, M), scope_attentions (S, M, N) and token_places (M, 2): with `output_scopes=True`, see ScopeMaps.
-        Attention of an overview is spread over the patches of the whole image.
+        Attention of an overview is spread over the patches of the whole image. Places of clips are (M, 3), time first.
     kept_tokens: with a reducer that chooses before the language model, and merges nothing, which visual tokens stay;
         maps and grids are of all.
     key_sets: the visual tokens that the reducer mustdrop always keeps.
@@ -83,6 +86,7 @@ class MSResamplerImageFeatures(BaseModelOutputWithPooling):
 
     patch_grids: list[tuple[int, int]] | None = None
     token_grids: list[tuple[int, int]] | None = None
+    clips: list[tuple[int, int]] | None = None
     overview_grids: list[tuple[int, int]] | None = None
     token_counts: list[int] | None = None
     word_weights: list[Tensor] | None = None
@@ -126,7 +130,9 @@ class MSResamplerPreTrainedModel(LoadingMixin, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = [projector.__name__ for projector in (*SCOPED_PROJECTORS.values(), *PROJECTORS.values())]
+    _no_split_modules = [
+        projector.__name__ for projector in (*SCOPED_PROJECTORS.values(), ClipResampler, *PROJECTORS.values())
+    ]
     _skip_keys_device_placement = list(_CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -232,6 +238,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         spatial_shapes: Tensor | None = None,
         output_scopes: bool = False,
         tilings: Tensor | list | None = None,
+        clips: Tensor | list | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MSResamplerImageFeatures:
         """Visual tokens of images, for `forward` or `generate` (`mm_encoder_outputs={"image": features}`).
@@ -243,6 +250,9 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
 
         tilings (B, 3, 2) says how images are cut into tiles (see Tiling): pixel_values are then the views of all of
         them, (V, 3, height, width), which the tower runs a few at a time.
+
+        clips (B, 2), of a projector whose `video_form` is "scopes", are the numbers of frames and of steps of every
+        picture, 1 and 1 of an image: pixel_values are then the frames of all of them, and token_grids those of a step.
 
         The tower runs up to the last layer that is read, which is last_hidden_state; `output_hidden_states=True` or
         `output_attentions=True` runs all layers.
@@ -256,15 +266,16 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             kwargs["output_hidden_states"] = True
         reducer = self.reducer
         self._check_tilings(tilings, token_grids, spatial_shapes, reducer)
+        pictures = None if clips is None else self._read_clips(clips, token_grids)
         if isinstance(reducer, TowerReducer):
             return self._reduce_patches(reducer, pixel_values, token_grids, tilings, **kwargs)
         size = pixel_values.shape[-2], pixel_values.shape[-1]  # patches have their own grids
-        if tilings is None:
-            tower = self._run_tower(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
+        inputs = pixel_values, pixel_attention_mask, spatial_shapes
+        if tilings is None and pictures is None:
+            tower = self._run_tower(*inputs, **kwargs)
         else:
-            tower = joined(
-                [self._run_tower(views, None, None, **kwargs) for views in pixel_values.split(VIEWS_AT_ONCE)]
-            )
+            groups = (repeat(None) if values is None else values.split(VIEWS_AT_ONCE) for values in inputs)
+            tower = joined([self._run_tower(*views, **kwargs) for views in zip(*groups, strict=False)])
         x_BNC, patch_grid = patch_features(tower, shape, layers, size)
         x_BNC = x_BNC.to(next(p.dtype for p in self.projector.parameters() if p.is_floating_point()))
         if torch.compiler.is_exporting():  # graphs cannot split it: (B, M, T), in the configured budget
@@ -277,13 +288,18 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         overviews = None
         if tilings is None:
             sizes = [patch_grid] * len(x_BNC) if spatial_shapes is None else list(map(tuple, spatial_shapes.tolist()))
-            patch_grids, wanted = sizes, self._token_grids(token_grids, sizes)
-            tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
+            if pictures is not None:
+                x_pNC, patch_grids = joined_frames(x_BNC, sizes, pictures)
+                wanted = self._token_grids(token_grids, patch_grids)
+                tokens, maps = self._project(x_pNC, patch_grids, wanted, output_scopes, pictures)
+            else:
+                patch_grids, wanted = sizes, self._token_grids(token_grids, sizes)
+                tokens, maps = self._project(x_BNC, patch_grids, wanted, output_scopes)
         else:
             cuts = read_tilings(tilings)
             patch_grids, overviews = [cut.patches for cut in cuts], [cut.overview for cut in cuts]
             wanted = self._token_grids(token_grids, patch_grids)
-            tokens, maps = self._project_tiles(x_BNC, patch_grid, cuts, wanted, output_scopes)
+            tokens, maps = self._project_tiles(x_BNC, patch_grid, cuts, wanted, output_scopes, pictures)
         counts = [len(y_MT) for y_MT in tokens]
         tokens, words = self._mix_words(tokens)
         kept = None
@@ -298,6 +314,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             attentions=getattr(tower, "attentions", None),
             patch_grids=patch_grids,
             token_grids=wanted,
+            clips=pictures,
             overview_grids=overviews,
             token_counts=counts,
             word_weights=words,
@@ -390,10 +407,17 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         return [tuple(grid) for grid in (token_grids.tolist() if isinstance(token_grids, Tensor) else token_grids)]
 
     def _run_projector(
-        self, x_BNC: Tensor, patch_grid: tuple[int, int], token_grid: tuple[int, int], output_scopes: bool
+        self,
+        x_BNC: Tensor,
+        patch_grid: tuple[int, int],
+        token_grid: tuple[int, int],
+        output_scopes: bool,
+        clip: Grid = IMAGE,
     ) -> tuple[Tensor, Any]:
         """Visual tokens, and what else there is: maps of the scopes, or the patches that are fused with the text."""
         config = self.config.projector_config  # the module itself may be wrapped, for example by peft
+        if config.video_form == "scopes":
+            return self.projector(x_BNC, patch_grid, token_grid, output_scopes, clip)
         if config.num_scopes:
             return self.projector(x_BNC, patch_grid, token_grid, output_scopes)
         if output_scopes:
@@ -418,6 +442,24 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         if token_grids is None:
             raise ValueError("`tilings` come with `token_grids`: give the model all that the processor returns.")
 
+    def _read_clips(self, clips: Tensor | list, token_grids: Any) -> list[Grid]:
+        """The frames and steps of every picture. Raises ValueError if this model, or the call, cannot have clips."""
+        if self.config.projector_config.video_form != "scopes":
+            raise ValueError(
+                '`clips` are read by temporal scopes, which this projector lacks: set `video_form` to "frames" in the '
+                "processor."
+            )
+        if token_grids is None:
+            raise ValueError("`clips` come with `token_grids`: give the model all that the processor returns.")
+        if len(clips) != len(token_grids):
+            raise ValueError(f"Got {len(clips)} clips for {len(token_grids)} token grids; give one for each picture.")
+        rows = clips.tolist() if isinstance(clips, Tensor) else clips
+        pictures = [(int(frames), int(steps)) for frames, steps in rows]
+        for frames, steps in pictures:
+            if not 1 <= steps <= frames:
+                raise ValueError(f"A clip of {frames} frames has 1 to {frames} steps, got {steps}.")
+        return pictures
+
     def _project_tiles(
         self,
         x_VNC: Tensor,
@@ -425,18 +467,21 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         cuts: list[Tiling],
         token_grids: list[Grid],
         output_scopes: bool,
+        pictures: list[Grid] | None,
     ) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
-        """Visual tokens of every tiled image, and its scope maps; those of the overview come first.
+        """Visual tokens of every tiled image or clip, and its scope maps; those of the overview come first.
 
         Raises ValueError if the number of views is not that of the tilings.
         """
-        views = [cut.views for cut in cuts]
+        clips = [IMAGE] * len(cuts) if pictures is None else pictures
+        views = [cut.views * frames for cut, (frames, _) in zip(cuts, clips, strict=True)]
         if sum(views) != len(x_VNC):
             raise ValueError(f"Got {len(x_VNC)} views for tilings of {sum(views)}: give pixels and tilings together.")
-        images = zip(x_VNC.split(views), cuts, token_grids, strict=True)
-        parts = [self._parts(x_vNC, tile_patches, cut, grid) for x_vNC, cut, grid in images]
-        x_parts, patch_grids, wanted = zip(*(part for of_image in parts for part in of_image), strict=True)
-        projected = self._project(list(x_parts), list(patch_grids), list(wanted), output_scopes)
+        images = zip(x_VNC.split(views), cuts, token_grids, clips, strict=True)
+        parts = [self._parts(x_vNC, tile_patches, cut, grid, clip) for x_vNC, cut, grid, clip in images]
+        flat = map(list, zip(*(part for of_image in parts for part in of_image), strict=True))
+        x_parts, patch_grids, wanted, of_parts = flat
+        projected = self._project(x_parts, patch_grids, wanted, output_scopes, of_parts)
         tokens, maps = iter(projected[0]), iter(projected[1])
         joint_tokens: list[Tensor] = []
         joint_maps: list[tuple[Tensor, ...]] = []
@@ -449,18 +494,25 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
                 joint_maps.append((torch.cat(weights, dim=1), attention_SMN, torch.cat(places)))
         return joint_tokens, joint_maps
 
-    def _parts(self, x_vNC: Tensor, tile_patches: Grid, cut: Tiling, grid: Grid) -> list[tuple[Tensor, Grid, Grid]]:
-        """What the projector reads of a tiled image: features (N, C), their grid and the token grid over it.
+    def _parts(
+        self, x_vNC: Tensor, tile_patches: Grid, cut: Tiling, grid: Grid, clip: Grid
+    ) -> list[tuple[Tensor, Grid, Grid, Grid]]:
+        """What the projector reads of a tiled image: features (N, C), their grid, the token grid over it, and the clip.
 
         That is the overview, if there is one, and the whole image; or, for peers with a grid of their own, each view.
         """
         kind = self.config.projector_config.projector_type
+        if clip != IMAGE:
+            if cut.overview != NONE:
+                raise ValueError("A clip has no overview: leave it out of the tilings.")
+            frames = [join_tiles(frame, tile_patches, cut) for frame in x_vNC.split(cut.views)]
+            return [(torch.cat(frames), cut.patches, grid, clip)]
         if kind not in OWN_GRID:
-            seen = [] if cut.overview == NONE else [(x_vNC[0], tile_patches, cut.overview)]
-            return [*seen, (join_tiles(x_vNC[len(seen) :], tile_patches, cut), cut.patches, grid)]
+            seen = [] if cut.overview == NONE else [(x_vNC[0], tile_patches, cut.overview, clip)]
+            return [*seen, (join_tiles(x_vNC[len(seen) :], tile_patches, cut), cut.patches, grid, clip)]
         if cut.patches != tile_patches:
             raise ValueError(f"`{kind}` is made for the grid of one tile: give the processor `tiles_apart=True`.")
-        return [(x_NC, tile_patches, grid) for x_NC in x_vNC]
+        return [(x_NC, tile_patches, grid, clip) for x_NC in x_vNC]
 
     def _project(
         self,
@@ -468,20 +520,21 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         patch_grids: list[tuple[int, int]],
         token_grids: list[tuple[int, int]],
         output_scopes: bool,
+        clips: list[Grid] | None = None,
     ) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
-        """Visual tokens of every image and its scope maps or fused patches; images of the same grids are batched."""
-        grids = list(zip(patch_grids, token_grids, strict=True))
+        """Visual tokens of every picture and its scope maps or fused patches; those of the same grids are batched."""
+        grids = list(zip(patch_grids, token_grids, clips or [IMAGE] * len(token_grids), strict=True))
         tokens: dict[int, Tensor] = {}
         maps: dict[int, tuple[Tensor, ...]] = {}
-        for patches, wanted in dict.fromkeys(grids):
-            rows = [row for row, grid in enumerate(grids) if grid == (patches, wanted)]
+        for patches, wanted, clip in dict.fromkeys(grids):
+            rows = [row for row, grid in enumerate(grids) if grid == (patches, wanted, clip)]
             if isinstance(x_BNC, Tensor):
                 x = x_BNC if len(rows) == len(grids) else x_BNC[rows]
             else:
                 x = torch.stack([x_BNC[row] for row in rows])
             if self.tower_shape.takes_patches:  # drops padding to the batch's largest image
-                x = x[:, : patches[0] * patches[1]]
-            y_BMT, more = self._run_projector(x, patches, wanted, output_scopes)
+                x = x[:, : clip[0] * patches[0] * patches[1]]
+            y_BMT, more = self._run_projector(x, patches, wanted, output_scopes, clip)
             for row, index in enumerate(rows):
                 tokens[index] = y_BMT[row]
                 if output_scopes:
@@ -536,6 +589,7 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
         mm_encoder_outputs: dict[str, MSResamplerImageFeatures] | None = None,
         prompt_mask: Tensor | None = None,
         tilings: Tensor | list | None = None,
+        clips: Tensor | list | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MSResamplerModelOutputWithPast:
         """Runs text (batch, L), as ids or embeddings, with the images for its image tokens, if any.
@@ -552,7 +606,13 @@ class MSResamplerModel(MSResamplerPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             images = self.get_image_features(
-                pixel_values, token_grids, pixel_attention_mask, spatial_shapes, tilings=tilings, return_dict=True
+                pixel_values,
+                token_grids,
+                pixel_attention_mask,
+                spatial_shapes,
+                tilings=tilings,
+                clips=clips,
+                return_dict=True,
             )
         running: Any = nullcontext()
         features, kept = None, None
@@ -676,6 +736,23 @@ def joined(outputs: list[Any]) -> Any:
     return type(outputs[0])(**{name: join([output[name] for output in outputs]) for name in outputs[0]})
 
 
+def joined_frames(x_VNC: Tensor, sizes: list[Grid], pictures: list[Grid]) -> tuple[list[Tensor], list[Grid]]:
+    """The patches (F * N, C) of every clip, from those of its frames, and their grids.
+
+    Raises ValueError if the frames of a clip, or their number, do not fit.
+    """
+    counts = [frames for frames, _ in pictures]
+    if sum(counts) != len(x_VNC):
+        raise ValueError(f"Got {len(x_VNC)} frames for clips of {sum(counts)}: give pixels and clips together.")
+    grids = iter(sizes)
+    of_clips = [list(islice(grids, count)) for count in counts]
+    if any(len(set(of_clip)) > 1 for of_clip in of_clips):
+        raise ValueError("The frames of a clip have patch grids of different sizes.")
+    grids_of = [of_clip[0] for of_clip in of_clips]
+    joint = zip(x_VNC.split(counts), grids_of, strict=True)
+    return [x_FNC[:, : rows * columns].flatten(0, 1) for x_FNC, (rows, columns) in joint], grids_of
+
+
 def with_prompt(generated: Any, prompt: Tensor, length: int) -> Any:
     """What `generate` returned, with a prompt instead of its first `length` tokens."""
     sequences = generated if isinstance(generated, Tensor) else generated.sequences
@@ -759,6 +836,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         tilings: Tensor | list | None = None,
+        clips: Tensor | list | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MSResamplerCausalLMOutputWithPast:
         """Next-token logits of MSResamplerModel's text.
@@ -779,6 +857,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
             mm_encoder_outputs=mm_encoder_outputs,
             prompt_mask=prompt_mask,
             tilings=tilings,
+            clips=clips,
             **kwargs,
         )
         logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -833,7 +912,7 @@ class MSResamplerForConditionalGeneration(MSResamplerPreTrainedModel, Generation
         """The images among the arguments of `generate`, encoded there, if a reducer works before the language model."""
         if isinstance(self.reducer, LayerReducer) and not isinstance(self.reducer, TowerReducer):
             return None
-        encode = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes", "tilings")
+        encode = ("pixel_values", "token_grids", "pixel_attention_mask", "spatial_shapes", "tilings", "clips")
         given = {name: kwargs.pop(name) for name in encode if kwargs.get(name) is not None}
         images: Any = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if "pixel_values" in given:

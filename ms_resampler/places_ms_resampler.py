@@ -21,11 +21,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Grid = tuple[int, int]
+GLOBAL = 1e30  # sigma of the global scope: its prior is zero, and unlike infinity it can be subtracted from itself
 CODE, FINEST = 32, 4  # a place's code: its width, and the octaves from its longest wavelength to its shortest
+
+
+@dataclass
+class ScopeMaps:
+    """Each token's fusion weights over the scopes, which sum to one, each scope's mean attention over its heads, and
+    the mean place (y, x) in [0, 1]^2 of each token's cell.
+    """
+
+    weights_BSM: Tensor
+    attentions_BSMN: Tensor
+    places_BM2: Tensor
 
 
 class LinearFromZero(nn.Linear):
     """A linear layer whose weight is initialised to zero."""
+
+
+def check_patches(x_BNC: Tensor, patch_grid: Grid) -> None:
+    """Raises ValueError unless there is one feature for each patch of the grid."""
+    if x_BNC.shape[1] != patch_grid[0] * patch_grid[1]:
+        raise ValueError(
+            f"Got {x_BNC.shape[1]} patch features for a grid of {patch_grid[0]} x {patch_grid[1]} patches: "
+            "the vision tower's prefix tokens or the image size do not fit the configuration."
+        )
+
+
+def mlp(inputs: int, outputs: int, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
+    """Linear, activation, Linear; the hidden width is the output width."""
+    return nn.Sequential(nn.Linear(inputs, outputs), activation(), nn.Linear(outputs, outputs))
+
+
+def spread(sigma: float | None, heads: int) -> tuple[Tensor, Tensor]:
+    """The initial sigmas (h,) and offsets (h, 2) of a scope's heads; None is the global scope.
+
+    Several heads start at half the scope's sigma, at points of a sunflower spiral over a disc of radius sigma.
+    """
+    if sigma is None or heads == 1:
+        return torch.full((heads,), float(sigma or GLOBAL)), torch.zeros(heads, 2)
+    number = torch.arange(heads) + 0.5
+    radius, angle = (number / heads).sqrt(), number * math.pi * (3 - math.sqrt(5))
+    points_h2 = torch.stack([radius * angle.sin(), radius * angle.cos()], dim=-1)
+    return torch.full((heads,), sigma / 2), sigma * (points_h2 - points_h2.mean(dim=0))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -177,4 +216,4 @@ def shares(edges: Tensor, cells: int) -> Tensor:
     return share / share.sum(-1, keepdim=True)  # exactly one, whatever the rounding of the edges
 
 
-__all__ = ["EvenPlaces", "MovedPlaces", "MovingSpace"]
+__all__ = ["EvenPlaces", "MovedPlaces", "MovingSpace", "ScopeMaps"]

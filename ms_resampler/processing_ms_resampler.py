@@ -1,4 +1,4 @@
-"""The MS-Resampler processor: images and text to model inputs, one image token for every visual token.
+"""The MS-Resampler processor: images, clips and text to model inputs, one image token for every visual token.
 
 "<image>What is this?" and a budget of 4  ->  "<image><image><image><image>What is this?"
 """
@@ -8,8 +8,8 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,10 +19,21 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import ImageInput, get_image_size_for_max_height_width, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_ms_resampler import AUTO_MAP, nearest_grid, patch_grid, token_grid
+from .configuration_ms_resampler import AUTO_MAP, is_grid, nearest_grid, patch_grid, token_grid
 from .images_ms_resampler import is_rgb_array, open_picture
-from .messages_ms_resampler import TYPED, as_typed, understood_messages
+from .messages_ms_resampler import TYPED, VIDEO_TOKEN, as_typed, understood_messages
 from .tiles_ms_resampler import NONE, Grid, Tiling, budgets_for, cut, grids_of, lay_out, read_tilings, share_out
+from .videos_ms_resampler import (
+    Clip,
+    Sampling,
+    Video,
+    clip_grid,
+    clips_in,
+    of_steps,
+    open_clip,
+    read_sampling,
+    share_of_frames,
+)
 
 BACKENDS = "transformers.image_processing_backends"  # where image processors inherit resizing and cropping from
 
@@ -35,20 +46,30 @@ OPTIONS: dict[str, Any] = {
     "tiles_apart": False,
     "auto_tokens": (36, 576),
     "newline_token": None,
+    "video_form": "frames",
 }
 OF_IMAGES = ("visual_tokens", "visual_tokens_total", "tiles", "overview_share")  # options that are ours
-Layout = tuple[Any, Grid]  # a picture's Tiling, or None if it is not cut, and its token grid
+OF_VIDEOS = ("num_frames", "fps", "do_sample_frames", "video_metadata")  # those of transformers that are read
+
+
+class Layout(NamedTuple):
+    """A picture's Tiling, or None if it is not cut, its token grid, and of a clip the steps that have such a grid."""
+
+    tiling: Any
+    grid: Grid
+    steps: int = 1
 
 
 class MSResamplerImagesKwargs(ImagesKwargs, total=False):
     """Image options at call time, beside the image processor's.
 
-    visual_tokens: a count, a (rows, columns) tuple, "auto", or a list with one of these for each image.
-    visual_tokens_total: for all images of a prompt together (of each list of images, or of a flat one).
+    visual_tokens: a count, a (rows, columns) tuple, (steps, rows, columns) of a clip, "auto", or a list with one of
+        these for each picture, which is an image or a clip, in the order of the prompts.
+    visual_tokens_total: for all pictures of a prompt together (of each list of images, or of a flat one).
     tiles, overview_share: see MSResamplerProcessor.
     """
 
-    visual_tokens: int | str | tuple[int, int] | list[int | str | tuple[int, int] | list[int] | None] | None
+    visual_tokens: int | str | tuple[int, ...] | list[int | str | tuple[int, ...] | list[int] | None] | None
     visual_tokens_total: int | None
     tiles: int | tuple[int, int] | list[int | tuple[int, int] | list[int]] | None
     overview_share: float | int | None
@@ -74,7 +95,8 @@ class MSResamplerProcessor(ProcessorMixin):
         newline_token: of LLaVA-NeXT's layout, a token after each row of visual tokens of a picture in tiles, and at the
             end of one that is not cut. Every picture in tiles then has an overview.
         tiles_apart: whether each tile has a budget of its own, as projectors need that are made for one grid.
-        image_token: the placeholder in the text.
+        video_form: how the model reads clips, its `projector_config.video_form`.
+        image_token: the placeholder in the text; of a clip it is <video>.
         max_pixels: images with more are refused before they are decoded.
         padding_side: where the tokenizer pads; generation needs "left".
 
@@ -137,7 +159,7 @@ class MSResamplerProcessor(ProcessorMixin):
     def __call__(
         self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Model inputs for images and prompts, which contain a placeholder for each of their images.
+        """Model inputs for images, clips (`videos`) and prompts, which contain a placeholder for each of these.
 
         The tokenizer does not repeat a beginning-of-text token that a chat template has written.
         Raises ValueError for unknown options and for inputs that `validate_inputs` refuses.
@@ -163,8 +185,8 @@ class MSResamplerProcessor(ProcessorMixin):
     ):
         """The text of a conversation (or of each of several) or, with `tokenize`, its model inputs.
 
-        Messages contain parts of text and images, in the formats of transformers and OpenAI; an image token typed
-        in a text stays text. Options of the processor go into `processor_kwargs`.
+        Messages contain parts of text, images and clips, in the formats of transformers and OpenAI; a token of these
+        that is typed in a text stays text. Options of the processor go into `processor_kwargs`.
         Raises ValueError for parts, keys and options that neither template nor processor understands.
         """
         template = self._resolve_chat_template(chat_template)
@@ -172,7 +194,7 @@ class MSResamplerProcessor(ProcessorMixin):
             raise ValueError("The conversation is empty.")
         batched = not isinstance(conversation[0], Mapping)
         chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
-        chats = [understood_messages(chat, template, self.image_token) for chat in chats]
+        chats = [list(map(_as_images, understood_messages(chat, template, self.image_token))) for chat in chats]
         for name, value in {"tools": tools, "documents": documents}.items():
             if value and not _reads(template, name):
                 raise ValueError(f"The chat template does not read `{name}`; leave them out.")
@@ -183,7 +205,7 @@ class MSResamplerProcessor(ProcessorMixin):
         )
         if sources and processor_options.get("images"):
             raise ValueError(f"Images come in the messages ({sources} do) or in `processor_kwargs`, not in both.")
-        return super().apply_chat_template(
+        written = super().apply_chat_template(
             chats if batched else chats[0],
             chat_template=chat_template,
             tools=as_typed(tools, self.image_token),
@@ -191,6 +213,22 @@ class MSResamplerProcessor(ProcessorMixin):
             processor_kwargs=processor_options,
             **template_options,
         )
+        if template_options.get("tokenize"):
+            return written
+        texts = [
+            self._with_videos(text, chat) for text, chat in zip(written if batched else [written], chats, strict=True)
+        ]
+        return texts if batched else texts[0]
+
+    def _with_videos(self, text: str, chat: list[dict[str, Any]]) -> str:
+        """The text of a conversation, with the placeholders of clips, which the template knows as images."""
+        contents = [message.get("content") for message in chat]
+        parts = [part for content in contents if isinstance(content, list) for part in content if "text" not in part]
+        before, *after = text.split(self.image_token)
+        if len(after) != len(parts):
+            return text
+        tokens = [VIDEO_TOKEN if isinstance(part.get("image"), Video) else self.image_token for part in parts]
+        return before + "".join(token + rest for token, rest in zip(tokens, after, strict=True))
 
     def _sorted_options(
         self, template: str, processor_kwargs: dict[str, Any] | None, kwargs: dict[str, Any]
@@ -211,6 +249,7 @@ class MSResamplerProcessor(ProcessorMixin):
             getattr(getattr(self.image_processor, "valid_kwargs", None), "__annotations__", ())
         )
         groups["common_kwargs"] = set().union(*groups.values())
+        groups["videos_kwargs"] = set(OF_VIDEOS)
         _refuse_unknown(options, {*typed, *groups, *groups["common_kwargs"]})
         for name, known in groups.items():
             _refuse_unknown(options.get(name) or {}, known)
@@ -218,70 +257,183 @@ class MSResamplerProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """Names of everything that a call can return; image inputs are those that are not the tokenizer's."""
-        return [*super().model_input_names, "token_grids", "tilings"]
+        return [*super().model_input_names, "token_grids", "tilings", "clips"]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs: Any):
-        """Opens every image (file, URL, base64, bytes, array, PIL) upright and in RGB, keeping nested lists."""
+        """Opens every image (file, URL, base64, bytes, array, PIL) upright and in RGB, keeping nested lists.
+
+        Clips are put among the images, in the order of the prompts, where their placeholders become image tokens.
+        """
         images, videos, audio = (None if _is_empty(given) else given for given in (images, videos, audio))
-        images = None if images is None else _map_nested(images, lambda image: open_picture(image, self.max_pixels))
-        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if videos is not None:
+            images, text = self._merged(images, list(map(Video, clips_in(videos))), text)
+        if images is not None:
+            images = _map_nested(images, self._opener(images, kwargs.get("videos_kwargs", {}) | kwargs))
+        _, *others = super().prepare_inputs_layout(images=None, text=text, videos=None, audio=audio, **kwargs)
+        return images, *others
+
+    def _opener(self, images: Any, options: Mapping[str, Any]) -> Callable[[Any], Any]:
+        """What opens each of nested images and clips, in order."""
+        count = sum(isinstance(item, Video) for item in _leaves(images))
+        sampling = read_sampling(options) if count else Sampling()
+        given = options.get("video_metadata") if count else None
+        given = list(given) if isinstance(given, (list, tuple)) else [given] * count
+        if len(given) != count:
+            raise ValueError(f"Got {len(given)} entries in `video_metadata` for {count} clips; give one for each.")
+        metadata = iter(given)
+
+        def opened(item: Any) -> Any:
+            if isinstance(item, Video):
+                return open_clip(item.source, next(metadata), sampling, self.max_pixels)
+            return self.image_processor.fetch_images(open_picture(item, self.max_pixels))
+
+        return opened
+
+    def _merged(self, images: Any, videos: list[Video], text: Any) -> tuple[list, Any]:
+        """Images and clips in the order of their placeholders, and the prompts with image tokens for both.
+
+        Raises ValueError if there is not a placeholder for each.
+        """
+        flat = [] if images is None else _leaves(images)
+        if text is None:
+            return [*flat, *videos], None
+        prompts = [text] if isinstance(text, str) else list(text)
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("`text` must be a string or list of strings.")
+        self._check_groups(images, prompts)
+        for token, given, what in ((self.image_token, flat, "images"), (VIDEO_TOKEN, videos, "clips")):
+            if (count := sum(prompt.count(token) for prompt in prompts)) != len(given):
+                raise ValueError(f"Found {count} {token} placeholders for {len(given)} {what}; write one for each.")
+        either = re.compile(f"{re.escape(self.image_token)}|{re.escape(VIDEO_TOKEN)}")
+        items = {self.image_token: iter(flat), VIDEO_TOKEN: iter(videos)}
+        merged = [[next(items[token]) for token in either.findall(prompt)] for prompt in prompts]
+        return merged, [prompt.replace(VIDEO_TOKEN, self.image_token) for prompt in prompts]
+
+    def _check_groups(self, images: Any, prompts: Sequence[Any]) -> None:
+        """Raises ValueError if lists of images, one for each prompt, do not have as many as there are placeholders."""
+        listed = isinstance(images, (list, tuple)) and len(images) == len(prompts)
+        if not listed or not isinstance(images[0], (list, tuple)):
+            return
+        for number, (prompt, group) in enumerate(zip(prompts, images, strict=True), start=1):
+            if isinstance(prompt, str) and prompt.count(self.image_token) != len(group):
+                raise ValueError(
+                    f"Prompt {number} has {prompt.count(self.image_token)} {self.image_token} placeholders, "
+                    f"but {len(group)} images were given for it."
+                )
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs: Any) -> None:
         """Raises ValueError, with both counts, if the numbers of placeholders and images differ."""
-        if videos is not None or audio is not None:
-            raise ValueError("MS-Resampler reads images and text; it takes no videos and no audio.")
+        if audio is not None:
+            raise ValueError("MS-Resampler reads images, videos and text; it takes no audio.")
         if text == []:
             raise ValueError("Give at least one prompt, or leave `text` out.")
         groups = [isinstance(item, list) for item in images] if isinstance(images, list) else []
         if any(groups) and not all(groups):
             raise ValueError("Images are one flat list, or one list for each prompt, not a mixture of the two.")
         nested = any(groups) and text is not None
-        if nested and len(groups) == len(text):
-            for number, (prompt, group) in enumerate(zip(text, images, strict=True), start=1):
-                if isinstance(prompt, str) and prompt.count(self.image_token) != len(group):
-                    raise ValueError(
-                        f"Prompt {number} has {prompt.count(self.image_token)} {self.image_token} placeholders, "
-                        f"but {len(group)} images were given for it."
-                    )
-        super().validate_inputs(images=images, text=text, **kwargs)
+        if nested:
+            self._check_groups(images, text)
+        if left := sum(prompt.count(VIDEO_TOKEN) for prompt in text or () if isinstance(prompt, str)):
+            raise ValueError(f"Found {left} {VIDEO_TOKEN} placeholders in the text, but no videos were given.")
+        shown = (
+            None
+            if images is None
+            else _map_nested(images, lambda item: item.frames[0] if isinstance(item, Clip) else item)
+        )
+        super().validate_inputs(images=shown, text=text, **kwargs)
         if nested and len(groups) != len(text):
             raise ValueError(f"Got {len(groups)} lists of images for {len(text)} prompts; give one for each.")
 
     def _process_images(self, images, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         options = {name: kwargs.pop(name, None) for name in OF_IMAGES}
-        flat = make_flat_list_of_images(images)
+        leaves = _leaves(images)
+        pictures = leaves if any(isinstance(item, Clip) for item in leaves) else make_flat_list_of_images(images)
         nested = isinstance(images, (list, tuple)) and bool(images) and isinstance(images[0], (list, tuple))
-        groups = [len(group) for group in images] if nested else [len(flat)]
+        groups = [len(group) for group in images] if nested else [len(pictures)]
+        framed = [item.frames if isinstance(item, Clip) else [item] for item in pictures]
         if self._option("tiles", options) is None:
-            inputs = self._look(flat, **kwargs)
-            lay = [partial(self._lay_out, grid) for grid in self._patch_grids(inputs)]
-            layouts = self._layouts(lay, groups, options)
+            inputs = self._look([frame for frames in framed for frame in frames], **kwargs)
+            grids, firsts = self._patch_grids(inputs), np.cumsum([0, *map(len, framed)])[:-1]
+            lay = [partial(self._lay_out, grids[first]) for first in firsts]
         else:
-            pictures, tile = [_as_picture(image) for image in flat], self._tile_size(kwargs)
-            lay = [partial(self._lay_tiles, (image.height, image.width), tile, options) for image in pictures]
-            layouts = self._layouts(lay, groups, options)
-            tilings, resample = [tiling for tiling, _ in layouts], kwargs.get("resample", self.image_processor.resample)
-            views = [view for pair in zip(pictures, tilings, strict=True) for view in cut(*pair, tile, resample)]
+            framed, tile = [list(map(_as_picture, frames)) for frames in framed], self._tile_size(kwargs)
+            lay = [partial(self._lay_tiles, (image.height, image.width), tile, options) for image, *_ in framed]
+        lay = [
+            partial(self._lay_clip, len(item.frames), place) if isinstance(item, Clip) else place
+            for item, place in zip(pictures, lay, strict=True)
+        ]
+        layouts = self._layouts(lay, groups, options)
+        if self._option("tiles", options) is not None:
+            resample = kwargs.get("resample", self.image_processor.resample)
+            views: list[Any] = []
+            for frames, of_picture in zip(framed, layouts, strict=True):
+                same = len(frames) // len(of_picture)  # frames of temporal scopes have one layout
+                tilings = [layout.tiling for layout in of_picture for _ in range(same)]
+                for pair in zip(frames, tilings, strict=True):
+                    views += cut(*pair, tile, resample)
             inputs = self.image_processor(views, **kwargs | {"do_resize": False, "do_center_crop": False})
-            inputs["tilings"] = np.array(tilings)
-        inputs["token_grids"] = np.array([grid for _, grid in layouts])
-        return inputs, [self.replace_image_token(inputs, number) for number in range(len(layouts))]
+            inputs["tilings"] = np.array([layout.tiling for of_picture in layouts for layout in of_picture])
+        inputs["token_grids"] = np.array([layout.grid for of_picture in layouts for layout in of_picture])
+        if self.video_form == "scopes" and any(isinstance(item, Clip) for item in pictures):
+            pairs = zip(framed, layouts, strict=True)
+            inputs["clips"] = np.array([(len(frames), layout.steps) for frames, (layout,) in pairs])
+        return inputs, [self._written(item, laid) for item, laid in zip(pictures, layouts, strict=True)]
 
     def replace_image_token(self, image_inputs: BatchFeature, image_idx: int, **kwargs: Any) -> str:
         """The text that replaces an image's placeholder: its image tokens, with newlines if there are any."""
         rows, columns = (int(side) for side in image_inputs["token_grids"][image_idx])
         tiling = read_tilings([image_inputs["tilings"][image_idx]])[0] if "tilings" in image_inputs else None
-        count, newline = self._count((tiling, (rows, columns))), self.newline_token or ""
-        if tiling is None or not newline:
+        return self._tokens_of(Layout(tiling, (rows, columns)))
+
+    def _tokens_of(self, layout: Layout) -> str:
+        """The image tokens of a picture, with newlines if there are any."""
+        (rows, columns), newline, count = layout.grid, self.newline_token or "", self._count([layout])
+        if layout.tiling is None or not newline:
             return self.image_token * count + newline
         return self.image_token * (count - rows * columns) + (self.image_token * columns + newline) * rows
 
-    def _count(self, layout: Layout) -> int:
+    def _written(self, item: Any, layouts: list[Layout]) -> str:
+        """The text that replaces the placeholder of a picture; of a clip, with the time of each frame or step."""
+        if not isinstance(item, Clip):
+            return self._tokens_of(layouts[0])
+        if self.video_form == "scopes":
+            layouts = [layouts[0]._replace(steps=1)] * layouts[0].steps
+        times = of_steps(item.times, len(layouts)) if item.times else None
+        stamps = [f"{time:.1f}s" for time in times] if times else [""] * len(layouts)
+        return "\n".join(stamp + self._tokens_of(layout) for stamp, layout in zip(stamps, layouts, strict=True))
+
+    def _count(self, layouts: list[Layout]) -> int:
         """The visual tokens of a picture."""
-        tiling, grid = layout
-        if tiling is None:
-            return math.prod(grid)
-        return tiling.views * math.prod(grid) if self.tiles_apart else math.prod(grid) + math.prod(tiling.overview)
+        count = 0
+        for tiling, grid, steps in layouts:
+            overview = 0 if tiling is None else math.prod(tiling.overview)
+            apart = tiling is not None and self.tiles_apart
+            count += tiling.views * math.prod(grid) if apart else steps * math.prod(grid) + overview
+        return count
+
+    def _lay_clip(self, frames: int, place: Callable[[Any], list[Layout]], budget: Any) -> list[Layout]:
+        """The layouts of a clip's frames or, of temporal scopes, the one of its steps; `place` lays out one frame."""
+        ((tiling, patches, _),) = place(None)
+        if is_grid(budget):  # of images, such as the processor's own: for a clip, its number of tokens
+            budget = (1, *budget) if frames == 1 else math.prod(budget)
+        if self.video_form == "scopes":
+            steps, grid = clip_grid(budget, frames, patches, self.auto_tokens)
+            return [Layout(tiling and tiling._replace(overview=NONE), grid, steps)]
+
+        able = cache(partial(self._can_have, place))  # frames are alike
+
+        def share(count: int) -> list[int]:
+            return share_out(count, [1] * frames, lambda _, one: able(one), "visual_tokens", "frames of the clip")
+
+        budgets = share_of_frames(budget, frames, patches, self.auto_tokens, share)
+        return [layout for one in budgets for layout in place(one)]
+
+    def _can_have(self, place: Callable[[Any], list[Layout]], count: int) -> bool:
+        """Whether a picture can have so many visual tokens."""
+        try:
+            return self._count(place(count)) == count
+        except ValueError:
+            return False
 
     def _option(self, name: str, options: Mapping[str, Any]) -> Any:
         """An option of a call, or the processor's own."""
@@ -289,9 +441,9 @@ class MSResamplerProcessor(ProcessorMixin):
         return getattr(self, name) if given is None else given
 
     def _layouts(
-        self, lay: Sequence[Callable[[Any], Layout]], groups: list[int], options: dict[str, Any]
-    ) -> list[Layout]:
-        """The layout of every image, from functions of a budget; `groups` are the numbers of images of each prompt."""
+        self, lay: Sequence[Callable[[Any], list[Layout]]], groups: list[int], options: dict[str, Any]
+    ) -> list[list[Layout]]:
+        """The layouts of every picture, from functions of a budget; `groups` are the numbers of each prompt."""
         given, total = options.get("visual_tokens"), options.get("visual_tokens_total")
         budgets = given if isinstance(given, list) else [given] * len(lay)
         if len(budgets) != len(lay):
@@ -309,31 +461,25 @@ class MSResamplerProcessor(ProcessorMixin):
                 first += count
         return [place(budget) for place, budget in zip(lay, budgets, strict=True)]
 
-    def _share(self, total: int, lay: Sequence[Callable[[Any], Layout]], budget: Any) -> list[int]:
+    def _share(self, total: int, lay: Sequence[Callable[[Any], list[Layout]]], budget: Any) -> list[int]:
         """A prompt's total shared among its images: evenly, or for "auto" in proportion to what each would have."""
         weights = [self._count(place("auto")) if budget == "auto" else 1 for place in lay]
+        able = [partial(self._can_have, place) for place in lay]
+        return share_out(total, weights, lambda picture, count: able[picture](count)) if lay else []
 
-        def can_have(image: int, count: int) -> bool:
-            try:
-                return self._count(lay[image](count)) == count
-            except ValueError:
-                return False
-
-        return share_out(total, weights, can_have) if lay else []
-
-    def _lay_out(self, patches: Grid, budget: Any) -> Layout:
+    def _lay_out(self, patches: Grid, budget: Any) -> list[Layout]:
         """The layout of a budget over the patches of one view."""
         if budget != "auto":
-            return None, token_grid(budget, patches)
+            return [Layout(None, token_grid(budget, patches))]
         grids = (nearest_grid(count, patches) for count in budgets_for(budget, self.auto_tokens, patches))
         grid = next(filter(None, grids), None)
         if grid is None:
             raise ValueError(
                 f"{patches[0]} x {patches[1]} patches have room for none of `auto_tokens` {self.auto_tokens}."
             )
-        return None, grid
+        return [Layout(None, grid)]
 
-    def _lay_tiles(self, image_size: Grid, tile_size: Grid, options: dict[str, Any], budget: Any) -> Layout:
+    def _lay_tiles(self, image_size: Grid, tile_size: Grid, options: dict[str, Any], budget: Any) -> list[Layout]:
         """The layout of a budget over the tiles of an image of (height, width) pixels."""
         share, patches = self._option("overview_share", options), patch_grid(tile_size, self.patch_size)
         if not 0 <= share < 1:
@@ -341,10 +487,11 @@ class MSResamplerProcessor(ProcessorMixin):
         grids = grids_of(self._option("tiles", options))
         sizes = image_size, tile_size, patches, grids
         if not self.tiles_apart:
-            return lay_out(*sizes, budget, self.auto_tokens, share, share if self.newline_token else 0.0)
+            laid = lay_out(*sizes, budget, self.auto_tokens, share, share if self.newline_token else 0.0)
+            return [Layout(*laid)]
         tiling, _ = lay_out(*sizes, None, self.auto_tokens, share)
-        _, grid = self._lay_out(patches, budget)
-        return Tiling(tiling.tiles, patches, NONE if tiling.overview == NONE else grid), grid
+        ((_, grid, _),) = self._lay_out(patches, budget)
+        return [Layout(Tiling(tiling.tiles, patches, NONE if tiling.overview == NONE else grid), grid)]
 
     def _tile_size(self, options: Mapping[str, Any]) -> Grid:
         """(height, width) of a tile: what the image processor makes of a square picture."""
@@ -394,7 +541,7 @@ class MSResamplerProcessor(ProcessorMixin):
         layouts = self._layouts(lay, [len(lay)], options)
         return MultiModalData(
             num_image_tokens=[self._count(layout) for layout in layouts],
-            num_image_patches=[1 if tiling is None else tiling.views for tiling, _ in layouts],
+            num_image_patches=[1 if tiling is None else tiling.views for ((tiling, *_),) in layouts],
         )
 
     def _patches_of(self, image_size: Grid, options: dict[str, Any]) -> Grid:
@@ -518,6 +665,21 @@ def _crop_to_reach(image: Any, reach: int | None) -> Any:
         return image
     cropped = np.asarray(image)[top : height - top, left : width - left]
     return Image.fromarray(cropped) if isinstance(image, Image.Image) else cropped
+
+
+def _as_images(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as every chat template reads it: its clips stand where images do."""
+    if not isinstance(content := message.get("content"), list):
+        return message
+    parts = [{"type": "image", "image": Video(part["video"])} if "video" in part else part for part in content]
+    return message | {"content": parts}
+
+
+def _leaves(items: Any) -> list[Any]:
+    """The items of nested lists, and the images of a batch of them."""
+    if getattr(items, "ndim", 0) == 4:
+        return list(items)
+    return [leaf for item in items for leaf in _leaves(item)] if isinstance(items, (list, tuple)) else [items]
 
 
 def _is_empty(given: Any) -> bool:

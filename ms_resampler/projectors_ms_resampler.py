@@ -19,9 +19,10 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2Perceive
 from transformers.models.idefics2.modeling_idefics2 import Idefics2MLP, Idefics2PerceiverResampler
 
 from .branches_ms_resampler import BranchesResampler, Resampler, init_branches_weights
+from .clips_ms_resampler import ClipResampler
 from .configuration_ms_resampler import PROJECTOR_TYPES, token_grid
-from .places_ms_resampler import as_map, as_tokens, cell_means
-from .resampler_ms_resampler import MultiScopeResampler, check_patches, mlp
+from .places_ms_resampler import as_map, as_tokens, cell_means, check_patches, mlp
+from .resampler_ms_resampler import MultiScopeResampler
 
 Grid = tuple[int, int]
 
@@ -888,7 +889,7 @@ def build_projector(config) -> nn.Module:
     if fields.kind == "peer":
         projector = PROJECTORS[fields.projector_type](config)
     else:
-        made = SCOPED_PROJECTORS[fields.projector_type]
+        made = ClipResampler if fields.video_form == "scopes" else SCOPED_PROJECTORS[fields.projector_type]
         projector = made(fields, config.feature_width, config.text_width)
     projector.register_load_state_dict_pre_hook(_rename_earlier)
     return projector

@@ -16,56 +16,25 @@ Shapes, as name suffixes: B images, N = H * W patches, M = Y * X visual tokens, 
 width, T text width, h heads, d head width; 1 is broadcast over the images.
 """
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .places_ms_resampler import EvenPlaces, LinearFromZero, MovingSpace, as_map, as_tokens, centres
+from .places_ms_resampler import (
+    EvenPlaces,
+    LinearFromZero,
+    MovingSpace,
+    ScopeMaps,
+    as_map,
+    as_tokens,
+    centres,
+    check_patches,
+    mlp,
+    spread,
+)
 
 Grid = tuple[int, int]
-GLOBAL = 1e30  # sigma of the global scope: its prior is zero, and unlike infinity it can be subtracted from itself
-
-
-@dataclass
-class ScopeMaps:
-    """Each token's fusion weights over the scopes, which sum to one, each scope's mean attention over its heads, and
-    the mean place (y, x) in [0, 1]^2 of each token's cell.
-    """
-
-    weights_BSM: Tensor
-    attentions_BSMN: Tensor
-    places_BM2: Tensor
-
-
-def check_patches(x_BNC: Tensor, patch_grid: Grid) -> None:
-    """Raises ValueError unless there is one feature for each patch of the grid."""
-    if x_BNC.shape[1] != patch_grid[0] * patch_grid[1]:
-        raise ValueError(
-            f"Got {x_BNC.shape[1]} patch features for a grid of {patch_grid[0]} x {patch_grid[1]} patches: "
-            "the vision tower's prefix tokens or the image size do not fit the configuration."
-        )
-
-
-def mlp(inputs: int, outputs: int, activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
-    """Linear, activation, Linear; the hidden width is the output width."""
-    return nn.Sequential(nn.Linear(inputs, outputs), activation(), nn.Linear(outputs, outputs))
-
-
-def spread(sigma: float | None, heads: int) -> tuple[Tensor, Tensor]:
-    """The initial sigmas (h,) and offsets (h, 2) of a scope's heads; None is the global scope.
-
-    Several heads start at half the scope's sigma, at points of a sunflower spiral over a disc of radius sigma.
-    """
-    if sigma is None or heads == 1:
-        return torch.full((heads,), float(sigma or GLOBAL)), torch.zeros(heads, 2)
-    number = torch.arange(heads) + 0.5
-    radius, angle = (number / heads).sqrt(), number * math.pi * (3 - math.sqrt(5))
-    points_h2 = torch.stack([radius * angle.sin(), radius * angle.cos()], dim=-1)
-    return torch.full((heads,), sigma / 2), sigma * (points_h2 - points_h2.mean(dim=0))
 
 
 class ScopePrior(nn.Module):
@@ -150,24 +119,37 @@ class ScopeLayer(GradientCheckpointingLayer):
 
     def read(self, u_BND: Tensor, places: EvenPlaces, output_scopes: bool) -> tuple[Tensor, Tensor | None]:
         """The heads' output (B, M, D) and, if requested, each scope's attention (B, S, M, N)."""
-        score_BhN = self.score(u_BND).mT.contiguous()  # the memory layout of the terms that are added
-        value_BhNd = self.v_proj(u_BND).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        rows_BhYH, columns_BhHXW = self.prior(places)
-
-        s_BhHXW = score_BhN.unflatten(-1, places.patch_grid)[..., None, :] + columns_BhHXW
-        weight_BhHXW, (peak, at) = s_BhHXW.softmax(dim=-1), s_BhHXW.max(dim=-1, keepdim=True)
-        mass_BhHX = (peak - weight_BhHXW.gather(-1, at).log()).squeeze(-1)  # logsumexp, from the softmax's results
-        o_BhHXd = weight_BhHXW.to(value_BhNd.dtype) @ value_BhNd.unflatten(2, places.patch_grid)
-        weight_BhXYH = (mass_BhHX.mT[..., None, :] + rows_BhYH[:, :, None]).softmax(dim=-1)
-        o_BhXYd = weight_BhXYH.to(value_BhNd.dtype) @ o_BhHXd.transpose(2, 3)
+        score_BhN, value_BhNd = self.listen(u_BND)
+        prior = self.prior(places)
+        o_BhXYd, _ = self.filter(score_BhN, value_BhNd, prior, places.patch_grid)
         o_BMD = o_BhXYd.permute(0, 3, 2, 1, 4).flatten(3).flatten(1, 2)
         if not output_scopes:
             return o_BMD, None
+        return o_BMD, self.mean_over_heads(self.logits(score_BhN, prior).softmax(dim=-1))
 
+    def listen(self, u_BND: Tensor) -> tuple[Tensor, Tensor]:
+        """Each head's score (B, h, N) and value (B, h, N, d) of every patch."""
+        score_BhN = self.score(u_BND).mT.contiguous()  # the memory layout of the terms that are added
+        return score_BhN, self.v_proj(u_BND).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def filter(
+        self, score_BhN: Tensor, value_BhNd: Tensor, prior: tuple[Tensor, Tensor], patch_grid: Grid
+    ) -> tuple[Tensor, Tensor]:
+        """What heads read (B, h, X, Y, d), by columns and rows, and the logits of rows (B, h, X, Y, H)."""
+        rows_BhYH, columns_BhHXW = prior
+        s_BhHXW = score_BhN.unflatten(-1, patch_grid)[..., None, :] + columns_BhHXW
+        weight_BhHXW, (peak, at) = s_BhHXW.softmax(dim=-1), s_BhHXW.max(dim=-1, keepdim=True)
+        mass_BhHX = (peak - weight_BhHXW.gather(-1, at).log()).squeeze(-1)  # logsumexp, from the softmax's results
+        o_BhHXd = weight_BhHXW.to(value_BhNd.dtype) @ value_BhNd.unflatten(2, patch_grid)
+        s_BhXYH = mass_BhHX.mT[..., None, :] + rows_BhYH[:, :, None]
+        return s_BhXYH.softmax(dim=-1).to(value_BhNd.dtype) @ o_BhHXd.transpose(2, 3), s_BhXYH
+
+    def logits(self, score_BhN: Tensor, prior: tuple[Tensor, Tensor]) -> Tensor:
+        """Score and prior of every token and patch (B, h, M, N)."""
+        rows_BhYH, columns_BhHXW = prior
         bias_BhYXHW = rows_BhYH[:, :, :, None, :, None] + columns_BhHXW.transpose(2, 3)[:, :, None]
         bias_BhMN = bias_BhYXHW.flatten(4).flatten(2, 3)
-        attention_BhMN = (score_BhN[:, :, None].to(bias_BhMN.dtype) + bias_BhMN).softmax(dim=-1)
-        return o_BMD, self.mean_over_heads(attention_BhMN)
+        return score_BhN[:, :, None].to(bias_BhMN.dtype) + bias_BhMN
 
 
 class MultiScopeResampler(nn.Module):
@@ -204,13 +186,25 @@ class MultiScopeResampler(nn.Module):
         Raises ValueError if the number of features does not match the patch grid.
         """
         check_patches(x_BNC, patch_grid)
+        u_BND = self.mix(x_BNC, patch_grid)
+        return self.resample(x_BNC, u_BND, *self.lay_out(u_BND, patch_grid, token_grid), output_scopes)
+
+    def mix(self, x_BNC: Tensor, patch_grid: Grid) -> Tensor:
+        """u (B, N, D): each patch with its neighbours."""
         u_BND = self.input_proj(self.input_norm(x_BNC))
-        u_BND = self.patch_norm(u_BND + as_tokens(self.patch_conv(as_map(u_BND, patch_grid))))
+        return self.patch_norm(u_BND + as_tokens(self.patch_conv(as_map(u_BND, patch_grid))))
+
+    def lay_out(self, u_BND: Tensor, patch_grid: Grid, token_grid: Grid) -> tuple[EvenPlaces, Tensor]:
+        """The places of patches, and z at the start, (B, M, D) or (1, M, D)."""
         if self.config.moving_scopes:
-            places, z_BMD = self.space(u_BND, patch_grid, token_grid)
-        else:
-            places = EvenPlaces.of(patch_grid, token_grid, u_BND)
-            z_BMD = u_BND.new_zeros(1, token_grid[0] * token_grid[1], u_BND.shape[-1])
+            return self.space(u_BND, patch_grid, token_grid)
+        places = EvenPlaces.of(patch_grid, token_grid, u_BND)
+        return places, u_BND.new_zeros(1, token_grid[0] * token_grid[1], u_BND.shape[-1])
+
+    def resample(
+        self, x_BNC: Tensor, u_BND: Tensor, places: EvenPlaces, z_BMD: Tensor, output_scopes: bool
+    ) -> tuple[Tensor, ScopeMaps | None]:
+        """Visual tokens (B, M, T) by all layers, and the last one's maps if requested."""
         cell_BMD, maps = places.cell_means(u_BND), None
         for layer in self.layers:
             z_BMD, maps = layer(z_BMD, u_BND, cell_BMD, places, output_scopes)

@@ -146,15 +146,19 @@ def lay_out(
     raise AssertionError("token_grid names the reason")
 
 
-def share_out(total: int, weights: Sequence[float], can_have: Callable[[int, int], bool]) -> list[int]:
+def share_out(
+    total: int,
+    weights: Sequence[float],
+    can_have: Callable[[int, int], bool],
+    name: str = "visual_tokens_total",
+    whose: str = "images",
+) -> list[int]:
     """Visual tokens of several pictures, which add up to the total, each as near to its weighted share as possible.
 
     can_have(picture, count): whether a picture can have that many. Raises ValueError if there are no such numbers.
     """
     if total < len(weights):
-        raise ValueError(
-            f"`visual_tokens_total` {total} is too small: the prompt's images, {len(weights)}, need one token each."
-        )
+        raise ValueError(f"`{name}` {total} is too small: the {len(weights)} {whose} need one token each.")
     reached: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     due = 0.0
     for picture, weight in enumerate(weights):
@@ -171,7 +175,7 @@ def share_out(total: int, weights: Sequence[float], can_have: Callable[[int, int
     if total not in reached:
         near = sorted(sorted(reached, key=lambda count: abs(count - total))[:3])
         hint = f"; use a total such as {', '.join(map(str, near))}" if near else ""
-        raise ValueError(f"`visual_tokens_total` {total} cannot be shared exactly among {len(weights)} images{hint}.")
+        raise ValueError(f"`{name}` {total} cannot be shared exactly among {len(weights)} {whose}{hint}.")
     return list(reached[total][1])
 
 

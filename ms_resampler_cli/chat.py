@@ -1,4 +1,4 @@
-"""`ms-resampler chat`: a question about one or several pictures, answered in the terminal."""
+"""`ms-resampler chat`: a question about pictures or a video, answered in the terminal."""
 
 import argparse
 import json
@@ -11,14 +11,18 @@ from .arguments import add_reducer_arguments, add_tiles_argument, budget, reduce
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of `chat`."""
     parser.add_argument("question", help="what to ask")
-    parser.add_argument("--image", action="append", required=True, metavar="FILE", help="a picture; repeat for several")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
+    parser.add_argument("--video", metavar="FILE", help="a video, which needs PyAV")
+    frames = parser.add_mutually_exclusive_group()
+    frames.add_argument("--num-frames", type=int, metavar="N", help="frames of the video that are read (default: 16)")
+    frames.add_argument("--fps", type=float, metavar="N", help="frames a second that are read instead")
     parser.add_argument("--model", help="folder or Hub repository (default: the embedded checkpoint)")
     parser.add_argument("--revision", help="branch, tag or commit of the repository")
     parser.add_argument(
         "--visual-tokens",
         type=budget,
         metavar="N",
-        help="visual tokens per picture: a count such as 36, a grid such as 4x9, or auto (default: the model's)",
+        help="visual tokens per picture or video: a count such as 36, or 4x9, or auto (default: the model's)",
     )
     parser.add_argument(
         "--visual-tokens-total", type=int, metavar="N", help="visual tokens of all pictures together, shared among them"
@@ -31,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Answers the question; streams the words unless JSON is requested."""
+    if not arguments.image and arguments.video is None:
+        raise ValueError("Give a picture with --image, or a video with --video.")
     from transformers.utils import logging
 
     from ms_resampler.answers import ask
@@ -45,6 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
         visual_tokens=arguments.visual_tokens,
         visual_tokens_total=arguments.visual_tokens_total,
         tiles=arguments.tiles,
+        video=arguments.video,
+        num_frames=arguments.num_frames,
+        fps=arguments.fps,
         reducer=reducer_of(arguments),
         max_new_tokens=arguments.max_new_tokens,
         scopes=arguments.json,
@@ -52,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if arguments.json:
         told = {"answer": answer.text, "model": model_or_embedded(arguments.model)}
-        told |= about_pictures(arguments.image, answer)
+        told |= about_pictures([*arguments.image, *([arguments.video] if arguments.video else [])], answer)
         print(json.dumps(told | {"milliseconds": round(answer.milliseconds)}))
     else:
         print()

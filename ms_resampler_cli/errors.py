@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.with_name("ms_resampler")
 
 # The extras that install a module, the most used first.
 EXTRAS = {
+    "av": ["video"],
     "bitsandbytes": ["qlora"],
     "datasets": ["train", "eval"],
     "gguf": ["gguf", "small"],

@@ -22,9 +22,9 @@ from ms_resampler.branches_ms_resampler import (
     split_heads,
 )
 from ms_resampler.configuration_ms_resampler import PROJECTOR_TYPES
-from ms_resampler.places_ms_resampler import Grid, LinearFromZero, centres
+from ms_resampler.places_ms_resampler import Grid, LinearFromZero, centres, spread
 from ms_resampler.projectors_ms_resampler import register_projector
-from ms_resampler.resampler_ms_resampler import MeanOverHeads, MultiScopeResampler, ScopeLayer, ScopePrior, spread
+from ms_resampler.resampler_ms_resampler import MeanOverHeads, MultiScopeResampler, ScopeLayer, ScopePrior
 
 # The base class of changes, which `variant` combines with others; untyped, since the result is unknown here.
 Change: Any = object

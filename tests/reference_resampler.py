@@ -72,6 +72,41 @@ def resample_image(weights: Weights, config: Any, x_NC: np.ndarray, patch_grid, 
     return np.stack(y), gates, maps
 
 
+def resample_clip(weights: Weights, config: Any, x_NC: np.ndarray, patch_grid, token_grid, clip):
+    """y, g and A of a clip of (frames, steps): tokens and patches have places (t, y, x), and a softmax is over all."""
+    frames, steps = clip
+    times = [cell_shares((frames, 1), (steps, 1), step) for step in range(steps)]
+    u, patches, shares, codes = [], [], [], []
+    for frame, x in enumerate(np.split(x_NC, frames)):
+        v = [linear(weights, "input_proj", layer_norm(weights, "input_norm", patch, config)) for patch in x]
+        v = [patch + neighbours(weights, v, patch_grid, j) for j, patch in enumerate(v)]
+        v = [layer_norm(weights, "patch_norm", patch, config) for patch in v]
+        places, of_cells = (
+            centres(patch_grid),
+            [cell_shares(patch_grid, token_grid, i) for i in range(math.prod(token_grid))],
+        )
+        codes.append(np.zeros((len(of_cells), config.hidden_size)))
+        if config.moving_scopes:
+            places, of_cells = moved(weights, v, patch_grid, token_grid)
+            seen = [positions(share @ centres(patch_grid), 32, 4) for share in of_cells]
+            codes[-1] = np.array(seen) @ weights["space.code_proj.weight"].T
+        u += v
+        patches += [((frame + 0.5) / frames, *place) for place in places]
+        shares.append(of_cells)
+    cells = range(math.prod(token_grid))
+    anchors = [((step + 0.5) / steps, *place) for step in range(steps) for place in centres(token_grid)]
+    joint = [np.concatenate([t * shares[f][i] for f, t in enumerate(of_step)]) for of_step in times for i in cells]
+    z = [sum(t * codes[f][i] for f, t in enumerate(of_step)) for of_step in times for i in cells]
+    for layer in range(config.num_hidden_layers):
+        means, grid = [share @ u for share in joint], (steps, *token_grid)
+        z, gates, maps = scope_layer(weights, f"layers.{layer}.", config, z, u, means, anchors, patches, grid)
+    y = [linear(weights, "output_proj", layer_norm(weights, "output_norm", token, config)) for token in z]
+    if config.pooled_mlp:
+        hidden = [[gelu(v) for v in linear(weights, "mlp.0", share @ x_NC)] for share in joint]
+        y = [token + linear(weights, "mlp.2", np.array(values)) for token, values in zip(y, hidden, strict=True)]
+    return np.stack(y), gates, maps
+
+
 def neighbours(weights: Weights, u, patch_grid, j: int) -> np.ndarray:
     """The 3 x 3 patches around patch j, those that are there, weighted channel by channel."""
     row, column = divmod(j, patch_grid[1])
@@ -133,7 +168,10 @@ def attend(weights, at, config, q, head, query_set, u, anchor, patches, token_gr
 
 
 def prior(weights, at, config, query_set, head, anchor, patch, patches, token_grid) -> float:
-    """B of one anchor and patch."""
+    """B of one anchor and patch; of places (t, y, x), C as well."""
+    if len(patch) == 3:
+        there = prior(weights, at, config, query_set, head, anchor[1:], patch[1:], patches, token_grid[1:])
+        return there + time_prior(weights, at, query_set, head, (anchor[0] - patch[0]) * token_grid[0])
     sigma = weights[at + "prior.sigma"][query_set, head]
     if config.scope_prior == "none" or sigma >= 1e30:
         return 0.0
@@ -148,6 +186,15 @@ def prior(weights, at, config, query_set, head, anchor, patch, patches, token_gr
     squared = squared_pitches(anchor, patch, token_grid)
     nearest = min(squared_pitches(anchor, other, token_grid) for other in patches)
     return 0.0 if squared <= max((2 * sigma) ** 2, nearest) + 1e-4 else -math.inf
+
+
+def time_prior(weights, at, query_set, head, away: float) -> float:
+    """C of a head whose step is so many pitches after a frame."""
+    tau = weights[at + "time.sigma"][query_set, head]
+    if tau >= 1e30:
+        return 0.0
+    tau = tau * math.exp(weights[at + "time.log_scale"][query_set, head])
+    return -((away + weights[at + "time.offset"][query_set, head]) ** 2) / (2 * tau**2)
 
 
 def squared_pitches(anchor, patch, token_grid) -> float:

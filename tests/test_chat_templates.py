@@ -287,10 +287,7 @@ def test_the_forms_of_openai_are_understood(form, processor, part, text):
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [
-        (
-            says("user", {"type": "video", "video": "a.mp4"}),
-            "Message 1 has a part of type 'video', which is not unders",
-        ),
+        (says("user", {"type": "video", "video": "a.mp4", "fps": 2}), "a part 'video' with `fps`, which is not unders"),
         (says("user", {"type": "audio", "audio": "a.wav"}), "a part of type 'audio'"),
         (says("user", {"type": "video_url", "video_url": {"url": "a"}}), "a part of type 'video_url'"),
         (says("user", {"type": "input_audio", "input_audio": {}}), "a part of type 'input_audio'"),

@@ -214,8 +214,8 @@ def test_images_need_no_text(processor):
         ({"images": []}, "You need to provide at least one input"),
         ({"text": []}, "Give at least one prompt"),
         ({"images": [[picture()]], "text": [["a", "b"]]}, "`text` must be a string or list of strings"),
-        ({"text": "a", "videos": [np.zeros((2, 8, 8, 3), dtype=np.uint8)]}, "takes no videos and no audio"),
-        ({"text": "a", "audio": np.zeros(10)}, "takes no videos and no audio"),
+        ({"text": "a", "videos": [np.zeros((2, 8, 8, 3), dtype=np.uint8)]}, "Found 0 <video> placeholders for 1 clips"),
+        ({"text": "a", "audio": np.zeros(10)}, "it takes no audio"),
         ({"text": "<image>", "images": [3]}, "a path, a URL, base64 or bytes, got int"),
         (
             {"text": "<image>long", "images": [picture()], "truncation": True, "max_length": 3},

@@ -30,6 +30,7 @@ SIBLINGS = {
     "reducing_ms_resampler": {"reducers_ms_resampler", "towers_ms_resampler"},
     "configuration_ms_resampler": {"reducers_ms_resampler", "towers_ms_resampler"},
     "tiles_ms_resampler": {"configuration_ms_resampler"},
+    "videos_ms_resampler": {"configuration_ms_resampler", "images_ms_resampler", "tiles_ms_resampler"},
     "messages_ms_resampler": set(),
     "fusion_ms_resampler": set(),
     "loading_ms_resampler": {"projectors_ms_resampler"},
@@ -37,14 +38,17 @@ SIBLINGS = {
     "images_ms_resampler": set(),
     "places_ms_resampler": set(),
     "resampler_ms_resampler": {"places_ms_resampler"},
+    "clips_ms_resampler": {"places_ms_resampler", "resampler_ms_resampler"},
     "branches_ms_resampler": {"places_ms_resampler", "resampler_ms_resampler"},
     "projectors_ms_resampler": {
         "branches_ms_resampler",
+        "clips_ms_resampler",
         "configuration_ms_resampler",
         "places_ms_resampler",
         "resampler_ms_resampler",
     },
     "modeling_ms_resampler": {
+        "clips_ms_resampler",
         "configuration_ms_resampler",
         "fusion_ms_resampler",
         "loading_ms_resampler",
@@ -61,6 +65,7 @@ SIBLINGS = {
         "messages_ms_resampler",
         "images_ms_resampler",
         "tiles_ms_resampler",
+        "videos_ms_resampler",
     },
 }
 QUESTION = "What is this?"
@@ -124,6 +129,23 @@ if tuned:
     processor.save_pretrained(tuned[0])
 assert not [name for name in sys.modules if name.split(".")[0] == "ms_resampler"]
 save_file({name: tensor.contiguous() for name, tensor in result.items()}, out)
+"""
+)
+CLIP = (
+    STRANGER
+    + """
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+pictures, out = arguments
+auto = AutoModelForImageTextToText, AutoProcessor
+model, processor = (each.from_pretrained(folder, trust_remote_code=True) for each in auto)
+frames = [Image.open(f"{pictures}/{number}.png") for number in range(4)]
+inputs = processor(videos=[frames], text="<video>?", return_tensors="pt")
+assert inputs["clips"].tolist() == [[4, 2]]
+with torch.no_grad():
+    save_file({"logits": model.eval()(**inputs).logits}, out)
 """
 )
 REFUSED = (
@@ -204,7 +226,7 @@ def test_model_and_processor_each_bring_their_code(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "processor")
     everything = {file.stem for file in CODE}
-    of_processor = {f"{name}_ms_resampler" for name in ("images", "messages", "processing")}
+    of_processor = {f"{name}_ms_resampler" for name in ("images", "messages", "processing", "videos")}
     assert set(code_in(tmp_path / "model")) == {f"{stem}.py" for stem in everything - of_processor}
     alone = of_processor | {f"{name}_ms_resampler" for name in ("configuration", "reducers", "tiles", "towers")}
     assert set(code_in(tmp_path / "processor")) == {f"{stem}.py" for stem in alone}
@@ -239,6 +261,20 @@ def test_a_stranger_loads_computes_trains_and_saves_the_same(saved, image_file, 
     assert json.loads((tuned / "config.json").read_text())["auto_map"] == AUTO_MAP
     for file in ("processor_config.json", "chat_template.jinja"):
         assert (tuned / file).read_text() == (saved / file).read_text(), file
+
+
+@pytest.mark.slow
+def test_a_stranger_asks_about_a_clip(tmp_path):
+    model, frames = tiny_model(projector={"video_form": "scopes"}), [picture(seed) for seed in range(4)]
+    processor = tiny_processor(video_form="scopes", visual_tokens=8)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "saved")
+    for number, frame in enumerate(frames):
+        frame.save(tmp_path / f"{number}.png")
+    run_as_stranger(CLIP, tmp_path / "saved", tmp_path, tmp_path / "out", home=tmp_path / "home")
+    with torch.no_grad():
+        logits = model(**processor(videos=[frames], text="<video>?", return_tensors="pt")).logits
+    torch.testing.assert_close(load_file(tmp_path / "out")["logits"], logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from torch._subclasses import FakeTensorMode
 
 from ms_resampler import MSResamplerProjectorConfig
 from ms_resampler.branches_ms_resampler import BranchPrior
-from ms_resampler.places_ms_resampler import as_map, cell_means
+from ms_resampler.places_ms_resampler import GLOBAL, as_map, cell_means, spread
 from ms_resampler.projectors_ms_resampler import SCOPED_PROJECTORS, init_projector_weights
-from ms_resampler.resampler_ms_resampler import GLOBAL, init_resampler_weights, spread
+from ms_resampler.resampler_ms_resampler import init_resampler_weights
 
 VISION, TEXT = 6, 10
 SMALL = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 12, "query_grid": [2, 3]}

@@ -407,7 +407,7 @@ def test_a_total_with_auto_goes_by_area():
 @pytest.mark.parametrize(
     ("total", "options", "sentence"),
     [
-        (2, {}, "`visual_tokens_total` 2 is too small: the prompt's images, 3, need one token each"),
+        (2, {}, "`visual_tokens_total` 2 is too small: the 3 images need one token each"),
         (1000, {}, "cannot be shared exactly among 3 images; use a total such as .*108"),
         (30, {"visual_tokens": 4}, "Give `visual_tokens_total`, or `visual_tokens` of each image, not both"),
     ],

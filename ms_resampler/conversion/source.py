@@ -104,6 +104,7 @@ def make_processor(folder: Path, tokenizer: Any, config: Any, token: str, templa
         tokenizer,
         patch_size=config.patch_size,
         visual_tokens=config.projector_config.visual_tokens,
+        video_form=config.projector_config.video_form,
         image_token=token,
         chat_template=template,
     )

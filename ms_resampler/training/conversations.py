@@ -115,6 +115,9 @@ def messages_in(record: dict[str, Any], image_token: str = "<image>") -> list[di
         if isinstance(message["content"], str):
             message["content"] = [{"type": "text", "text": message["content"]}]
         for part in message["content"]:
+            if part["type"] == "video":
+                why = f"Message {number} has a part of type 'video', and clips are not trained on."
+                raise BadRecord("not understood", record, f"is not understood: {why}")
             if "text" in part:
                 part["text"] = checked(record, part["text"].replace("\r\n", "\n").replace("\r", "\n"))
         check_answer(record, message, number)

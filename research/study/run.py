@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ms_resampler.branches_ms_resampler import split_heads
 from ms_resampler.folders import write_whole
-from ms_resampler.places_ms_resampler import cell_centres
+from ms_resampler.places_ms_resampler import ScopeMaps, cell_centres
 from ms_resampler.reducers_ms_resampler import DivPrune, ascending
-from ms_resampler.resampler_ms_resampler import ScopeMaps
 from ms_resampler.training.trainer import keep_freed_memory
 
 from ..variants import has_gaussians

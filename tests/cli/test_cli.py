@@ -115,6 +115,7 @@ def test_chat_takes_a_methods_own_settings(folder, picture_file, monkeypatch, ca
         ([*FASTV, "--keep", "2", "--reducer-option", "layr=1"], "fastv has no setting `layr`; did you mean `layer`?"),
         ([*FASTV, "--keep", "2", "--reducer-option", "layer=one"], "`layer` of fastv is a whole number"),
         ([*FASTV, "--keep", "2", "--reducer-option", "keep=3"], "`keep` of the reducer is given twice"),
+        ([], "Give a picture with --image, or a video with --video."),
         (["--image", "missing.png"], "There is no picture file 'missing.png'."),
         (["--image", __file__], "is not an image that can be read"),
         (["--image", "PICTURE", "--visual-tokens", "1000"], "1000 visual tokens is impossible"),
@@ -138,7 +139,7 @@ def test_bad_input_is_a_sentence_and_exit_code_2(arguments, sentence, debug, fol
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("argv", [[], ["chat"], ASK, ["sing"], [*ASK, "--image", "x", "--visual-tokens", "a"]])
+@pytest.mark.parametrize("argv", [[], ["chat"], ["sing"], [*ASK, "--image", "x", "--visual-tokens", "a"]])
 def test_wrong_usage_exits_with_2(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(argv)

@@ -12,7 +12,7 @@ from tiny_models import ragged_batch
 from torch.testing import assert_close
 
 from ms_resampler import MSResamplerForConditionalGeneration, MSResamplerModel
-from ms_resampler.resampler_ms_resampler import GLOBAL
+from ms_resampler.places_ms_resampler import GLOBAL
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 EXACT = {"atol": 0, "rtol": 0}
