@@ -33,9 +33,9 @@ CHOSEN = [
     (166, "describe", 0),
 ]
 OPENING = 166  # the page opens with it
-# For tiles: the first of nine scenes, then as above. Of twelve such questions the one that the embedded model of the
-# time answered rightly in nine tiles, and not without; it had not learned tiles, and was right no more often with them.
-LARGE = (5000, "read", 0)
+# For tiles: the first of nine scenes, then as above. Of twelve such questions the embedded model, which has not learned
+# tiles, answers one rightly without them and four in nine tiles, this among them.
+LARGE = (5001, "read", 0)
 PLAYED = range(1000, 1040)
 # For the small model: scene number, from FIRST on, in a style that it has not seen, the question, and its
 # answer if there is only one way to put it.

@@ -179,7 +179,7 @@ class SceneConversations(Dataset):
             scenes = beside(scene, count := int(rng.integers(2, 4)))
             asked = [
                 (about_one_of(number, question.question, rng), question.answer)
-                for number in rng.permutation(count).tolist()
+                for number in map(int, rng.permutation(count))
                 for question in ask(scenes[number], *scenes[number].seed_key, self.turns // count)
             ]
             asked = shuffled(asked, rng)

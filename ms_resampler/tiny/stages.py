@@ -198,7 +198,7 @@ def train_tiny(
         blind_scores = [FamilyScore(**row) for row in earlier["blind_scores"]]  # the questions are the same
 
     record = training_record(stages, model, out, scores, blind_scores)
-    if earlier is not None:
+    if start is not None and earlier is not None:
         record["start"] = {"sha256": file_hash(start / WEIGHTS), "stages": earlier["stages"]}
     record |= {
         name: [dataclasses.asdict(row) for row in rows]

@@ -81,8 +81,8 @@ def main() -> None:
 def said(model: Any, processor: Any, asked: list[Any]) -> torch.Tensor:
     """Logits (n, vocabulary) at every token of the questions, one at a time."""
     logits = []
-    for one in asked:
-        record = unanswered(*one, blind=False)
+    for scene, question, shown in asked:
+        record = unanswered(scene, question, shown, blind=False)
         inputs = processor.apply_chat_template(
             [messages_of(record)],
             add_generation_prompt=True,
