@@ -58,7 +58,7 @@ def make_runs(model: MSResamplerModel, inputs: dict[str, Any]) -> dict[str, Call
     x_VNC = torch.randn(
         tiling.views, rows * columns, model.config.feature_width, dtype=model.dtype, device=model.device
     )
-    project = partial(model._project_tiles, x_VNC, (rows, columns), [tiling], [grid], False)
+    project = partial(model._project_tiles, x_VNC, (rows, columns), [tiling], [grid], False, None)
     return {"both": partial(model.get_image_features, **inputs, return_dict=True), "projector": project}
 
 

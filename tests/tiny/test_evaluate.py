@@ -67,7 +67,7 @@ def test_an_oracle_scores_one_and_a_mute_family_zero(monkeypatch):
 def test_the_bootstrap_interval_covers_the_mean_and_shrinks():
     rng = np.random.default_rng(0)
     few, many = rng.random(50) < 0.7, rng.random(5000) < 0.7
-    (low, high), (many_low, many_high) = bootstrap_interval(few * 1.0), bootstrap_interval(many * 1.0)
+    (low, high), (many_low, many_high) = bootstrap_interval([few * 1.0]), bootstrap_interval([many * 1.0])
     assert low < few.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * few.std() / 50**0.5, rel=0.1)
     assert many_high - many_low < 0.2 * (high - low)

