@@ -15,7 +15,7 @@ from settings import Settings, checked
 
 
 class Api:
-    """The endpoints for one model; nothing is kept between calls."""
+    """The endpoints for one model; nothing is kept between calls. `tiles` is 0 for pictures that are not cut."""
 
     def __init__(self, answerer: Answerer):
         self.answerer = answerer
@@ -29,11 +29,11 @@ class Api:
         temperature: float,
         top_p: float,
         max_new_tokens: float,
-        tiles: float | None,
+        tiles: float,
     ) -> Iterator[dict[str, Any]]:
         """Streams the answer to a question about pictures, with what it cost and what is foreign to the model."""
         with errors_in_a_sentence(str):
-            wanted = checked(visual_tokens, system_prompt, temperature, top_p, max_new_tokens, tiles)
+            wanted = checked(visual_tokens, system_prompt, temperature, top_p, max_new_tokens, tiles or None)
             prompt = self.answerer.prepare(*topic([user_turn(question, paths_of(images), [])]), wanted)
             told: dict[str, Any] = {}
             for step in self.answerer.reply(prompt, wanted):
@@ -49,12 +49,12 @@ class Api:
                     }
                 yield {"answer": step.text, "milliseconds": round(step.milliseconds, 1), **told}
 
-    def scopes(self, images: Any, visual_tokens: float | None, tiles: float | None) -> dict[str, Any]:
+    def scopes(self, images: Any, visual_tokens: float | None, tiles: float) -> dict[str, Any]:
         """How far each visual token of each picture trusted each scope, and where, how far and how widely it looked."""
         with errors_in_a_sentence(str):
             paths = paths_of(images)
             check_count(paths)
-            wanted = checked(visual_tokens, "", 0, 1, 1, tiles)
+            wanted = checked(visual_tokens, "", 0, 1, 1, tiles or None)
             maps = self.answerer.look([open_picture(path) for path in paths], wanted)
             return {"scopes": self.answerer.scopes, "images": [in_json(one) for one in maps]}
 
@@ -69,7 +69,7 @@ class Api:
                 files.example_value,
             )
             question = gr.Textbox(label="question")
-            budget, tiles = gr.Number(None, label="visual_tokens"), gr.Number(None, label="tiles")
+            budget, tiles = gr.Number(None, label="visual_tokens"), gr.Number(0, label="tiles")
             settings = [
                 gr.Textbox(Settings.system_prompt, label="system_prompt"),
                 gr.Number(Settings.temperature, label="temperature"),

@@ -70,6 +70,11 @@ def test_endpoints_have_names_and_defaults(client):
         "/ask": ["images", "question", "visual_tokens", *sampling, "tiles"],
         "/scopes": ["images", "visual_tokens", "tiles"],
     }
+    needed = {
+        name: [one["parameter_name"] for one in api[name]["parameters"] if not one["parameter_has_default"]]
+        for name in api
+    }
+    assert needed == {"/ask": ["images", "question", "visual_tokens"], "/scopes": ["images", "visual_tokens"]}
 
 
 def test_ask_streams_json(client, answerer, picture_file):

@@ -25,7 +25,12 @@ KNOWN |= {"taller", "above", "below", "half", "thing", "things"} | {f"{kind}s" f
 
 def meaning(text: str) -> list[str]:
     """The words of a question that say what it is about."""
-    text = re.sub(r"every (\w+)", r"\1s", text.lower()).replace("the number of", "").replace("which one", "").replace("the right?", "the right")
+    text = (
+        re.sub(r"every (\w+)", r"\1s", text.lower())
+        .replace("the number of", "")
+        .replace("which one", "")
+        .replace("the right?", "the right")
+    )
     return sorted({word for word in re.findall(r"\w+", text) if word in KNOWN} - {"right", "thing", "things"})
 
 
