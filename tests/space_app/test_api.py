@@ -176,15 +176,15 @@ def test_no_place_of_the_machine_is_told(address):
     asked = {"role": "user", "content": [{"type": "file", "file": picture}, {"type": "text", "text": QUESTION}]}
     answer, compare = (
         next(one for one in json.loads(told[1])["dependencies"] if (len(one["inputs"]), len(one["outputs"])) == wanted)
-        for wanted in ((6, 2), (5, 6))
+        for wanted in ((7, 2), (7, 6))
     )
     for sent in (picture, lost, outside):
-        body = {"data": [sent, QUESTION, None, "", 0, 1, 8]}
+        body = {"data": [sent, QUESTION, None, "", 0, 1, 8, 0]}
         told.append(httpx.post(f"{address}/gradio_api/run/ask", json=body, timeout=60).text)
     assert ['"answer"' in text for text in told[-3:]] == [True, False, False]
-    talk = events_of(address, answer, [[asked], 4, "", 0, 1, 8])
+    talk = events_of(address, answer, [[asked], 4, "", 0, 1, 8, None])
     assert (picture["path"] in talk, '"success":true' in talk) == (True, True)
-    told += [talk, events_of(address, compare, [{"text": QUESTION, "files": [picture]}, 9, False, 4, 4])]
+    told += [talk, events_of(address, compare, [{"text": QUESTION, "files": [picture]}, 9, False, 4, 4, None, None])]
     told += [uploaded.text, httpx.get(f"{address}/gradio_api/file=/uploads/lost.png").text]
     home, folder = os.path.expanduser("~") + "/", os.environ["GRADIO_TEMP_DIR"]
     for place in (str(space_server.SPACE), os.getcwd(), folder, tempfile.gettempdir() + "/", home):
@@ -229,7 +229,7 @@ def test_a_picture_is_decoded_before_its_question_waits_and_is_small_then(addres
 
     monkeypatch.setattr(Image, "open", counted)
     asked = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    httpx.post(f"{address}/gradio_api/run/ask", json={"data": [asked, QUESTION, None, "", 0, 1, 3]}, timeout=60)
+    httpx.post(f"{address}/gradio_api/run/ask", json={"data": [asked, QUESTION, None, "", 0, 1, 3, 0]}, timeout=60)
     assert sizes == [(1254, 836)]
 
 
@@ -261,10 +261,10 @@ def test_no_file_of_the_machine_is_read_for_a_stranger(address, picture_file):
     base = f"{address}/gradio_api"
     assert httpx.get(f"{base}/file={picture_file}").status_code == 403
     config = httpx.get(f"{address}/config").json()
-    submit = next(event for event in config["dependencies"] if len(event["inputs"]) == 6 and len(event["outputs"]) == 2)
+    submit = next(event for event in config["dependencies"] if len(event["inputs"]) == 7 and len(event["outputs"]) == 2)
     stolen = {"type": "file", "file": {"path": picture_file, "meta": {"_type": "gradio.FileData"}}}
     asked = {"role": "user", "content": [stolen, {"type": "text", "text": QUESTION}]}
-    body = {"data": [[asked], 4, "", 0, 1, 8], "fn_index": submit["id"], "session_hash": "stranger"}
+    body = {"data": [[asked], 4, "", 0, 1, 8, None], "fn_index": submit["id"], "session_hash": "stranger"}
     httpx.post(f"{base}/queue/join", json=body).raise_for_status()
     events = httpx.get(f"{base}/queue/data", params={"session_hash": "stranger"}, timeout=60).text
     done = [json.loads(line[5:]) for line in events.splitlines() if '"process_completed"' in line]
