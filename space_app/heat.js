@@ -207,7 +207,7 @@ function paintTokens(canvas, picture, [[rows, columns], first], ofTokens, byShar
   values.slice(first, first + rows * columns).forEach((value, cell) => {
     const left = cell % columns * width + gap / 2, top = Math.floor(cell / columns) * height + gap / 2, token = first + cell;
     context.fillStyle = byTrust ? colours[most[token].scope] : byShare ? fused : ink;
-    context.globalAlpha = (0.1 + 0.9 * value / peak) * (picture.kept?.includes(token) ?? true);  // what is dropped is empty
+    context.globalAlpha = (0.1 + 0.9 * (value / peak)) * (picture.kept?.includes(token) ?? true);  // what is dropped is empty
     context.fillRect(left, top, width - gap, height - gap);
   });
   context.globalAlpha = 1;
