@@ -121,7 +121,7 @@ def test_layers_of_pictures_in_tiles_are_those_of_the_model(kind):
     assert [len(word.shares) for word in words] == [32, 32]
 
 
-def test_layers_of_an_overview_that_is_read_with_its_picture_are_told_apart():
+def test_layers_of_an_overview_read_with_its_picture_are_told_apart():
     deep = space_server.make_answerer(projector={"num_hidden_layers": 2})
     deep.processor.newline_token, deep.processor.overview_share = "a", 0.5  # LLaVA-NeXT's: one tile has one, too
     prompt = prompt_about(deep, tiny_models.picture(size=(20, 24)), wanted=replace(NINE, visual_tokens=8))

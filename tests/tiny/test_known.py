@@ -32,7 +32,7 @@ def test_distance_is_the_mean_to_the_five_nearest_standardised(tmp_path):
     np.testing.assert_allclose(known.distances(other, load_file(tmp_path / KNOWN)), nearest, rtol=5e-3)
 
 
-def test_words_of_the_questions_are_known_and_those_of_the_answers_are_not():
+def test_words_of_questions_are_known_and_those_of_answers_are_not():
     words = known.known_words([conversation("<image>\nRead the Digit.", "Where is a 7?"), conversation("Count!")])
     assert {"read", "digit", "where", "7", "count", "the"} <= words
     assert not {"image", "sunflower"} & words
