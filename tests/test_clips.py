@@ -6,7 +6,7 @@ import pytest
 import reference_resampler
 import tiny_models as tiny
 import torch
-from test_resampler import SMALL, TEXT, VISION, initialise, relative_error
+from test_resampler import SMALL, TEXT, VISION, check_gradients, initialise, relative_error
 from torch.testing import assert_close
 
 from ms_resampler import MSResamplerForConditionalGeneration, MSResamplerProjectorConfig
@@ -126,16 +126,7 @@ def test_places_of_tokens_have_the_time_of_their_step_in_front():
 def test_gradients_are_those_of_finite_differences():
     resampler, x = make(num_hidden_layers=2).double(), features(3, (2, 2)).double()
 
-    def loss_with(moved: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.func.functional_call(resampler, moved, (x, (2, 2), (2, 1), False, (3, 2)))[0].square().sum()
-
-    loss_with({}).backward()
-    for name, parameter in resampler.named_parameters():
-        direction = torch.randn_like(parameter)
-        with torch.no_grad():
-            ahead, behind = (loss_with({name: parameter + step * direction}).item() for step in (1e-5, -1e-5))
-        slope = (parameter.grad * direction).sum().item()
-        assert slope == pytest.approx((ahead - behind) / 2e-5, rel=1e-5, abs=1e-5), name
+    check_gradients(resampler, x, (2, 2), (2, 1), False, (3, 2))
     time = resampler.layers[0].time
     ends = time.sigma < 1e29
     assert time.log_scale.grad[ends].abs().min() > 0

@@ -166,11 +166,11 @@ def train_tiny(
 
     model, processor = assemble_tiny(seed)
     if start is None:
-        stages, earlier = [look, read, talk, count, blind], None
+        stages = [look, read, talk, count, blind]
         run_stage(look, Looking(model.model), processor, out / "look")
         run_stage(read, model, processor, out / "read")
     else:
-        stages, earlier = [imitate, talk, count], json.loads((start / RECORD).read_text())
+        stages = [imitate, talk, count]
         run_stage(imitate, Imitating(model.model, parts_of(start, model, processor)), processor, out / "imitate")
         model.requires_grad_(True)
     run_stage(talk, model, processor, out / "talk")
@@ -186,7 +186,8 @@ def train_tiny(
         out / "wording_scores.json", FamilyScore, lambda: evaluate_wordings(model, processor, scenes=some)
     )
 
-    if earlier is None:
+    origin: dict[str, Any] = {}
+    if start is None:
         guesser, _ = assemble_tiny(seed)
         run_stage(blind, guesser, processor, out / "blind")
         blind_scores = evaluate_once(
@@ -195,11 +196,11 @@ def train_tiny(
             lambda: evaluate_scenes(guesser, processor, scenes=scenes, blind=True),
         )
     else:
+        earlier = json.loads((start / RECORD).read_text())
         blind_scores = [FamilyScore(**row) for row in earlier["blind_scores"]]  # the questions are the same
+        origin["start"] = {"sha256": file_hash(start / WEIGHTS), "stages": earlier["stages"]}
 
-    record = training_record(stages, model, out, scores, blind_scores)
-    if start is not None and earlier is not None:
-        record["start"] = {"sha256": file_hash(start / WEIGHTS), "stages": earlier["stages"]}
+    record = training_record(stages, model, out, scores, blind_scores) | origin
     record |= {
         name: [dataclasses.asdict(row) for row in rows]
         for name, rows in (("budget_scores", budgets), ("wording_scores", wordings))

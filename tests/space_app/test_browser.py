@@ -38,6 +38,16 @@ def answerer():
     return space_server.make_answerer()
 
 
+@pytest.fixture
+def knowing(monkeypatch):
+    """A model that knows the words of QUESTION, and every picture."""
+    monkeypatch.setattr(settings.Settings, "max_new_tokens", 12)
+    monkeypatch.setattr(known.Known, "is_foreign", lambda *_: False)
+    answerer = space_server.make_answerer()
+    answerer.known = known.Known({}, 1.0, frozenset({"what", "is", "this"}), 0.0, [QUESTION])
+    return answerer
+
+
 @pytest.fixture(scope="module")
 def slow():
     return space_server.slowed(space_server.make_answerer(), SECONDS_A_TOKEN)
@@ -361,11 +371,7 @@ def test_the_slider_shows_how_often_each_budget_is_right(open_page):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_a_note_stands_at_the_answer_with_questions_that_ask(open_page, picture_files, monkeypatch):
-    knowing = space_server.make_answerer()
-    monkeypatch.setattr(settings.Settings, "max_new_tokens", 12)
-    monkeypatch.setattr(known.Known, "is_foreign", lambda *_: False)
-    knowing.known = known.Known({}, 1.0, frozenset({"what", "is", "this"}), 0.0, [QUESTION])
+def test_a_note_stands_at_the_answer_with_questions_that_ask(open_page, picture_files, knowing):
     with space_server.served(knowing) as address:
         page = open_page(address, permissions=["clipboard-read", "clipboard-write"])
         ask(page, "What is <b>Paris</b>?", picture_files[:1])
@@ -1052,11 +1058,7 @@ def test_a_link_brings_back_tiles_layers_and_heads(open_page):
 # --- Comparing --------------------------------------------------------------------------------------------------
 
 
-def test_a_note_stands_at_both_answers_that_are_compared(open_page, picture_files, monkeypatch):
-    knowing = space_server.make_answerer()
-    monkeypatch.setattr(settings.Settings, "max_new_tokens", 12)
-    monkeypatch.setattr(known.Known, "is_foreign", lambda *_: False)
-    knowing.known = known.Known({}, 1.0, frozenset({"what", "is", "this"}), 0.0, [QUESTION])
+def test_a_note_stands_at_both_answers_that_are_compared(open_page, picture_files, knowing):
     with space_server.served(knowing) as address:
         page = open_page(address)
         page.get_by_role("tab", name="Compare").click()

@@ -55,10 +55,17 @@ def wordings(question: str, held_out: bool) -> set[str]:
     [
         "What is written at the top left?",
         "Which digit is in the centre?",
+        "What shape is the thing at the top right?",
+        "What colour is the thing in the centre?",
         "What colour is the star?",
         "Is there an 8 in the left half?",
         "Where is the word cat?",
+        "Is the star above the word cat?",
+        "Which is taller, the 7 or the ring?",
+        "Which thing has the same colour as the 5?",
         "How many shapes are there?",
+        "How many things are red?",
+        "Which colour is most common?",
         "Describe the picture.",
     ],
 )
