@@ -119,7 +119,7 @@ def wait_for_device() -> None:
 
 
 def peak_memory(run: Callable[[], object]) -> int:
-    """The peak bytes of a run's tensors, in addition to those that existed before."""
+    """The peak bytes of the tensors that a run makes (on a GPU, less what it frees of earlier ones)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -133,5 +133,13 @@ def peak_memory(run: Callable[[], object]) -> int:
         ):
             run()
         rows = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    first = min(rows, key=lambda row: row["ts"])["args"]
-    return max(row["args"]["Total Allocated"] for row in rows) - (first["Total Allocated"] - first["Bytes"])
+    # The profiler's own totals are off once an earlier profile's tensors were freed: it does not see that.
+    made: dict[int, int] = {}
+    held = peak = 0
+    for event in sorted(rows, key=lambda row: row["ts"]):
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        held += size if size > 0 else -made.pop(address, 0)
+        if size > 0:
+            made[address] = size
+        peak = max(peak, held)
+    return peak

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from ms_resampler.reducers_ms_resampler import REDUCERS
 from ms_resampler.training.recipes import RECIPES
-from ms_resampler.training.step_time import milliseconds
+from ms_resampler.training.step_time import milliseconds, peak_memory
 from research.benchmarks.loading import table as loading_table
 from research.benchmarks.model import (
     QWEN,
@@ -93,6 +93,17 @@ def test_operations_are_those_of_the_batch_and_of_its_gradients():
     assert cost("mlp", Setting(backward=True))[1] == 2 * first + 3 * second  # the patches need no gradient
     conv, x = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8), torch.randn(1, 8, 5, 5, requires_grad=True)
     assert count_macs(lambda: conv(x).sum().backward()) == 3 * 25 * 9 * 8
+
+
+def test_peak_memory_is_the_same_whatever_was_measured_before():
+    layer = torch.nn.Linear(512, 512)
+
+    def run() -> None:
+        layer.zero_grad()  # frees the gradients of the run before
+        layer(torch.ones(1, 512)).sum().backward()
+
+    peaks = [peak_memory(run) for _ in range(3)]
+    assert len(set(peaks)) == 1 and 4 * 512 * 513 < peaks[0] < 1.02 * 4 * 512 * 513  # the gradients, and little more
 
 
 @pytest.mark.slow
