@@ -13,13 +13,16 @@ from ms_resampler.training.trainer import keep_freed_memory
 
 from .costs import measure_costs
 from .data import data_folder, prepare_data
-from .plan import LOCAL, OURS, Run, Study, further_runs, main_runs, margin_runs, rehearse, sweep_runs
+from .plan import LOCAL, OURS, Run, Study, further_runs, main_runs, margin_runs, rehearse, sweep_runs, world_runs
 from .reader import pretrained_reader
 from .report import report_text, write_report
 from .results import Results, adopt, collect, load, made_with, result_path, results_folder, run_of, save
 from .run import perform
 from .statistics import overall
 from .workers import worker_pool
+from .worlds import in_world
+
+PLANS = (main_runs, further_runs, margin_runs, world_runs)  # once learning rates are chosen
 
 
 def conduct(
@@ -59,7 +62,7 @@ def refuse_loss(study: Study, stored: Results, folder: Path) -> None:
 
 def all_runs(study: Study, rates: dict[str, float]) -> list[Run]:
     """What a study runs, once its learning rates are chosen."""
-    return [*sweep_runs(study), *main_runs(study, rates), *further_runs(study, rates), *margin_runs(study, rates)]
+    return [*sweep_runs(study), *(run for plan in PLANS for run in plan(study, rates))]
 
 
 def perform_study(study: Study, out: Path, workers: int | None) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -67,16 +70,20 @@ def perform_study(study: Study, out: Path, workers: int | None) -> tuple[dict[st
     out.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     print(f"Data and reader, in {out}:", flush=True)
-    pretrained_reader(prepare_data(out, study.data, workers), study.data.reader_steps)
+    data = prepare_data(out, study.data, workers)
+    pretrained_reader(data, study.data.reader_steps)
     with worker_pool(workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)) as pool:
         results = list(perform_all("Learning rates", sweep_runs(study), out, pool))
         rates = best_rates(study, results)
         here = pool.submit(made_with, data_folder(out, study.data)).result()
-        projectors, further, amid_paper = (plan(study, rates) for plan in (main_runs, further_runs, margin_runs))
+        projectors, further, amid_paper, worlds = (plan(study, rates) for plan in PLANS)
+        for world in dict.fromkeys(run.world for run in worlds):
+            in_world(data, world, study.data.position_scale)  # makes its files, once
         for title, runs, compared_with in (
             ("Projectors", projectors, projectors),
             ("Ablations and elastic budgets", further, projectors),
             ("Scenes amid paper", amid_paper, amid_paper),
+            ("Worlds", worlds, worlds),
         ):
             elsewhere = seeds_of_elsewhere(compared_with, out, here)
             results += perform_all(title, comparable_here(runs, out, elsewhere), out, pool)
@@ -114,7 +121,7 @@ def finished_runs(study: Study, out: Path) -> tuple[dict[str, float], list[dict[
             f"{missing} runs of the choice of learning rates are missing in {out}: first go on without --finished."
         )
     rates = best_rates(study, swept)
-    plans = (plan(study, rates) for plan in (main_runs, further_runs, margin_runs))
+    plans = (plan(study, rates) for plan in PLANS)
     return rates, swept + [result for runs in plans for result in finished(runs)]
 
 

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from .workers import worker_pool
 
 GRID, PATCH_PIXELS, CHANNELS = (12, 12), 8, 128
 PATCHES = GRID[0] * GRID[1]
-LARGE_GRID = (16, 16)  # patches of a blank page with a scene on it
 CROWD = 9  # things at most on a picture
 LABELS = {"name": 1 + len(ALL_NAMES), "colour": 1 + len(COLOURS)}  # classes of a patch; 0 is paper
 # "describe" has no single answer; the dense probe asks the same.
@@ -78,16 +77,18 @@ def digest(value: Any) -> str:
 class Split:
     """Scenes of a split. Q is the number of questions, W that of words.
 
-    features_BNC: half precision, memory-mapped or computed from mapped ones; labels_BN2: name and colour of each patch;
-    image_Q, family_Q, words_QW and answer_Q: the questions, those of a scene adjacent.
+    features_BNC: half precision and memory-mapped, or made when asked for (worlds.py); labels_BN2: name and colour of
+    each patch; image_Q, family_Q, words_QW and answer_Q: the questions, those of a scene adjacent; points_BN2: the
+    centres (y, x) of the labelled patches, or (1, N, 2) if they are the same in all pictures.
     """
 
-    features_BNC: "np.ndarray | AmidPaper"
+    features_BNC: Any
     labels_BN2: Tensor
     image_Q: Tensor
     family_Q: Tensor
     words_QW: Tensor
     answer_Q: Tensor
+    points_BN2: Tensor = field(default_factory=lambda: cell_centres(GRID)[None])
 
     @property
     def first_question_B(self) -> Tensor:
@@ -101,42 +102,6 @@ class Split:
         words_BFW[self.image_Q, self.family_Q] = self.words_QW
         answer_BF[self.image_Q, self.family_Q] = self.answer_Q
         return words_BFW, answer_BF
-
-
-@dataclass(frozen=True)
-class AmidPaper:
-    """Features (B, N, C) of scenes on 16 x 16 patches, made when asked for: a scene, `margin` patches from the top and
-    from the left, and the mean of its paper around it, with the codes of places of the larger picture.
-    """
-
-    features_BNC: np.ndarray
-    labels_BN2: Tensor
-    margin: int
-    position_scale: float
-
-    def __getitem__(self, pictures: np.ndarray | slice) -> np.ndarray:
-        x_BNC = self.features_BNC[pictures].astype(np.float32) - place_codes(GRID, self.position_scale)
-        paper_BN1 = (self.labels_BN2[pictures][..., :1] == 0).numpy()
-        mean_B1C = (x_BNC * paper_BN1).sum(1, keepdims=True) / paper_BN1.sum(1, keepdims=True)
-        return on_paper(x_BNC, self.margin, mean_B1C) + place_codes(LARGE_GRID, self.position_scale)
-
-
-def on_paper(x_BNC: np.ndarray, margin: int, paper_B1C: np.ndarray | int) -> np.ndarray:
-    """A scene's patches placed among those of the blank page."""
-    (rows, columns), pictures, channels = GRID, len(x_BNC), x_BNC.shape[-1]
-    large = np.empty((pictures, LARGE_GRID[0] * LARGE_GRID[1], channels), x_BNC.dtype)
-    large[:] = paper_B1C
-    large_BHWC = large.reshape(pictures, *LARGE_GRID, channels)
-    large_BHWC[:, margin : margin + rows, margin : margin + columns] = x_BNC.reshape(-1, rows, columns, channels)
-    return large
-
-
-def amid_paper(split: Split, margin: int, position_scale: float) -> Split:
-    """The scenes of a split on a blank page, with the same questions."""
-    assert isinstance(split.features_BNC, np.ndarray)
-    labels_BN2 = torch.from_numpy(on_paper(split.labels_BN2.numpy(), margin, 0))
-    features = AmidPaper(split.features_BNC, split.labels_BN2, margin, position_scale)
-    return dataclasses.replace(split, features_BNC=features, labels_BN2=labels_BN2)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from .data import GRID, PATCH_PIXELS, STUDY_FAMILIES, study_scene
-from .plan import BASELINE, LOCAL, OURS, Study, make_projector, make_run
+from .data import GRID, PATCH_PIXELS, SPLITS, STUDY_FAMILIES, study_scene
+from .plan import BASELINE, FEW, LOCAL, OURS, Study, make_projector, make_run
 from .results import Results
 from .run import head_sigmas
 from .statistics import GROUPS
+from .worlds import UNEVEN, layout_of
 
 FIGURES = {
     "accuracy": "Score against token budget, by group of questions. Bars are 95% intervals, grey lines the other "
@@ -17,6 +18,7 @@ FIGURES = {
     "sigmas": "Learned sigmas in token pitches, by scope: a dot for each head and seed, a line at the initial value.",
     "trust": "Fusion weight of each scope in the tokens that answer a family's questions, mean over seeds.",
     "maps": "Attention of the token over a thing (its cell is framed), by scope, on test scenes.",
+    "worlds": f"Test scenes as they lie in each world, and the mean places of the {FEW} tokens of `{OURS}, moving`.",
 }
 # Okabe and Ito's palette, which colour-blind people can tell apart.
 COLOURS = {
@@ -39,10 +41,56 @@ def draw_figures(results: Results, folder: Path, results_hash: str) -> None:
     from matplotlib import pyplot
 
     drawings = {"accuracy": draw_accuracy, "sigmas": draw_sigmas, "trust": draw_trust, "maps": draw_maps}
-    for name, draw in drawings.items():
-        figure = draw(results, pyplot)
+    drawings |= {"worlds": draw_worlds}
+    for name in figures_of(results):
+        figure = drawings[name](results, pyplot)
         figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Results": results_hash})
         pyplot.close(figure)
+
+
+def figures_of(results: Results) -> dict[str, str]:
+    """The figures that the results are enough for, and their captions."""
+    return {name: caption for name, caption in FIGURES.items() if name != "worlds" or moved_places(results)}
+
+
+def moved_places(results: Results) -> dict[str, np.ndarray]:
+    """By world, the mean places (y, x) of the tokens of the first run with moving scopes on the scenes shown."""
+    runs = [result for result in results.runs if result["run"]["arm"] == f"{OURS}, moving"]
+    first = {result["run"]["world"]: result for result in sorted(runs, key=lambda result: -result["run"]["seed"])}
+    return {world: np.array(first[world]["scopes"]["places"]) for world in UNEVEN if world in first}
+
+
+def draw_worlds(results: Results, pyplot: Any) -> Any:
+    """A row for each scene, a column for each world."""
+    places = moved_places(results)
+    shown = len(next(iter(places.values())))
+    figure, panels = pyplot.subplots(
+        shown, len(places), figsize=(2.4 * len(places), 2.4 * shown), layout="constrained", squeeze=False
+    )
+    for column, (world, places_BM2) in enumerate(places.items()):
+        layout = layout_of(world, SPLITS.index("test"), results.study["data"]["test_scenes"])
+        for scene, panel in enumerate(panels[:, column]):
+            page = on_blank_page(np.asarray(study_scene("test", scene).image), layout.points_BN2[scene].numpy())
+            panel.imshow(page, extent=(0, 1, 1, 0))
+            panel.plot(places_BM2[scene, :, 1], places_BM2[scene, :, 0], "o", color="#FF00FF", markersize=4)
+            panel.set(xticks=[], yticks=[], title=world if scene == 0 else "")
+    return figure
+
+
+def on_blank_page(picture_HW3: np.ndarray, points_N2: np.ndarray) -> np.ndarray:
+    """A scene's patches at these centres (y, x) of a page of twice the side, in grey."""
+    side = 2 * GRID[0] * PATCH_PIXELS
+    page = np.full((side, side, 3), 150, np.uint8)
+    for patch, (y, x) in enumerate(points_N2):
+        source, target = (
+            np.s_[top : top + PATCH_PIXELS, left : left + PATCH_PIXELS]
+            for top, left in (
+                (patch // GRID[1] * PATCH_PIXELS, patch % GRID[1] * PATCH_PIXELS),
+                (round(y * side - PATCH_PIXELS / 2), round(x * side - PATCH_PIXELS / 2)),
+            )
+        )
+        page[target] = picture_HW3[source]
+    return page
 
 
 def draw_accuracy(results: Results, pyplot: Any) -> Any:

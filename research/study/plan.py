@@ -15,8 +15,9 @@ from ms_resampler.modeling_ms_resampler import MSResamplerModel
 from ms_resampler.projectors_ms_resampler import PROJECTORS
 
 from ..variants import complete_fields, configuration
-from .data import CHANNELS, GRID, LARGE_GRID, PATCH_PIXELS, PATCHES, DataSettings, digest
+from .data import CHANNELS, GRID, PATCH_PIXELS, PATCHES, DataSettings, digest
 from .reader import WIDTH
+from .worlds import EVEN, MARGINS, UNEVEN, grid_of
 
 LOCAL = "resampler, local"  # ms_resampler with one scope, and its learning rate
 LEARNED = ", learned queries"
@@ -79,10 +80,16 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Trained with a random grid each step, and evaluated at every budget.
 ELASTIC = (OURS, WITH_QUERIES, "mqt", "avg_pool")
-# Scenes on a blank page (see AmidPaper), where 16 tokens have cells as large as those of 9 tokens without it. Things
-# lie on 3 x 3 places: depending on the margin above and left, a cell is a place, or a place spans four cells.
-MARGINS = {"on the places": 0, "across them": 2}
+# Scenes on a blank page, where 16 tokens have cells as large as those of 9 tokens without it. Things lie on 3 x 3
+# places: depending on the margin above and left, a cell is a place, or a place spans four cells.
 AMID_PAPER, CELLS = (OURS, "token_packer"), 16
+# Scopes that move to the information, by name: the projector that is changed, and the change.
+MOVING: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{arm}, moving": (arm, {"projector_type": "ms_resampler", "moving_scopes": True}) for arm in (LOCAL, OURS)
+}
+CHANGED = ABLATIONS | MOVING
+# What is compared where information is spread unevenly; the first is the base of differences.
+IN_WORLDS, FEW, WORLD_SEEDS = (LOCAL, OURS, *MOVING, BASELINE, "token_packer"), 9, 5
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,7 @@ QUICK = Study(
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: everything that determines its result. `grids` are the token grids trained and tested; with a
-    `margin`, scenes lie on a blank page.
-    """
+    """One training run: everything that determines its result. `grids` are the token grids trained and tested."""
 
     arm: str
     projector: dict[str, Any]  # complete, so that results do not depend on defaults
@@ -129,20 +134,22 @@ class Run:
     steps: int
     batch_size: int
     data: DataSettings
-    margin: int | None = None
+    world: str = EVEN
 
     @property
     def name(self) -> str:
         """The name of the result: a hash of everything but the arm's name."""
         fields = {"version": VERSION, **dataclasses.asdict(self), "arm": None}
-        if self.margin is None:  # as before margins existed
-            del fields["margin"]
+        if self.world == EVEN:  # as before there were worlds
+            del fields["world"]
+        elif self.world in MARGINS:
+            fields["margin"] = MARGINS[fields.pop("world")]
         return digest(fields)
 
     @property
     def patch_grid(self) -> tuple[int, int]:
         """The patches of a picture."""
-        return grid_of(self.margin)
+        return grid_of(self.world)
 
     @property
     def tokens(self) -> str:
@@ -151,30 +158,23 @@ class Run:
         return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
-def grid_of(margin: int | None) -> tuple[int, int]:
-    """The patches of a picture: more with a margin, of scenes amid paper."""
-    return GRID if margin is None else LARGE_GRID
-
-
 def fields_of(arm: str) -> dict[str, Any]:
     """The projector fields of an arm. Raises ValueError for an unknown arm."""
-    known = PEERS | REFERENCE | {name: PEERS[base] | fields for name, (base, fields) in ABLATIONS.items()}
+    known = PEERS | REFERENCE | {name: PEERS[base] | fields for name, (base, fields) in CHANGED.items()}
     if arm not in known:
         raise ValueError(f"The study knows no projector {arm!r}; it knows {', '.join(known)}.")
     return known[arm]
 
 
-def make_run(
-    study: Study, arm: str, budgets: Sequence[int], seed: int, learning_rate: float, margin: int | None = None
-) -> Run:
+def make_run(study: Study, arm: str, budgets: Sequence[int], seed: int, learning_rate: float, world: str = EVEN) -> Run:
     """The run of an arm, at a budget or (elastic) at several. The projector's width makes its number of
     parameters comparable; it is the same at every budget except for the tokens.
     """
-    grids = tuple(token_grid(PATCHES if arm in REFERENCE else budget, grid_of(margin)) for budget in budgets)
+    grids = tuple(token_grid(PATCHES if arm in REFERENCE else budget, grid_of(world)) for budget in budgets)
     largest = max(grids)
     projector = {**size_of(arm), **fields_of(arm), "query_grid": largest, "visual_tokens": largest}
     of_study = study.steps, study.batch_size, study.data
-    return Run(arm, complete_fields(projector), grids, seed, learning_rate, *of_study, margin)
+    return Run(arm, complete_fields(projector), grids, seed, learning_rate, *of_study, world)
 
 
 def size_of(arm: str) -> dict[str, int]:
@@ -183,8 +183,8 @@ def size_of(arm: str) -> dict[str, int]:
 
 
 def changed_by(arm: str) -> str:
-    """The projector that an ablation changes, whose width and learning rate it has; a projector itself."""
-    return ABLATIONS[arm][0] if arm in ABLATIONS else arm
+    """The projector that an arm changes, whose width and learning rate it has; a projector itself."""
+    return CHANGED[arm][0] if arm in CHANGED else arm
 
 
 def sizes(width: int) -> dict[str, int]:
@@ -287,5 +287,13 @@ def margin_runs(study: Study, rates: dict[str, float]) -> list[Run]:
     """The runs on blank pages, if the study has all projectors that are compared there."""
     if not study.ablations or not rates.keys() >= set(AMID_PAPER):
         return []
-    asked = product(range(study.seeds), AMID_PAPER, MARGINS.values())
-    return [make_run(study, arm, [CELLS], seed, rates[arm], margin) for seed, arm, margin in asked]
+    asked = product(range(study.seeds), AMID_PAPER, MARGINS)
+    return [make_run(study, arm, [CELLS], seed, rates[arm], world) for seed, arm, world in asked]
+
+
+def world_runs(study: Study, rates: dict[str, float]) -> list[Run]:
+    """The runs where information is spread unevenly, and evenly; ordered by seed, so that a part is a smaller study."""
+    if not study.ablations or not rates.keys() >= {changed_by(arm) for arm in IN_WORLDS}:
+        return []
+    asked = product(range(min(study.seeds, WORLD_SEEDS)), (*UNEVEN, EVEN), IN_WORLDS)
+    return [make_run(study, arm, [FEW], seed, rates[changed_by(arm)], world) for seed, world, arm in asked]

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ms_resampler.branches_ms_resampler import merge_heads, split_heads
-from ms_resampler.places_ms_resampler import cell_centres, sincos_positions
+from ms_resampler.places_ms_resampler import sincos_positions
 from ms_resampler.tiny.scenes import HEIGHTS
 
-from .data import BATCH, GRID, LABELS, WORDS_AT_MOST, Optimiser, StudyData, patch_loss, save_whole
+from .data import BATCH, LABELS, WORDS_AT_MOST, Optimiser, StudyData, patch_loss, save_whole
 
 WIDTH, HEADS, DEPTH = 96, 4, 2
 READER = "reader.safetensors"
@@ -75,10 +75,13 @@ class Reader(nn.Module):
             z_BQWD = block(z_BQWD, y_BMD, hidden_BQW.to(y_BMD.device))
         return self.answer(z_BQWD[:, :, 0])
 
-    def probe(self, y_BMD: Tensor, centres_P2: Tensor) -> Tensor:
-        """Logits of name and colour, side by side, of what is under patches with these centres (y, x): (B, P, L)."""
-        codes_PD = sincos_positions(centres_P2, WIDTH)
-        states = codes_PD[None, :, None].expand(len(y_BMD), -1, -1, -1)
+    def probe(self, y_BMD: Tensor, points_BP2: Tensor) -> Tensor:
+        """Logits of name and colour, side by side, of what is under patches with these centres (y, x): (B, P, L).
+
+        Points (1, P, 2) are those of all pictures.
+        """
+        codes_BPD = sincos_positions(points_BP2, WIDTH)
+        states = codes_BPD[:, :, None].expand(len(y_BMD), -1, -1, -1)
         return self.label(self.probe_block(states, y_BMD)[:, :, 0])
 
 
@@ -96,31 +99,33 @@ class Description(nn.Module):
 class Batches:
     """Training batches in a random order of their own: pictures, eight questions of each, and some patches."""
 
-    def __init__(self, data: StudyData, batch_size: int, seed: int, patch_grid: tuple[int, int] = GRID):
-        self.split, self.batch_size, self.centres_N2 = data.splits["train"], batch_size, cell_centres(patch_grid)
+    def __init__(self, data: StudyData, batch_size: int, seed: int):
+        self.split, self.batch_size = data.splits["train"], batch_size
         self.first_B, self.rng = self.split.first_question_B, torch.Generator().manual_seed(seed)
         self.asked = int(self.first_B[1])
         self.order: list[int] = []
 
     def next(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Numbers of pictures B, words (B, Q, W), answers (B, Q), centres of patches (P, 2), labels (B, P, 2)."""
+        """Numbers of pictures B, words (B, Q, W), answers (B, Q), points (B or 1, P, 2) and their labels (B, P, 2)."""
         while len(self.order) < self.batch_size:
             self.order += torch.randperm(len(self.split.labels_BN2), generator=self.rng).tolist()
         pictures = torch.tensor([self.order.pop() for _ in range(self.batch_size)])
         chosen_BQ = torch.rand(self.batch_size, self.asked, generator=self.rng).argsort(dim=1)[:, :QUESTIONS]
         question_BQ = self.first_B[pictures, None] + chosen_BQ
-        patches = torch.randperm(len(self.centres_N2), generator=self.rng)[:PROBES]
+        points_BN2 = self.split.points_BN2
+        patches = torch.randperm(points_BN2.shape[1], generator=self.rng)[:PROBES]
         labels = self.split.labels_BN2[pictures][:, patches].long()
         words, answers = self.split.words_QW[question_BQ], self.split.answer_Q[question_BQ]
-        return pictures, words, answers, self.centres_N2[patches], labels
+        own_BN2 = points_BN2[pictures] if len(points_BN2) > 1 else points_BN2
+        return pictures, words, answers, own_BN2[:, patches], labels
 
 
 def reading_loss(
-    reader: Reader, y_BMD: Tensor, words: Tensor, answers: Tensor, centres_P2: Tensor, labels: Tensor
+    reader: Reader, y_BMD: Tensor, words: Tensor, answers: Tensor, points_BP2: Tensor, labels: Tensor
 ) -> Tensor:
     """Cross-entropy of the answers, and of name and colour of the patches."""
     answering = F.cross_entropy(reader(y_BMD, words).flatten(0, 1), answers.flatten())
-    return answering + patch_loss(reader.probe(y_BMD, centres_P2), labels)
+    return answering + patch_loss(reader.probe(y_BMD, points_BP2), labels)
 
 
 def make_reader(data: StudyData) -> Reader:

@@ -10,10 +10,11 @@ from PIL import Image
 from ms_resampler.folders import write_whole
 
 from ..timing import markdown_table
-from .figures import FIGURES, draw_figures
-from .plan import AMID_PAPER, BASELINE, CELLS, ELASTIC, LEARNED, LOCAL, MARGINS, OURS, REFERENCE
+from .figures import draw_figures, figures_of
+from .plan import AMID_PAPER, BASELINE, CELLS, ELASTIC, FEW, IN_WORLDS, LEARNED, LOCAL, OURS, REFERENCE
 from .results import ABOUT, ENOUGH_SEEDS, RUNS, Results, fingerprint, load, results_folder
 from .statistics import GROUPS, Difference, Estimate, corrected
+from .worlds import EVEN, MARGINS, UNEVEN
 
 ONE_POINT = 0.01
 MARGINS_EXPLAINED = """In these scenes things lie on a 3 x 3 grid of places, at most one in each. With 9 tokens
@@ -21,6 +22,11 @@ each of TokenPacker's windows, and each of our cells, is exactly one place. Here
 of 16 x 16 patches and read with 16 tokens, which keeps the size of the cells: once with cells on the places, and once
 shifted by two patches, so that each place is spread over four cells (and all 16 cells, not nine, hold part of the
 scene)."""
+WORLDS_EXPLAINED = f"""Pages are as large as the pictures above, and scenes half as large: *quarter*, all of it anywhere
+on a blank page; *quarter, textured*, the same on a page whose every patch is of another scene's paper; *lines*, its
+three rows apart, each with a margin of its own; *clusters*, its rows, and the places along each row, denser towards one
+side. A page's patches are 2 x 2 of the scene's, reduced to as many channels. {FEW} tokens, the learning rates of the
+even world, and `moving_scopes` off and on. No projector was told where its tokens went, and nothing was chosen here."""
 PRELIMINARY = (
     "\n\n**Preliminary: the score tables cover {seeds}.** Seeds differ by about as much as neighbouring rows do, so "
     "conclusions need five."
@@ -41,7 +47,7 @@ def check_report(folder: Path) -> None:
     stored, page = results_folder(folder), folder / "study.md"
     if not page.exists() or page.read_text(encoding="utf-8") != report_text(load(stored)):
         raise ValueError(f"{page} is not the report of the results in {stored}: write it again.")
-    for name in FIGURES:
+    for name in figures_of(load(stored)):
         path = folder / "study" / f"{name}.png"
         if not path.exists() or drawn_from(path) != results_hash(folder):
             raise ValueError(f"{path} was not drawn from the results in {stored}: write the report again.")
@@ -64,7 +70,10 @@ def report_text(results: Results) -> str:
     sections = [introduction(results)]
     for tokens in results.budgets:
         sections += [f"## {tokens} tokens", main_table(results, tokens), verdict(results, tokens)]
-    sections += ["## Figures", *(f"![{name}](study/{name}.png)\n\n{caption}" for name, caption in FIGURES.items())]
+    if table := world_table(results):
+        sections += ["## Where information is spread unevenly", WORLDS_EXPLAINED, table]
+    figures = figures_of(results).items()
+    sections += ["## Figures", *(f"![{name}](study/{name}.png)\n\n{caption}" for name, caption in figures)]
     if results.ablations(OURS):
         sections += [f"## Ablations, {results.middle} tokens", ablation_table(results, OURS)]
     if any(results.arms(tokens, "elastic") for tokens in results.budgets):
@@ -250,6 +259,23 @@ def margin_tables(results: Results) -> str:
     found["change"] = results.change(*pairs.values())
     scores = markdown_table(["cells", "projector", "overall", *GROUPS], rows)
     return f"{scores}\n\n`{OURS}` minus the other:\n\n{differences_table('minus', found, True)}"
+
+
+def world_table(results: Results) -> str:
+    """In every world, scores, and what each projector has more than the single local scope; nothing without results."""
+    rows: list[list[str]] = []
+    for world in (*UNEVEN, EVEN):
+        mode = "fixed" if world == EVEN else world
+        base, *others = ((arm, mode, str(FEW)) for arm in IN_WORLDS)
+        found = {key: results.difference(key, base) for key in others if results.comparable(key, base)}
+        if base not in results.scores or (world == EVEN and not rows):
+            continue
+        rows.append([world, LOCAL, f"{100 * results.estimates(base)[base].mean_G[-1]:.1f}", *["–"] * (1 + len(GROUPS))])
+        for key, more in found.items():
+            groups = [starred(*interval(more.estimate, column)) for column in range(len(GROUPS))]
+            score = f"{100 * results.estimates(key, base)[key].mean_G[-1]:.1f}"
+            rows.append([world, with_seeds(key[0], more.seeds), score, signed(more, -1), *groups])
+    return markdown_table(["world", "projector", "overall", f"minus `{LOCAL}`", *GROUPS], rows) if rows else ""
 
 
 def cost_table(results: Results) -> str:

@@ -20,9 +20,10 @@ from ms_resampler.folders import copy_whole, whole_file, write_whole
 
 from ..timing import machine
 from .data import TOWER, DataSettings, data_folder
-from .plan import ABLATIONS, MARGINS, OURS, PEERS, REFERENCE, Run, Study, changed_by
+from .plan import ABLATIONS, CHANGED, OURS, PEERS, REFERENCE, Run, Study, changed_by
 from .reader import READER
 from .statistics import Difference, Estimate, difference, estimate, score_matrix
+from .worlds import EVEN, MARGINS, UNEVEN
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT, RESULTS = ROOT / "docs", ROOT / "research" / "results"  # of this repository
@@ -147,20 +148,21 @@ class Results:
 
 
 def mode_of(run: dict[str, Any]) -> str:
-    """How a run was trained: "fixed" for one budget, "elastic" for several; amid paper, the name of the margin."""
-    names = [name for name, margin in MARGINS.items() if margin == run.get("margin")]
-    return names[0] if names else "elastic" if len(run["grids"]) > 1 else "fixed"
+    """How a run was trained: "fixed" for one budget, "elastic" for several; in another world, the world's name."""
+    if run["world"] != EVEN:
+        return run["world"]
+    return "elastic" if len(run["grids"]) > 1 else "fixed"
 
 
 def collect(study: Study, rates: dict[str, float], costs: dict[str, Any], results: Sequence[dict[str, Any]]) -> Results:
     """The results of a study, each run once, without what no table or figure needs."""
     runs = {json.dumps(result["run"]): compact(result) for result in results}
-    order = [*PEERS, *REFERENCE, *ABLATIONS]
+    order, worlds = [*PEERS, *REFERENCE, *CHANGED], [EVEN, *MARGINS, *UNEVEN]
     ordered = sorted(
         runs.values(),
         key=lambda r: (
             order.index(r["run"]["arm"]),
-            -1 if r["run"]["margin"] is None else r["run"]["margin"],
+            worlds.index(r["run"]["world"]),
             -len(r["run"]["grids"]),
             r["run"]["grids"],
             r["run"]["seed"],
@@ -172,7 +174,7 @@ def collect(study: Study, rates: dict[str, float], costs: dict[str, Any], result
 def compact(result: dict[str, Any]) -> dict[str, Any]:
     """A run, with maps of ms_resampler's first seed only."""
     run, small = result["run"], dict(result)
-    if "scopes" in result and (run["arm"] != OURS or run["seed"] or mode_of(run) in MARGINS):
+    if "scopes" in result and (run["arm"] != OURS or run["seed"] or run["world"] != EVEN):
         small["scopes"] = {key: value for key, value in result["scopes"].items() if key != "maps"}
     return json.loads(json.dumps(small))
 

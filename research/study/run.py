@@ -20,11 +20,12 @@ from ms_resampler.reducers_ms_resampler import DivPrune, ascending
 from ms_resampler.training.trainer import keep_freed_memory
 
 from ..variants import has_gaussians
-from .data import GRID, LABELS, STUDY_FAMILIES, Optimiser, Split, StudyData, amid_paper, prepare_data
+from .data import GRID, LABELS, STUDY_FAMILIES, Optimiser, Split, StudyData, prepare_data
 from .plan import Run, make_projector
 from .reader import HEADS, Batches, Reader, pretrained_reader, reading_loss
 from .results import made_with, result_path
 from .statistics import overall
+from .worlds import in_world
 
 PICTURES_AT_ONCE = 50
 SHOWN = 3  # test scenes whose maps are stored
@@ -90,18 +91,14 @@ def train(run: Run, data: StudyData, device: torch.device) -> tuple[Student, flo
 
 
 def data_of(run: Run, out: Path) -> StudyData:
-    """The data of a run's settings, with its scenes on blank pages if it has a margin."""
-    data = prepare_data(out, run.data)
-    if run.margin is None:
-        return data
-    splits = {name: amid_paper(split, run.margin, run.data.position_scale) for name, split in data.splits.items()}
-    return dataclasses.replace(data, splits=splits)
+    """The data of a run's settings, in its world."""
+    return in_world(prepare_data(out, run.data), run.world, run.data.position_scale)
 
 
 def learn(student: Student, run: Run, data: StudyData, device: torch.device) -> float:
     """Trains in place; returns the mean loss of the last fifty steps."""
     optimiser = Optimiser([student], run.learning_rate, run.steps)
-    batches, grids = Batches(data, run.batch_size, run.seed, run.patch_grid), random.Random(run.seed)
+    batches, grids = Batches(data, run.batch_size, run.seed), random.Random(run.seed)
     features, losses = data.splits["train"].features_BNC, []
     for _ in range(run.steps):
         pictures, *asked = batches.next()
@@ -136,7 +133,8 @@ def score_split(
         x_BNC = torch.from_numpy(split.features_BNC[rows].astype(np.float32)).to(device)
         y_BMD = student.tokens(x_BNC, grid, reducer)
         right.append(student.reader(y_BMD, words_BFW[rows].to(device)).argmax(-1).cpu() == answer_BF[rows])
-        logits_BNL = student.reader.probe(y_BMD, cell_centres(student.patch_grid, device)).cpu()
+        points_BN2 = split.points_BN2[rows] if len(split.points_BN2) > 1 else split.points_BN2
+        logits_BNL = student.reader.probe(y_BMD, points_BN2.to(device)).cpu()
         dense.append(patches_right(logits_BNL, split.labels_BN2[rows]))
     letters_FB = np.where(answer_BF < 0, "-", np.where(torch.cat(right), "1", "0")).T
     scores = {family: "".join(letters) for family, letters in zip(STUDY_FAMILIES, letters_FB, strict=True)}
@@ -173,6 +171,7 @@ def describe_scopes(student: Student, grid: tuple[int, int], split: Split, devic
     return {
         "sigmas": head_sigmas(student.projector),
         "trust": {family: row.tolist() for family, row in zip(STUDY_FAMILIES, trust_FS, strict=True)},
+        **({"places": shown.places_BM2[:SHOWN].tolist()} if student.projector.config.moving_scopes else {}),
         "maps": as_bytes(shown),
     }
 

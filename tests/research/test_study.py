@@ -34,13 +34,12 @@ from research.study.data import (
     CHANNELS,
     GRID,
     LABELS,
-    LARGE_GRID,
     PATCH_PIXELS,
     PATCHES,
     STUDY_FAMILIES,
     DataSettings,
     Split,
-    amid_paper,
+    StudyData,
     content_words,
     data_folder,
     described_scene,
@@ -52,8 +51,8 @@ from research.study.plan import (
     ABLATIONS,
     AMID_PAPER,
     BASELINE,
+    IN_WORLDS,
     LOCAL,
-    MARGINS,
     OURS,
     PEERS,
     REFERENCE,
@@ -66,6 +65,7 @@ from research.study.plan import (
     make_run,
     margin_runs,
     sweep_runs,
+    world_runs,
 )
 from research.study.reader import WIDTH, Reader
 from research.study.reduced import reducers_of, scores_of
@@ -76,6 +76,7 @@ from research.study.report import (
     margin_tables,
     report_text,
     rivals,
+    world_table,
     write_report,
 )
 from research.study.results import REPORT, RESULTS, Results, adopt, collect, compact, load, result_path, run_of, save
@@ -90,6 +91,17 @@ from research.study.statistics import (
     overall,
     resampled_means,
     score_matrix,
+)
+from research.study.worlds import (
+    EVEN,
+    LARGE_GRID,
+    MARGINS,
+    UNEVEN,
+    amid_paper,
+    grid_of,
+    in_world,
+    layout_of,
+    merging,
 )
 
 RATES = dict.fromkeys((*PEERS, *REFERENCE), 2e-3)
@@ -177,6 +189,106 @@ def test_cells_amid_paper_are_the_places_or_lie_across_them():
     assert shares["on the places"][1] < 0.3 < 1.3 * shares["on the places"][1] < shares["across them"][1]
 
 
+@pytest.mark.parametrize("world", UNEVEN)
+def test_layouts_keep_the_order_of_places_and_stay_on_the_page(world):
+    layout = layout_of(world, 0, 300)
+    rows_B6, columns_B66 = layout.rows_B6, layout.columns_B66
+    for lines in (rows_B6, columns_B66):
+        assert (np.diff(lines, axis=-1) > 0).all()
+        assert lines.min() == 0
+        assert lines.max() == GRID[0] - 1
+        assert (np.diff(lines, axis=-1)[..., ::2] == 1).all()  # the two rows, or columns, of a place touch
+    assert np.array_equal(columns_B66[:, ::2], columns_B66[:, 1::2])
+    parted = [(np.diff(lines, axis=-1) > 1).any() for lines in (rows_B6, columns_B66)]
+    assert parted == {"quarter": [False, False], "lines": [True, False], "clusters": [True, True]}[world.split(",")[0]]
+    assert layout_of(world, 1, 300).rows_B6.tolist() != rows_B6.tolist()
+    again = layout_of(world, 0, 300)
+    assert np.array_equal(again.columns_B66, columns_B66)
+    for patch, (y, x) in enumerate(layout.points_BN2[7].tolist()):
+        i, j = divmod(patch, GRID[1])
+        assert 12 * y == pytest.approx(rows_B6[7, i // 2] + (0.25, 0.75)[i % 2])
+        assert 12 * x == pytest.approx(columns_B66[7, i // 2, j // 2] + (0.25, 0.75)[j % 2])
+
+
+@pytest.mark.parametrize("world", UNEVEN)
+def test_a_page_has_the_scene_at_its_places_and_paper_elsewhere(world, tmp_path):
+    torch.manual_seed(0)
+    codes_NC = 0.5 * sincos_positions(cell_centres(GRID), CHANNELS)
+    seen_BNC = torch.randn(6, PATCHES, CHANNELS)
+    labels_BN2 = torch.randint(0, 2, (6, 6, 1, 6, 1, 2), dtype=torch.uint8).expand(-1, -1, 2, -1, 2, -1)
+    labels_BN2 = labels_BN2.reshape(6, PATCHES, 2)
+    nothing = torch.zeros(0)
+    split = Split((seen_BNC + codes_NC).numpy(), labels_BN2, nothing, nothing, nothing, nothing)
+    data = StudyData(tmp_path, dict.fromkeys(("train", "validation", "test"), split), [], [])
+    page = in_world(data, world, 0.5).splits["test"]
+    how = {name: torch.from_numpy(part).double() for name, part in merging(data, 0.5).items()}
+    assert torch.equal(page.labels_BN2, labels_BN2)
+    layout, papers = layout_of(world, 2, 6), set()
+    for pictures in (np.array([4, 1]), slice(0, 6)):
+        x_BHWC = torch.from_numpy(page.features_BNC[pictures]).double() - codes_NC
+        for picture, x_HWC in zip(np.arange(6)[pictures], x_BHWC.unflatten(1, GRID), strict=True):
+            seen_HWC, blank = seen_BNC[picture].unflatten(0, GRID).double(), np.ones(GRID, bool)
+            for i, j in np.ndindex(6, 6):
+                four = torch.cat([seen_HWC[2 * i + n // 2, 2 * j + n % 2] for n in range(4)])
+                row, column = layout.rows_B6[picture, i], layout.columns_B66[picture, i, j]
+                expected = (four - how["mean"]) @ how["components"]
+                torch.testing.assert_close(x_HWC[row, column], expected, rtol=2e-3, atol=5e-3)  # half precision
+                blank[row, column] = False
+            assert blank.sum() == 144 - 36
+            papers |= {tuple(patch.tolist()) for patch in x_HWC[blank].float().mul(100).round().int()}
+    kinds = how["paper"] if world.endswith("textured") else how["paper"].mean(0, keepdim=True)
+    assert papers <= {tuple(patch.tolist()) for patch in kinds.float().mul(100).round().int()}
+    assert len(papers) > 100 if world.endswith("textured") else len(papers) == 1
+
+
+def test_four_patches_become_one_along_their_principal_components(tmp_path):
+    """As scikit-learn has them; paper is what has no label."""
+    decomposition = pytest.importorskip("sklearn.decomposition")
+    torch.manual_seed(0)
+    mixed = torch.randn(20, PATCHES, CHANNELS) @ torch.randn(CHANNELS, CHANNELS)
+    labels_BN2 = torch.zeros(20, PATCHES, 2, dtype=torch.uint8)
+    labels_BN2[:19] = 1
+    nothing = torch.zeros(0)
+    split = Split(mixed.numpy(), labels_BN2, nothing, nothing, nothing, nothing)
+    how = merging(StudyData(tmp_path, {"train": split}, [], []), 0)
+    four = mixed.reshape(20, 6, 2, 6, 2, CHANNELS).transpose(2, 3).reshape(720, 4 * CHANNELS).double().numpy()
+    pca = decomposition.PCA(CHANNELS, svd_solver="full").fit(four)
+    along = pca.transform(four)
+    ours = (four - how["mean"]) @ how["components"]
+    np.testing.assert_allclose(np.abs(ours), np.abs(along) / along.std(), atol=1e-3)
+    np.testing.assert_allclose(how["paper"], ours[-36:], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_is_made_in_every_world(studied):
+    out, _, _ = studied
+    for world in UNEVEN:
+        run = make_run(SMALL, f"{OURS}, moving", [9], 0, 1e-3, world)
+        assert run.patch_grid == grid_of(world) == GRID
+        result = perform(run, out)
+        assert np.shape(result["scopes"]["places"]) == (3, 9, 2)
+        assert len(result["test"]["9"]["dense"]) == 2 * SMALL.data.test_scenes
+        assert run_of(json.loads(json.dumps(result))) == run
+
+
+def test_worlds_are_compared_with_one_local_scope():
+    runs = []
+    for world, letters in (("lines", ("00", "11")), (EVEN, ("11", "00"))):
+        for arm, right in zip((LOCAL, f"{LOCAL}, moving"), letters, strict=True):
+            plain = scored(arm, "here", 0, right)
+            nine = {part: {"9": plain[part]["16"]} for part in ("test", "validation")}
+            runs.append(plain | nine | {"run": plain["run"] | {"world": world, "grids": [[3, 3]]}})
+    results = Results({"budgets": [9]}, {LOCAL: 1e-3}, {}, runs)
+    rows = [line.strip("| ").split(" | ") for line in world_table(results).splitlines()]
+    assert [(world, arm, local) for world, arm, _, _, local, *_ in rows[2:]] == [
+        ("lines", LOCAL, "–"),
+        ("lines", f"{LOCAL}, moving (1 seed)", "+100.0*"),
+        (EVEN, LOCAL, "–"),
+        (EVEN, f"{LOCAL}, moving (1 seed)", "-100.0*"),
+    ]
+    assert world_table(dataclasses.replace(results, runs=runs[2:])) == ""
+
+
 def test_an_examination_asks_each_family_at_most_once_and_misses_none():
     for index in range(30):
         scene = study_scene("test", index)
@@ -211,8 +323,11 @@ def test_a_question_is_answered_alike_alone_and_beside_others():
 def test_patches_are_probed_alike_alone_and_all_together():
     reader, y_BMD = Reader(50, 20).eval(), torch.randn(2, 9, WIDTH)
     centres_N2, some = cell_centres(GRID), torch.tensor([3, 77])
-    everything = reader.probe(y_BMD, centres_N2)
-    torch.testing.assert_close(reader.probe(y_BMD, centres_N2[some]), everything[:, some])
+    everything = reader.probe(y_BMD, centres_N2[None])
+    torch.testing.assert_close(reader.probe(y_BMD, centres_N2[None, some]), everything[:, some])
+    own_BP2 = torch.stack([centres_N2[some], centres_N2[[0, 9]]])
+    expected = torch.stack([everything[0, some], everything[1, [0, 9]]])
+    torch.testing.assert_close(reader.probe(y_BMD, own_BP2), expected)
     assert everything.shape == (2, PATCHES, sum(LABELS.values()))
 
 
@@ -265,10 +380,15 @@ def test_the_plan_is_complete():
     further = further_runs(study, RATES)
     assert {run.arm for run in further if len(run.grids) == 1} == set(ABLATIONS)
     assert {run.tokens for run in further} == {"16", "9 to 36"}
-    assert {(run.arm, run.margin, run.grids) for run in margin_runs(study, RATES)} == {
-        (arm, margin, ((4, 4),)) for arm in AMID_PAPER for margin in (0, 2)
+    assert {(run.arm, run.world, run.grids) for run in margin_runs(study, RATES)} == {
+        (arm, world, ((4, 4),)) for arm in AMID_PAPER for world in ("on the places", "across them")
     }
     assert margin_runs(study, {OURS: 1e-3}) == []  # nothing to compare with
+    assert [run.seed for run in world_runs(study, RATES)] == [seed for seed in range(5) for _ in range(5 * 6)]
+    assert {(run.arm, run.world, run.grids) for run in world_runs(study, RATES)} == {
+        (arm, world, ((3, 3),)) for arm in IN_WORLDS for world in (EVEN, *UNEVEN)
+    }
+    assert world_runs(study, {OURS: 1e-3}) == []
 
 
 def test_every_projector_of_the_plan_can_be_made():
@@ -282,11 +402,13 @@ def test_a_result_is_known_by_all_that_decides_it():
     run = make_run(Study(), OURS, [16], 0, 2e-3)
     assert dataclasses.replace(run, arm="another name").name == run.name
     changes = {"seed": 1, "learning_rate": 1e-3, "steps": 7, "batch_size": 8, "grids": ((3, 3),)}
-    changes |= {"margin": 0}
+    changes |= {"world": "lines"}
     changes |= {"data": DataSettings(tower_steps=7), "projector": {**run.projector, "fusion": "mean"}}
     names = {dataclasses.replace(run, **{key: value}).name for key, value in changes.items()}
     assert len(names | {run.name}) == len(changes) + 1
     assert run.name == "da870040e1323b3c"  # or all that people have trained would be trained anew
+    margin = make_run(Study(), OURS, [16], 5, 2e-3, "on the places")
+    assert margin.name == "59423768d9635ae7"
 
 
 @pytest.mark.parametrize(
@@ -562,7 +684,7 @@ def test_the_stored_report_is_that_of_the_stored_results():
 
 def scored(arm, made_with, seed, letters, tokens="16"):
     test = {**dict.fromkeys(STUDY_FAMILIES, letters), "dense": "3232"}
-    run = {"arm": arm, "learning_rate": 1e-3, "seed": seed, "grids": [[4, 4]]}
+    run = {"arm": arm, "learning_rate": 1e-3, "seed": seed, "grids": [[4, 4]], "world": EVEN}
     validation = {tokens: 0.5 + seed * letters.count("1")}
     return {"run": run, "made_with": made_with, "parameters": 1, "validation": validation, "test": {tokens: test}}
 
@@ -662,15 +784,15 @@ def test_elastic_weights_that_share_no_seed_with_fixed_ones_are_named():
 def test_scores_amid_paper_stand_apart():
     """By margin, and beside those of pictures without it, which stay what they are; differences, and their change."""
     runs = []
-    for margin, ours, theirs in ((None, "11", "10"), (0, "10", "11"), (2, "11", "00")):
+    for world, ours, theirs in ((EVEN, "11", "10"), ("on the places", "10", "11"), ("across them", "11", "00")):
         for arm, letters in ((OURS, ours), ("token_packer", theirs)):
             plain = scored(arm, "here", 0, letters)
-            runs.append(plain | {"run": plain["run"] | {"margin": margin}, "scopes": {"sigmas": margin, "maps": 1}})
+            runs.append(plain | {"run": plain["run"] | {"world": world}, "scopes": {"sigmas": world, "maps": 1}})
     results = Results({"budgets": [16]}, dict.fromkeys(AMID_PAPER, 1e-3), {}, runs)
     assert results.arms("16") == [OURS, "token_packer"]
     ours = (OURS, "fixed", "16")
     assert results.estimates(ours)[ours].mean_G[0] == 1
-    assert [scopes["sigmas"] for scopes in results.scopes("16")] == [None]
+    assert [scopes["sigmas"] for scopes in results.scopes("16")] == [EVEN]
     assert ["maps" in compact(run)["scopes"] for run in runs] == [True, False, False, False, False, False]
     rows = [line.strip("| ").split(" | ") for line in margin_tables(results).splitlines()]
     assert [(name, arm, local.split()[0]) for name, arm, _, local, *_ in rows[2:6]] == [
@@ -692,7 +814,7 @@ def test_a_table_leaves_out_what_shares_no_seed_with_the_default():
 
     def result(arm, made_with, seed, score):
         scores = {"16": {**test, "read": score}}
-        run = {"arm": arm, "seed": seed, "learning_rate": 1e-3, "grids": [[4, 4]]}
+        run = {"arm": arm, "seed": seed, "learning_rate": 1e-3, "grids": [[4, 4]], "world": EVEN}
         return {"run": run, "made_with": made_with, "validation": {"16": 0.5}, "test": scores}
 
     runs = [
