@@ -80,6 +80,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Trained with a random grid each step, and evaluated at every budget.
 ELASTIC = (OURS, WITH_QUERIES, "mqt", "avg_pool")
+TOGETHER = (OURS,)  # also with all budgets in every step, which costs as much as a training for each
 # Scenes on a blank page, where 16 tokens have cells as large as those of 9 tokens without it. Things lie on 3 x 3
 # places: depending on the margin above and left, a cell is a place, or a place spans four cells.
 AMID_PAPER, CELLS = (OURS, "token_packer"), 16
@@ -124,7 +125,10 @@ QUICK = Study(
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: everything that determines its result. `grids` are the token grids trained and tested."""
+    """One training run: everything that determines its result.
+
+    `grids` are the token grids trained and tested: one at random each step, or `together` all of them.
+    """
 
     arm: str
     projector: dict[str, Any]  # complete, so that results do not depend on defaults
@@ -135,12 +139,16 @@ class Run:
     batch_size: int
     data: DataSettings
     world: str = EVEN
+    together: bool = False
 
     @property
     def name(self) -> str:
         """The name of the result: a hash of everything but the arm's name."""
         fields = {"version": VERSION, **dataclasses.asdict(self), "arm": None}
-        if self.world == EVEN:  # as before there were worlds
+        # As before there were worlds, and budgets together.
+        if not self.together:
+            del fields["together"]
+        if self.world == EVEN:
             del fields["world"]
         elif self.world in MARGINS:
             fields["margin"] = MARGINS[fields.pop("world")]
@@ -166,7 +174,15 @@ def fields_of(arm: str) -> dict[str, Any]:
     return known[arm]
 
 
-def make_run(study: Study, arm: str, budgets: Sequence[int], seed: int, learning_rate: float, world: str = EVEN) -> Run:
+def make_run(
+    study: Study,
+    arm: str,
+    budgets: Sequence[int],
+    seed: int,
+    learning_rate: float,
+    world: str = EVEN,
+    together: bool = False,
+) -> Run:
     """The run of an arm, at a budget or (elastic) at several. The projector's width makes its number of
     parameters comparable; it is the same at every budget except for the tokens.
     """
@@ -174,7 +190,7 @@ def make_run(study: Study, arm: str, budgets: Sequence[int], seed: int, learning
     largest = max(grids)
     projector = {**size_of(arm), **fields_of(arm), "query_grid": largest, "visual_tokens": largest}
     of_study = study.steps, study.batch_size, study.data
-    return Run(arm, complete_fields(projector), grids, seed, learning_rate, *of_study, world)
+    return Run(arm, complete_fields(projector), grids, seed, learning_rate, *of_study, world, together)
 
 
 def size_of(arm: str) -> dict[str, int]:
@@ -272,14 +288,19 @@ def further_runs(study: Study, rates: dict[str, float]) -> list[Run]:
     if not study.ablations:
         return []
     ablations = [arm for arm in ABLATIONS if changed_by(arm) in rates]
-    elastic = [arm for arm in ELASTIC if arm in rates]
+    elastic = [
+        (arm, together) for together, arms in ((False, ELASTIC), (True, TOGETHER)) for arm in arms if arm in rates
+    ]
     seeds = range(study.seeds)
     return [
         *(
             make_run(study, arm, [study.middle], seed, rates[changed_by(arm)])
             for seed, arm in product(seeds, ablations)
         ),
-        *(make_run(study, arm, study.budgets, seed, rates[arm]) for seed, arm in product(seeds, elastic)),
+        *(
+            make_run(study, arm, study.budgets, seed, rates[arm], together=together)
+            for seed, (arm, together) in product(seeds, elastic)
+        ),
     ]
 
 

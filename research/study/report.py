@@ -27,6 +27,7 @@ on a blank page; *quarter, textured*, the same on a page whose every patch is of
 three rows apart, each with a margin of its own; *clusters*, its rows, and the places along each row, denser towards one
 side. A page's patches are 2 x 2 of the scene's, reduced to as many channels. {FEW} tokens, the learning rates of the
 even world, and `moving_scopes` off and on. No projector was told where its tokens went, and nothing was chosen here."""
+SEVERAL = {"elastic": "one, at random", "together": "all"}  # how weights are trained with several budgets
 PRELIMINARY = (
     "\n\n**Preliminary: the score tables cover {seeds}.** Seeds differ by about as much as neighbouring rows do, so "
     "conclusions need five."
@@ -231,17 +232,18 @@ def left_out(arms: list[str]) -> str:
 
 
 def elastic_table(results: Results) -> str:
-    """Weights trained with random budgets, compared with weights trained for each budget."""
+    """Weights trained with several budgets, compared with weights trained for each."""
     rows, missing = [], []
-    for arm, tokens in product(ELASTIC, results.budgets):
-        keys = [(arm, mode, tokens) for mode in ("elastic", "fixed")]
+    for (mode, how), arm, tokens in product(SEVERAL.items(), ELASTIC, results.budgets):
+        keys = [(arm, mode, tokens), (arm, "fixed", tokens)]
         if results.comparable(*keys):
             elastic, fixed = results.estimates(*keys).values()
             scores = [f"{100 * estimate.mean_G[-1]:.1f}" for estimate in (elastic, fixed)]
-            rows.append([arm, tokens, *scores, signed(results.difference(*keys), -1)])
+            more = results.difference(*keys)
+            rows.append([with_seeds(arm, more.seeds), how, tokens, *scores, signed(more, -1)])
         elif keys[0] in results.scores:
             missing.append(f"{arm} at {tokens} tokens")
-    head = ["projector", "tokens", "trained with random budgets", "trained for this budget", "difference"]
+    head = ["projector", "budgets in a step", "tokens", "trained with all", "trained for this budget", "difference"]
     return markdown_table(head, rows) + left_out(missing)
 
 

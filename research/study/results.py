@@ -148,10 +148,12 @@ class Results:
 
 
 def mode_of(run: dict[str, Any]) -> str:
-    """How a run was trained: "fixed" for one budget, "elastic" for several; in another world, the world's name."""
+    """How a run was trained: "fixed" for one budget, "elastic" for several at random, or "together"; in another world,
+    the world's name.
+    """
     if run["world"] != EVEN:
         return run["world"]
-    return "elastic" if len(run["grids"]) > 1 else "fixed"
+    return "together" if run["together"] else "elastic" if len(run["grids"]) > 1 else "fixed"
 
 
 def collect(study: Study, rates: dict[str, float], costs: dict[str, Any], results: Sequence[dict[str, Any]]) -> Results:
@@ -164,6 +166,7 @@ def collect(study: Study, rates: dict[str, float], costs: dict[str, Any], result
             order.index(r["run"]["arm"]),
             worlds.index(r["run"]["world"]),
             -len(r["run"]["grids"]),
+            r["run"]["together"],
             r["run"]["grids"],
             r["run"]["seed"],
         ),

@@ -103,8 +103,10 @@ def learn(student: Student, run: Run, data: StudyData, device: torch.device) -> 
     for _ in range(run.steps):
         pictures, *asked = batches.next()
         x_BNC = torch.from_numpy(features[pictures.numpy()].astype(np.float32)).to(device)
-        y_BMD = student.tokens(x_BNC, grids.choice(run.grids))
-        loss = reading_loss(student.reader, y_BMD, *(part.to(device) for part in asked))
+        chosen = run.grids if run.together else [grids.choice(run.grids)]
+        tokens = [student.tokens(x_BNC, grid) for grid in chosen]
+        asked = [part.to(device) for part in asked]
+        loss = torch.stack([reading_loss(student.reader, y_BMD, *asked) for y_BMD in tokens]).mean()
         optimiser.step(loss)
         losses.append(loss.item())
     return float(np.mean(losses[-50:]))

@@ -67,7 +67,7 @@ from research.study.plan import (
     sweep_runs,
     world_runs,
 )
-from research.study.reader import WIDTH, Reader
+from research.study.reader import WIDTH, Batches, Reader, pretrained_reader, reading_loss
 from research.study.reduced import reducers_of, scores_of
 from research.study.report import (
     ablation_table,
@@ -80,7 +80,7 @@ from research.study.report import (
     write_report,
 )
 from research.study.results import REPORT, RESULTS, Results, adopt, collect, compact, load, result_path, run_of, save
-from research.study.run import Student, last_attention, patches_right, perform
+from research.study.run import Student, data_of, last_attention, learn, patches_right, perform
 from research.study.statistics import (
     GROUPS,
     ROWS,
@@ -257,6 +257,23 @@ def test_four_patches_become_one_along_their_principal_components(tmp_path):
     ours = (four - how["mean"]) @ how["components"]
     np.testing.assert_allclose(np.abs(ours), np.abs(along) / along.std(), atol=1e-3)
     np.testing.assert_allclose(how["paper"], ours[-36:], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_budgets_together_are_all_learned_in_every_step(studied):
+    out, _, _ = studied
+    run = dataclasses.replace(make_run(SMALL, OURS, (16, 9), 0, 1e-3, together=True), steps=1)
+    data = data_of(run, out)
+
+    def student() -> Student:
+        torch.manual_seed(0)
+        return Student(make_projector(run.projector), pretrained_reader(data, SMALL.data.reader_steps))
+
+    pictures, *asked = Batches(data, run.batch_size, run.seed).next()
+    x_BNC = torch.from_numpy(data.splits["train"].features_BNC[pictures.numpy()].astype(np.float32))
+    alone = [reading_loss(student().reader, student().tokens(x_BNC, grid), *asked).item() for grid in ((4, 4), (3, 3))]
+    assert learn(student(), run, data, torch.device("cpu")) == pytest.approx(np.mean(alone), rel=1e-5)
+    assert alone[0] != pytest.approx(alone[1], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -684,7 +701,7 @@ def test_the_stored_report_is_that_of_the_stored_results():
 
 def scored(arm, made_with, seed, letters, tokens="16"):
     test = {**dict.fromkeys(STUDY_FAMILIES, letters), "dense": "3232"}
-    run = {"arm": arm, "learning_rate": 1e-3, "seed": seed, "grids": [[4, 4]], "world": EVEN}
+    run = {"arm": arm, "learning_rate": 1e-3, "seed": seed, "grids": [[4, 4]], "world": EVEN, "together": False}
     validation = {tokens: 0.5 + seed * letters.count("1")}
     return {"run": run, "made_with": made_with, "parameters": 1, "validation": validation, "test": {tokens: test}}
 
@@ -777,7 +794,7 @@ def test_elastic_weights_that_share_no_seed_with_fixed_ones_are_named():
         run["run"]["grids"].append([3, 3])
     runs = [*elastic, scored("mqt", "here", 0, "10"), scored("avg_pool", "there", 0, "10")]
     text = elastic_table(Results({"budgets": [16]}, dict.fromkeys(("mqt", "avg_pool"), 1e-3), {}, runs))
-    assert re.findall(r"^\| (\w+) \| 16 ", text, flags=re.MULTILINE) == ["mqt"]
+    assert re.findall(r"^\| (\w+) \(1 seed\) \| one, at random \| 16 ", text, flags=re.MULTILINE) == ["mqt"]
     assert text.endswith("Left out (too few shared seeds): avg_pool at 16 tokens.")
 
 
@@ -814,7 +831,7 @@ def test_a_table_leaves_out_what_shares_no_seed_with_the_default():
 
     def result(arm, made_with, seed, score):
         scores = {"16": {**test, "read": score}}
-        run = {"arm": arm, "seed": seed, "learning_rate": 1e-3, "grids": [[4, 4]], "world": EVEN}
+        run = {"arm": arm, "seed": seed, "learning_rate": 1e-3, "grids": [[4, 4]], "world": EVEN, "together": False}
         return {"run": run, "made_with": made_with, "validation": {"16": 0.5}, "test": scores}
 
     runs = [
