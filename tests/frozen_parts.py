@@ -16,10 +16,10 @@ def changed_parts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor
     return {part_of(name) for name in before if not torch.equal(before[name], after[name])}
 
 
-def assert_frozen(part: str, start: Path, result: Path) -> None:
-    """That a run from a folder has changed all parts but this, and batch statistics only if the tower learns."""
+def assert_frozen(parts: set[str], start: Path, result: Path) -> None:
+    """That a run from a folder has changed all parts but these, and batch statistics only if the tower learns."""
     before, after = weights(start), weights(result)
-    assert changed_parts(before, after) == {*PARTS} - {part}
+    assert changed_parts(before, after) == {*PARTS} - parts
     statistics = [name for name in before if "running_" in name or name.endswith("num_batches_tracked")]
     assert statistics
-    assert any(not torch.equal(before[name], after[name]) for name in statistics) == (part != "tower")
+    assert any(not torch.equal(before[name], after[name]) for name in statistics) == ("tower" not in parts)

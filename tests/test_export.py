@@ -100,14 +100,14 @@ def test_tokens_that_are_words_are_exported(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tower", [*tiny.TOWERS])
-def test_every_tower_is_exported(tower, tmp_path):
+@pytest.mark.parametrize("tower", ["clip_vision_model", "siglip2_vision_model", "dinov3_vit", "convnextv2"])
+def test_every_kind_of_tower_is_exported(tower, tmp_path):
     model, images = tiny.tiny_base_model(tower), tiny.pixels(5)
     assert_exported_alike(Images(model), (images[:3],), (images,), ({0: BATCH},), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", ["qwen3", "llama", "gemma2", "phi"])
+@pytest.mark.parametrize("text", ["gemma2", "phi"])
 def test_the_prefill_is_exported(text, tmp_path):
     def prompts(count, words):
         row = [7, *[tiny.IMAGE] * 4, *tiny.words(words)[0]]

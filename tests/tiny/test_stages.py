@@ -91,11 +91,11 @@ def test_a_stage_opened_again_keeps_its_time_and_its_steps(tmp_path):
 @pytest.mark.timeout(900)
 def test_the_train_command_leaves_a_model_a_record_and_a_card(tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = ["train", "tiny", "--steps", "2", "--scenes", "12", "--out", str(out)]
+    arguments = ["train", "tiny", "--steps", "1", "--scenes", "12", "--out", str(out)]
     assert main(arguments) == 0
     record = json.loads((out / "model" / "training_record.json").read_text())
     assert [(stage["name"], stage["steps"]) for stage in record["stages"]] == [
-        (name, 2) for name in ("look", "read", "talk", "count", "blind")
+        (name, 1) for name in ("look", "read", "talk", "count", "blind")
     ]
     assert all(len(stage["data_sha256"]) == 64 for stage in record["stages"])
     assert sum(record["parameters"].values()) > 1_000_000
