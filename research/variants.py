@@ -22,7 +22,7 @@ from ms_resampler.branches_ms_resampler import (
     split_heads,
 )
 from ms_resampler.configuration_ms_resampler import PROJECTOR_TYPES
-from ms_resampler.places_ms_resampler import Grid, LinearFromZero, centres, spread
+from ms_resampler.places_ms_resampler import Grid, LinearFromZero, MovingSpace, centres, spread
 from ms_resampler.projectors_ms_resampler import register_projector
 from ms_resampler.resampler_ms_resampler import MeanOverHeads, MultiScopeResampler, ScopeLayer, ScopePrior
 
@@ -171,6 +171,16 @@ class HeadsPrior(BranchPrior):
     """The prior of heads that scopes share, for tokens with queries."""
 
     initial = ScopePrior.initial
+
+
+class ToldSpace(MovingSpace):
+    """An oracle: space is told which patches hold the scene, 1 or 0, and need not learn how much there is to tell."""
+
+    told_BHW: Tensor
+
+    def how_much(self, u_BND: Tensor, patch_grid: Grid) -> Tensor:
+        m_BHW = self.told_BHW
+        return self.floor / u_BND.shape[1] + (1 - self.floor) * m_BHW / m_BHW.sum((1, 2), keepdim=True)
 
 
 def distances(prior: ScopePrior, patch_grid: Grid, token_grid: Grid, like: Tensor) -> Tensor:

@@ -95,6 +95,10 @@ class Split:
         """The number of each scene's first question."""
         return torch.searchsorted(self.image_Q, torch.arange(len(self.labels_BN2)))
 
+    def points_of(self, pictures: Tensor | slice) -> Tensor:
+        """The centres of the labelled patches of some pictures."""
+        return self.points_BN2[pictures] if len(self.points_BN2) > 1 else self.points_BN2
+
     def examination(self) -> tuple[Tensor, Tensor]:
         """One question of each family per scene: words (B, F, W) and answers (B, F), -1 if there is none."""
         shape = len(self.labels_BN2), len(STUDY_FAMILIES)

@@ -14,7 +14,7 @@ from ms_resampler.configuration_ms_resampler import MSResamplerConfig, token_gri
 from ms_resampler.modeling_ms_resampler import MSResamplerModel
 from ms_resampler.projectors_ms_resampler import PROJECTORS
 
-from ..variants import complete_fields, configuration
+from ..variants import ToldSpace, complete_fields, configuration
 from .data import CHANNELS, GRID, PATCH_PIXELS, PATCHES, DataSettings, digest
 from .reader import WIDTH
 from .worlds import EVEN, MARGINS, UNEVEN, grid_of
@@ -88,6 +88,9 @@ AMID_PAPER, CELLS = (OURS, "token_packer"), 16
 MOVING: dict[str, tuple[str, dict[str, Any]]] = {
     f"{arm}, moving": (arm, {"projector_type": "ms_resampler", "moving_scopes": True}) for arm in (LOCAL, OURS)
 }
+# An oracle, whose scopes move to where the scene is, without having to learn it.
+TOLD = f"{LOCAL}, told where"
+MOVING[TOLD] = LOCAL, MOVING[f"{LOCAL}, moving"][1]
 CHANGED = ABLATIONS | MOVING
 # What is compared where information is spread unevenly; the first is the base of differences.
 IN_WORLDS, FEW, WORLD_SEEDS = (LOCAL, OURS, *MOVING, BASELINE, "token_packer"), 9, 5
@@ -190,7 +193,8 @@ def make_run(
     largest = max(grids)
     projector = {**size_of(arm), **fields_of(arm), "query_grid": largest, "visual_tokens": largest}
     of_study = study.steps, study.batch_size, study.data
-    return Run(arm, complete_fields(projector), grids, seed, learning_rate, *of_study, world, together)
+    complete = complete_fields(projector) | ({"told": True} if arm == TOLD else {})
+    return Run(arm, complete, grids, seed, learning_rate, *of_study, world, together)
 
 
 def size_of(arm: str) -> dict[str, int]:
@@ -249,7 +253,11 @@ def model_config(projector: dict[str, Any], patch_grid: tuple[int, int]) -> MSRe
 
 def make_projector(projector: dict[str, Any], patch_grid: tuple[int, int] = GRID) -> torch.nn.Module:
     """The initialised projector."""
-    return MSResamplerModel(model_config(projector, patch_grid)).projector
+    fields = {name: value for name, value in projector.items() if name != "told"}
+    made: Any = MSResamplerModel(model_config(fields, patch_grid)).projector
+    if "told" in projector:
+        made.space.__class__ = ToldSpace  # with the weights it was given
+    return made
 
 
 def count_parameters(projector: dict[str, Any]) -> int:
@@ -317,4 +325,8 @@ def world_runs(study: Study, rates: dict[str, float]) -> list[Run]:
     if not study.ablations or not rates.keys() >= {changed_by(arm) for arm in IN_WORLDS}:
         return []
     asked = product(range(min(study.seeds, WORLD_SEEDS)), (*UNEVEN, EVEN), IN_WORLDS)
-    return [make_run(study, arm, [FEW], seed, rates[changed_by(arm)], world) for seed, world, arm in asked]
+    return [
+        make_run(study, arm, [FEW], seed, rates[changed_by(arm)], world)
+        for seed, world, arm in asked
+        if (arm, world) != (TOLD, EVEN)  # there is nothing to tell
+    ]

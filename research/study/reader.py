@@ -112,12 +112,10 @@ class Batches:
         pictures = torch.tensor([self.order.pop() for _ in range(self.batch_size)])
         chosen_BQ = torch.rand(self.batch_size, self.asked, generator=self.rng).argsort(dim=1)[:, :QUESTIONS]
         question_BQ = self.first_B[pictures, None] + chosen_BQ
-        points_BN2 = self.split.points_BN2
-        patches = torch.randperm(points_BN2.shape[1], generator=self.rng)[:PROBES]
+        patches = torch.randperm(self.split.points_BN2.shape[1], generator=self.rng)[:PROBES]
         labels = self.split.labels_BN2[pictures][:, patches].long()
         words, answers = self.split.words_QW[question_BQ], self.split.answer_Q[question_BQ]
-        own_BN2 = points_BN2[pictures] if len(points_BN2) > 1 else points_BN2
-        return pictures, words, answers, own_BN2[:, patches], labels
+        return pictures, words, answers, self.split.points_of(pictures)[:, patches], labels
 
 
 def reading_loss(

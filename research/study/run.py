@@ -19,13 +19,13 @@ from ms_resampler.places_ms_resampler import ScopeMaps, cell_centres
 from ms_resampler.reducers_ms_resampler import DivPrune, ascending
 from ms_resampler.training.trainer import keep_freed_memory
 
-from ..variants import has_gaussians
+from ..variants import ToldSpace, has_gaussians
 from .data import GRID, LABELS, STUDY_FAMILIES, Optimiser, Split, StudyData, prepare_data
 from .plan import Run, make_projector
 from .reader import HEADS, Batches, Reader, pretrained_reader, reading_loss
 from .results import made_with, result_path
 from .statistics import overall
-from .worlds import in_world
+from .worlds import covered, in_world
 
 PICTURES_AT_ONCE = 50
 SHOWN = 3  # test scenes whose maps are stored
@@ -41,8 +41,15 @@ class Student(nn.Module):
         super().__init__()
         self.projector, self.reader, self.patch_grid = projector, reader, patch_grid
 
-    def tokens(self, x_BNC: Tensor, grid: tuple[int, int], reducer: DivPrune | None = None) -> Tensor:
-        """Visual tokens of the tower's features, placed at the centres of their cells, or what a reducer leaves."""
+    def tokens(
+        self, x_BNC: Tensor, grid: tuple[int, int], points_BN2: Tensor, reducer: DivPrune | None = None
+    ) -> Tensor:
+        """Visual tokens of the tower's features, placed at the centres of their cells, or what a reducer leaves.
+
+        `points_BN2`, where the scene is, is for a projector that is told.
+        """
+        if isinstance(getattr(self.projector, "space", None), ToldSpace):
+            self.projector.space.told_BHW = covered(points_BN2.expand(len(x_BNC), -1, -1), self.patch_grid)
         y = self.projector(x_BNC, self.patch_grid, grid)
         y_BMD = y[0] if isinstance(y, tuple) else y
         placed_BMD = self.reader.place(y_BMD, cell_centres(grid, x_BNC.device))
@@ -104,7 +111,8 @@ def learn(student: Student, run: Run, data: StudyData, device: torch.device) -> 
         pictures, *asked = batches.next()
         x_BNC = torch.from_numpy(features[pictures.numpy()].astype(np.float32)).to(device)
         chosen = run.grids if run.together else [grids.choice(run.grids)]
-        tokens = [student.tokens(x_BNC, grid) for grid in chosen]
+        points_BN2 = data.splits["train"].points_of(pictures).to(device)
+        tokens = [student.tokens(x_BNC, grid, points_BN2) for grid in chosen]
         asked = [part.to(device) for part in asked]
         loss = torch.stack([reading_loss(student.reader, y_BMD, *asked) for y_BMD in tokens]).mean()
         optimiser.step(loss)
@@ -133,10 +141,10 @@ def score_split(
     right, dense = [], []
     for rows in batched(len(answer_BF)):
         x_BNC = torch.from_numpy(split.features_BNC[rows].astype(np.float32)).to(device)
-        y_BMD = student.tokens(x_BNC, grid, reducer)
+        points_BN2 = split.points_of(rows).to(device)
+        y_BMD = student.tokens(x_BNC, grid, points_BN2, reducer)
         right.append(student.reader(y_BMD, words_BFW[rows].to(device)).argmax(-1).cpu() == answer_BF[rows])
-        points_BN2 = split.points_BN2[rows] if len(split.points_BN2) > 1 else split.points_BN2
-        logits_BNL = student.reader.probe(y_BMD, points_BN2.to(device)).cpu()
+        logits_BNL = student.reader.probe(y_BMD, points_BN2).cpu()
         dense.append(patches_right(logits_BNL, split.labels_BN2[rows]))
     letters_FB = np.where(answer_BF < 0, "-", np.where(torch.cat(right), "1", "0")).T
     scores = {family: "".join(letters) for family, letters in zip(STUDY_FAMILIES, letters_FB, strict=True)}
@@ -162,9 +170,10 @@ def describe_scopes(student: Student, grid: tuple[int, int], split: Split, devic
     trust_BFS = []
     for rows in batched(len(answer_BF)):
         x_BNC = torch.from_numpy(split.features_BNC[rows].astype(np.float32)).to(device)
-        y_BMT, maps = student.projector(x_BNC, student.patch_grid, grid, True)
+        y_BMD = student.tokens(x_BNC, grid, split.points_of(rows).to(device))
+        maps = student.projector(x_BNC, student.patch_grid, grid, True)[1]
         with last_attention(student.reader) as attention:
-            student.reader(student.reader.place(y_BMT, cell_centres(grid, device)), words_BFW[rows].to(device))
+            student.reader(y_BMD, words_BFW[rows].to(device))
         trust_BFS.append(torch.einsum("bfm,bsm->bfs", attention(), maps.weights_BSM).cpu())
         if rows.start == 0:
             shown = maps

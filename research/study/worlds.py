@@ -144,6 +144,14 @@ def clusters(pictures: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nd
     return shift[:, 0], shift[:, 1:]
 
 
+def covered(points_BN2: Tensor, patch_grid: Grid) -> Tensor:
+    """1 for each patch of a picture that points lie in, else 0: (B, H, W)."""
+    shown_BHW = torch.zeros(len(points_BN2), *patch_grid, device=points_BN2.device)
+    rows_BN, columns_BN = (points_BN2 * points_BN2.new_tensor(patch_grid)).long().unbind(-1)
+    shown_BHW[torch.arange(len(points_BN2), device=points_BN2.device)[:, None], rows_BN, columns_BN] = 1
+    return shown_BHW
+
+
 @dataclass(frozen=True)
 class OnPage:
     """Features (B, N, C) of scenes on a page, made when asked for, with the codes of the page's places.

@@ -56,6 +56,7 @@ from research.study.plan import (
     OURS,
     PEERS,
     REFERENCE,
+    TOLD,
     WITH_QUERIES,
     Study,
     count_parameters,
@@ -271,9 +272,28 @@ def test_budgets_together_are_all_learned_in_every_step(studied):
 
     pictures, *asked = Batches(data, run.batch_size, run.seed).next()
     x_BNC = torch.from_numpy(data.splits["train"].features_BNC[pictures.numpy()].astype(np.float32))
-    alone = [reading_loss(student().reader, student().tokens(x_BNC, grid), *asked).item() for grid in ((4, 4), (3, 3))]
+    points = cell_centres(GRID)[None]
+    alone = [
+        reading_loss(student().reader, student().tokens(x_BNC, grid, points), *asked).item()
+        for grid in ((4, 4), (3, 3))
+    ]
     assert learn(student(), run, data, torch.device("cpu")) == pytest.approx(np.mean(alone), rel=1e-5)
     assert alone[0] != pytest.approx(alone[1], rel=1e-5)
+
+
+def test_an_oracle_gives_the_scene_nearly_all_of_space():
+    """Its 36 of 144 patches have all but the floor's share: of cells of equal mass, none is wholly on the page."""
+    layout = layout_of("quarter", 0, 4)
+    student = Student(make_projector(make_run(Study(), TOLD, [9], 0, 0, "quarter").projector), Reader(50, 20))
+    student.tokens(torch.randn(4, PATCHES, CHANNELS), (3, 3), layout.points_BN2)
+    inside_BHW = torch.zeros(4, *GRID)
+    for picture, row, column in np.ndindex(4, 6, 6):
+        inside_BHW[picture, layout.rows_B6[picture, row], layout.columns_B66[picture, row, column]] = 1
+    space = student.projector.space
+    assert torch.equal(space.told_BHW, inside_BHW)
+    rho_BHW = space.how_much(torch.zeros(4, PATCHES, 112), GRID)
+    torch.testing.assert_close(rho_BHW.sum((1, 2)), torch.ones(4))
+    torch.testing.assert_close((rho_BHW * inside_BHW).sum((1, 2)), torch.full((4,), 0.95 + 0.05 / 4))
 
 
 @pytest.mark.slow
@@ -401,9 +421,9 @@ def test_the_plan_is_complete():
         (arm, world, ((4, 4),)) for arm in AMID_PAPER for world in ("on the places", "across them")
     }
     assert margin_runs(study, {OURS: 1e-3}) == []  # nothing to compare with
-    assert [run.seed for run in world_runs(study, RATES)] == [seed for seed in range(5) for _ in range(5 * 6)]
+    assert [run.seed for run in world_runs(study, RATES)] == [seed for seed in range(5) for _ in range(5 * 7 - 1)]
     assert {(run.arm, run.world, run.grids) for run in world_runs(study, RATES)} == {
-        (arm, world, ((3, 3),)) for arm in IN_WORLDS for world in (EVEN, *UNEVEN)
+        (arm, world, ((3, 3),)) for arm in IN_WORLDS for world in (EVEN, *UNEVEN) if (arm, world) != (TOLD, EVEN)
     }
     assert world_runs(study, {OURS: 1e-3}) == []
 
@@ -546,8 +566,8 @@ def test_a_student_reads_what_divprune_leaves_of_its_tokens():
     (reducer,) = reducers_of("divprune", [9])
     with torch.inference_mode():
         whole, left, made = (
-            student.tokens(x_BNC, GRID),
-            student.tokens(x_BNC, GRID, reducer),
+            student.tokens(x_BNC, GRID, cell_centres(GRID)[None]),
+            student.tokens(x_BNC, GRID, cell_centres(GRID)[None], reducer),
             student.projector(x_BNC, GRID, GRID),
         )
     for found, tokens, y_ND in zip(left, whole, made, strict=True):
