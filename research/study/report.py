@@ -22,11 +22,11 @@ each of TokenPacker's windows, and each of our cells, is exactly one place. Here
 of 16 x 16 patches and read with 16 tokens, which keeps the size of the cells: once with cells on the places, and once
 shifted by two patches, so that each place is spread over four cells (and all 16 cells, not nine, hold part of the
 scene)."""
-WORLDS_EXPLAINED = f"""Pages are as large as the pictures above, and scenes half as large: *quarter*, all of it anywhere
-on a blank page; *quarter, textured*, the same on a page whose every patch is of another scene's paper; *lines*, its
-three rows apart, each with a margin of its own; *clusters*, its rows, and the places along each row, denser towards one
-side. A page's patches are 2 x 2 of the scene's, reduced to as many channels. {FEW} tokens, the learning rates of the
-even world, and `moving_scopes` off and on. No projector was told where its tokens went, and nothing was chosen here."""
+WORLDS_EXPLAINED = f"""Pages as large as the pictures above hold scenes of half the size: *quarter*, anywhere on a blank
+page; *quarter, textured*, every patch of the page of another scene's paper; *lines*, rows apart, each with a margin of
+its own; *clusters*, rows, and places along them, denser towards one side. A page's patches are 2 x 2 of the scene's,
+reduced to as many channels. {FEW} tokens, learning rates of the even world, `moving_scopes` off and on; *told where* is
+an oracle, told which patches hold the scene. Readers are told nothing. Nothing was chosen by these scores."""
 SEVERAL = {"elastic": "one, at random", "together": "all"}  # how weights are trained with several budgets
 PRELIMINARY = (
     "\n\n**Preliminary: the score tables cover {seeds}.** Seeds differ by about as much as neighbouring rows do, so "
@@ -71,8 +71,8 @@ def report_text(results: Results) -> str:
     sections = [introduction(results)]
     for tokens in results.budgets:
         sections += [f"## {tokens} tokens", main_table(results, tokens), verdict(results, tokens)]
-    if table := world_table(results):
-        sections += ["## Where information is spread unevenly", WORLDS_EXPLAINED, table]
+    if tables := world_tables(results):
+        sections += ["## Where information is spread unevenly", WORLDS_EXPLAINED, tables]
     figures = figures_of(results).items()
     sections += ["## Figures", *(f"![{name}](study/{name}.png)\n\n{caption}" for name, caption in figures)]
     if results.ablations(OURS):
@@ -232,19 +232,23 @@ def left_out(arms: list[str]) -> str:
 
 
 def elastic_table(results: Results) -> str:
-    """Weights trained with several budgets, compared with weights trained for each."""
+    """Weights trained with several budgets: scores, and differences from weights trained for each."""
     rows, missing = [], []
-    for (mode, how), arm, tokens in product(SEVERAL.items(), ELASTIC, results.budgets):
-        keys = [(arm, mode, tokens), (arm, "fixed", tokens)]
-        if results.comparable(*keys):
-            elastic, fixed = results.estimates(*keys).values()
-            scores = [f"{100 * estimate.mean_G[-1]:.1f}" for estimate in (elastic, fixed)]
-            more = results.difference(*keys)
-            rows.append([with_seeds(arm, more.seeds), how, tokens, *scores, signed(more, -1)])
-        elif keys[0] in results.scores:
-            missing.append(f"{arm} at {tokens} tokens")
-    head = ["projector", "budgets in a step", "tokens", "trained with all", "trained for this budget", "difference"]
-    return markdown_table(head, rows) + left_out(missing)
+    for (mode, how), arm in product(SEVERAL.items(), ELASTIC):
+        cells, seeds = [], []
+        for tokens in results.budgets:
+            keys = [(arm, mode, tokens), (arm, "fixed", tokens)]
+            if results.comparable(*keys):
+                more = results.difference(*keys)
+                seeds.append(more.seeds)
+                cells.append(f"{100 * results.estimates(*keys)[keys[0]].mean_G[-1]:.1f}: {signed(more, -1)}")
+            elif keys[0] in results.scores:
+                missing.append(f"{arm} at {tokens} tokens")
+        if cells:
+            rows.append([with_seeds(arm, min(seeds)), how, *cells])
+    head = ["projector", "budgets in a step", *(f"{tokens} tokens" for tokens in results.budgets)]
+    explained = "Scores, and what they are more than those of weights trained for that budget alone, as many steps:"
+    return f"{explained}\n\n{markdown_table(head, rows)}{left_out(missing)}"
 
 
 def margin_tables(results: Results) -> str:
@@ -263,21 +267,29 @@ def margin_tables(results: Results) -> str:
     return f"{scores}\n\n`{OURS}` minus the other:\n\n{differences_table('minus', found, True)}"
 
 
-def world_table(results: Results) -> str:
-    """In every world, scores, and what each projector has more than the single local scope; nothing without results."""
-    rows: list[list[str]] = []
-    for world in (*UNEVEN, EVEN):
-        mode = "fixed" if world == EVEN else world
-        base, *others = ((arm, mode, str(FEW)) for arm in IN_WORLDS)
-        found = {key: results.difference(key, base) for key in others if results.comparable(key, base)}
-        if base not in results.scores or (world == EVEN and not rows):
-            continue
-        rows.append([world, LOCAL, f"{100 * results.estimates(base)[base].mean_G[-1]:.1f}", *["–"] * (1 + len(GROUPS))])
-        for key, more in found.items():
-            groups = [starred(*interval(more.estimate, column)) for column in range(len(GROUPS))]
-            score = f"{100 * results.estimates(key, base)[key].mean_G[-1]:.1f}"
-            rows.append([world, with_seeds(key[0], more.seeds), score, signed(more, -1), *groups])
-    return markdown_table(["world", "projector", "overall", f"minus `{LOCAL}`", *GROUPS], rows) if rows else ""
+def world_tables(results: Results) -> str:
+    """What each projector has more than the single local scope in every world, and by group what moving scopes bring;
+    nothing without results.
+    """
+    modes = {world: "fixed" if world == EVEN else world for world in (*UNEVEN, EVEN)}
+    worlds = {world: (LOCAL, mode, str(FEW)) for world, mode in modes.items() if world != EVEN}
+    worlds = {world: base for world, base in worlds.items() if base in results.scores}
+    if not worlds:
+        return ""
+    worlds[EVEN] = LOCAL, "fixed", str(FEW)
+    found: dict[str, dict[str, Difference]] = {arm: {} for arm in IN_WORLDS[1:]}
+    for (world, base), (arm, row) in product(worlds.items(), found.items()):
+        key = arm, *base[1:]
+        if results.comparable(key, base):
+            row[world] = results.difference(key, base)
+    scores = [f"{100 * results.estimates(base)[base].mean_G[-1]:.1f}" for base in worlds.values()]
+    rows = [[arm, *(signed(row[world], -1) if world in row else "–" for world in worlds)] for arm, row in found.items()]
+    moving = [
+        [world, *(starred(*interval(more.estimate, column)) for column in range(len(GROUPS)))]
+        for world, more in found[f"{LOCAL}, moving"].items()
+    ]
+    overall = markdown_table(["overall, minus the first", *worlds], [[f"{LOCAL}: score", *scores], *rows])
+    return f"{overall}\n\n{markdown_table([f'`{LOCAL}, moving`', *GROUPS], moving)}"
 
 
 def cost_table(results: Results) -> str:

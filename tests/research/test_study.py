@@ -77,7 +77,7 @@ from research.study.report import (
     margin_tables,
     report_text,
     rivals,
-    world_table,
+    world_tables,
     write_report,
 )
 from research.study.results import REPORT, RESULTS, Results, adopt, collect, compact, load, result_path, run_of, save
@@ -316,14 +316,17 @@ def test_worlds_are_compared_with_one_local_scope():
             nine = {part: {"9": plain[part]["16"]} for part in ("test", "validation")}
             runs.append(plain | nine | {"run": plain["run"] | {"world": world, "grids": [[3, 3]]}})
     results = Results({"budgets": [9]}, {LOCAL: 1e-3}, {}, runs)
-    rows = [line.strip("| ").split(" | ") for line in world_table(results).splitlines()]
-    assert [(world, arm, local) for world, arm, _, _, local, *_ in rows[2:]] == [
-        ("lines", LOCAL, "–"),
-        ("lines", f"{LOCAL}, moving (1 seed)", "+100.0*"),
-        (EVEN, LOCAL, "–"),
-        (EVEN, f"{LOCAL}, moving (1 seed)", "-100.0*"),
+    lines = [line.strip("| ").split(" | ") for line in world_tables(results).splitlines()]
+    assert lines[0][1:] == ["lines", EVEN]
+    assert lines[2] == [f"{LOCAL}: score", "12.5", "87.5"]
+    assert [line[1:] for line in lines if line[0] == f"{LOCAL}, moving"] == [
+        ["+75.0 (+75.0, +75.0)", "-75.0 (-75.0, -75.0)"]
     ]
-    assert world_table(dataclasses.replace(results, runs=runs[2:])) == ""
+    assert [line[:4] for line in lines[-2:]] == [
+        ["lines", "+100.0*", "+100.0*", "+100.0*"],
+        [EVEN, "-100.0*", "-100.0*", "-100.0*"],
+    ]
+    assert world_tables(dataclasses.replace(results, runs=runs[2:])) == ""
 
 
 def test_an_examination_asks_each_family_at_most_once_and_misses_none():
@@ -814,7 +817,8 @@ def test_elastic_weights_that_share_no_seed_with_fixed_ones_are_named():
         run["run"]["grids"].append([3, 3])
     runs = [*elastic, scored("mqt", "here", 0, "10"), scored("avg_pool", "there", 0, "10")]
     text = elastic_table(Results({"budgets": [16]}, dict.fromkeys(("mqt", "avg_pool"), 1e-3), {}, runs))
-    assert re.findall(r"^\| (\w+) \(1 seed\) \| one, at random \| 16 ", text, flags=re.MULTILINE) == ["mqt"]
+    row = r"^\| (\w+) \(1 seed\) \| one, at random \| 50.0: \+0.0 "
+    assert re.findall(row, text, flags=re.MULTILINE) == ["mqt"]
     assert text.endswith("Left out (too few shared seeds): avg_pool at 16 tokens.")
 
 
