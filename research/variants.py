@@ -55,7 +55,7 @@ def complete_fields(projector: dict[str, Any]) -> dict[str, Any]:
         alone = kind == "ms_resampler" and chosen["scope_layout"] == "heads" and chosen["scope_prior"] != "none"
         chosen["query_init"] = "none" if alone else "learned"
     config: Any = MSResamplerProjectorConfig(
-        **{name: value for name, value in projector.items() if name not in DEFAULTS}
+        **{name: value for name, value in projector.items() if name not in {*DEFAULTS, "told"}}
         | {"projector_type": kind, "scope_heads": None if kind == "resampler" else projector.get("scope_heads")}
     )
     if chosen["scope_layout"] == "heads":
@@ -63,8 +63,8 @@ def complete_fields(projector: dict[str, Any]) -> dict[str, Any]:
     sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
     first = {name: getattr(config, name) for name in (*sizes, "query_grid", "visual_tokens", "scope_sigmas")}
     second = {name: chosen[name] for name in DEFAULTS}
-    moving = {"moving_scopes": True} if config.moving_scopes else {}  # later than the stored results
-    return {"projector_type": kind, **first, **second, "layer_norm_eps": config.layer_norm_eps, **moving}
+    later = {name: True for name in ("moving_scopes", "told") if projector.get(name)}  # than most stored results
+    return {"projector_type": kind, **first, **second, "layer_norm_eps": config.layer_norm_eps, **later}
 
 
 def configuration(projector: dict[str, Any]) -> MSResamplerProjectorConfig:

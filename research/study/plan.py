@@ -90,7 +90,7 @@ MOVING: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # An oracle, whose scopes move to where the scene is, without having to learn it.
 TOLD = f"{LOCAL}, told where"
-MOVING[TOLD] = LOCAL, MOVING[f"{LOCAL}, moving"][1]
+MOVING[TOLD] = LOCAL, MOVING[f"{LOCAL}, moving"][1] | {"told": True}
 CHANGED = ABLATIONS | MOVING
 # What is compared where information is spread unevenly; the first is the base of differences.
 IN_WORLDS, FEW, WORLD_SEEDS = (LOCAL, OURS, *MOVING, BASELINE, "token_packer"), 9, 5
@@ -193,8 +193,7 @@ def make_run(
     largest = max(grids)
     projector = {**size_of(arm), **fields_of(arm), "query_grid": largest, "visual_tokens": largest}
     of_study = study.steps, study.batch_size, study.data
-    complete = complete_fields(projector) | ({"told": True} if arm == TOLD else {})
-    return Run(arm, complete, grids, seed, learning_rate, *of_study, world, together)
+    return Run(arm, complete_fields(projector), grids, seed, learning_rate, *of_study, world, together)
 
 
 def size_of(arm: str) -> dict[str, int]:
