@@ -190,7 +190,7 @@ def test_the_differences_are_those_of_the_study():
         arms = re.findall(r"`(.+?)`", names)
         for cell, section in zip(cells, section_T, strict=True):
             found = [
-                re.search(rf"^\| {arm}(?: \(\d seeds\))? \| ([+-][\d.]+) ", section, flags=re.MULTILINE)[1]
+                re.search(rf"^\| {arm}(?: \(\d+ seeds\))? \| ([+-][\d.]+) ", section, flags=re.MULTILINE)[1]
                 for arm in arms
             ]
             assert cell == min(found, key=float) + " and more" * (len(arms) > 1), (arms, cell, found)
